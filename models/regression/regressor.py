@@ -1,0 +1,94 @@
+"""What every regressor is: an inner model fitted to the pairs (k, v) seen so far, read at q.
+
+    regressor(x, q, k, v, log_decay=None, state=None, segments=None) -> (o, state)
+
+    x          [B, T, D]      the layer's input, from which the regressor projects its own per-token step sizes
+    q, k       [B, T, H, K]   queries and keys;   v  [B, T, H, V]   values
+    log_decay  [B, T, H] or [B, T, H, K]   natural logarithm of gamma, <= 0, float32; None forgets nothing
+    state      the memory after the last token of the previous call, None at the start
+    segments   [B, T] integers: the document each token belongs to, constant within a document and changing where one ends
+               and the next begins. Documents do not see each other. Documents start anew with a call: a memory that goes on
+               from an earlier call belongs to the first document of this one (mixer.py resets it where it does not).
+
+A subclass is the last part of its chapter. It states which decays it accepts, which backends it has and why one can't run, and counts its
+own parameters, operations and state.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+DECAYS = ("none", "head", "channel")  # no log_decay; one per head [B, T, H]; one per key channel [B, T, H, K]
+BACKENDS = ("auto", "fla", "triton", "torch", "recurrent")
+
+# A document boundary is a decay that forgets everything: exp(FORGET) = 1.6e-28 is below the rounding of float64, and the number is small enough
+# for cumulative sums of many boundaries in one chunk to keep their last digits in float32.
+FORGET = -64.0
+
+
+class Choice(NamedTuple):
+    """The backend a regressor runs on, and why: a row of the table that is printed before the first step."""
+
+    backend: str
+    reason: str
+
+
+class Regressor(nn.Module):
+    """Base of all regressors; see the module's docstring for the contract."""
+
+    accepts_decay: ClassVar[tuple[str, ...]] = ("none",)
+
+    def __init__(self, hidden_size: int, num_heads: int, key_dim: int, value_dim: int, backend: str = "auto") -> None:
+        super().__init__()
+        if backend not in BACKENDS:
+            raise ValueError(f"regressor.backend={backend!r} is not a backend; one of {', '.join(BACKENDS)}")
+        self.hidden_size, self.num_heads, self.key_dim, self.value_dim = hidden_size, num_heads, key_dim, value_dim
+        self.backend = backend
+
+    def forward(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None = None,
+        state: Any = None,
+        segments: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        raise NotImplementedError
+
+    def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+        """The accelerated backends this regressor has, best first: name -> why it can't run here, or None if it can."""
+        return {}
+
+    def choose(self, device: torch.device, dtype: torch.dtype) -> Choice:
+        """The backend for this device and compute dtype. `auto` takes the first accelerator that is right here, else `torch`;
+        one that was named outright and can't run is a ValueError that says why."""
+        accelerators = self.accelerators(device, dtype)
+        if self.backend in ("torch", "recurrent"):
+            return Choice(self.backend, "as asked")
+        if self.backend != "auto":
+            refusal = accelerators.get(self.backend, f"{type(self).__name__} has no such kernel")
+            if refusal is not None:
+                raise ValueError(f"regressor.backend={self.backend} can't run {type(self).__name__} here: {refusal}")
+            return Choice(self.backend, "as asked")
+        for name, refusal in accelerators.items():
+            if refusal is None and device.type == "cuda":
+                return Choice(name, f"on {torch.cuda.get_device_name(device)}")
+        reasons = [f"{name}: {refusal}" for name, refusal in accelerators.items() if refusal is not None]
+        return Choice("torch", "; ".join(reasons) if device.type == "cuda" else "no GPU")
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Multiply-adds count two; forward only; what the parallel form does beyond the projections in the shell."""
+        raise NotImplementedError
+
+    def state_size(self, seq_len: int) -> int:
+        """Numbers held after seq_len tokens, per sequence."""
+        raise NotImplementedError
+
+    @property
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
