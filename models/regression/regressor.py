@@ -7,8 +7,8 @@
     log_decay  [B, T, H] or [B, T, H, K]   natural logarithm of gamma, <= 0, float32; None forgets nothing
     state      the memory after the last token of the previous call, None at the start
     segments   [B, T] integers: the document each token belongs to, constant within a document and changing where one ends
-               and the next begins. Documents do not see each other. Documents start anew with a call: a memory that goes on
-               from an earlier call belongs to the first document of this one (mixer.py resets it where it does not).
+               and the next begins. Documents do not see each other. A state that is passed in belongs to the first document
+               of the call; where it does not, mixer.py has called `forget` on it.
 
 A subclass is the last part of its chapter. It states which decays it accepts, which backends it has and why one can't run, and counts its
 own parameters, operations and state.
@@ -59,6 +59,10 @@ class Regressor(nn.Module):
         segments: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
         raise NotImplementedError
+
+    def forget(self, state: Any, rows: Tensor) -> Any:
+        """The state with the memories of the given rows (bool [B]) emptied: their next token begins another document."""
+        return torch.where(rows.view(-1, 1, 1, 1), 0.0, state)
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
         """The accelerated backends this regressor has, best first: name -> why it can't run here, or None if it can."""
