@@ -17,16 +17,12 @@ Shapes: B batch, T tokens, H heads, K key width, V value width, C chunk, N chunk
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-from models.regression.documents import forget_at_starts
-from models.regression.regressor import FORGET, Regressor
+from models.regression.regressor import FORGET
 
 
 def recurrent_delta(
@@ -79,7 +75,10 @@ def chunked_delta(
     dtype = _working_dtype(q, k, v)
     chunk = min(chunk, 1 << max(T - 1, 3).bit_length())  # a short call needs no long chunk
     chunks = [_into_chunks(x.to(dtype), chunk) for x in (q, k, v)]  # [M, C, K]
-    gates = [None if x is None else _into_chunks(x.to(dtype).unsqueeze(-1), chunk).squeeze(-1) for x in (step_size, log_decay)]
+    gates = [
+        None if x is None else _into_chunks(x.to(dtype).unsqueeze(-1), chunk).squeeze(-1)
+        for x in (step_size, log_decay)
+    ]
     with torch.autocast(q.device.type, enabled=False):
         o, memory = _ChunkedDelta.apply(*chunks, *gates, _first_memory(k, v, memory).flatten(0, 1))
     o = o.view(-1, B, H, chunk, v.shape[-1]).permute(1, 0, 3, 2, 4).flatten(1, 2)

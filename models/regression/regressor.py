@@ -2,16 +2,16 @@
 
     regressor(x, q, k, v, log_decay=None, state=None, segments=None) -> (o, state)
 
-    x          [B, T, D]      the layer's input, from which the regressor projects its own per-token step sizes
-    q, k       [B, T, H, K]   queries and keys;   v  [B, T, H, V]   values
-    log_decay  [B, T, H] or [B, T, H, K]   natural logarithm of gamma, <= 0, float32; None forgets nothing
-    state      the memory after the last token of the previous call, None at the start
-    segments   [B, T] integers: the document each token belongs to, constant within a document and changing where one ends
-               and the next begins. Documents do not see each other. A state that is passed in belongs to the first document
-               of the call; where it does not, mixer.py has called `forget` on it.
+    x [B, T, D]: the layer's input, from which the regressor projects its own per-token step sizes.
+    q, k [B, T, H, K] and v [B, T, H, V]: queries, keys, values.
+    log_decay [B, T, H] or [B, T, H, K]: natural logarithm of gamma, <= 0, float32; None forgets nothing.
+    state: the memory after the last token of the previous call, None at the start.
+    segments [B, T]: integers, the document of each token, changing where one ends and the next begins. Documents do not
+        see each other. A state that is passed in belongs to the first document of the call; where it does not, mixer.py
+        has called `forget` on it.
 
-A subclass is the last part of its chapter. It states which decays it accepts, which backends it has and why one can't run, and counts its
-own parameters, operations and state.
+A subclass is the last part of its chapter. It states which decays it accepts, which backends it has and why one can't
+run, and counts its own parameters, operations and state.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 DECAYS = ("none", "head", "channel")  # no log_decay; one per head [B, T, H]; one per key channel [B, T, H, K]
 BACKENDS = ("auto", "fla", "triton", "torch", "recurrent")
 
-# A document boundary is a decay that forgets everything: exp(FORGET) = 1.6e-28 is below the rounding of float64, and the number is small enough
-# for cumulative sums of many boundaries in one chunk to keep their last digits in float32.
+# A document boundary is a decay that forgets everything: exp(FORGET) = 1.6e-28 is below the rounding of float64, and
+# the number is small enough for cumulative sums of many boundaries in one chunk to keep their last digits in float32.
 FORGET = -64.0
 
 
@@ -40,6 +40,7 @@ class Regressor(nn.Module):
     """Base of all regressors; see the module's docstring for the contract."""
 
     accepts_decay: ClassVar[tuple[str, ...]] = ("none",)
+    grouped_heads: ClassVar[bool] = False  # whether k and v may have fewer heads than q
 
     def __init__(self, hidden_size: int, num_heads: int, key_dim: int, value_dim: int, backend: str = "auto") -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class Regressor(nn.Module):
         raise NotImplementedError
 
     def forget(self, state: Any, rows: Tensor) -> Any:
-        """The state with the memories of the given rows (bool [B]) emptied: their next token begins another document."""
+        """The state with the memories of the given rows (bool [B]) emptied: their next token begins a document."""
         return torch.where(rows.view(-1, 1, 1, 1), 0.0, state)
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
@@ -69,8 +70,9 @@ class Regressor(nn.Module):
         return {}
 
     def choose(self, device: torch.device, dtype: torch.dtype) -> Choice:
-        """The backend for this device and compute dtype. `auto` takes the first accelerator that is right here, else `torch`;
-        one that was named outright and can't run is a ValueError that says why."""
+        """The backend for this device and compute dtype. `auto` takes the first accelerator that is right here, else
+        `torch`; one that was named outright and can't run is a ValueError that says why.
+        """
         accelerators = self.accelerators(device, dtype)
         if self.backend in ("torch", "recurrent"):
             return Choice(self.backend, "as asked")
@@ -86,7 +88,7 @@ class Regressor(nn.Module):
         return Choice("torch", "; ".join(reasons) if device.type == "cuda" else "no GPU")
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Multiply-adds count two; forward only; what the parallel form does beyond the projections in the shell."""
+        """Multiply-adds counted as two, forward only, of the definition (mixer.py adds the projections it owns)."""
         raise NotImplementedError
 
     def state_size(self, seq_len: int) -> int:

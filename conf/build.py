@@ -1,0 +1,83 @@
+"""The one door from a config node to an object.
+
+A node with `_target_` names a class and its settings; `build` makes it, after `problems` has found nothing wrong. Only
+classes that belong here can be named: a config, and above all the config inside somebody else's checkpoint, must not be
+able to run what it likes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import hydra.utils
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+TARGETS = ("models.", "data.", "torch.", "lightning.")
+HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+
+
+def build(node: Any, *, targets: tuple[str, ...] = TARGETS, **settings: Any) -> Any:
+    """The object that a config node describes; `settings` are added to the node's own (sizes, say, that only the caller
+    knows).
+
+    Nested nodes are built first; one with `_partial_: true` becomes a constructor that its owner calls with what only
+    the owner knows. Raises ValueError, naming the key, for a class that is not allowed or a setting that it does not
+    have.
+    """
+    if isinstance(node, DictConfig | ListConfig):
+        node = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    if found := list(problems(node, targets=targets)):
+        raise ValueError("\n".join(found))
+    try:
+        return hydra.utils.instantiate(node, **settings, _convert_="all")
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while isinstance(cause, InstantiationException):
+            cause = cause.__cause__
+        if isinstance(cause, ValueError):  # the user's mistake, without Hydra's wrapping
+            raise cause from None
+        raise
+
+
+def problems(node: Any, path: str = "", targets: tuple[str, ...] = TARGETS) -> Iterator[str]:
+    """One sentence for every class that is not allowed and every setting that its class does not have, anywhere below
+    node.
+    """
+    if isinstance(node, DictConfig | ListConfig):
+        node = OmegaConf.to_container(node, resolve=True)
+    if isinstance(node, list):
+        for i, item in enumerate(node):
+            yield from problems(item, f"{path}[{i}]", targets)
+    if not isinstance(node, dict):
+        return
+    if "_target_" in node:
+        yield from _problems_of_target(node, path, targets)
+    for key, value in node.items():
+        yield from problems(value, f"{path}.{key}" if path else str(key), targets)
+
+
+def _problems_of_target(node: dict[str, Any], path: str, targets: tuple[str, ...]) -> Iterator[str]:
+    here = path or "config"
+    name = node["_target_"]
+    if not isinstance(name, str) or not name.startswith(targets):
+        allowed = ", ".join(f"{t}*" for t in targets)
+        yield f"{here}._target_={name} is not allowed; a config may name only {allowed}"
+        return
+    module, _, attribute = name.rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError):
+        yield f"{here}._target_={name} does not exist"
+        return
+    parameters = inspect.signature(target).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in node.keys() - HYDRA_KEYS - parameters.keys():
+        near = difflib.get_close_matches(key, parameters, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(parameters)}"
+        yield f"{path}.{key}={node[key]} is not a setting of {name}; {hint}".lstrip(".")

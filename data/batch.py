@@ -1,0 +1,68 @@
+"""The arithmetic of a batch: how the tokens of one optimizer step are divided over devices and micro-batches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Batch(NamedTuple):
+    """tokens = seq_len * micro_batch * world_size * accumulation."""
+
+    tokens: int
+    seq_len: int
+    micro_batch: int
+    world_size: int
+    accumulation: int
+    num_steps: int
+
+    @property
+    def sequences(self) -> int:
+        return self.tokens // self.seq_len
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens:,} tokens a step = {self.seq_len:,} tokens x {self.micro_batch} sequences "
+            f"x {self.world_size} device{'s' * (self.world_size > 1)} x {self.accumulation} accumulated; "
+            f"{self.num_steps:,} steps = {self.num_steps * self.tokens:,} tokens"
+        )
+
+
+def batch_arithmetic(batch_tokens: int, seq_len: int, micro_batch: int, world_size: int, tokens: int) -> Batch:
+    """Derives the accumulation. Raises ValueError where the batch does not divide, with values that do."""
+    for name, value in {
+        "batch_tokens": batch_tokens,
+        "seq_len": seq_len,
+        "micro_batch": micro_batch,
+        "tokens": tokens,
+    }.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if batch_tokens % seq_len:
+        near = max(seq_len, batch_tokens // seq_len * seq_len)
+        raise ValueError(
+            f"batch_tokens={batch_tokens} is not a multiple of seq_len={seq_len}; "
+            f"the nearest are {near} and {near + seq_len}"
+        )
+    sequences = batch_tokens // seq_len
+    if sequences % world_size:
+        raise ValueError(
+            f"batch_tokens={batch_tokens} is {sequences} sequences, which {world_size} devices cannot share equally"
+        )
+    each = sequences // world_size
+    micro_batch = min(micro_batch, each)  # a limit of memory; with fewer sequences to a device there is less to hold
+    if each % micro_batch:
+        allowed = [n for n in range(1, each + 1) if each % n == 0]
+        raise ValueError(
+            f"micro_batch={micro_batch} does not divide the {each} sequences that each of {world_size} device(s) has "
+            f"in a step (batch_tokens / seq_len / devices); allowed: {', '.join(map(str, allowed))}"
+        )
+    if tokens < batch_tokens:
+        raise ValueError(f"tokens={tokens} is less than one step, batch_tokens={batch_tokens}")
+    return Batch(batch_tokens, seq_len, micro_batch, world_size, each // micro_batch, tokens // batch_tokens)
+
+
+def every(value: float, num_steps: int, name: str) -> int:
+    """Steps between two events: `value` below 1 is a fraction of the run, else a number of steps."""
+    if value <= 0:
+        raise ValueError(f"{name}={value} must be positive: below 1 a fraction of the run, else a number of steps")
+    return max(1, round(value * num_steps)) if value < 1 else min(int(value), num_steps)

@@ -1,0 +1,47 @@
+"""The short convolution: each channel of q, k and v sees its own last few inputs (H3, Fu et al. 2022; Mamba, Gu and Dao
+2023).
+
+        y_t = sum_{j<W} w_j * x_{t-j} ,    x_i = 0 before the document's first token.
+
+One such layer gives keys and values of neighbouring tokens to each other, which is what associative recall needs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise causal convolution over W tokens. weight[c, W-1] meets the present token.
+
+    forward(x [B, T, C], tail=None, segments=None) -> (y [B, T, C], tail [B, W-1, C]). The tail is the last W-1 inputs,
+    those of earlier documents zeroed: what the next call needs to go on.
+    """
+
+    def __init__(self, num_channels: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(num_channels, width).uniform_(-(width**-0.5), width**-0.5))
+
+    def forward(self, x: Tensor, tail: Tensor | None = None, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        T, reach = x.shape[1], self.width - 1
+        if tail is None:
+            tail = x.new_zeros(x.shape[0], reach, x.shape[2])
+        padded = torch.cat([tail.to(x.dtype), x], dim=1)
+        if segments is None:
+            y = F.conv1d(padded.mT, self.weight.unsqueeze(1).to(x.dtype), groups=x.shape[2]).mT
+            return y, padded[:, T:]
+        documents = torch.cat([segments[:, :1].expand(-1, reach), segments], dim=1)  # the tail is of the first document
+        weight = self.weight.to(x.dtype)
+        y = x * weight[:, reach]
+        for back in range(1, self.width):
+            earlier = slice(reach - back, reach - back + T)
+            other = (documents[:, earlier] != segments).unsqueeze(-1)
+            y = y + padded[:, earlier].masked_fill(other, 0) * weight[:, reach - back]
+        other = (documents[:, T:] != segments[:, -1:]).unsqueeze(-1)
+        return y, padded[:, T:].masked_fill(other, 0)
+
+    def flops_per_token(self) -> int:
+        return 2 * self.weight.numel()

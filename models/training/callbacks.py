@@ -1,0 +1,178 @@
+"""What runs beside the training: speed, a sample of text, a picture of the loss."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from models.training.logger import CsvLogger, read_metrics
+from models.training.module import Training, position_ranges
+
+# Dense bf16 tensor-core peaks in FLOP/s, from the makers' data sheets (which headline twice as much, for 2:4 sparsity),
+# by what torch calls the device. The first name that occurs in the device's is taken.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A6000": 155e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of the device, None where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+class Throughput(Callback):
+    """Tokens per second, MFU and memory, over the steps since the last report (validation and checkpoints left out).
+
+    MFU = 3 * forward FLOPs per token * tokens/s / (devices * dense peak), with the FLOPs counted from the model
+    (LanguageModel.flops_per_token).
+    """
+
+    def on_fit_start(self, trainer: L.Trainer, module: Training) -> None:
+        batch = trainer.datamodule.batch
+        self.tokens_per_step, self.num_devices = batch.tokens, batch.world_size
+        self.flops_per_token = 3 * module.model.flops_per_token(batch.seq_len)
+        self.peak = peak_flops(module.device)
+        self.seconds, self.steps, self.started = 0.0, 0, None
+        self.rates: list[float] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Training, batch: Any, index: int) -> None:
+        if self.started is None:
+            self.started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Training, outputs: Any, batch: Any, index: int) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return
+        self.steps += 1
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            self._report(trainer, module)
+
+    def _report(self, trainer: L.Trainer, module: Training) -> None:
+        """Waits for the GPU, so that what was timed is what was done."""
+        if module.device.type == "cuda":
+            torch.cuda.synchronize(module.device)
+        seconds = time.perf_counter() - self.started
+        rate = self.steps * self.tokens_per_step / seconds
+        self.rates.append(rate)
+        metrics = {
+            "speed/tokens_per_second": rate,
+            "progress/tokens": float(trainer.global_step * self.tokens_per_step),
+        }
+        metrics["progress/flops"] = metrics["progress/tokens"] * self.flops_per_token
+        if self.peak is not None:
+            metrics["speed/mfu"] = rate * self.flops_per_token / (self.peak * self.num_devices)
+        if module.device.type == "cuda":
+            metrics["speed/peak_memory_gb"] = torch.cuda.max_memory_allocated(module.device) / 1e9
+        module.log_dict(metrics, rank_zero_only=True)
+        self.steps, self.started = 0, None
+
+    def on_validation_start(self, trainer: L.Trainer, module: Training) -> None:
+        self.steps, self.started = 0, None  # a window that validation interrupts is not reported
+
+    def summary(self) -> str:
+        """One line for the end of the run: the median of the reports."""
+        if not self.rates:
+            return "too short a run to measure its speed"
+        rate = sorted(self.rates)[len(self.rates) // 2]
+        text = f"{rate:,.0f} tokens/s"
+        if self.peak is not None:
+            text += f", MFU {rate * self.flops_per_token / (self.peak * self.num_devices):.1%}"
+        return text
+
+
+class Sample(Callback):
+    """Goes on with the beginning of a validation text, at the end of the run: printed, and kept in sample.txt."""
+
+    def __init__(self, num_tokens: int = 256, num_prompt_tokens: int = 64, temperature: float = 0.8) -> None:
+        if num_tokens < 1 or num_prompt_tokens < 1:
+            raise ValueError(
+                f"callbacks.sample.num_tokens={num_tokens} and num_prompt_tokens={num_prompt_tokens} must be at least 1"
+            )
+        if temperature <= 0:
+            raise ValueError(f"callbacks.sample.temperature={temperature} must be positive")
+        self.num_tokens, self.num_prompt_tokens, self.temperature = num_tokens, num_prompt_tokens, temperature
+
+    def on_fit_end(self, trainer: L.Trainer, module: Training) -> None:
+        task = trainer.datamodule.task
+        if task.tokenizer is None or trainer.global_rank or trainer.interrupted or module.device_mesh is not None:
+            return
+        prompt = task.validation_samples()[0]["input_ids"][: self.num_prompt_tokens].to(module.device)
+        model = module.model.eval()
+        with torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            ids = model.generate(
+                prompt.unsqueeze(0),
+                attention_mask=torch.ones_like(prompt).unsqueeze(0),
+                max_new_tokens=self.num_tokens,
+                do_sample=True,
+                temperature=self.temperature,
+                pad_token_id=task.tokenizer.eos,
+            )[0]
+        start, text = (task.tokenizer.decode(part.tolist()) for part in (ids[: len(prompt)], ids[len(prompt) :]))
+        (Path(trainer.default_root_dir) / "sample.txt").write_text(f"{start}{text}\n", encoding="utf-8")
+        print(f"\nAfter {trainer.global_step:,} steps, a validation text ...\n\n{start}\n\n... goes on:\n\n{text}\n")
+
+
+class LossPlot(Callback):
+    """loss.png: training and validation loss against tokens, and the loss by position in the sequence at the end."""
+
+    def on_validation_end(self, trainer: L.Trainer, module: Training) -> None:
+        self._draw(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, module: Training) -> None:
+        self._draw(trainer)
+
+    def _draw(self, trainer: L.Trainer) -> None:
+        path = Path(trainer.default_root_dir) / CsvLogger.FILE
+        if trainer.global_rank or trainer.sanity_checking or not path.exists():
+            return
+        if rows := read_metrics(path):
+            draw_loss(
+                rows, trainer.datamodule.batch.tokens, trainer.datamodule.batch.seq_len, path.with_name("loss.png")
+            )
+
+
+def draw_loss(rows: list[dict[str, float]], tokens_per_step: int, seq_len: int, path: Path) -> None:
+    """Two panels from the rows of metrics.csv."""
+    from matplotlib.figure import Figure  # half a second that no other command should pay
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+
+    def curve(name: str) -> tuple[list[float], list[float]]:
+        points = [((row["step"] + 1) * tokens_per_step, row[name]) for row in rows if name in row]
+        return [x for x, _ in points], [y for _, y in points]
+
+    left.plot(*curve("train/loss"), color="0.7", linewidth=0.8, label="training")
+    left.plot(*curve("validation/nats"), color="C0", marker="o", markersize=3, label="validation")
+    left.set(xlabel="tokens", ylabel="loss, nats per token", title="Loss")
+    left.legend(frameon=False)
+    last = next((row for row in reversed(rows) if "validation/nats" in row), {})
+    ranges = [(a, b, last.get(f"validation/nats_at/{a}-{b - 1}")) for a, b in position_ranges(seq_len)]
+    drawn = [(a, b, y) for a, b, y in ranges if y is not None]
+    right.stairs(
+        [y for *_, y in drawn], [*(a for a, *_ in drawn), *(b for _, b, _ in drawn[-1:])], baseline=None, color="C0"
+    )
+    right.set(
+        xscale="symlog", xlabel="position in the sequence", ylabel="nats per token", title="Validation loss by position"
+    )
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    draft = path.with_name(f".{path.name}.draft")
+    figure.savefig(draft, dpi=120, format="png")
+    draft.replace(path)

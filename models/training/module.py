@@ -1,0 +1,137 @@
+"""The LightningModule: a language model, its optimizer, and what is logged about both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from models.language_model import LanguageModel
+from models.loss import IGNORED
+
+
+class Training(L.LightningModule):
+    """Minimises the mean of -log p(next token).
+
+    optimizer, schedule: constructors, optimizer(model) and schedule(num_steps) -> factor(step).
+    clip_norm: gradients whose norm over all parameters is longer are shortened to it; the norm before is logged.
+    targets_per_token: how many positions have a target, on average (1 for text). Losses are divided by this constant
+        times the tokens, never by a count that differs between micro-batches, so that every split of a batch gives the
+        same gradient.
+    bytes_per_token: of the validation text, for bits per byte; None where there is no text.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        schedule: Callable[..., Callable[[int], float]],
+        num_steps: int,
+        clip_norm: float,
+        targets_per_token: float = 1.0,
+        bytes_per_token: float | None = None,
+        compile_blocks: bool = False,
+    ) -> None:
+        super().__init__()
+        if clip_norm <= 0:
+            raise ValueError(f"clip_norm={clip_norm} must be positive; a large one switches clipping off")
+        self.model = model
+        self.optimizer, self.schedule = optimizer, schedule(num_steps=num_steps)
+        self.num_steps, self.clip_norm = num_steps, clip_norm
+        self.targets_per_token, self.bytes_per_token = targets_per_token, bytes_per_token
+        self.compile_blocks = compile_blocks
+        self._sharded = False
+        self._validation: Tensor | None = None
+
+    def configure_model(self) -> None:
+        """Shards the parameters where the strategy has a device mesh (strategy=fsdp). Lightning calls this before fit
+        and before validate.
+        """
+        if self._sharded:
+            return
+        if self.compile_blocks:
+            for block in self.model.blocks:
+                block.compile()
+        if self.device_mesh is not None:
+            # Parameters are gathered in float32 and cast by autocast, product by product: bf16-mixed then means the
+            # same under every strategy.
+            mesh = self.device_mesh["data_parallel"]
+            for module in (*self.model.blocks, self.model):
+                fully_shard(module, mesh=mesh)
+            for method in ("sum_nats", "score"):
+                register_fsdp_forward_method(self.model, method)
+        self._sharded = True
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        labels = batch["labels"]
+        nats = self.model.sum_nats(batch["input_ids"], labels, batch["segments"])
+        count = (labels != IGNORED).sum()
+        self.log_dict({"train/loss": nats.detach() / count.clamp(min=1)}, prog_bar=True)
+        return nats / (labels.numel() * self.targets_per_token)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clips by the norm over all parameters and logs it. (Lightning's own refuses a fused optimizer under
+        bf16-mixed.)
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.log_dict({"train/gradient_norm": norm, "train/learning_rate": optimizer.param_groups[0]["lr"]})
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.optimizer(self.model)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.schedule), "interval": "step"},
+        }
+
+    # validation: sums over a fixed set of tokens, so the result is the same for every world size and micro-batch
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = None
+
+    def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
+        labels = batch["labels"]
+        nats, predictions = self.model.score(batch["input_ids"], labels, batch["segments"])
+        kept = labels != IGNORED
+        sums = torch.stack([nats.double().sum(0), kept.double().sum(0)])  # [2, T]
+        if self.bytes_per_token is None:  # a task with right answers: how often they are the likeliest
+            sums = torch.cat([sums, ((predictions == labels) & kept).double().sum(0, keepdim=True)])
+        self._validation = sums if self._validation is None else self._validation + sums
+
+    def on_validation_epoch_end(self) -> None:
+        sums = self._validation
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        nats, count = sums[0], sums[1]
+        mean = (nats.sum() / count.sum()).item()
+        # `step` is Lightning's key for the row this belongs to: that of the step just taken
+        metrics = {
+            "step": float(max(0, self.trainer.global_step - 1)),
+            "validation/nats": mean,
+            "validation/perplexity": math.exp(min(mean, 700.0)),
+        }
+        if self.bytes_per_token is not None:
+            metrics["validation/bits_per_byte"] = mean / math.log(2) / self.bytes_per_token
+        else:
+            metrics["validation/accuracy"] = (sums[2].sum() / count.sum()).item()
+        for first, last in position_ranges(len(count)):
+            if part := count[first:last].sum().item():
+                metrics[f"validation/nats_at/{first}-{last - 1}"] = nats[first:last].sum().item() / part
+        self.log_dict(metrics, rank_zero_only=True)
+
+
+def position_ranges(seq_len: int) -> list[tuple[int, int]]:
+    """Positions in ranges that double: [0, 16), [16, 32), [32, 64), ..."""
+    edges = [0]
+    while (edges[-1] or 8) * 2 < seq_len:
+        edges.append((edges[-1] or 8) * 2)
+    return list(zip(edges, [*edges[1:], seq_len], strict=True))

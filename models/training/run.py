@@ -1,0 +1,85 @@
+"""A run and its directory: one name, one config, one place. The same command goes on where it stopped; a finished run
+says so.
+
+runs/NAME/config.yaml        what was asked for, every value resolved
+          metrics.csv        a row a step
+          checkpoints/       the newest
+          loss.png  sample.txt
+          model/             when finished: save_pretrained's folder, with the tokenizer
+          result.json        when finished: the last validation
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from conf.schema import FREE_TO_CHANGE
+
+
+class Run:
+    """The directory of a run. `config` is the resolved config as plain containers."""
+
+    def __init__(self, folder: str | Path, config: dict[str, Any]) -> None:
+        self.folder, self.config = Path(folder), config
+
+    @property
+    def name(self) -> str:
+        return self.config["name"]
+
+    def enter(self, main_process: bool = True) -> None:
+        """Takes possession: writes config.yaml, or compares with the one that is there. Raises ValueError, with the
+        difference, if it is another.
+        """
+        path = self.folder / "config.yaml"
+        if self.config["overwrite"] and main_process and self.folder.exists() and not self._is_ours(path):
+            raise ValueError(
+                f"overwrite=true would delete {self.folder}, which is not a run's directory: it has no config.yaml"
+            )
+        if self.config["overwrite"] and main_process and self.folder.exists():
+            shutil.rmtree(self.folder)
+        if path.exists():
+            before = OmegaConf.to_container(OmegaConf.load(path))
+            if found := difference(before, self.config):
+                raise ValueError(
+                    f"{self.folder} holds a run of this name with another config:\n{found}\n"
+                    "Choose another name=, or overwrite=true to delete it and begin anew."
+                )
+        elif main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draft = path.with_name(".config.yaml.draft")
+            OmegaConf.save(OmegaConf.create(self.config), draft)
+            draft.replace(path)
+
+    def _is_ours(self, path: Path) -> bool:
+        return path.exists() or not any(self.folder.iterdir())
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint, None at the start."""
+        return max((self.folder / "checkpoints").glob("step-*.ckpt"), default=None)
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The last validation's metrics once the run is finished, else None."""
+        path = self.folder / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def finish(self, result: dict[str, Any]) -> None:
+        draft = self.folder / ".result.json.draft"
+        draft.write_text(json.dumps(result, indent=2) + "\n")
+        draft.replace(self.folder / "result.json")
+
+
+def difference(before: Any, now: Any, path: str = "") -> str:
+    """The settings that differ, one a line, but for those that may change (conf/schema.py: FREE_TO_CHANGE)."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [k for k in dict.fromkeys([*before, *now]) if path or k not in FREE_TO_CHANGE]
+        absent = "(absent)"
+        parts = [difference(before.get(k, absent), now.get(k, absent), f"{path}.{k}" if path else k) for k in keys]
+        return "\n".join(part for part in parts if part)
+    return "" if before == now else f"  {path}: {before} before, {now} now"

@@ -1,0 +1,36 @@
+"""What is printed before the first step: the model, and who computes it."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+
+from models.language_model import LanguageModel
+
+
+def summary(model: LanguageModel, seq_len: int, device: torch.device, dtype: torch.dtype) -> str:
+    """Several lines, for people. device and dtype are those of the products during training."""
+    embedding = model.embedding.weight.numel()
+    total = sum(p.numel() for p in model.parameters())
+    forward = model.flops_per_token(seq_len)
+    lines = [
+        f"model     {total:,} parameters: {total - embedding:,} and {embedding:,} in the embedding"
+        + (" (tied to the head)" if model.config.tie_embeddings else ""),
+        f"          {3 * forward:,} FLOPs a token to train",
+        f"{'layers':<10}{'mixer':<14}{'regressor':<12}{'parameters':>12}{'feed-forward':>14}{'state':>12}  backend",
+    ]
+    names = model.config.layers
+    for key, group in groupby(range(len(names)), key=lambda i: names[i]):
+        indices = list(group)
+        block = model.blocks[indices[0]]
+        mixer = block.mixer
+        choice = mixer.regressor.choose(device, dtype)
+        layers = f"{indices[0]}" if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
+        inner = block.feed_forward.output.in_features
+        lines.append(
+            f"{layers:<10}{key:<14}{type(mixer.regressor).__name__:<12}{mixer.num_params:>12,}{inner:>14,}"
+            f"{mixer.state_size(seq_len):>12,}  {choice.backend} ({choice.reason})"
+        )
+    lines.append(f"(state: numbers held per sequence after {seq_len:,} tokens)")
+    return "\n".join(lines)

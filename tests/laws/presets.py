@@ -1,0 +1,78 @@
+"""Every preset in conf/mixer, built small: what the laws are tried on. A new YAML there is tried without a line changed here."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from conf import schema
+from conf.build import build
+from models.mixer import Mixer
+
+CONF = Path(__file__).parents[2] / "conf"
+PRESETS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
+HIDDEN, HEADS = 32, 2
+
+
+@cache
+def recipe(preset: str) -> dict[str, Any]:
+    """The preset as conf/mixer has it, for a model of HIDDEN and HEADS."""
+    schema.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(
+            "train", [f"mixer@model.mixers.main={preset}", "name=law", "run_dir=none", f"model.num_heads={HEADS}"]
+        )
+    return OmegaConf.to_container(cfg.model.mixers.main, resolve=True)
+
+
+def mixer(preset: str, backend: str = "torch", dtype: torch.dtype = torch.float64, **settings: Any) -> Mixer:
+    """The preset's mixer with fixed random weights. settings such as regressor__window=3 change the recipe."""
+    node = copy.deepcopy(recipe(preset))
+    for name, value in {"regressor__backend": backend, **settings}.items():
+        *path, last = name.split("__")
+        target = node
+        for key in path:
+            target = target[key]
+        target[last] = value
+    torch.manual_seed(1)
+    return build(node, hidden_size=HIDDEN, layer_index=0).to(dtype)
+
+
+def inputs(B: int, T: int, dtype: torch.dtype = torch.float64, seed: int = 2) -> Tensor:
+    return torch.randn(B, T, HIDDEN, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def tensors(state: Any) -> list[Tensor]:
+    """All tensors of a state, in order; None counts as nothing."""
+    if isinstance(state, Tensor):
+        return [state]
+    return [t for part in state for t in tensors(part)] if isinstance(state, tuple) else []
+
+
+def outcome(m: Mixer, x: Tensor, splits: tuple[int, ...] = (), segments: Tensor | None = None) -> list[Tensor]:
+    """Outputs, final state, and the gradients of a fixed function of both to x and to every parameter; the sequence
+    given in calls that end at `splits`."""
+    x = x.detach().requires_grad_()
+    state, outputs, edges = None, [], [0, *splits, x.shape[1]]
+    for a, b in zip(edges, edges[1:], strict=False):
+        y, state = m(x[:, a:b], state, None if segments is None else segments[:, a:b])
+        outputs.append(y)
+    y = torch.cat(outputs, dim=1)
+    memory = [t for t in tensors(state.memory) if t.is_floating_point()]
+    loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() + sum(
+        t.square().sum() for t in memory
+    )
+    gradients = torch.autograd.grad(loss, [x, *m.parameters()])
+    return [y, *memory, *gradients]
+
+
+def largest_difference(a: list[Tensor], b: list[Tensor]) -> float:
+    assert len(a) == len(b)
+    return max(((s - t).abs().max() / t.abs().max().clamp(min=1)).item() for s, t in zip(a, b, strict=True))

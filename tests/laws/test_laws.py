@@ -1,0 +1,142 @@
+"""The laws that every mixer obeys (float64 on the CPU unless said otherwise). One test a law; the presets are read from conf/mixer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from conf.build import build
+from tests.laws.presets import HIDDEN, PRESETS, inputs, largest_difference, mixer, outcome, recipe, tensors
+
+every_preset = pytest.mark.parametrize("preset", PRESETS)
+every_form = pytest.mark.parametrize("backend", ["torch", "recurrent"])
+T = 150  # two chunks of 64 and a rest
+
+
+@every_preset
+@every_form
+def test_1_causal(preset, backend):
+    """Changing a token changes no output before it: exactly."""
+    m = mixer(preset, backend)
+    x = inputs(1, T)
+    y, _ = m(x)
+    for t in (1, 63, 64, 149):
+        changed = x.clone()
+        changed[:, t] += 1
+        z, _ = m(changed)
+        assert torch.equal(y[:, :t], z[:, :t])
+        assert not torch.equal(y[:, t], z[:, t])
+
+
+@every_preset
+@every_form
+def test_2_rows_are_independent(preset, backend):
+    m = mixer(preset, backend)
+    x = inputs(3, T)
+    changed = x.clone()
+    changed[1] += 1
+    y, z = m(x)[0], m(changed)[0]
+    assert torch.equal(y[[0, 2]], z[[0, 2]])
+    alone = torch.cat([m(row.unsqueeze(0))[0] for row in x])
+    assert largest_difference([alone], [y]) < 1e-12
+
+
+@every_preset
+def test_3_one_map_in_every_form(preset):
+    """Recurrent = parallel = any split into calls: outputs, final state, all gradients."""
+    x = inputs(2, T)
+    truth = outcome(mixer(preset, "recurrent"), x)
+    assert largest_difference(outcome(mixer(preset), x), truth) < 1e-10
+    for backend in ("torch", "recurrent"):
+        for splits in ((1,), (64,), (5, 6, 7, 100), (149,)):
+            assert largest_difference(outcome(mixer(preset, backend), x, splits), truth) < 1e-10, (backend, splits)
+
+
+@every_preset
+def test_3_decoding_token_by_token(preset):
+    x = inputs(2, 20)
+    assert largest_difference(outcome(mixer(preset), x, tuple(range(1, 20))), outcome(mixer(preset), x)) < 1e-10
+
+
+@every_preset
+@every_form
+def test_4_packed_documents_are_separate_sequences(preset, backend):
+    """Outputs, gradients and the final state; and a document may go on in the next call."""
+    m = mixer(preset, backend)
+    lengths = (1, 2, 61, 3, 70, 13)
+    x = inputs(2, sum(lengths))
+    segments = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(2, -1)
+    packed = outcome(m, x, segments=segments)
+    weights = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+    x = x.detach().requires_grad_()
+    outputs, loss = [], 0.0
+    for piece, weight in zip(x.split(lengths, dim=1), weights.split(lengths, dim=1), strict=True):
+        y, state = m(piece)
+        outputs.append(y)
+        loss = loss + (y * weight).sum()
+    memory = [t for t in tensors(state.memory) if t.is_floating_point()]
+    loss = loss + sum(t.square().sum() for t in memory)
+    separate = torch.autograd.grad(loss, [x, *m.parameters()])
+    keep = [
+        t[:, -s.shape[1] :] if t.shape != s.shape else t
+        for t, s in zip(packed[1 : 1 + len(memory)], memory, strict=True)
+    ]
+    if keep and all(a.shape == b.shape for a, b in zip(packed[1:], memory, strict=False)):
+        assert largest_difference([packed[0], *packed[1:]], [torch.cat(outputs, 1), *memory, *separate]) < 1e-10
+    else:  # a cache keeps the pairs of earlier documents, marked: compare what is read from it
+        assert largest_difference([packed[0]], [torch.cat(outputs, 1)]) < 1e-10
+    for splits in ((1,), (2, 3), (30, 100), (64,)):
+        assert largest_difference(outcome(m, x, splits, segments)[:1], packed[:1]) < 1e-10, splits
+
+
+@every_preset
+def test_5_gradients_cross_chunks(preset):
+    x = inputs(1, 192).requires_grad_()
+    y, _ = mixer(preset)(x)
+    (gradient,) = torch.autograd.grad(y[:, 128:].square().sum(), x)
+    assert (gradient[:, :64].norm(dim=-1) > 0).all()
+
+
+@every_preset
+@every_form
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["zero", "repeated", "huge", "tiny", "one token", "ragged"])
+def test_7_finite_at_the_extremes(preset, backend, dtype, case):
+    """Zero keys, repeated keys, saturated gates, T = 1, T a multiple of nothing: outputs and gradients, float32 and bf16 autocast."""
+    x = inputs(2, {"one token": 1, "ragged": 77}.get(case, 70), torch.float32)
+    if case == "zero":
+        x = torch.zeros_like(x)
+    elif case == "repeated":
+        x = x[:, :1].expand(-1, x.shape[1], -1)
+    elif case in ("huge", "tiny"):
+        x = x * {"huge": 1e4, "tiny": 1e-12}[case]
+    m = mixer(preset, backend, torch.float32)
+    with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+        found = outcome(m, x)
+    assert all(t.isfinite().all() for t in found)
+
+
+@every_preset
+def test_9_counts(preset):
+    """num_params, flops_per_token and state_size are what is counted: the tensors, torch's counter on the definition, the state itself."""
+    m = mixer(preset, "recurrent")
+    assert m.num_params == sum(p.numel() for p in m.parameters())
+    for length in (1, 40):
+        with FlopCounterMode(display=False) as counter:
+            _, state = m(inputs(1, length))
+        assert counter.get_total_flops() == pytest.approx(m.flops_per_token(length) * length, rel=0.02)
+        held = [t for t in [*tensors(state.memory), *tensors(state.tail)] if t.is_floating_point()]
+        assert sum(t.numel() for t in held) == m.state_size(length)
+
+
+@every_preset
+def test_an_impossible_decay_is_refused_when_built(preset):
+    node = {**recipe(preset)}
+    accepts = mixer(preset).regressor.accepts_decay
+    for name, kind in {"none": "none", "scalar": "head"}.items():
+        if kind not in accepts:
+            target = {"none": "NoDecay", "scalar": "ScalarDecay"}[name]
+            node["decay"] = {"_target_": f"models.decay.{target}", "_partial_": True}
+            with pytest.raises(ValueError, match="possible kinds"):
+                build(node, hidden_size=HIDDEN, layer_index=0)

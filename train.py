@@ -1,0 +1,146 @@
+"""Train a language model whose token mixers are test-time regressors.
+
+    python train.py model=gated_delta                    # any machine, no downloads
+    python train.py model=softmax size=170m data=fineweb_edu strategy=ddp logger=wandb
+    python train.py --help                               # the groups and what is in them
+
+The same command after an interruption goes on from the last checkpoint. conf/train.yaml has the settings; README.md
+explains them.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+import lightning as L
+import torch
+from data.module import DataModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+
+from conf import schema
+from conf.build import build, problems
+from data.batch import batch_arithmetic, every
+from models.language_model import LanguageModel, LanguageModelConfig
+from models.training.callbacks import Throughput
+from models.training.module import Training
+from models.training.run import Run
+from models.training.summary import summary
+
+schema.register()
+
+
+@hydra.main(config_path="conf", config_name="train", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    try:
+        trainer, module, datamodule, run = assemble(cfg)
+    except ValueError as error:  # a mistake in the settings: what it is, without a traceback
+        sys.exit(f"error: {error}")
+    if run.result is not None:
+        print(f"{run.folder} is finished: {describe(run.result)}")
+        print("For another run choose another name=, or overwrite=true to delete this one.")
+        return
+    if trainer.is_global_zero:
+        dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+        print(f"run       {run.folder}\n{datamodule.task.describe()}\nbatch     {datamodule.batch}")
+        print(summary(module.model, cfg.seq_len, trainer.strategy.root_device, dtype), flush=True)
+    checkpoint = run.checkpoint
+    if checkpoint is not None and trainer.is_global_zero:
+        print(f"going on from {checkpoint}", flush=True)
+    trainer.fit(module, datamodule, ckpt_path=checkpoint)
+    if trainer.interrupted or trainer.global_step < module.num_steps:
+        sys.exit(f"stopped after {trainer.global_step} of {module.num_steps} steps; the same command goes on")
+    finish(trainer, module, datamodule, run)
+
+
+def assemble(cfg: DictConfig) -> tuple[L.Trainer, Training, DataModule, Run]:
+    """Everything that a run needs, checked and built; nothing is trained yet. Raises ValueError for the user's
+    mistakes.
+    """
+    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    if found := list(problems(plain)):
+        raise ValueError("\n       ".join(found))
+    world_size = schema.world_size(cfg.trainer.devices, cfg.trainer.num_nodes)
+    batch = batch_arithmetic(cfg.batch_tokens, cfg.seq_len, cfg.micro_batch, world_size, cfg.tokens)
+    validate_every = every(cfg.validate_every, batch.num_steps, "validate_every")
+    checkpoint_every = every(cfg.checkpoint_every, batch.num_steps, "checkpoint_every")
+    run = Run(cfg.run_dir, plain)
+
+    L.seed_everything(cfg.seed, verbose=False)
+    task = build(cfg.data, tokenizer=build(cfg.tokenizer), seq_len=cfg.seq_len)
+    task.prepare()
+    datamodule = DataModule(task, batch, cfg.validation_tokens, cfg.seed, cfg.num_workers, cfg.overfit)
+
+    sizes = {key: value for key, value in plain["model"].items() if key != "num_heads"}
+    model = LanguageModel(LanguageModelConfig(vocab_size=task.vocab_size, **sizes))
+    module = Training(
+        model,
+        build(cfg.optimizer),
+        build(cfg.schedule),
+        batch.num_steps,
+        cfg.clip_norm,
+        task.targets_per_token,
+        task.bytes_per_token,
+        cfg.compile,
+    )
+    checkpoints = ModelCheckpoint(
+        dirpath=run.folder / "checkpoints",
+        filename="step-{step:09d}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=checkpoint_every,
+        save_top_k=1,
+    )
+    trainer = build(
+        cfg.trainer,
+        default_root_dir=str(run.folder),
+        logger=[build(node) for node in cfg.logger.values()],
+        callbacks=[*(build(node) for node in cfg.callbacks.values()), checkpoints],
+        max_steps=batch.num_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=batch.accumulation,
+        val_check_interval=validate_every * batch.accumulation,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=min(cfg.log_every, batch.num_steps),
+    )
+    if trainer.world_size != world_size:
+        raise ValueError(
+            f"trainer.devices={cfg.trainer.devices} means {world_size} processes, and {trainer.world_size} were started"
+        )
+    run.enter(trainer.is_global_zero)
+    return trainer, module, datamodule, run
+
+
+def finish(trainer: L.Trainer, module: Training, datamodule: DataModule, run: Run) -> None:
+    """The last validation, and the model as a folder that from_pretrained loads."""
+    trainer.validate(module, datamodule, verbose=False)
+    weights = trainer.strategy.lightning_module_state_dict()  # every rank takes part where it is sharded
+    if not trainer.is_global_zero:
+        return
+    weights = {name.removeprefix("model."): value for name, value in weights.items()}
+    module.model.save_pretrained(run.folder / "model", state_dict=weights)
+    if datamodule.task.tokenizer is not None:
+        datamodule.task.tokenizer.save(run.folder / "model")
+    run.finish(
+        {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("validation/")}
+    )
+    speed = [callback.summary() for callback in trainer.callbacks if isinstance(callback, Throughput)]
+    print(
+        f"finished  {'; '.join([describe(run.result), *speed])}\n          {run.folder}: metrics.csv, loss.png, model/"
+    )
+
+
+def describe(result: dict[str, float]) -> str:
+    """The numbers that matter of a result, in one line."""
+    shown = {
+        "validation/bits_per_byte": "bits per byte",
+        "validation/accuracy": "accuracy",
+        "validation/nats": "nats per token",
+        "validation/perplexity": "perplexity",
+    }
+    return "validation " + ", ".join(f"{result[name]:.4g} {label}" for name, label in shown.items() if name in result)
+
+
+if __name__ == "__main__":
+    main()
