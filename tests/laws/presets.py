@@ -1,9 +1,10 @@
-"""Every preset in conf/mixer, built small: what the laws are tried on. A new YAML there is tried without a line changed here."""
+"""Every preset in conf/mixer, built small: what the laws are tried on. A new YAML there is tried without a line here."""
 
 from __future__ import annotations
 
 import copy
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,21 +57,25 @@ def tensors(state: Any) -> list[Tensor]:
     return [t for part in state for t in tensors(part)] if isinstance(state, tuple) else []
 
 
-def outcome(m: Mixer, x: Tensor, splits: tuple[int, ...] = (), segments: Tensor | None = None) -> list[Tensor]:
-    """Outputs, final state, and the gradients of a fixed function of both to x and to every parameter; the sequence
-    given in calls that end at `splits`."""
+def outcome(
+    m: Mixer, x: Tensor, splits: tuple[int, ...] = (), segments: Tensor | None = None, memory: bool = True
+) -> list[Tensor]:
+    """Outputs, the final memory, and the gradients of a fixed function of both to x and to every parameter; the sequence
+    given in calls that end at `splits`. memory=False leaves the memory out."""
     x = x.detach().requires_grad_()
-    state, outputs, edges = None, [], [0, *splits, x.shape[1]]
-    for a, b in zip(edges, edges[1:], strict=False):
+    state, outputs = None, []
+    for a, b in pairwise([0, *splits, x.shape[1]]):
         y, state = m(x[:, a:b], state, None if segments is None else segments[:, a:b])
         outputs.append(y)
     y = torch.cat(outputs, dim=1)
-    memory = [t for t in tensors(state.memory) if t.is_floating_point()]
-    loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() + sum(
-        t.square().sum() for t in memory
-    )
-    gradients = torch.autograd.grad(loss, [x, *m.parameters()])
-    return [y, *memory, *gradients]
+    held = [t for t in tensors(state.memory) if t.is_floating_point()] if memory else []
+    gradients = torch.autograd.grad(probe(y) + sum(t.square().sum() for t in held), [x, *m.parameters()])
+    return [y, *held, *gradients]
+
+
+def probe(y: Tensor) -> Tensor:
+    """A number that depends on every output differently."""
+    return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
 
 
 def largest_difference(a: list[Tensor], b: list[Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""The laws that every mixer obeys (float64 on the CPU unless said otherwise). One test a law; the presets are read from conf/mixer."""
+"""The laws that every mixer obeys, float64 on the CPU unless said otherwise. The presets are read from conf/mixer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from conf.build import build
-from tests.laws.presets import HIDDEN, PRESETS, inputs, largest_difference, mixer, outcome, recipe, tensors
+from tests.laws.presets import HIDDEN, PRESETS, inputs, largest_difference, mixer, outcome, probe, recipe, tensors
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 every_form = pytest.mark.parametrize("backend", ["torch", "recurrent"])
@@ -65,29 +65,20 @@ def test_4_packed_documents_are_separate_sequences(preset, backend):
     """Outputs, gradients and the final state; and a document may go on in the next call."""
     m = mixer(preset, backend)
     lengths = (1, 2, 61, 3, 70, 13)
-    x = inputs(2, sum(lengths))
+    x = inputs(2, sum(lengths)).requires_grad_()
     segments = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(2, -1)
-    packed = outcome(m, x, segments=segments)
-    weights = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
-    x = x.detach().requires_grad_()
-    outputs, loss = [], 0.0
-    for piece, weight in zip(x.split(lengths, dim=1), weights.split(lengths, dim=1), strict=True):
-        y, state = m(piece)
-        outputs.append(y)
-        loss = loss + (y * weight).sum()
-    memory = [t for t in tensors(state.memory) if t.is_floating_point()]
-    loss = loss + sum(t.square().sum() for t in memory)
-    separate = torch.autograd.grad(loss, [x, *m.parameters()])
-    keep = [
-        t[:, -s.shape[1] :] if t.shape != s.shape else t
-        for t, s in zip(packed[1 : 1 + len(memory)], memory, strict=True)
-    ]
-    if keep and all(a.shape == b.shape for a, b in zip(packed[1:], memory, strict=False)):
-        assert largest_difference([packed[0], *packed[1:]], [torch.cat(outputs, 1), *memory, *separate]) < 1e-10
-    else:  # a cache keeps the pairs of earlier documents, marked: compare what is read from it
-        assert largest_difference([packed[0]], [torch.cat(outputs, 1)]) < 1e-10
+    pieces = [m(piece) for piece in x.split(lengths, dim=1)]
+    y = torch.cat([piece for piece, _ in pieces], dim=1)
+    separate = [y, *torch.autograd.grad(probe(y), [x, *m.parameters()])]
+    packed = outcome(m, x, segments=segments, memory=False)
+    assert largest_difference(packed, separate) < 1e-10
     for splits in ((1,), (2, 3), (30, 100), (64,)):
-        assert largest_difference(outcome(m, x, splits, segments)[:1], packed[:1]) < 1e-10, splits
+        assert largest_difference(outcome(m, x, splits, segments, memory=False), packed) < 1e-10, splits
+    # what the last document leaves behind: read by one more token of it, and by the first of another
+    more = inputs(2, 1, seed=3)
+    _, state = m(x, None, segments)
+    assert largest_difference([m(more, state, segments[:, -1:])[0]], [m(more, pieces[-1][1])[0]]) < 1e-10
+    assert largest_difference([m(more, state, segments[:, -1:] + 1)[0]], [m(more)[0]]) < 1e-10
 
 
 @every_preset
@@ -103,7 +94,7 @@ def test_5_gradients_cross_chunks(preset):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["zero", "repeated", "huge", "tiny", "one token", "ragged"])
 def test_7_finite_at_the_extremes(preset, backend, dtype, case):
-    """Zero keys, repeated keys, saturated gates, T = 1, T a multiple of nothing: outputs and gradients, float32 and bf16 autocast."""
+    """Zero keys, repeated keys, saturated gates, T = 1, T a multiple of nothing: outputs and gradients are finite."""
     x = inputs(2, {"one token": 1, "ragged": 77}.get(case, 70), torch.float32)
     if case == "zero":
         x = torch.zeros_like(x)
@@ -119,7 +110,7 @@ def test_7_finite_at_the_extremes(preset, backend, dtype, case):
 
 @every_preset
 def test_9_counts(preset):
-    """num_params, flops_per_token and state_size are what is counted: the tensors, torch's counter on the definition, the state itself."""
+    """They are what is counted: in the tensors, by torch's counter on the definition, in the state itself."""
     m = mixer(preset, "recurrent")
     assert m.num_params == sum(p.numel() for p in m.parameters())
     for length in (1, 40):
