@@ -1,0 +1,164 @@
+"""The loaders, for Lightning. The only file of this package that knows it.
+
+Training    the batches of `GlobalOrder` from the trainer's step on; a resumed run goes on with the batch that comes
+            next, whatever the number of devices, the micro-batch or the number of workers were before.
+Validation  a fixed set of sequences, the first of the validation split, the same for every world size.
+
+Give the Trainer `use_distributed_sampler=False` (the ranks are told apart here, and Lightning would shuffle what is in
+order), `accumulate_grad_batches` as `data.order.accumulation` derives it, and no `max_epochs`: to Lightning the whole
+run is one epoch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data.order import GlobalOrder
+from data.text import IGNORE
+
+
+class DataModule(L.LightningDataModule):
+    """Loaders of a task (data.text.Text, data.synthetic.AssociativeRecall).
+
+    batch_size           sequences in a step of the optimizer, over all devices
+    micro_batch          sequences a device computes at once
+    num_steps            of the whole run
+    validation_tokens    how many tokens to validate on, rounded up to sequences, and at most what the split holds
+    """
+
+    def __init__(
+        self,
+        task: Any,
+        seed: int,
+        batch_size: int,
+        micro_batch: int,
+        num_steps: int,
+        validation_tokens: int,
+        seq_len: int,
+        num_workers: int = 0,
+    ):
+        super().__init__()
+        if validation_tokens < 1:
+            raise ValueError(f"validation_tokens={validation_tokens} must be positive")
+        self.task, self.seed, self.num_steps, self.num_workers = task, seed, num_steps, num_workers
+        self.batch_size, self.micro_batch = batch_size, micro_batch
+        self.validation_tokens, self.seq_len = validation_tokens, seq_len
+
+    def setup(self, stage: str | None = None) -> None:
+        self.task.prepare()
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        samples = self.task.train_samples()
+        order = GlobalOrder(
+            len(samples),
+            self.batch_size,
+            self.micro_batch,
+            self.num_steps,
+            self.seed,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+            first_step=trainer.global_step,
+        )
+        if trainer.accumulate_grad_batches != order.accumulation:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be {order.accumulation}: a global "
+                f"batch of {self.batch_size} sequences, micro_batch={self.micro_batch} on {trainer.world_size} devices"
+            )
+        align_progress(trainer)
+        identity = {
+            "data fingerprint": self.task.fingerprint,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "seq_len": self.seq_len,
+        }
+        return TrainLoader(identity, samples, batch_sampler=order, **self._loader_settings())
+
+    def val_dataloader(self) -> DataLoader:
+        return self.validation_loader(self.seq_len)
+
+    def validation_loader(self, seq_len: int) -> DataLoader:
+        """The validation set in sequences of another length; 2 and 4 times the training length test extrapolation."""
+        samples = self.task.validation_samples(seq_len)
+        count = min(-(-self.validation_tokens // seq_len), len(samples))
+        share = Share(samples, count, self.micro_batch, self.trainer.global_rank, self.trainer.world_size)
+        return DataLoader(share, batch_size=self.micro_batch, shuffle=False, **self._loader_settings())
+
+    def _loader_settings(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": self.trainer.strategy.root_device.type == "cuda",
+        }
+
+
+class TrainLoader(DataLoader):
+    """A loader that saves no position, which the step gives, but what must stay for a step to mean the same batch."""
+
+    def __init__(self, identity: dict[str, Any], dataset: Dataset, **settings: Any):
+        super().__init__(dataset, **settings)
+        self.identity = identity
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.identity)
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        changed = [
+            f"{name} was {saved.get(name)!r} and is {now!r}"
+            for name, now in self.identity.items()
+            if saved.get(name) != now
+        ]
+        if changed:
+            raise ValueError(
+                f"the checkpoint was made on other data, so that this run can't resume it: {'; '.join(changed)}. Use "
+                "another run name, or the settings it was started with"
+            )
+
+
+class Share(Dataset):
+    """One rank's share of the first `count` samples: every world-th from the rank-th on.
+
+    Padded to whole micro-batches, as many on every rank, with samples that have no label: they weigh nothing where the
+    loss is averaged over labels.
+    """
+
+    def __init__(self, samples: Dataset, count: int, micro_batch: int, rank: int, world: int):
+        assert 1 <= count <= len(samples), (count, len(samples))
+        self.samples, self.indices = samples, range(rank, count, world)
+        self.size = -(-count // (world * micro_batch)) * micro_batch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index < len(self.indices):
+            return self.samples[self.indices[index]]
+        if index >= self.size:
+            raise IndexError(index)
+        sample = self.samples[0]
+        return {**sample, "labels": torch.full_like(sample["labels"], IGNORE)}
+
+
+def align_progress(trainer: L.Trainer) -> None:
+    """Restate Lightning's count of batches in the micro-batches of this run.
+
+    Lightning decides from that count where an accumulation window ends and when the epoch does. A resumed run takes it
+    from the checkpoint, and it is wrong there if the accumulation has changed (3 steps of 1 micro-batch end in the
+    middle of a window of 2), or if the checkpoint was made within a window: its gradients are lost, and the window has
+    to be computed again from its start. The count that belongs to step s is s x accumulation.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    counted, expected = progress.total.ready, trainer.global_step * trainer.accumulate_grad_batches
+    if counted == expected:
+        return
+    between_hooks = progress.total.processed == counted and progress.total.completed == counted - 1
+    current = progress.current.ready * expected // counted
+    for tracker, ready in ((progress.total, expected), (progress.current, current)):
+        tracker.ready = tracker.started = tracker.processed = ready
+        # a checkpoint from on_train_batch_end has its batch processed but not completed, and Lightning completes it
+        tracker.completed = ready - 1 if between_hooks and ready else ready

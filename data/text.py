@@ -1,0 +1,106 @@
+"""A corpus as a language-modelling task: the shards, cut into sequences of L tokens.
+
+Documents lie end to end. Sample i holds tokens [i L, i L + L]: L inputs, and the next token of each as its label.
+Sample i + 1 starts with the last label of sample i, so that every token but the first is predicted once.
+
+    input_ids  [L]   x_t
+    labels     [L]   x_{t+1}, already shifted; -100 (ignored) where it is the first token of another document, which
+               nothing before it can tell
+    segments   [L]   the number of x_t's document within the sample, from 0
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.corpora import Corpus
+from data.shards import TokenShards, prepare, shard_folder
+from data.tokenizer import Tokenizer
+
+IGNORE = -100  # the label that cross-entropy leaves out
+
+
+class Text:
+    """A corpus, a tokenizer and a sequence length.
+
+    name: what the cached folder is called.  corpus: see corpora.py.
+    """
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, seq_len: int, name: str = "text"):
+        if seq_len < 1:
+            raise ValueError(f"seq_len={seq_len} must be positive")
+        if not name or not set(name.lower()) <= set("abcdefghijklmnopqrstuvwxyz0123456789_.-"):
+            raise ValueError(f"data.name={name!r} names a folder: letters, digits, '_', '-' and '.' are allowed")
+        self.corpus, self.tokenizer, self.seq_len, self.name = corpus, tokenizer, seq_len, name
+        self._splits: dict[str, TokenShards] = {}
+
+    def prepare(self) -> None:
+        """Write the token shards and train the tokenizer, where that is not done yet. Safe in every process, and again."""
+        if self._splits:
+            return
+        folder = shard_folder(self.name, self.corpus, self.tokenizer)
+        prepare(self.corpus, self.tokenizer, folder)
+        self._splits = {split: TokenShards(folder, split) for split in ("train", "validation")}
+
+    def _shards(self, split: str) -> TokenShards:
+        if not self._splits:
+            raise ValueError("the data have not been prepared; call prepare() first")
+        return self._splits[split]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the validation split; nats per token / (ln 2 x bytes per token) = bits per byte."""
+        validation = self._shards("validation")
+        return validation.num_bytes / validation.num_tokens
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal on two machines if and only if the tokens are."""
+        return self._shards("train").meta["fingerprint"]
+
+    def describe(self) -> list[str]:
+        lines = [f"{self.name}: {self._shards('train').meta['source']}"]
+        for split in ("train", "validation"):
+            s = self._shards(split)
+            lines.append(f"{split}: {s.num_documents:,} documents, {s.num_tokens:,} tokens, {s.num_bytes:,} bytes")
+        lines.append(
+            f"tokenizer {self.tokenizer.spec()}: {self.vocab_size:,} ids, {self.bytes_per_token:.2f} bytes per token"
+        )
+        return lines
+
+    def train_samples(self) -> Sequences:
+        return Sequences(self._shards("train"), self.seq_len, self.name)
+
+    def validation_samples(self, seq_len: int | None = None) -> Sequences:
+        """Another seq_len shows how a model does beyond the length it was trained at."""
+        return Sequences(self._shards("validation"), seq_len or self.seq_len, self.name)
+
+
+class Sequences(Dataset):
+    """The samples of one split; see the module's docstring."""
+
+    def __init__(self, shards: TokenShards, seq_len: int, name: str):
+        if shards.num_tokens <= seq_len:
+            raise ValueError(
+                f"seq_len={seq_len} is too long for the {shards.split} split of data={name}, which has "
+                f"{shards.num_tokens:,} tokens; at most {shards.num_tokens - 1:,} fit"
+            )
+        self.shards, self.seq_len = shards, seq_len
+
+    def __len__(self) -> int:
+        return (self.shards.num_tokens - 1) // self.seq_len
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = index * self.seq_len
+        tokens = torch.from_numpy(self.shards.read(start, start + self.seq_len + 1))
+        documents = torch.from_numpy(self.shards.document_numbers(start, start + self.seq_len + 1))
+        labels = tokens[1:].masked_fill(documents[1:] != documents[:-1], IGNORE)
+        return {"input_ids": tokens[:-1], "labels": labels, "segments": documents[:-1]}

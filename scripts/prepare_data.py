@@ -1,0 +1,27 @@
+"""Download, tokenise and cache a corpus ahead of training, on a machine without a GPU:
+
+    python scripts/prepare_data.py data=fineweb_edu tokenizer=bpe
+
+train.py does the same at its start where it is missing. Set TTR_CACHE to a folder that the training machines share.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import hydra
+from omegaconf import DictConfig
+
+from conf.build import build
+
+
+@hydra.main(config_path="../conf", config_name="train", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    task = build(cfg.data, tokenizer=build(cfg.tokenizer), seq_len=cfg.seq_len)
+    task.prepare()
+    print(*task.describe(), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
