@@ -15,13 +15,13 @@ import sys
 import hydra
 import lightning as L
 import torch
-from data.module import DataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from conf import schema
 from conf.build import build, problems
 from data.batch import batch_arithmetic, every
+from data.module import DataModule
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training.callbacks import Throughput
 from models.training.module import Training
@@ -42,8 +42,9 @@ def main(cfg: DictConfig) -> None:
         print("For another run choose another name=, or overwrite=true to delete this one.")
         return
     if trainer.is_global_zero:
+        lines = "\n".join(f"data      {line}" for line in datamodule.task.describe())
         dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
-        print(f"run       {run.folder}\n{datamodule.task.describe()}\nbatch     {datamodule.batch}")
+        print(f"run       {run.folder}\n{lines}\nbatch     {datamodule.batch}")
         print(summary(module.model, cfg.seq_len, trainer.strategy.root_device, dtype), flush=True)
     checkpoint = run.checkpoint
     if checkpoint is not None and trainer.is_global_zero:

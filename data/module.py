@@ -5,7 +5,7 @@ Training    the batches of `GlobalOrder` from the trainer's step on; a resumed r
 Validation  a fixed set of sequences, the first of the validation split, the same for every world size.
 
 Give the Trainer `use_distributed_sampler=False` (the ranks are told apart here, and Lightning would shuffle what is in
-order), `accumulate_grad_batches` as `data.order.accumulation` derives it, and no `max_epochs`: to Lightning the whole
+order), `accumulate_grad_batches` as `data.batch` derives it, and no `max_epochs`: to Lightning the whole
 run is one epoch.
 """
 
@@ -16,8 +16,9 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from data.batch import Batch
 from data.order import GlobalOrder
 from data.text import IGNORE
 
@@ -25,29 +26,21 @@ from data.text import IGNORE
 class DataModule(L.LightningDataModule):
     """Loaders of a task (data.text.Text, data.synthetic.AssociativeRecall).
 
-    batch_size           sequences in a step of the optimizer, over all devices
-    micro_batch          sequences a device computes at once
-    num_steps            of the whole run
+    batch                how a step's tokens are divided (data.batch)
     validation_tokens    how many tokens to validate on, rounded up to sequences, and at most what the split holds
+    overfit              train on the first batch over and over
     """
 
     def __init__(
-        self,
-        task: Any,
-        seed: int,
-        batch_size: int,
-        micro_batch: int,
-        num_steps: int,
-        validation_tokens: int,
-        seq_len: int,
-        num_workers: int = 0,
+        self, task: Any, batch: Batch, validation_tokens: int, seed: int, num_workers: int = 0, overfit: bool = False
     ):
         super().__init__()
         if validation_tokens < 1:
             raise ValueError(f"validation_tokens={validation_tokens} must be positive")
-        self.task, self.seed, self.num_steps, self.num_workers = task, seed, num_steps, num_workers
-        self.batch_size, self.micro_batch = batch_size, micro_batch
-        self.validation_tokens, self.seq_len = validation_tokens, seq_len
+        if num_workers < 0:
+            raise ValueError(f"num_workers={num_workers} must not be negative")
+        self.task, self.batch, self.seed, self.num_workers = task, batch, seed, num_workers
+        self.validation_tokens, self.overfit = validation_tokens, overfit
 
     def setup(self, stage: str | None = None) -> None:
         self.task.prepare()
@@ -55,46 +48,49 @@ class DataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
         samples = self.task.train_samples()
+        assert (trainer.accumulate_grad_batches, trainer.world_size) == (self.batch.accumulation, self.batch.world_size)
         order = GlobalOrder(
             len(samples),
-            self.batch_size,
-            self.micro_batch,
-            self.num_steps,
+            self.batch,
             self.seed,
             rank=trainer.global_rank,
-            world=trainer.world_size,
             first_step=trainer.global_step,
+            overfit=self.overfit,
         )
-        if trainer.accumulate_grad_batches != order.accumulation:
-            raise ValueError(
-                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be {order.accumulation}: a global "
-                f"batch of {self.batch_size} sequences, micro_batch={self.micro_batch} on {trainer.world_size} devices"
-            )
         align_progress(trainer)
         identity = {
             "data fingerprint": self.task.fingerprint,
             "seed": self.seed,
-            "batch_size": self.batch_size,
-            "seq_len": self.seq_len,
+            "sequences in a batch": self.batch.sequences,
+            "seq_len": self.batch.seq_len,
         }
         return TrainLoader(identity, samples, batch_sampler=order, **self._loader_settings())
 
     def val_dataloader(self) -> DataLoader:
-        return self.validation_loader(self.seq_len)
+        return self.validation_loader(self.batch.seq_len)
 
     def validation_loader(self, seq_len: int) -> DataLoader:
         """The validation set in sequences of another length; 2 and 4 times the training length test extrapolation."""
         samples = self.task.validation_samples(seq_len)
         count = min(-(-self.validation_tokens // seq_len), len(samples))
-        share = Share(samples, count, self.micro_batch, self.trainer.global_rank, self.trainer.world_size)
-        return DataLoader(share, batch_size=self.micro_batch, shuffle=False, **self._loader_settings())
+        micro_batch = max(1, self.batch.micro_batch * self.batch.seq_len // seq_len)
+        share = Share(samples, count, micro_batch, self.trainer.global_rank, self.trainer.world_size)
+        return DataLoader(share, batch_size=micro_batch, shuffle=False, **self._loader_settings())
 
     def _loader_settings(self) -> dict[str, Any]:
         return {
+            "collate_fn": collate,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": self.trainer.strategy.root_device.type == "cuda",
         }
+
+
+def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor | None]:
+    """A batch, [B, T] each. `segments` is None where every row is one document: mixers then need no masks, and to see
+    it here costs no transfer from the GPU."""
+    batch = default_collate(samples)
+    return batch if batch["segments"].any() else {**batch, "segments": None}
 
 
 class TrainLoader(DataLoader):

@@ -71,6 +71,7 @@ class AssociativeRecall:
         self.power_a, self.random_filler, self.seed = float(power_a), random_filler, seed
         self.train_size, self.validation_size = train_size, validation_size
         self.tokenizer = None
+        self.targets_per_token = num_pairs / seq_len
 
     def prepare(self) -> None:
         """Nothing to prepare: sequences are made when they are asked for."""

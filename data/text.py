@@ -28,6 +28,8 @@ class Text:
     name: what the cached folder is called.  corpus: see corpora.py.
     """
 
+    targets_per_token = 1.0  # a thousandth less, in truth: nothing predicts the first token of a document
+
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, seq_len: int, name: str = "text"):
         if seq_len < 1:
             raise ValueError(f"seq_len={seq_len} must be positive")

@@ -22,7 +22,7 @@ from models.block import Block, SwiGLU, derived_inner_size
 from models.loss import IGNORED, score, sum_nats
 from models.mixer import State
 
-transformers_logging.get_logger("transformers.generation.utils").setLevel(transformers_logging.ERROR)
+transformers_logging.disable_progress_bar()  # over a single file of weights
 
 
 class LanguageModelConfig(PretrainedConfig):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from tqdm import tqdm
 
 from models.training.logger import CsvLogger, read_metrics
 from models.training.module import Training, position_ranges
@@ -92,6 +95,41 @@ class Throughput(Callback):
         if self.peak is not None:
             text += f", MFU {rate * self.flops_per_token / (self.peak * self.num_devices):.1%}"
         return text
+
+
+class Progress(Callback):
+    """A bar of steps where there is a terminal, and a line at every validation wherever the output goes."""
+
+    def on_fit_start(self, trainer: L.Trainer, module: Training) -> None:
+        total, self.started, self.first = trainer.max_steps, time.perf_counter(), trainer.global_step
+        hidden = trainer.global_rank > 0 or not sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=self.first, unit="step", dynamic_ncols=True, leave=False, disable=hidden)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Training, outputs: Any, batch: Any, index: int) -> None:
+        self.bar.update(trainer.global_step - self.bar.n)
+        if not self.bar.disable and trainer.global_step % trainer.log_every_n_steps == 0:
+            shown = {"train/loss": "loss", "validation/bits_per_byte": "bits/byte", "validation/accuracy": "accuracy"}
+            found = trainer.callback_metrics
+            self.bar.set_postfix({label: f"{float(found[name]):.3f}" for name, label in shown.items() if name in found})
+
+    def on_validation_end(self, trainer: L.Trainer, module: Training) -> None:
+        if trainer.global_rank or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        step, total, found = trainer.global_step, trainer.max_steps, trainer.callback_metrics
+        seconds = time.perf_counter() - self.started
+        left = seconds * (total - step) / max(1, step - self.first)
+        parts = [f"step {step:>{len(f'{total:,}')},} of {total:,}"]
+        if "train/loss" in found:
+            parts.append(f"loss {float(found['train/loss']):.3f}")
+        for name, label in {"validation/bits_per_byte": "bits per byte", "validation/accuracy": "accuracy"}.items():
+            if name in found:
+                parts.append(f"validation {float(found[name]):.3f} {label}")
+        parts.append(f"{timedelta(seconds=round(seconds))} gone, {timedelta(seconds=round(left))} left")
+        self.bar.write("   ".join(parts))
+
+    def teardown(self, trainer: L.Trainer, module: Training, stage: str) -> None:
+        if stage == "fit":
+            self.bar.close()
 
 
 class Sample(Callback):

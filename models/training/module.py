@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from models.language_model import LanguageModel
 from models.loss import IGNORED
+from models.training.logger import CsvLogger
 
 
 class Training(L.LightningModule):
@@ -69,11 +70,16 @@ class Training(L.LightningModule):
                 register_fsdp_forward_method(self.model, method)
         self._sharded = True
 
+    def on_train_start(self) -> None:
+        for logger in self.loggers:
+            if isinstance(logger, CsvLogger):
+                logger.resume(self.trainer.global_step)
+
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         labels = batch["labels"]
         nats = self.model.sum_nats(batch["input_ids"], labels, batch["segments"])
         count = (labels != IGNORED).sum()
-        self.log_dict({"train/loss": nats.detach() / count.clamp(min=1)}, prog_bar=True)
+        self.log("train/loss", nats.detach() / count.clamp(min=1))
         return nats / (labels.numel() * self.targets_per_token)
 
     def configure_gradient_clipping(
