@@ -10,7 +10,9 @@ explains them.
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 
 import hydra
 import lightning as L
@@ -29,6 +31,10 @@ from models.training.run import Run
 from models.training.summary import summary
 
 schema.register()
+for name in ("lightning.pytorch", "lightning.fabric"):  # what matters of the machine is in our own summary
+    logging.getLogger(name).setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # inside lightning 2.6, about torch
+warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # num_workers is a setting
 
 
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")

@@ -1,0 +1,170 @@
+"""The config: every choice composes and builds, and every mistake is one sentence that names the setting."""
+
+from __future__ import annotations
+
+import io
+import re
+from contextlib import redirect_stderr, redirect_stdout
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+import train as entry
+from conf import schema
+from conf.build import build, problems
+from models.language_model import LanguageModel, LanguageModelConfig
+
+CONF = Path(__file__).parents[1] / "conf"
+BASES = {"model/base"}  # parts of others, not choices
+NETWORK = {"data/fineweb_edu", "data/slimpajama", "data/wikitext", "tokenizer/hugging_face"}
+GROUPS = sorted({path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml")} - BASES)
+
+
+def composed(*overrides: str):
+    schema.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", ["name=test", "run_dir=/none", *overrides], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    return cfg
+
+
+@pytest.mark.parametrize("choice", GROUPS)
+def test_every_choice_composes_and_names_what_exists(choice):
+    group, name = choice.split("/")
+    where = {"mixer": "mixer@model.mixers.main", "decay": "decay@model.mixers.main.decay"}
+    where |= {part: f"{part}@model.mixers.main.{part}" for part in ("features", "regressor")}
+    extra = ["data.corpus.path=x"] if choice == "data/text_files" else []
+    prefix = "+" if group in ("experiment", "debug") else ""
+    cfg = composed(f"{prefix}{where.get(group, group)}={name}", *extra)
+    assert list(problems(OmegaConf.to_container(cfg, resolve=True))) == []
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_file_says_what_it_is(path):
+    lines = path.read_text().splitlines()
+    first = next(line for line in lines if not line.startswith("# @package"))
+    assert re.match(r"# \S", first), "opens with one line that says what it is"
+
+
+def test_every_mixer_has_a_model_of_its_name():
+    assert {p.stem for p in (CONF / "mixer").glob("*.yaml")} <= {p.stem for p in (CONF / "model").glob("*.yaml")}
+
+
+@pytest.mark.parametrize(
+    "size, millions",
+    [("tiny", 0.8), ("20m", 23), ("50m", 51), ("170m", 166), ("340m", 335), ("760m", 729), ("1300m", 1275)],
+)
+def test_sizes_are_what_they_say(size, millions):
+    import torch
+
+    cfg = composed("model=gated_delta", f"size={size}")
+    sizes = {k: v for k, v in OmegaConf.to_container(cfg.model, resolve=True).items() if k != "num_heads"}
+    with torch.device("meta"):
+        model = LanguageModel(LanguageModelConfig(vocab_size=257 if size == "tiny" else 32000, **sizes))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=gated_delta", "mixer@model.mixers.main=softmax"],
+        ["model=hybrid", "model.pattern=[recurrent,attention]", "model.mixers.attention.regressor.window=64"],
+        ["model=softmax", "features@model.mixers.main.features=identity", "model.mixers.main.num_kv_heads=2"],
+        ["model=gated_delta", "decay@model.mixers.main.decay=none", "model.mixers.main.regressor.backend=torch"],
+    ],
+    ids=" ".join,
+)
+def test_mixers_are_swapped_by_override(overrides):
+    cfg = composed(*overrides)
+    sizes = {k: v for k, v in OmegaConf.to_container(cfg.model, resolve=True).items() if k != "num_heads"}
+    assert LanguageModel(LanguageModelConfig(**sizes)).num_parameters() > 0
+
+
+# what is typed -> what the one error must say
+MISTAKES = {
+    # misspelt keys, wherever they stand
+    "model.num_layer=4": "num_layer",
+    "+model.num_layer=4": "num_layer",
+    "model.mixer=softmax": "mixer",
+    "+experiment=misspelt": "tokenz",
+    "seq_length=256": "seq_length",
+    "optimizer.learning_rate=0.1": "learning_rate",
+    "+optimizer.learning_rate=0.1": "optimizer.learning_rate=0.1 is not a setting",
+    "+model.mixers.main.n_head=4": "model.mixers.main.n_head=4 is not a setting",
+    "+model.mixers.main.regressor.windw=4": "model.mixers.main.regressor.windw=4 is not a setting",
+    "+trainer.max_step=4": "trainer.max_step=4 is not a setting",
+    # wrong choices and types
+    "model=gated_dleta": "gated_dleta",
+    "size=huge": "huge",
+    "model.num_layers=twelve": "num_layers",
+    "optimizer._target_=os.system": "optimizer._target_=os.system is not allowed",
+    "model.mixers.main._target_=models.mixer.Mixr": "model.mixers.main._target_=models.mixer.Mixr does not exist",
+    "model.mixers.main.qk_norm=l3": "qk_norm=l3 is not one of none, l2, rms",
+    "model.mixers.main.regressor.backend=cuda": "backend='cuda' is not a backend; one of auto",
+    "model.mixers.main.regressor.backend=fla": "backend=fla can't run",
+    # impossible settings
+    "batch_tokens=1000": "batch_tokens=1000 is not a multiple of seq_len=256",
+    "micro_batch=5": "micro_batch=5 does not divide",
+    "tokens=10": "tokens=10 is less than one step",
+    "model.num_heads=3": "num_heads=3 does not divide hidden_size=128",
+    "+model.mixers.main.num_kv_heads=3": "num_kv_heads=3 does not divide num_heads=4",
+    "model.pattern=[attention]": "model.pattern names 'attention'",
+    "model.pattern=[]": "model.pattern is empty",
+    "clip_norm=0": "clip_norm=0",
+    "schedule.warmup=2": "schedule.warmup=2",
+    "validate_every=0": "validate_every=0",
+    "seq_len=10000000": "seq_len=10000000",
+    "trainer.devices=3": "3 processes",
+    "data=text_files": "data.corpus.path",
+    "data=text_files data.corpus.path=/nowhere/*.txt": "data.corpus.path='/nowhere/*.txt'",
+    "data=mqar data.num_pairs=100": "data.num_pairs=100",
+    "tokenizer=hugging_face tokenizer.name=/nowhere": "tokenizer.name",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_that_names_the_setting(mistake, train, monkeypatch, tmp_path):
+    """Through train.py's own main, before the first step, without a traceback."""
+    overrides = mistake.split(" ")
+    if mistake == "+experiment=misspelt":
+        folder = tmp_path / "more" / "experiment"
+        folder.mkdir(parents=True)
+        (folder / "misspelt.yaml").write_text("# @package _global_\ntokenz: 3\n")
+        overrides.append(f"hydra.searchpath=[file://{folder.parent}]")
+    for name in ("RUNS", "TTR_CACHE"):
+        monkeypatch.setenv(name, train.environment[name])
+    said = said_by_main(overrides, monkeypatch)
+    assert re.search(re.escape(MISTAKES[mistake]), said), said
+    assert "Traceback" not in said
+    assert not (train.runs / "gated_delta-tiny-python_source").exists(), "nothing was begun"
+
+
+def said_by_main(overrides: list[str], monkeypatch) -> str:
+    """What train.py prints when it ends with an error."""
+    monkeypatch.setattr("sys.argv", ["train.py", *overrides])
+    out = io.StringIO()
+    GlobalHydra.instance().clear()
+    try:
+        with redirect_stderr(out), redirect_stdout(out), pytest.raises(SystemExit) as stop:
+            entry.main()
+    finally:
+        GlobalHydra.instance().clear()
+    code = stop.value.code
+    assert code not in (0, None)
+    return out.getvalue() + (code if isinstance(code, str) else "")
+
+
+def test_only_what_belongs_can_be_built():
+    for target in ("os.system", "builtins.eval", "subprocess.run", "transformers.AutoModel"):
+        with pytest.raises(ValueError, match="not allowed"):
+            build({"_target_": target})
+    assert list(chain(problems({"a": [{"_target_": "os.system"}]}))) == [
+        "a[0]._target_=os.system is not allowed; a config may name only models.*, data.*, torch.*, lightning.*"
+    ]

@@ -1,0 +1,86 @@
+"""The parts of training that need no run: groups of parameters, schedules, the arithmetic of batches, metrics.csv."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from data.batch import batch_arithmetic, every
+from models.training.callbacks import peak_flops
+from models.training.logger import CsvLogger, read_metrics
+from models.training.module import position_ranges
+from models.training.optimizer import adamw, parameter_groups
+from models.training.run import difference
+from models.training.schedule import warmup_cosine, warmup_stable_decay
+from tests.laws.presets import PRESETS
+from tests.test_language_model import model
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_matrices_decay(preset, tied):
+    m = model(preset, tie_embeddings=tied)
+    decayed, rest = parameter_groups(m, 0.1)
+    names = {id(p): name for name, p in m.named_parameters()}
+    assert {names[id(p)].split(".")[-2] for p in decayed["params"]} == {"projection", "output", "up"}
+    assert all("decay" not in names[id(p)] and "regressor" not in names[id(p)] for p in decayed["params"])
+    assert len(decayed["params"]) + len(rest["params"]) == len(list(m.parameters()))
+    assert adamw(m, lr=1.0).param_groups[1]["weight_decay"] == 0
+
+
+def test_schedules():
+    factor = warmup_stable_decay(100, warmup=0.1, decay=0.2)
+    values = [factor(t) for t in range(100)]
+    assert values[0] == pytest.approx(1 / 11) and values[10:80] == [1.0] * 70
+    assert values[99] == pytest.approx(1 / 21) and sorted(values[80:], reverse=True) == values[80:]
+    factor = warmup_cosine(100, warmup=0.1, final=0.1)
+    values = [factor(t) for t in range(101)]
+    assert max(values) == values[10] == 1 and values[100] == pytest.approx(0.1) and values[55] == pytest.approx(0.55)
+    with pytest.raises(ValueError, match=r"schedule\.decay=0\.8"):
+        warmup_stable_decay(100, warmup=0.5, decay=0.8)
+
+
+def test_batch_arithmetic():
+    batch = batch_arithmetic(4096, 256, 4, 2, 50_000)
+    assert (batch.sequences, batch.accumulation, batch.num_steps) == (16, 2, 12)
+    assert str(batch).startswith("4,096 tokens a step = 256 tokens x 4 sequences x 2 devices x 2 accumulated; 12 steps")
+    assert batch_arithmetic(4096, 256, 100, 2, 50_000).micro_batch == 8  # a limit, not a demand
+    assert (every(0.1, 12, "x"), every(0.01, 12, "x"), every(5, 12, "x"), every(50, 12, "x")) == (1, 1, 5, 12)
+
+
+def test_metrics_are_kept_up_to_the_step_that_is_resumed(tmp_path):
+    first = CsvLogger(tmp_path)
+    first.resume(0)
+    for step in range(6):
+        first.log_metrics({"train/loss": 1 / (step + 1), "epoch": 0}, step)
+    first.log_metrics({"validation/nats": 0.3}, 5)
+    again = CsvLogger(tmp_path)
+    again.resume(4)
+    again.log_metrics({"train/loss": 0.123456789, "new": 1.0}, 4)
+    found = read_metrics(tmp_path / "metrics.csv")
+    assert [row["step"] for row in found] == [0, 1, 2, 3, 4]
+    assert [row["train/loss"] for row in found] == [1, 1 / 2, 1 / 3, 1 / 4, 0.123456789]
+    assert found[-1]["new"] == 1
+
+
+def test_a_row_that_a_kill_cut_off_is_read_as_far_as_it_goes(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,a,b\n0,1.5,2.5\n1,3.")
+    assert read_metrics(tmp_path / "metrics.csv") == [{"step": 0, "a": 1.5, "b": 2.5}, {"step": 1, "a": 3.0}]
+
+
+def test_difference_names_every_setting_that_counts():
+    before = {"seed": 0, "model": {"a": 1, "b": [1, 2]}, "trainer": {"devices": 1}}
+    now = {"seed": 0, "model": {"a": 2, "c": 3, "b": [1, 2]}, "trainer": {"devices": 4}}
+    assert difference(before, now).splitlines() == ["  model.a: 1 before, 2 now", "  model.c: (absent) before, 3 now"]
+
+
+def test_position_ranges_cover_the_sequence():
+    assert position_ranges(256) == [(0, 16), (16, 32), (32, 64), (64, 128), (128, 256)]
+    assert position_ranges(10) == [(0, 10)]
+    assert position_ranges(100)[-1] == (64, 100)
+
+
+def test_peaks_are_dense(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert peak_flops(torch.device("cuda")) == 989e12
+    assert peak_flops(torch.device("cpu")) is None

@@ -1,0 +1,177 @@
+"""A run as a user has it: killed and gone on, finished, renamed by mistake; two processes; every kind of task."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import models.language_model  # noqa: F401, tells transformers of it
+from models.training.logger import CsvLogger, read_metrics
+from tests.conftest import ROOT
+
+SMALL = [
+    "name=run",
+    "model.hidden_size=32",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "seq_len=64",
+    "batch_tokens=512",
+    "micro_batch=8",
+    "tokens=20480",  # 40 steps
+    "validation_tokens=1024",
+    "validate_every=10",
+    "checkpoint_every=7",
+    "log_every=1",
+    "callbacks.sample.num_tokens=8",
+]
+
+
+def rows(folder):
+    """metrics.csv without what a clock decides."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith("speed/")} for row in read_metrics(folder / "metrics.csv")
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, cache):
+    runs = tmp_path_factory.mktemp("undisturbed")
+    done = start(runs, cache).communicate(timeout=240)
+    assert "finished" in done[0], done
+    return runs / "run", done[0]
+
+
+def start(runs, cache, *overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    import os
+
+    environment = os.environ | {"RUNS": str(runs), "TTR_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "train.py", *SMALL, *overrides]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_what_a_run_leaves(undisturbed, tmp_path):
+    """The summary before the first step, metrics, a picture, a sample, and a model that transformers loads."""
+    folder, said = undisturbed
+    for part in (
+        "512 tokens a step = 64 tokens x 8 sequences",
+        "FLOPs a token",
+        "backend",
+        "torch (no GPU)",
+        "goes on:",
+    ):
+        assert part in said
+    logged = rows(folder)
+    assert [row["step"] for row in logged] == list(range(40))
+    assert all({"train/loss", "train/gradient_norm", "train/learning_rate"} <= row.keys() for row in logged)
+    validated = [row for row in logged if "validation/nats" in row]
+    assert [row["step"] for row in validated] == [9, 19, 29, 39]
+    assert validated[-1]["validation/bits_per_byte"] < validated[0]["validation/bits_per_byte"] < 8
+    assert "validation/nats_at/0-15" in validated[0] and "validation/nats_at/32-63" in validated[0]
+    result = json.loads((folder / "result.json").read_text())
+    assert result["validation/nats"] == validated[-1]["validation/nats"]
+    assert (folder / "loss.png").stat().st_size > 10_000
+    assert (folder / "sample.txt").read_text()
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    ids = tokenizer("def f(x):", return_tensors="pt").input_ids
+    assert tokenizer.decode(model.generate(ids, max_new_tokens=5, do_sample=False)[0]).startswith("def f(x):")
+    assert ids[0].tolist() == list(b"def f(x):")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_at_a_random_step_and_started_again_it_is_the_same_run(seed, undisturbed, tmp_path, cache):
+    """SIGKILL, then the same command: every logged number of every step, and every weight, bit for bit."""
+    target = random.Random(seed).randrange(3, 38)
+    process = start(tmp_path, cache)
+    metrics = tmp_path / "run" / CsvLogger.FILE
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and len(metrics.read_text().splitlines()) > target:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    again, _ = start(tmp_path, cache).communicate(timeout=240)
+    assert "finished" in again, again
+    if target > 8:
+        assert "going on from" in again
+    folder = undisturbed[0]
+    assert rows(tmp_path / "run") == rows(folder)
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(f / "model").state_dict() for f in (tmp_path / "run", folder))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_so_and_another_config_is_refused(undisturbed, cache):
+    folder, _ = undisturbed
+    said, _ = start(folder.parent, cache).communicate(timeout=120)
+    assert re.search(r"run is finished: validation .* bits per byte", said), said
+    said, _ = start(folder.parent, cache, "seed=1", "model=softmax").communicate(timeout=120)
+    assert "holds a run of this name with another config" in said
+    assert "seed: 0 before, 1 now" in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "split",
+    [("micro_batch=2",), ("strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "micro_batch=2")],
+    ids=["accumulation", "two processes"],
+)
+def test_the_same_run_however_its_batches_are_split(split, undisturbed, tmp_path, cache):
+    """Accumulation, and two processes (gloo): the losses agree to rounding."""
+    said, _ = start(tmp_path, cache, *split).communicate(timeout=300)
+    assert "finished" in said, said
+    ours, theirs = rows(tmp_path / "run"), rows(undisturbed[0])
+    for name, tolerance in (("train/gradient_norm", 1e-2), ("validation/nats", 1e-3)):
+        pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=True) if name in b]
+        assert len(pairs) >= 4
+        assert all(a == pytest.approx(b, rel=tolerance) for a, b in pairs), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides, says",
+    [
+        (("data=mqar", "data.vocab_size=64", "data.num_pairs=4"), "accuracy"),
+        (
+            ("model=hybrid", "tokenizer=bpe", "tokenizer.vocab_size=400", "tokenizer.train_bytes=300000"),
+            "bits per byte",
+        ),
+        (("debug=one_batch",), "finished"),
+        (("debug=overfit", "tokens=10240"), "finished"),
+        (("debug=profile", "tokens=2048", "trainer.profiler.filename=trace"), "finished"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_other_tasks_and_overlays(overrides, says, tmp_path, cache):
+    said, _ = start(tmp_path, cache, *overrides).communicate(timeout=240)
+    assert "finished" in said and says in said, said
+
+
+@pytest.mark.slow
+def test_text_files_through_train(tmp_path, cache):
+    for i in range(12):
+        (tmp_path / f"{i}.txt").write_text("to be, or not to be: that is the question.\n" * 50)
+    said, _ = start(
+        tmp_path, cache, "data=text_files", f"data.corpus.path={tmp_path}/*.txt", "data.corpus.validation_fraction=0.3"
+    ).communicate(timeout=240)
+    assert "finished" in said, said
+
+
+@pytest.mark.slow
+def test_wandb_offline_needs_no_account(tmp_path, cache):
+    said, _ = start(tmp_path, cache, "logger=wandb", "debug=one_batch").communicate(timeout=240)
+    assert "finished" in said, said
+    assert list(tmp_path.glob("**/wandb/offline-run-*"))
