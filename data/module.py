@@ -67,8 +67,8 @@ class DataModule(L.LightningDataModule):
         )
         if trainer.accumulate_grad_batches != order.accumulation:
             raise ValueError(
-                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be {order.accumulation}: a global "
-                f"batch of {self.batch_size} sequences, micro_batch={self.micro_batch} on {trainer.world_size} devices"
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be {order.accumulation}: a "
+                f"batch of {self.batch_size} sequences, micro_batch={self.micro_batch}, {trainer.world_size} devices"
             )
         align_progress(trainer)
         identity = {
