@@ -72,8 +72,8 @@ def hash_of(*parts: object) -> str:
 class PythonSource(Corpus):
     """The .py files of the standard library, without installed packages and tests. About 12 MB, 730 documents.
 
-    Tests are left out (`test`, `tests` with the fixtures of lib2to3, `idle_test`): there are about as many bytes of
-    them, and some are broken on purpose.
+    Tests are left out (`test`, `tests` with the fixtures of lib2to3, `idle_test`): they are another
+    19 MB, and some are broken on purpose.
     """
 
     EXCLUDED = frozenset(("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"))
