@@ -5,8 +5,8 @@ Training    the batches of `GlobalOrder` from the trainer's step on; a resumed r
 Validation  a fixed set of sequences, the first of the validation split, the same for every world size.
 
 Give the Trainer `use_distributed_sampler=False` (the ranks are told apart here, and Lightning would shuffle what is in
-order), `accumulate_grad_batches` as `data.batch` derives it, and no `max_epochs`: to Lightning the whole
-run is one epoch.
+order), `accumulate_grad_batches` as `data.batch` derives it, and no `max_epochs`: to Lightning the whole run is one
+epoch.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 Epoch e is a permutation of all samples, drawn from the seed and e alone. Step s takes its next B samples, whoever asks:
 
-    steps per epoch  = floor(num_samples / B)          what is left of an epoch is dropped, and is other samples in each
-                     epoch
+    steps per epoch  = floor(num_samples / B)
     batch of step s  = permutation_e[k B : (k+1) B],   e, k = divmod(s, steps per epoch)
+
+The rest of an epoch, fewer than B samples and others each time, is dropped.
 
 There is no state to save: to resume is to start at the trainer's step. World size, micro-batch and number of workers
 may change in between, because they only decide who computes which part of a batch; rank r takes every world-th sample

@@ -39,7 +39,7 @@ class Text:
         self._splits: dict[str, TokenShards] = {}
 
     def prepare(self) -> None:
-        """Write the token shards and train the tokenizer, where that is not done yet. Safe in every process, and again."""
+        """Write the token shards and train the tokenizer, where not done yet. Safe in every process, and again."""
         if self._splits:
             return
         folder = shard_folder(self.name, self.corpus, self.tokenizer)

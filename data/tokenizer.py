@@ -48,15 +48,15 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these ids. Bytes that are not UTF-8 (half a character, say) become U+FFFD, eos becomes nothing."""
+        """The text of these ids. Bytes that are not UTF-8 (half a character, say) become U+FFFD; eos is left out."""
 
     @abstractmethod
     def spec(self) -> str:
-        """What it takes to build this tokenizer again, given the corpus. Known before training: caches are found by it."""
+        """What makes this tokenizer again, given the corpus. Known before training: caches are found by it."""
 
     @abstractmethod
     def to_hugging_face(self) -> PreTrainedTokenizerFast:
-        """The same map as a `transformers` tokenizer, for exported models; there, as usual, "<eos>" in a text is the token."""
+        """The same map for `transformers`, for exported models. "<eos>" in a text is the token there, as usual."""
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
@@ -168,7 +168,10 @@ class Bpe(Trainable):
         return f"bpe vocab_size={self.max_vocab_size} train_bytes={self.train_bytes}"
 
     def fingerprint(self) -> str:
-        return _hash(self.rust.to_str())
+        model = json.loads(self.rust.to_str())[
+            "model"
+        ]  # the rest is written differently once `transformers` has saved it
+        return _hash(json.dumps([sorted(model["vocab"].items()), model["merges"], self.eos]))
 
     def to_hugging_face(self) -> PreTrainedTokenizerFast:
         return _as_transformers(RustTokenizer.from_str(self.rust.to_str()))

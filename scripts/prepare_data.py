@@ -13,13 +13,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hydra
 from omegaconf import DictConfig
 
+from conf import schema
 from conf.build import build
+
+schema.register()
 
 
 @hydra.main(config_path="../conf", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    task = build(cfg.data, tokenizer=build(cfg.tokenizer), seq_len=cfg.seq_len)
-    task.prepare()
+    try:
+        task = build(cfg.data, tokenizer=build(cfg.tokenizer), seq_len=cfg.seq_len)
+        task.prepare()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     print(*task.describe(), sep="\n")
 
 
