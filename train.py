@@ -17,7 +17,6 @@ import warnings
 import hydra
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from conf import schema
@@ -25,7 +24,7 @@ from conf.build import build, problems
 from data.batch import batch_arithmetic, every
 from data.module import DataModule
 from models.language_model import LanguageModel, LanguageModelConfig
-from models.training.callbacks import Throughput
+from models.training.callbacks import Checkpoint, Throughput
 from models.training.module import Training
 from models.training.run import Run
 from models.training.summary import summary
@@ -91,13 +90,7 @@ def assemble(cfg: DictConfig) -> tuple[L.Trainer, Training, DataModule, Run]:
         task.bytes_per_token,
         cfg.compile,
     )
-    checkpoints = ModelCheckpoint(
-        dirpath=run.folder / "checkpoints",
-        filename="step-{step:09d}",
-        auto_insert_metric_name=False,
-        every_n_train_steps=checkpoint_every,
-        save_top_k=1,
-    )
+    checkpoints = Checkpoint(run.folder / "checkpoints", checkpoint_every, validate_every)
     trainer = build(
         cfg.trainer,
         default_root_dir=str(run.folder),
@@ -109,6 +102,7 @@ def assemble(cfg: DictConfig) -> tuple[L.Trainer, Training, DataModule, Run]:
         val_check_interval=validate_every * batch.accumulation,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
+        enable_checkpointing=False,  # models.training.callbacks.Checkpoint
         log_every_n_steps=min(cfg.log_every, batch.num_steps),
     )
     if trainer.world_size != world_size:

@@ -29,7 +29,7 @@ SMALL = [
     "tokens=20480",  # 40 steps
     "validation_tokens=1024",
     "validate_every=10",
-    "checkpoint_every=7",
+    "checkpoint_every=5",
     "log_every=1",
     "callbacks.sample.num_tokens=8",
 ]
