@@ -1,15 +1,17 @@
 """The delta rule: a memory that corrects itself.
 
-Problem.    The same least squares as linear.py, fitted online: one gradient step for every pair, from the memory as it stands,
+Problem.    The same least squares as linear.py, fitted online: one gradient step a pair, from the memory as it stands,
                 S_t = S' - b_t d/dS 1/2 ||v_t - k_t S||^2  at  S' = a_t S_{t-1} .
 Solution.   S_t = a_t S_{t-1} + b_t k_t^T (v_t - k_t a_t S_{t-1}) ,    o_t = q_t S_t .
-            The pair writes only what the memory did not know yet, so similar keys overwrite one another instead of piling up. With
-            |k| = 1, b = 0 writes nothing, b = 1 stores v exactly, b = 2 reflects along k; a step is stable while b |k|^2 < 2.
-Members.    a = 1: the delta rule of Widrow and Hoff (1960) as a fast weight programmer (Schlag et al. 2021, section 4.2), trained in
-            parallel as DeltaNet (Yang et al. 2024). A decay per head and token: Gated DeltaNet (Yang, Kautz and Hatamizadeh 2025,
-            equation 10). b in (0, 2): negative eigenvalues, which state tracking needs (Grazzi et al. 2025).
-            The decay comes before the step. Put it on the memory alone, S_t = a_t S_{t-1} + b_t k_t^T (v_t - k_t S_{t-1}), and it
-            is another model, SGD with weight decay (leaky LMS); that one is this one with b/a for b and a v for v.
+            The pair writes only what the memory did not know yet, so similar keys overwrite one another instead of
+            piling up. With |k| = 1, b = 0 writes nothing, b = 1 stores v exactly, b = 2 reflects along k; a step is
+            stable while b |k|^2 < 2.
+Members.    a = 1: the delta rule of Widrow and Hoff (1960) as a fast weight programmer (Schlag et al. 2021, section
+            4.2), trained in parallel as DeltaNet (Yang et al. 2024). A decay per head and token: Gated DeltaNet (Yang,
+            Kautz and Hatamizadeh 2025, equation 10). b in (0, 2): negative eigenvalues, which state tracking needs
+            (Grazzi et al. 2025).
+            The decay comes before the step. Put it on the memory alone, a_t S_{t-1} + b_t k_t^T (v_t - k_t S_{t-1}),
+            and it is another model: SGD with weight decay, leaky LMS. That one is this one with b/a for b, a v for v.
 Exactness.  The chunked form equals the recurrence up to rounding, whatever the chunk, gradients included.
 
 Shapes: B batch, T tokens, H heads, K key width, V value width, C chunk, N chunks, M = N B H.
@@ -17,17 +19,16 @@ Shapes: B batch, T tokens, H heads, K key width, V value width, C chunk, N chunk
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
+from models.kernels import fla
 from models.regression.documents import forget_at_starts
 from models.regression.regressor import FORGET, Regressor
-
 
 
 def recurrent_delta(
@@ -35,8 +36,8 @@ def recurrent_delta(
 ) -> tuple[Tensor, Tensor]:
     """The definition, one token at a time.
 
-    q, k: [B, T, H, K].  v: [B, T, H, V].  step_size: [B, T, H], b above.  log_decay: [B, T, H], natural log of a, <= 0, or None for
-    a = 1.  memory: [B, H, K, V] or None for zeros.
+    q, k: [B, T, H, K].  v: [B, T, H, V].  step_size: [B, T, H], b above.  log_decay: [B, T, H], natural log of a, <= 0,
+    or None for a = 1.  memory: [B, H, K, V] or None for zeros.
     Returns o [B, T, H, V] in the dtype of v, and the memory after the last token. Computed in float32 at least.
     """
     dtype = _working_dtype(q, k, v)
@@ -61,13 +62,13 @@ def chunked_delta(
     step_size: Tensor,
     log_decay: Tensor | None = None,
     memory: Tensor | None = None,
-    chunk: int = 64,
+    chunk: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """The same map, C tokens at a time: one triangular system for each chunk, all at once, then a scan over chunks.
 
-    Call u_t = b_t (v_t - k_t a_t S_{t-1}) what token t writes. Unrolled from the chunk's first memory S, with c the cumulative log
-    decay, S_t = e^{c_t} S + sum_{i<=t} e^{c_t - c_i} k_i^T u_i, so the writes of a chunk solve a unit lower triangular system
-    (Yang et al. 2024, section 3.2, with decays as in Yang et al. 2025, section 3.3):
+    Call u_t = b_t (v_t - k_t a_t S_{t-1}) what token t writes. From the chunk's first memory S, with c the cumulative
+    log decay, S_t = e^{c_t} S + sum_{i<=t} e^{c_t - c_i} k_i^T u_i, so the writes of a chunk solve a unit lower
+    triangular system (Yang et al. 2024, section 3.2; with decays, Yang et al. 2025, section 3.3):
         (I + A) U = diag(b) (V - diag(e^c) K S) ,    A_ti = b_t L_ti k_t.k_i  for i < t ,    L_ti = e^{c_t - c_i} .
     With R = (I + A)^-1 it falls into what is known before the memory is, and what waits for it:
         U = R diag(b) V - W S ,    W = R diag(b e^c) K ,    O = diag(e^c) Q S + (Q K^T * L) U ,
@@ -76,13 +77,13 @@ def chunked_delta(
 
     Arguments and results as in recurrent_delta. T need not be a multiple of the chunk.
     """
-    chunk = min(chunk, 1 << max(q.shape[1] - 1, 3).bit_length())  # a short call needs no long chunk
-    o, memory = _ChunkedDelta.apply(q, k, v, step_size, log_decay, _first_memory(k, v, memory), chunk)
+    memory = _first_memory(k, v, memory)
+    o, memory = _ChunkedDelta.apply(q, k, v, step_size, log_decay, memory, _short(chunk, k.shape[1]))
     return o.to(v.dtype), memory
 
 
 class _ChunkedDelta(torch.autograd.Function):
-    """chunked_delta with its gradient written by hand: a few large products and one scan, where autograd would walk the scan's graph.
+    """chunked_delta with a gradient written by hand: large products and one scan, not a walk along the scan's graph.
 
     On [M, C, *], chunk by chunk: the chunks of one sequence are B H apart, `rows` below.
     """
@@ -117,11 +118,13 @@ class _ChunkedDelta(torch.autograd.Function):
         dU = (Q K^T * L)^T dO + Z dS'                         E = R^T dU , the gradient by the system's right-hand side
         dS = (e^c Q)^T dO + e^{c_C} dS' - W^T dU              the scan, now from the last chunk to the first
         dQ = (dO U^T * L) K + e^c dO S^T
-        dK = b G + J ,   G = -(E U^T * L) K - e^c E S^T ,     J = (dO U^T * L)^T Q - (E U^T * L)^T b K + e^{c_C - c} U dS'^T
+        dK = b G + J ,   G = -(E U^T * L) K - e^c E S^T ,
+                         J = (dO U^T * L)^T Q - (E U^T * L)^T b K + e^{c_C - c} U dS'^T
         dV = b E ,       db = E . V + G . K                   (row by row; the diagonal of E U^T does not count)
         dc = Q . dQ + K . (b G - J) ,                         plus S' . dS' for the chunk's last c
-        The last: e^{c_t} scales whatever token t reads with, its query and its key in G; e^{-c_t} the key it writes with, in J. And
-        since c is a sum of log decays, each of these collects dc from its token to the end of the chunk.
+        The last: e^{c_t} scales whatever token t reads with, its query and its key in G; e^{-c_t} the key it writes
+        with, in J. And since c is a sum of log decays, each of these collects dc from its token to the end of the
+        chunk.
         """
         q, k, v, b, fade, start, end, R, W, U, S = ctx.saved_tensors
         (M, rows), fades = (len(k), len(S) - len(k)), start[:, -1:]
@@ -157,11 +160,12 @@ class _ChunkedDelta(torch.autograd.Function):
 
 
 def _decays(k: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """What is left of a pair (i) where token t reads it: fade [M, C, C], L above; of the chunk's first memory at t: start [M, C, 1]; of a
-    pair at the chunk's end: end [M, C, 1].
+    """What is left of a pair (i) where token t reads it: fade [M, C, C], L above; of the chunk's first memory at t:
+    start [M, C, 1]; of a pair at the chunk's end: end [M, C, 1].
 
-    Only differences of cumulative log decays are exponentiated, and none is positive. A token at or below FORGET empties the memory; it
-    is counted apart from the sum, so that 64 documents in a chunk leave the sum its digits: float32 resolves 4096 to 5e-4 only.
+    Only differences of cumulative log decays are exponentiated, and none is positive. A token at or below FORGET
+    empties the memory; it is counted apart from the sum, so that 64 documents in a chunk leave the sum its digits:
+    float32 resolves 4096 to 5e-4 only.
     """
     M, C, _ = k.shape
     causal = k.new_ones(C, C).tril_()
@@ -172,7 +176,8 @@ def _decays(k: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor
     c = log_decay.masked_fill(forgets, 0.0).cumsum(-2)
     fade = (c - c.mT).clamp_(max=0.0).exp_().mul_(causal)
     start, end = c.exp(), (c[:, -1:] - c).exp_()
-    if forgets.device.type != "cpu" or forgets.any():  # rare enough to be worth the look, where looking doesn't wait for a GPU
+    # Starts of documents are rare, and on a CPU it costs nothing to look; on a GPU looking would wait for it.
+    if forgets.device.type != "cpu" or forgets.any():
         document = forgets.cumsum(-2)
         fade.masked_fill_(document != document.mT, 0.0)
         start.masked_fill_(document > 0, 0.0)
@@ -183,11 +188,11 @@ def _decays(k: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor
 def _unit_inverse(A: Tensor) -> Tensor:
     """(I + A)^-1 of the strictly lower triangle of A [M, C, C], by halves:
         [[P, 0], [B, Q]]^-1 = [[P^-1, 0], [-Q^-1 B P^-1, Q^-1]] ,
-    from blocks of 4, where (I + A)^-1 = (I - A)(I + A^2) exactly. A few products of many small matrices: three times as fast as
-    triangular solves on a CPU, and as accurate. Larger first blocks by the same series are not: with b = 2 and 64 times nearly the same
-    key, float32, the error is 5e-5 from blocks of 4 (2e-4 by solves), 8e-4 from 8 and 4 from 16.
+    from blocks of 4, where (I + A)^-1 = (I - A)(I + A^2) exactly. A few products of many small matrices: three times as
+    fast as triangular solves on a CPU, and as accurate. Larger first blocks by the same series are not: with b = 2 and
+    nearly the same key 64 times, float32, the error is 5e-5 from blocks of 4 (2e-4 by solves), 8e-4 from 8, 4 from 16.
     """
-    M, C, _ = A.shape
+    C = A.shape[-1]
     size = 1 << max(C - 1, 3).bit_length()
     if size != C:
         return _unit_inverse(F.pad(A, (0, size - C, 0, size - C)))[:, :C, :C]
@@ -233,6 +238,11 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     return torch.linalg.vecdot(x, y).unsqueeze(-1)
 
 
+def _short(chunk: int, tokens: int) -> int:
+    """The chunk, or a power of two that holds all the tokens where they are few."""
+    return min(chunk, 1 << max(tokens - 1, 3).bit_length())
+
+
 def _working_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
@@ -242,3 +252,75 @@ def _first_memory(k: Tensor, v: Tensor, memory: Tensor | None) -> Tensor:
     if memory is None:
         return torch.zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=dtype, device=k.device)
     return memory.to(dtype)
+
+
+class Delta(Regressor):
+    """The delta rule with a learned step size per head and token: b = sigmoid(x W + c), twice that with negative
+    eigenvalues.
+
+    Without a decay it is DeltaNet, with one per head Gated DeltaNet. Keys of unit length keep every step stable; the
+    shell normalises them. chunk None takes 32 tokens on a CPU and 64 on a GPU, where fewer, larger products are worth
+    more.
+    """
+
+    accepts_decay: ClassVar[tuple[str, ...]] = ("none", "head")
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int,
+        backend: str = "auto",
+        negative_eigenvalues: bool = False,
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, key_dim, value_dim, backend)
+        if chunk is not None and chunk < 1:
+            raise ValueError(
+                f"regressor.chunk={chunk} is no number of tokens; a positive integer, or null for this device's best"
+            )
+        self.chunk = chunk
+        self.largest_step = 2.0 if negative_eigenvalues else 1.0
+        self.step_size = nn.Linear(hidden_size, num_heads)
+
+    def forward(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None = None,
+        state: Any = None,
+        segments: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        logits = self.step_size(x)
+        step_size = self.largest_step * logits.to(_working_dtype(logits)).sigmoid()
+        log_decay = forget_at_starts(log_decay, segments, like=step_size)
+        backend = self.choose(v.device, v.dtype).backend
+        if backend == "recurrent" or k.shape[1] == 1:  # one token is the definition itself, on every backend
+            return recurrent_delta(q, k, v, step_size, log_decay, state)
+        if backend == "fla":
+            return fla.gated_delta(q, k, v, step_size, log_decay, state)
+        return chunked_delta(q, k, v, step_size, log_decay, state, self.chunk or (64 if v.is_cuda else 32))
+
+    def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+        return {"fla": fla.refusal_gated_delta(device, dtype, self.key_dim, self.value_dim)}
+
+    def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+        return fla.route_gated_delta(device) if backend == "fla" else ""
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """The products of chunked_delta's forward pass and the step sizes' projection; the inverse as it is computed,
+        by halves."""
+        C, K, V = _short(self.chunk or 32, seq_len), self.key_dim, self.value_dim
+        blocks, size = 2 * 4**3 * (C / 4), 4
+        while size < C:
+            blocks, size = blocks + 2 * size**3 * C / (2 * size), 2 * size
+        per_head = (
+            2 * C * K + C * K + C * V + 2 * K * V + K * V + C * V + blocks / C
+        )  # Q K, K K; W, U; the scan; the read-out
+        return round(2 * self.num_heads * (per_head + self.hidden_size))
+
+    def state_size(self, seq_len: int) -> int:
+        return self.num_heads * self.key_dim * self.value_dim

@@ -6,12 +6,12 @@
     q, k       [B, T, H, K]   queries and keys;   v  [B, T, H, V]   values
     log_decay  [B, T, H] or [B, T, H, K]   natural logarithm of gamma, <= 0, float32; None forgets nothing
     state      the memory after the last token of the previous call, None at the start
-    segments   [B, T] integers: the document each token belongs to, constant within a document and changing where one ends
-               and the next begins. Documents do not see each other. A state that is passed in belongs to the first document
-               of the call; where it does not, mixer.py has called `forget` on it.
+    segments   [B, T] integers: the document each token belongs to, constant within a document, changing where one ends
+               and the next begins. Documents do not see each other. A state that is passed in belongs to the first
+               document of the call; where it does not, mixer.py has called `forget` on it.
 
-A subclass is the last part of its chapter. It states which decays it accepts, which backends it has and why one can't run, and counts its
-own parameters, operations and state.
+A subclass is the last part of its chapter. It states which decays it accepts, which backends it has and why one can't
+run, and counts its own parameters, operations and state.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 DECAYS = ("none", "head", "channel")  # no log_decay; one per head [B, T, H]; one per key channel [B, T, H, K]
 BACKENDS = ("auto", "fla", "triton", "torch", "recurrent")
 
-# A document boundary is a decay that forgets everything: exp(FORGET) = 1.6e-28 is below the rounding of float64, and the number is small enough
-# for cumulative sums of many boundaries in one chunk to keep their last digits in float32.
+# A document boundary is a decay that forgets everything: exp(FORGET) = 1.6e-28 is below the rounding of float64, and
+# the number is small enough for cumulative sums of many boundaries in one chunk to keep their last digits in float32.
 FORGET = -64.0
 
 
@@ -61,16 +61,20 @@ class Regressor(nn.Module):
         raise NotImplementedError
 
     def forget(self, state: Any, rows: Tensor) -> Any:
-        """The state with the memories of the given rows (bool [B]) emptied: their next token begins another document."""
+        """The state with the memories of the given rows (bool [B]) emptied: another document begins there."""
         return torch.where(rows.view(-1, 1, 1, 1), 0.0, state)
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
         """The accelerated backends this regressor has, best first: name -> why it can't run here, or None if it can."""
         return {}
 
+    def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+        """What to add to the reason for an accelerated backend: which of its kernels it takes. "" if it has one."""
+        return ""
+
     def choose(self, device: torch.device, dtype: torch.dtype) -> Choice:
-        """The backend for this device and compute dtype. `auto` takes the first accelerator that is right here, else `torch`;
-        one that was named outright and can't run is a ValueError that says why."""
+        """The backend for this device and compute dtype. `auto` takes the first accelerator that is right here, else
+        `torch`; one that was named outright and can't run is a ValueError that says why."""
         accelerators = self.accelerators(device, dtype)
         if self.backend in ("torch", "recurrent"):
             return Choice(self.backend, "as asked")
@@ -78,10 +82,11 @@ class Regressor(nn.Module):
             refusal = accelerators.get(self.backend, f"{type(self).__name__} has no such kernel")
             if refusal is not None:
                 raise ValueError(f"regressor.backend={self.backend} can't run {type(self).__name__} here: {refusal}")
-            return Choice(self.backend, "as asked")
+            return Choice(self.backend, "; ".join(filter(None, ("as asked", self.route(self.backend, device, dtype)))))
         for name, refusal in accelerators.items():
             if refusal is None and device.type == "cuda":
-                return Choice(name, f"on {torch.cuda.get_device_name(device)}")
+                where = f"on {torch.cuda.get_device_name(device)}"
+                return Choice(name, "; ".join(filter(None, (where, self.route(name, device, dtype)))))
         reasons = [f"{name}: {refusal}" for name, refusal in accelerators.items() if refusal is not None]
         return Choice("torch", "; ".join(reasons) if device.type == "cuda" else "no GPU")
 
