@@ -1,15 +1,17 @@
 """The delta rule: a memory that corrects itself.
 
-Problem.    The same least squares as linear.py, fitted online: one gradient step for every pair, from the memory as it stands,
+Problem.    The same least squares as linear.py, fitted online: one gradient step a pair, from the memory as it stands,
                 S_t = S' - b_t d/dS 1/2 ||v_t - k_t S||^2  at  S' = a_t S_{t-1} .
 Solution.   S_t = a_t S_{t-1} + b_t k_t^T (v_t - k_t a_t S_{t-1}) ,    o_t = q_t S_t .
-            The pair writes only what the memory did not know yet, so similar keys overwrite one another instead of piling up. With
-            |k| = 1, b = 0 writes nothing, b = 1 stores v exactly, b = 2 reflects along k; a step is stable while b |k|^2 < 2.
-Members.    a = 1: the delta rule of Widrow and Hoff (1960) as a fast weight programmer (Schlag et al. 2021, section 4.2), trained in
-            parallel as DeltaNet (Yang et al. 2024). A decay per head and token: Gated DeltaNet (Yang, Kautz and Hatamizadeh 2025,
-            equation 10). b in (0, 2): negative eigenvalues, which state tracking needs (Grazzi et al. 2025).
-            The decay comes before the step. Put it on the memory alone, S_t = a_t S_{t-1} + b_t k_t^T (v_t - k_t S_{t-1}), and it
-            is another model, SGD with weight decay (leaky LMS); that one is this one with b/a for b and a v for v.
+            The pair writes only what the memory did not know yet, so similar keys overwrite one another instead of
+            piling up. With |k| = 1, b = 0 writes nothing, b = 1 stores v exactly, b = 2 reflects along k; a step is
+            stable while b |k|^2 < 2.
+Members.    a = 1: the delta rule of Widrow and Hoff (1960) as a fast weight programmer (Schlag et al. 2021, section
+            4.2), trained in parallel as DeltaNet (Yang et al. 2024). A decay per head and token: Gated DeltaNet (Yang,
+            Kautz and Hatamizadeh 2025, equation 10). b in (0, 2): negative eigenvalues, which state tracking needs
+            (Grazzi et al. 2025).
+            The decay comes before the step. Put it on the memory alone, a_t S_{t-1} + b_t k_t^T (v_t - k_t S_{t-1}),
+            and it is another model: SGD with weight decay, leaky LMS. That one is this one with b/a for b, a v for v.
 Exactness.  The chunked form equals the recurrence up to rounding, whatever the chunk, gradients included.
 
 Shapes: B batch, T tokens, H heads, K key width, V value width, C chunk, N chunks, M = N B H.
@@ -17,12 +19,17 @@ Shapes: B batch, T tokens, H heads, K key width, V value width, C chunk, N chunk
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models.regression.regressor import FORGET
+from models.kernels import fla
+from models.precision import wide
+from models.regression.documents import forget_at_starts
+from models.regression.regressor import FORGET, Regressor
 
 
 def recurrent_delta(
@@ -30,8 +37,8 @@ def recurrent_delta(
 ) -> tuple[Tensor, Tensor]:
     """The definition, one token at a time.
 
-    q, k: [B, T, H, K].  v: [B, T, H, V].  step_size: [B, T, H], b above.  log_decay: [B, T, H], natural log of a, <= 0, or None for
-    a = 1.  memory: [B, H, K, V] or None for zeros.
+    q, k: [B, T, H, K].  v: [B, T, H, V].  step_size: [B, T, H], b above.  log_decay: [B, T, H], natural log of a, <= 0,
+    or None for a = 1.  memory: [B, H, K, V] or None for zeros.
     Returns o [B, T, H, V] in the dtype of v, and the memory after the last token. Computed in float32 at least.
     """
     dtype = _working_dtype(q, k, v)
@@ -44,7 +51,7 @@ def recurrent_delta(
             if decay is not None:
                 memory = decay[:, t, :, None, None] * memory
             error = v[:, t] - (k[:, t, :, None] @ memory).squeeze(-2)
-            memory = memory + k[:, t, :, :, None] * (step_size[:, t, :, None] * error)[:, :, None]
+            memory = memory + k[:, t, :, :, None] @ (step_size[:, t, :, None] * error)[:, :, None]
             outputs.append((q[:, t, :, None] @ memory).squeeze(-2))
         return torch.stack(outputs, dim=1).to(out_dtype), memory
 
@@ -56,126 +63,137 @@ def chunked_delta(
     step_size: Tensor,
     log_decay: Tensor | None = None,
     memory: Tensor | None = None,
-    chunk: int = 64,
+    chunk: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """The same map, C tokens at a time: one triangular system for each chunk, all at once, then a scan over chunks.
 
-    Call u_t = b_t (v_t - k_t a_t S_{t-1}) what token t writes. Unrolled from the chunk's first memory S, with c the cumulative log
-    decay, S_t = e^{c_t} S + sum_{i<=t} e^{c_t - c_i} k_i^T u_i, so the writes of a chunk solve a unit lower triangular system
-    (Yang et al. 2024, section 3.2, with decays as in Yang et al. 2025, section 3.3):
+    Call u_t = b_t (v_t - k_t a_t S_{t-1}) what token t writes. From the chunk's first memory S, with c the cumulative
+    log decay, S_t = e^{c_t} S + sum_{i<=t} e^{c_t - c_i} k_i^T u_i, so the writes of a chunk solve a unit lower
+    triangular system (Yang et al. 2024, section 3.2; with decays, Yang et al. 2025, section 3.3):
         (I + A) U = diag(b) (V - diag(e^c) K S) ,    A_ti = b_t L_ti k_t.k_i  for i < t ,    L_ti = e^{c_t - c_i} .
     With R = (I + A)^-1 it falls into what is known before the memory is, and what waits for it:
-        U = U' - W S ,    U' = R diag(b) V ,    W = R diag(b e^c) K ,    O = diag(e^c) Q S + (Q K^T * L) U ,
-        S' = e^{c_C} S + Z^T U = (e^{c_C} I - Z^T W) S + Z^T U' ,    Z = diag(e^{c_C - c}) K .
-    The last line is why the scan is cheap: one K x K matrix a chunk carries the memory over, a single product, forward and back.
+        U = R diag(b) V - W S ,    W = R diag(b e^c) K ,    O = diag(e^c) Q S + (Q K^T * L) U ,
+        S' = e^{c_C} S + Z^T U ,    Z = diag(e^{c_C - c}) K .
+    All but the two lines' products with S is done for every chunk at once; the scan is two products a chunk.
 
     Arguments and results as in recurrent_delta. T need not be a multiple of the chunk.
     """
-    B, T, H, _ = k.shape
-    dtype = _working_dtype(q, k, v)
-    chunk = min(chunk, 1 << max(T - 1, 3).bit_length())  # a short call needs no long chunk
-    chunks = [_into_chunks(x.to(dtype), chunk) for x in (q, k, v)]  # [M, C, K]
-    gates = [
-        None if x is None else _into_chunks(x.to(dtype).unsqueeze(-1), chunk).squeeze(-1)
-        for x in (step_size, log_decay)
-    ]
-    with torch.autocast(q.device.type, enabled=False):
-        o, memory = _ChunkedDelta.apply(*chunks, *gates, _first_memory(k, v, memory).flatten(0, 1))
-    o = o.view(-1, B, H, chunk, v.shape[-1]).permute(1, 0, 3, 2, 4).flatten(1, 2)
-    return o[:, :T].to(v.dtype), memory.unflatten(0, (B, H))
+    memory = _first_memory(k, v, memory)
+    o, memory = _ChunkedDelta.apply(q, k, v, step_size, log_decay, memory, _short(chunk, k.shape[1]))
+    return o.to(v.dtype), memory
 
 
 class _ChunkedDelta(torch.autograd.Function):
-    """chunked_delta on [M, C, *], chunk by chunk: the chunks of one sequence are B H apart. The gradient is written by hand: it keeps
-    a third of what autograd would, and its scan, like the forward's, is one product a chunk."""
+    """chunked_delta with a gradient written by hand: large products and one scan, not a walk along the scan's graph.
+
+    On [M, C, *], chunk by chunk: the chunks of one sequence are B H apart, `rows` below.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, b, log_decay, memory):
-        fade, start, end, last = _decays(k, log_decay)
-        b = b.unsqueeze(-1)
-        attend = torch.bmm(q, k.mT).mul_(fade)  # Q K^T * L
-        R = _unit_inverse(torch.bmm(k, k.mT).mul_(fade).mul_(b))
-        W = torch.bmm(R, k * (b * start))
-        U = torch.bmm(R, v * b)
-        Z = k * end
-        carry = torch.bmm(Z.mT, W).neg_()
-        carry.diagonal(dim1=-2, dim2=-1).add_(last)
-        S = _scan(carry, torch.bmm(Z.mT, U), memory)  # [M + BH, K, V]: before every chunk, and after the last
-        before = S[: len(q)]
-        U.baddbmm_(W, before, alpha=-1)
-        o = torch.bmm(q, before).mul_(start).baddbmm_(attend, U)
-        ctx.save_for_backward(q, k, v, b, fade, start, end, attend, R, W, U, carry, S)
-        ctx.has_decay = log_decay is not None
-        return o, S[len(q) :].clone()
+    def forward(ctx, q, k, v, step_size, log_decay, memory, chunk):
+        B, T, H, _ = k.shape
+        with torch.autocast(q.device.type, enabled=False):
+            q, k, v, b, log_decay = (_into_chunks(x, chunk, memory.dtype) for x in (q, k, v, step_size, log_decay))
+            fade, start, end = _decays(k, log_decay)
+            R = _unit_inverse(torch.bmm(k, k.mT).mul_(fade).mul_(b))
+            W = torch.bmm(R * (b * start).mT, k)
+            U = torch.bmm(R * b.mT, v)
+            Z = k * end
+            (M, rows), fades = (len(k), B * H), start[:, -1:]
+            S = k.new_empty(M + rows, *memory.shape[-2:])  # before every chunk, and after the last
+            S[:rows] = memory.flatten(0, 1)
+            for n in range(0, M, rows):
+                here, there = slice(n, n + rows), slice(n + rows, n + 2 * rows)
+                U[here].baddbmm_(W[here], S[here], alpha=-1)
+                torch.mul(S[here], fades[here], out=S[there]).baddbmm_(Z[here].mT, U[here])
+            o = torch.bmm(q, S[:M]).mul_(start).baddbmm_(torch.bmm(q, k.mT).mul_(fade), U)
+        ctx.save_for_backward(q, k, v, b, fade, start, end, R, W, U, S)
+        ctx.like, ctx.has_decay = (B, T, H), log_decay is not None
+        return _from_chunks(o, ctx.like), S[M:].clone().unflatten(0, (B, H))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dmemory):
-        """With dX the gradient of the loss by X, and every line the transpose of one above:
+        """With dX the gradient by X, each line is the transpose of one of chunked_delta's:
 
-        dU  = (Q K^T * L)^T dO + Z dS'                   E  = R^T dU , the gradient by the right hand side
-        dS  = diag(e^c Q)^T dO + e^{c_C} dS' - W^T dU    which the scan takes as (e^{c_C} I - Z^T W)^T dS' + known
-        dQ  = (dO U^T * L) K + diag(e^c) dO S^T
-        dK  = diag(b) G + J ,  G = -(E U^T * L) K - diag(e^c) E S^T ,  J = dK through the keys that are read: what is left
-        dV  = diag(b) E ,      db = E . V + K . G        (rows dotted)
-        dc  = Q . dQ + K . (b G - J) ,  and S' . dS' for the last c, since e^{c_t} scales what token t reads with and e^{-c_i} what
-              it wrote. The gradient of a log decay is the sum of dc from its token to the chunk's end.
+        dU = (Q K^T * L)^T dO + Z dS'                         E = R^T dU , the gradient by the system's right-hand side
+        dS = (e^c Q)^T dO + e^{c_C} dS' - W^T dU              the scan, now from the last chunk to the first
+        dQ = (dO U^T * L) K + e^c dO S^T
+        dK = b G + J ,   G = -(E U^T * L) K - e^c E S^T ,
+                         J = (dO U^T * L)^T Q - (E U^T * L)^T b K + e^{c_C - c} U dS'^T
+        dV = b E ,       db = E . V + G . K                   (row by row; the diagonal of E U^T does not count)
+        dc = Q . dQ + K . (b G - J) ,                         plus S' . dS' for the chunk's last c
+        The last: e^{c_t} scales whatever token t reads with, its query and its key in G; e^{-c_t} the key it writes
+        with, in J. And since c is a sum of log decays, each of these collects dc from its token to the end of the
+        chunk.
         """
-        q, k, v, b, fade, start, end, attend, R, W, U, carry, S = ctx.saved_tensors
+        q, k, v, b, fade, start, end, R, W, U, S = ctx.saved_tensors
+        (M, rows), fades = (len(k), len(S) - len(k)), start[:, -1:]
         with torch.autocast(q.device.type, enabled=False):
-            before, after = S[: len(q)], S[len(S) - len(q) :]
-            dU = torch.bmm(attend.mT, do)
-            dS = torch.bmm((q * start).mT, do).baddbmm_(W.mT, dU, alpha=-1)
-            dS = _scan(carry.mT, dS, dmemory, reverse=True)
-            dbefore, dafter = dS[: len(q)], dS[len(S) - len(q) :]
-            dU.add_(torch.bmm(k, dafter).mul_(end))
+            do = _into_chunks(do, q.shape[1], q.dtype)
+            dU = torch.bmm(torch.bmm(q, k.mT).mul_(fade).mT, do)
+            Z, read = k * end, do * start
+            dS = torch.empty_like(S)
+            torch.bmm(q.mT, read, out=dS[:M])
+            dS[M:] = dmemory.flatten(0, 1)
+            for n in reversed(range(0, M, rows)):
+                here, there = slice(n, n + rows), slice(n + rows, n + 2 * rows)
+                dU[here].baddbmm_(Z[here], dS[there])
+                dS[here].addcmul_(dS[there], fades[here]).baddbmm_(W[here].mT, dU[here], alpha=-1)
             E = torch.bmm(R.mT, dU)
+
             dattend = torch.bmm(do, U.mT).mul_(fade)
             dA = torch.bmm(E, U.mT).mul_(fade)
             dA.diagonal(dim1=-2, dim2=-1).zero_()
-            dq = torch.bmm(do, before.mT).mul_(start).baddbmm_(dattend, k)
-            G = torch.bmm(E, before.mT).mul_(start).baddbmm_(dA, k).neg_()
-            J = torch.bmm(U, dafter.mT).mul_(end).baddbmm_(dattend.mT, q).baddbmm_(dA.mT, k * b, alpha=-1)
-            db = (E * v).sum(-1) + (k * G).sum(-1)
+            dq = torch.bmm(read, S[:M].mT).baddbmm_(dattend, k)
+            G = torch.bmm(E, S[:M].mT).mul_(start).baddbmm_(dA, k).neg_()
+            J = torch.bmm(U, dS[rows:].mT).mul_(end).baddbmm_(dattend.mT, q).baddbmm_((dA * b).mT, k, alpha=-1)
+            db = _dot(E, v).add_(_dot(k, G))
             G.mul_(b)
             dlog_decay = None
             if ctx.has_decay:
-                dc = (q * dq).sum(-1) + (k * (G - J)).sum(-1)
-                dc[:, -1] += (after * dafter).sum((-2, -1))
-                dlog_decay = dc.flip(-1).cumsum(-1).flip(-1)
-            return dq, G.add_(J), E.mul_(b), db, dlog_decay, dS[: len(dmemory)]
+                dc = _dot(q, dq) + _dot(k, G - J)
+                dc[:, -1] += (S[rows:] * dS[rows:]).sum((-2, -1)).unsqueeze(-1)
+                dlog_decay = _from_chunks(dc.flip(-2).cumsum(-2).flip(-2), ctx.like).squeeze(-1)
+            dk, dv, dmemory = G.add_(J), E.mul_(b), dS[:rows].unflatten(0, ctx.like[::2])
+            dq, dk, dv, db = (_from_chunks(x, ctx.like) for x in (dq, dk, dv, db))
+            return dq, dk, dv, db.squeeze(-1), dlog_decay, dmemory, None
 
 
-def _decays(k: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is left of a pair (i) where token t reads it: fade [M, C, C], L above; of the chunk's first memory at t: start [M, C, 1]; of a
-    pair at the chunk's end: end [M, C, 1]; of the first memory there: last [M, 1].
+def _decays(k: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What is left of a pair (i) where token t reads it: fade [M, C, C], L above; of the chunk's first memory at t:
+    start [M, C, 1]; of a pair at the chunk's end: end [M, C, 1].
 
-    Only differences of cumulative log decays are exponentiated, and none is positive. A token at or below FORGET empties the memory; it
-    is counted apart from the sum, so that 64 documents in a chunk leave the sum its digits: float32 resolves 4096 to 5e-4 only.
+    Only differences of cumulative log decays are exponentiated, and none is positive. A token at or below FORGET
+    empties the memory; it is counted apart from the sum, so that 64 documents in a chunk leave the sum its digits:
+    float32 resolves 4096 to 5e-4 only.
     """
-    C = k.shape[1]
-    causal = torch.ones(C, C, dtype=torch.bool, device=k.device).tril_()
+    M, C, _ = k.shape
+    causal = k.new_ones(C, C).tril_()
     if log_decay is None:
-        one = k.new_ones(())
-        return causal.to(k.dtype), one, one, one
+        one = k.new_ones(1, 1, 1).expand(M, C, 1)
+        return causal, one, one
     forgets = log_decay <= FORGET
-    document = forgets.cumsum(-1)
-    c = log_decay.masked_fill(forgets, 0.0).cumsum(-1)
-    hidden = (document.unsqueeze(-1) != document.unsqueeze(-2)).logical_or_(~causal)
-    fade = (c.unsqueeze(-1) - c.unsqueeze(-2)).masked_fill_(hidden, -torch.inf).exp_()
-    start = c.exp().masked_fill_(document > 0, 0.0)
-    end = (c[:, -1:] - c).exp_().masked_fill_(document < document[:, -1:], 0.0)
-    return fade, start.unsqueeze(-1), end.unsqueeze(-1), start[:, -1:]
+    c = log_decay.masked_fill(forgets, 0.0).cumsum(-2)
+    fade = (c - c.mT).clamp_(max=0.0).exp_().mul_(causal)
+    start, end = c.exp(), (c[:, -1:] - c).exp_()
+    # Starts of documents are rare, and on a CPU it costs nothing to look; on a GPU looking would wait for it.
+    if forgets.device.type != "cpu" or forgets.any():
+        document = forgets.cumsum(-2)
+        fade.masked_fill_(document != document.mT, 0.0)
+        start.masked_fill_(document > 0, 0.0)
+        end.masked_fill_(document < document[:, -1:], 0.0)
+    return fade, start, end
 
 
 def _unit_inverse(A: Tensor) -> Tensor:
     """(I + A)^-1 of the strictly lower triangle of A [M, C, C], by halves:
         [[P, 0], [B, Q]]^-1 = [[P^-1, 0], [-Q^-1 B P^-1, Q^-1]] ,
-    from blocks of 4, where (I + A)^-1 = (I - A)(I + A^2) exactly. A few products of many small matrices: three times as fast as
-    triangular solves on a CPU, and as accurate. Larger first blocks by the same series are not: with b = 2 and 64 times nearly the same
-    key, float32, the error is 5e-5 from blocks of 4 (2e-4 by solves), 8e-4 from 8 and 4 from 16.
+    from blocks of 4, where (I + A)^-1 = (I - A)(I + A^2) exactly. A few products of many small matrices: three times as
+    fast as triangular solves on a CPU, and as accurate. Larger first blocks by the same series are not: with b = 2 and
+    nearly the same key 64 times, float32, the error is 5e-5 from blocks of 4 (2e-4 by solves), 8e-4 from 8, 4 from 16.
     """
-    M, C, _ = A.shape
+    C = A.shape[-1]
     size = 1 << max(C - 1, 3).bit_length()
     if size != C:
         return _unit_inverse(F.pad(A, (0, size - C, 0, size - C)))[:, :C, :C]
@@ -201,22 +219,29 @@ def _diagonal_blocks(A: Tensor, size: int) -> Tensor:
     return A.unflatten(2, (-1, size)).unflatten(1, (-1, size)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
 
-def _scan(carry: Tensor, add: Tensor, memory: Tensor, reverse: bool = False) -> Tensor:
-    """S_{n+1} = carry_n S_n + add_n for carry [N BH, K, K], add [N BH, K, V], from memory [BH, K, V]: all S, [(N + 1) BH, K, V].
-    In reverse, memory is the last S and carry_n makes S_n of S_{n+1}."""
-    rows = len(memory)
-    S = torch.cat((add, memory) if reverse else (memory, add))
-    steps = range(0, len(add), rows)
-    for n in reversed(steps) if reverse else steps:
-        old, new = (n + rows, n) if reverse else (n, n + rows)
-        S[new : new + rows].baddbmm_(carry[n : n + rows], S[old : old + rows])
-    return S
-
-
-def _into_chunks(x: Tensor, chunk: int) -> Tensor:
-    """[B, T, H, X] to [N B H, C, X], zero-padded at the end: k = 0, b = 0, log decay 0 write nothing and forget nothing."""
-    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk))
+def _into_chunks(x: Tensor | None, chunk: int, dtype: torch.dtype) -> Tensor | None:
+    """[B, T, H, X] or [B, T, H] to [N B H, C, X], zero-padded at the end: zeros write nothing and forget nothing."""
+    if x is None:
+        return None
+    x = (x.unsqueeze(-1) if x.ndim == 3 else x).to(dtype)
+    if x.shape[1] % chunk:
+        x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk))
     return x.unflatten(1, (-1, chunk)).permute(1, 0, 3, 2, 4).flatten(0, 2)
+
+
+def _from_chunks(x: Tensor, like: tuple[int, int, int]) -> Tensor:
+    """The way back, [N B H, C, X] to [B, T, H, X]."""
+    B, T, H = like
+    return x.unflatten(0, (-1, B, H)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return torch.linalg.vecdot(x, y).unsqueeze(-1)
+
+
+def _short(chunk: int, tokens: int) -> int:
+    """The chunk, or a power of two that holds all the tokens where they are few."""
+    return min(chunk, 1 << max(tokens - 1, 3).bit_length())
 
 
 def _working_dtype(*tensors: Tensor) -> torch.dtype:
@@ -228,3 +253,66 @@ def _first_memory(k: Tensor, v: Tensor, memory: Tensor | None) -> Tensor:
     if memory is None:
         return torch.zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=dtype, device=k.device)
     return memory.to(dtype)
+
+
+class Delta(Regressor):
+    """The delta rule with a learned step size per head and token: b = sigmoid(x W + c), twice that with negative
+    eigenvalues.
+
+    Without a decay it is DeltaNet, with one per head Gated DeltaNet. Keys of unit length keep every step stable; the
+    shell normalises them. chunk None takes 32 tokens on a CPU and 64 on a GPU, where fewer, larger products are worth
+    more.
+    """
+
+    accepts_decay: ClassVar[tuple[str, ...]] = ("none", "head")
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int,
+        backend: str = "auto",
+        negative_eigenvalues: bool = False,
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, key_dim, value_dim, backend)
+        if chunk is not None and chunk < 1:
+            raise ValueError(
+                f"regressor.chunk={chunk} is no number of tokens; a positive integer, or null for this device's best"
+            )
+        self.chunk = chunk
+        self.largest_step = 2.0 if negative_eigenvalues else 1.0
+        self.step_size = nn.Linear(hidden_size, num_heads)
+
+    def forward(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None = None,
+        state: Any = None,
+        segments: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        step_size = self.largest_step * wide(self.step_size(x)).sigmoid()
+        log_decay = forget_at_starts(log_decay, segments, like=step_size)
+        backend = self.choose(v.device, v.dtype).backend
+        if backend == "recurrent" or k.shape[1] == 1:  # one token is the definition itself, on every backend
+            return recurrent_delta(q, k, v, step_size, log_decay, state)
+        if backend == "fla":
+            return fla.gated_delta(q, k, v, step_size, log_decay, state)
+        return chunked_delta(q, k, v, step_size, log_decay, state, self.chunk or (64 if v.is_cuda else 32))
+
+    def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+        return {"fla": fla.refusal_gated_delta(device, dtype, self.key_dim, self.value_dim)}
+
+    def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+        return fla.route_gated_delta(device) if backend == "fla" else ""
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Three products with the memory (predict, write, read), and the step sizes' projection."""
+        return self.num_heads * (6 * self.key_dim * self.value_dim + 2 * self.hidden_size)
+
+    def state_size(self, seq_len: int) -> int:
+        return self.num_heads * self.key_dim * self.value_dim

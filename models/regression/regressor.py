@@ -69,6 +69,10 @@ class Regressor(nn.Module):
         """The accelerated backends this regressor has, best first: name -> why it can't run here, or None if it can."""
         return {}
 
+    def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+        """What to add to the reason for an accelerated backend: which of its kernels it takes. "" if it has one."""
+        return ""
+
     def choose(self, device: torch.device, dtype: torch.dtype) -> Choice:
         """The backend for this device and compute dtype. `auto` takes the first accelerator that is right here, else
         `torch`; one that was named outright and can't run is a ValueError that says why.
@@ -80,10 +84,11 @@ class Regressor(nn.Module):
             refusal = accelerators.get(self.backend, f"{type(self).__name__} has no such kernel")
             if refusal is not None:
                 raise ValueError(f"regressor.backend={self.backend} can't run {type(self).__name__} here: {refusal}")
-            return Choice(self.backend, "as asked")
+            return Choice(self.backend, "; ".join(filter(None, ("as asked", self.route(self.backend, device, dtype)))))
         for name, refusal in accelerators.items():
             if refusal is None and device.type == "cuda":
-                return Choice(name, f"on {torch.cuda.get_device_name(device)}")
+                where = f"on {torch.cuda.get_device_name(device)}"
+                return Choice(name, "; ".join(filter(None, (where, self.route(name, device, dtype)))))
         reasons = [f"{name}: {refusal}" for name, refusal in accelerators.items() if refusal is not None]
         return Choice("torch", "; ".join(reasons) if device.type == "cuda" else "no GPU")
 

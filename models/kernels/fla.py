@@ -1,0 +1,97 @@
+"""flash-linear-attention: what it can do here, and the calls. The only file that imports fla, and only inside
+functions.
+
+fla 0.6.0 without Triton imports as an empty package, and with Triton but no GPU it imports and fails at the first call,
+so neither is asked by importing it. Layout, log decays and float32 memories are this repository's own; the scale is
+always passed (fla's default is 1/sqrt(K), here the mixer scales the query).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# The kernels sum decays over 64 tokens in float32, and a large one takes the digits of the small ones after it: with 7
+# documents in a chunk the error is 2e-5, with gates saturated at -1e4 it is 4e-3. exp(-32) = 1e-14 is nothing to
+# float32 and leaves them be.
+LEAST_LOG_DECAY = -32.0
+
+# Triton before 3.7.1 miscompiles fla's backward of a decay per head on Hopper; fla refuses it there (chunk_bwd_dqkwg).
+BROKEN_ON_HOPPER = ((3, 4, 0), (3, 7, 1))
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels on a CPU: slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def refusal(device_type: str) -> str | None:
+    """Why no kernel of fla can run on this kind of device, or None."""
+    for package, name in (("triton", "Triton"), ("fla", "flash-linear-attention")):
+        if importlib.util.find_spec(package) is None:
+            return f"{name} is not installed"
+    if device_type != "cuda" and not interpreting():
+        return f"Triton needs a GPU, this is {device_type}"
+    return None
+
+
+def refusal_gated_delta(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
+    """Why fla can't run the (gated) delta rule here, or None if it can. dtype is that of q, k and v."""
+    if (reason := refusal(device.type)) is not None:
+        return reason
+    if interpreting() and dtype == torch.bfloat16:
+        return "Triton's interpreter keeps bfloat16 as integers and returns garbage"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"fla computes in 16 or 32 bits, not {dtype}"
+    if key_dim > 256:
+        return f"fla's kernels take keys up to 256 wide, not {key_dim}"
+    return None
+
+
+def route_gated_delta(device: torch.device, decays: bool = True, dtype: torch.dtype = torch.bfloat16) -> str:
+    """The kernel `gated_delta` calls here, and why where it is not the obvious one."""
+    if not decays and dtype != torch.float32:
+        return "chunk_delta_rule"
+    if (broken := _broken_on_hopper(device)) is not None:
+        return f"chunk_kda with the gate repeated over channels: {broken} gets the gradient of a gate per head wrong"
+    return "chunk_gated_delta_rule"
+
+
+def gated_delta(
+    q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_decay: Tensor | None = None, memory: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """delta.py's map by fla's kernels. Arguments and results as recurrent_delta's; q, k, v are cast to one dtype, v's.
+
+    Document boundaries come as FORGET in log_decay, not as cu_seqlens, whose number of documents is part of fla's
+    autotuning keys.
+    """
+    q, k, step_size = q.to(v.dtype), k.to(v.dtype), step_size.float()
+    options = {"scale": 1.0, "initial_state": None if memory is None else memory.float(), "output_final_state": True}
+    route = route_gated_delta(v.device, log_decay is not None, v.dtype)
+    if route == "chunk_delta_rule":
+        from fla.ops.delta_rule import chunk_delta_rule
+
+        return chunk_delta_rule(q, k, v, step_size, **options)
+    log_decay = torch.zeros_like(step_size) if log_decay is None else log_decay.float().clamp(min=LEAST_LOG_DECAY)
+    if route == "chunk_gated_delta_rule":
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        return chunk_gated_delta_rule(q, k, v, log_decay, step_size, **options)
+    from fla.ops.kda import chunk_kda
+
+    return chunk_kda(q, k, v, log_decay.unsqueeze(-1).expand_as(k).contiguous(), step_size, **options)
+
+
+@cache
+def _broken_on_hopper(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
+    return f"Triton {triton.__version__} on Hopper" if BROKEN_ON_HOPPER[0] <= version < BROKEN_ON_HOPPER[1] else None

@@ -1,0 +1,84 @@
+"""fla's kernels equal the definition: natively on a GPU, by Triton's interpreter on a CPU (float32; it can't do
+bfloat16)."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from models.kernels import fla
+from models.regression.regressor import FORGET
+from tests.kernels.interpreter import run_interpreted
+from tests.regression.test_delta import NAMES, draw, values_and_gradients
+
+ROUTES = ("chunk_gated_delta_rule", "chunk_kda")
+TOLERANCE = 5e-5  # FORGET takes a few digits of fla's cumulative sums
+
+
+def errors(route: str, device: str = "cpu", tokens: int = 70) -> dict[str, float]:
+    """Largest difference between a route and the recurrence, relative to the largest value; documents in a chunk
+    included."""
+    inputs = [x.to(device) for x in draw(tokens, dtype=torch.float32, width=16, heads=1)]
+    inputs[4] = inputs[4].clone()
+    inputs[4][:, [3, 4, 20, 66]] = FORGET
+    from models.regression.delta import recurrent_delta
+
+    fla.route_gated_delta = lambda *_: route
+    exact, form = (values_and_gradients(f, inputs) for f in (recurrent_delta, fla.gated_delta))
+    return {n: ((form[n] - exact[n]).abs().max() / exact[n].abs().max()).item() for n in NAMES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_kernels_are_the_recurrence_interpreted(route):
+    printed = run_interpreted(f"from tests.kernels.test_fla import errors\nprint('RESULT', errors({route!r}))")
+    found = eval(printed.split("RESULT")[1])
+    assert all(e < TOLERANCE for e in found.values()), found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("route", ROUTES)
+def test_kernels_are_the_recurrence(route, monkeypatch):
+    device = torch.device("cuda")
+    if route == ROUTES[0] and not fla.route_gated_delta(device).startswith(route):
+        pytest.skip(fla.route_gated_delta(device))
+    monkeypatch.setattr(fla, "route_gated_delta", fla.route_gated_delta)  # errors() replaces it
+    found = errors(route, "cuda", tokens=200)
+    assert all(e < 5e-3 for e in found.values()), found  # tensor cores round float32 to TF32
+
+
+def test_refusals_say_why(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(fla, "refusal", lambda _: None)
+    assert fla.refusal_gated_delta(cuda, torch.bfloat16, 128, 128) is None
+    assert "256" in fla.refusal_gated_delta(cuda, torch.bfloat16, 512, 128)
+    assert "float64" in fla.refusal_gated_delta(cuda, torch.float64, 64, 64)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "interpreter" in fla.refusal_gated_delta(cpu, torch.bfloat16, 64, 64)
+
+
+def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    fla.refusal.cache_clear()
+    assert fla.refusal("cpu") is not None
+
+
+def test_routes(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(fla, "_broken_on_hopper", lambda _: None)
+    assert fla.route_gated_delta(cuda) == "chunk_gated_delta_rule"
+    assert fla.route_gated_delta(cuda, decays=False, dtype=torch.bfloat16) == "chunk_delta_rule"
+    assert fla.route_gated_delta(cuda, decays=False, dtype=torch.float32) == "chunk_gated_delta_rule"
+    monkeypatch.setattr(fla, "_broken_on_hopper", lambda _: "Triton 3.6.0 on Hopper")
+    assert fla.route_gated_delta(cuda).startswith("chunk_kda") and "3.6.0" in fla.route_gated_delta(cuda)
+
+
+def test_importing_the_models_does_not_import_fla():
+    code = "import sys, models.regression.delta; assert not {'fla', 'triton'} & {m.split('.')[0] for m in sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True)
