@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.regression.delta import Delta, _unit_inverse, chunked_delta, recurrent_delta
 from models.regression.documents import forget_at_starts
@@ -276,7 +276,11 @@ def test_counts_are_what_is_counted():
     module, inputs = module_and_inputs()
     inputs = [x[:, :64].float() for x in inputs]
     module.float()
-    in_place = {torch.ops.aten.baddbmm_: baddbmm_flop}  # which the counter leaves out
+
+    def product(_, a, b, **__):
+        return 2 * a[0] * a[1] * a[2] * b[2]
+
+    in_place = {torch.ops.aten.baddbmm_: product}  # which the counter leaves out
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter, torch.no_grad():
         _, state = module(*inputs)
     assert counter.get_total_flops() == module.flops_per_token(64) * B * 64
