@@ -57,7 +57,7 @@ def machine(device: str) -> str:
 def operators(device: str) -> dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Operator]]]:
     """size -> shape (B, T, H, K), dtype, named operators; the first of a size is what the others are compared with.
 
-    All compute o = q S with the scale 1/sqrt(K) that the peers fix. Mixers to come add their sizes and their peers here.
+    All compute o = q S with the peers' scale, 1/sqrt(K). Mixers to come add their sizes and their peers here.
     """
     if device == "cpu":
         delta = {"transformers, chunked": transformers_delta, "ours, chunked": ours_delta}

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 DECAYS = ("none", "head", "channel")  # no log_decay; one per head [B, T, H]; one per key channel [B, T, H, K]
 BACKENDS = ("auto", "fla", "triton", "torch", "recurrent")
 
-# A document boundary is a decay that forgets everything: exp(FORGET) = 1.6e-28 is below the rounding of float64, and
-# the number is small enough for cumulative sums of many boundaries in one chunk to keep their last digits in float32.
+# A document boundary is a decay that forgets everything: exp(FORGET) = 1.6e-28 is below the rounding of float64. In a
+# cumulative sum it takes the digits of what follows (float32 resolves 64 to 4e-6), so chunked forms count it apart.
 FORGET = -64.0
 
 

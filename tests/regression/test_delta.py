@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
 
 from models.regression.delta import Delta, _unit_inverse, chunked_delta, recurrent_delta
 from models.regression.documents import forget_at_starts
