@@ -9,7 +9,6 @@ One such layer gives keys and values of neighbouring tokens to each other, which
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -30,18 +29,22 @@ class ShortConvolution(nn.Module):
         if tail is None:
             tail = x.new_zeros(x.shape[0], reach, x.shape[2])
         padded = torch.cat([tail.to(x.dtype), x], dim=1)
-        if segments is None:
-            y = F.conv1d(padded.mT, self.weight.unsqueeze(1).to(x.dtype), groups=x.shape[2]).mT
-            return y, padded[:, T:]
-        documents = torch.cat([segments[:, :1].expand(-1, reach), segments], dim=1)  # the tail is of the first document
+        documents = None  # of padded; the tail belongs to the first document of the call
+        if segments is not None:
+            documents = torch.cat([segments[:, :1].expand(-1, reach), segments], dim=1)
+        # W multiply-adds over shifted views: on a CPU faster than conv1d, on a GPU the compiler makes one kernel of them
         weight = self.weight.to(x.dtype)
         y = x * weight[:, reach]
         for back in range(1, self.width):
             earlier = slice(reach - back, reach - back + T)
-            other = (documents[:, earlier] != segments).unsqueeze(-1)
-            y = y + padded[:, earlier].masked_fill(other, 0) * weight[:, reach - back]
-        other = (documents[:, T:] != segments[:, -1:]).unsqueeze(-1)
-        return y, padded[:, T:].masked_fill(other, 0)
+            inputs = padded[:, earlier]
+            if documents is not None:
+                inputs = inputs.masked_fill((documents[:, earlier] != segments).unsqueeze(-1), 0)
+            y = torch.addcmul(y, inputs, weight[:, reach - back])
+        tail = padded[:, T:]
+        if documents is not None:
+            tail = tail.masked_fill((documents[:, T:] != segments[:, -1:]).unsqueeze(-1), 0)
+        return y, tail
 
     def flops_per_token(self) -> int:
         return 2 * self.weight.numel()

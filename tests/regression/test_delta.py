@@ -36,7 +36,7 @@ def values_and_gradients(form, inputs: list[Tensor | None]) -> dict[str, Tensor]
     leaves = [None if x is None else x.detach().clone().requires_grad_() for x in inputs]
     o, memory = form(*leaves)
     g = torch.Generator().manual_seed(1)
-    loss = sum((x.double() * torch.randn(x.shape, generator=g, dtype=torch.float64)).sum() for x in (o, memory))
+    loss = sum((x.cpu() * torch.randn(x.shape, generator=g, dtype=torch.float64)).sum() for x in (o, memory))
     gradients = torch.autograd.grad(loss, [x for x in leaves if x is not None])
     names = [n for n, x in zip(NAMES[2:], leaves, strict=True) if x is not None]
     return {"o": o, "memory": memory, **dict(zip(names, gradients, strict=True))}
