@@ -8,6 +8,7 @@ before anything is built.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,12 +83,18 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("mul", lambda a, b: int(a) * int(b), replace=True)
     OmegaConf.register_new_resolver("precision", default_precision, replace=True)
+    OmegaConf.register_new_resolver("can_compile", can_compile, replace=True)
     OmegaConf.register_new_resolver("world_size", world_size, replace=True)
 
 
 def default_precision() -> str:
     """bf16-mixed where the GPU has bfloat16, else float32."""
     return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def can_compile() -> bool:
+    """Whether torch.compile pays: on a GPU, with Triton."""
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
 def world_size(devices: int | str | list[int], num_nodes: int = 1) -> int:

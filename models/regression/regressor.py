@@ -73,6 +73,7 @@ class Regressor(nn.Module):
         """What to add to the reason for an accelerated backend: which of its kernels it takes. "" if it has one."""
         return ""
 
+    @torch.compiler.assume_constant_result
     def choose(self, device: torch.device, dtype: torch.dtype) -> Choice:
         """The backend for this device and compute dtype. `auto` takes the first accelerator that is right here, else
         `torch`; one that was named outright and can't run is a ValueError that says why.

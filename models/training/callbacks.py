@@ -191,7 +191,9 @@ class Sample(Callback):
             return
         prompt = task.validation_samples()[0]["input_ids"][: self.num_prompt_tokens].to(module.device)
         model = module.model.eval()
-        with torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []):
+        devices = [module.device] if module.device.type == "cuda" else []
+        # not compiled: a token at a time is another shape, and soon over
+        with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(0)
             ids = model.generate(
                 prompt.unsqueeze(0),

@@ -1,0 +1,52 @@
+"""Law 8: every accelerated backend equals the PyTorch form, on the CPU by Triton's interpreter (float32), on a GPU as
+it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from tests.kernels.interpreter import run_interpreted
+from tests.laws.presets import PRESETS, inputs, mixer, outcome
+
+ACCELERATED = [(p, name) for p in PRESETS for name in mixer(p).regressor.accelerators(torch.device("cuda"), torch.float32)]
+
+
+def errors(preset: str, backend: str, device: str, dtype: torch.dtype = torch.float32, T: int = 70) -> list[float]:
+    """Of outputs, memory and every gradient: the distance to the PyTorch form's in float32, relative to its length, with
+    and without documents."""
+    found = []
+    x = inputs(2, T, torch.float32).to(device)
+    documents = (torch.arange(T, device=device) // 9).expand(2, -1)
+    for segments in (None, documents):
+        sizes = {"num_heads": 2, "key_dim": 16, "value_dim": 16}  # Triton's products want 16 at least
+        exact = outcome(mixer(preset, "torch", torch.float32, **sizes).to(device), x, segments=segments)
+        with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
+            ours = outcome(mixer(preset, backend, torch.float32, **sizes).to(device), x, segments=segments)
+        # a gradient that is zero but for rounding has no relative error
+        largest = max(b.norm().item() for b in exact)
+        pairs = zip(ours, exact, strict=True)
+        found += [((a - b).norm() / max(b.norm().item(), 1e-3 * largest)).item() for a, b in pairs]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset, backend", ACCELERATED)
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_8_interpreted_kernels_equal_the_pytorch_form(preset, backend):
+    code = f"import json\nfrom tests.laws.test_backends import errors\nprint('FOUND', json.dumps(errors({preset!r}, {backend!r}, 'cpu')))"
+    found = json.loads(run_interpreted(code).split("FOUND")[1])
+    assert max(found) < 1e-4, found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("preset, backend", ACCELERATED)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-3), (torch.bfloat16, 3e-2)], ids=["float32", "bf16"])
+def test_8_kernels_equal_the_pytorch_form(preset, backend, dtype, tolerance):
+    """float32 within what TF32 products give, bf16 within bf16's rounding of everything around the kernel."""
+    found = errors(preset, backend, "cuda", dtype, T=300)
+    assert max(found) < tolerance, found
