@@ -33,6 +33,7 @@ schema.register()
 for name in ("lightning.pytorch", "lightning.fabric"):  # what matters of the machine is in our own summary
     logging.getLogger(name).setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # inside lightning 2.6, about torch
+warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged has been summed over the ranks
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # num_workers is a setting
 
 

@@ -9,7 +9,10 @@ before anything is built.
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,6 +87,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("mul", lambda a, b: int(a) * int(b), replace=True)
     OmegaConf.register_new_resolver("precision", default_precision, replace=True)
     OmegaConf.register_new_resolver("can_compile", can_compile, replace=True)
+    OmegaConf.register_new_resolver("run_id", run_id, replace=True)
     OmegaConf.register_new_resolver("world_size", world_size, replace=True)
 
 
@@ -95,6 +99,14 @@ def default_precision() -> str:
 def can_compile() -> bool:
     """Whether torch.compile pays: on a GPU, with Triton."""
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
+
+def run_id(run_dir: str) -> str:
+    """The run's directory below runs/ as a name without slashes: unique, and the same when the run goes on."""
+    root = Path(os.environ.get("RUNS", "runs")).absolute()
+    path = Path(run_dir).absolute()
+    parts = path.relative_to(root).parts if path.is_relative_to(root) else path.parts[-2:]
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts))
 
 
 def world_size(devices: int | str | list[int], num_nodes: int = 1) -> int:

@@ -25,8 +25,8 @@ from data.batch import Batch
 class GlobalOrder:
     """A batch sampler that yields one rank's micro-batches, from step `first_step` to step `num_steps` - 1.
 
-    num_samples: of the data set.  batch: how a step's sequences are divided (data.batch).  overfit: every step takes the
-    batch of step 0.
+    num_samples: of the data set.  batch: how a step's sequences are divided (data.batch).  overfit: every step takes
+    the batch of step 0.
 
     `len` counts the micro-batches of all steps, those before `first_step` included: Lightning counts on from where a
     resumed run was, and a loader without a length would lose it a batch at every resume.
@@ -38,8 +38,8 @@ class GlobalOrder:
         assert 0 <= rank < batch.world_size and first_step >= 0, (rank, batch, first_step)
         if batch.sequences > num_samples:
             raise ValueError(
-                f"batch_tokens={batch.tokens} is {batch.sequences:,} sequences of seq_len={batch.seq_len}, and the data "
-                f"has {num_samples:,} to train on"
+                f"batch_tokens={batch.tokens} is {batch.sequences:,} sequences of seq_len={batch.seq_len}, and the "
+                f"data has {num_samples:,} to train on"
             )
         self.num_samples, self.batch, self.seed = num_samples, batch, seed
         self.rank, self.first_step, self.overfit = rank, first_step, overfit

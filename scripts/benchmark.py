@@ -3,8 +3,8 @@
     python scripts/benchmark.py ops [--only NAME] [--repeats 15] [--json PATH]
 
 `ops` times operators, forward and forward + backward, interleaved so that a busy neighbour slows all alike: the median
-of the repeats, the ratio to the first row of its size, the peak of allocated memory on a GPU, and the error of the
-output against that row.
+of the repeats, the ratio to the first row of its size, the peak of allocated memory on a GPU, and the difference of the
+output from that row's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +27,25 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from models.decay import NoDecay
+from models.features import Identity
 from models.kernels import fla
+from models.mixer import Mixer
 from models.regression.delta import chunked_delta
+from models.regression.local import Softmax
 
-Operator = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v, log_decay, step_size -> o
+if TYPE_CHECKING:
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
 SECONDS = 120.0  # an operator that is slower than this, compilation included, is not repeated
+
+
+@dataclass
+class Case:
+    """Operators that compute the same from the same inputs; the first is what the others are compared with."""
+
+    inputs: list[Tensor]
+    operators: dict[str, Callable[..., Tensor]]
 
 
 @dataclass
@@ -54,16 +70,28 @@ def machine(device: str) -> str:
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def operators(device: str) -> dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Operator]]]:
-    """size -> shape (B, T, H, K), dtype, named operators; the first of a size is what the others are compared with.
-
-    All compute o = q S with the peers' scale, 1/sqrt(K). Mixers to come add their sizes and their peers here.
-    """
+def cases(device: str) -> dict[str, Callable[[], Case]]:
+    """size -> what makes its inputs and operators. Mixers to come add their sizes and their peers here."""
     if device == "cpu":
-        delta = {"transformers, chunked": transformers_delta, "ours, chunked": ours_delta}
-        shapes = {"delta B4 T1024 H4 K64": (4, 1024, 4, 64), "delta B16 T256 H4 K32": (16, 256, 4, 32)}
-        return {name: (shape, torch.float32, delta) for name, shape in shapes.items()}
-    delta = {
+        return {
+            "delta B4 T1024 H4 K64": lambda: delta_on_a_cpu(4, 1024, 4, 64),
+            "delta B16 T256 H4 K32": lambda: delta_on_a_cpu(16, 256, 4, 32),
+            "softmax B4 T1024 H4 K64": lambda: softmax_layer(4, 1024, 4, 64, device, torch.float32),
+        }
+    return {
+        "delta B8 T4096 H8 K128": lambda: delta_on_a_gpu(8, 4096, 8, 128),
+        "softmax B8 T4096 H8 K128": lambda: softmax_layer(8, 4096, 8, 128, device, torch.bfloat16),
+    }
+
+
+def delta_on_a_cpu(*shape: int) -> Case:
+    named = {"transformers, chunked": transformers_delta, "ours, chunked": ours_delta}
+    return Case(draw(shape, torch.float32, "cpu"), named)
+
+
+def delta_on_a_gpu(*shape: int) -> Case:
+    """All compute o = q S with the peers' scale, 1/sqrt(K)."""
+    named = {
         "ours, by fla": lambda q, k, v, g, b: fla.gated_delta(q * q.shape[-1] ** -0.5, k, v, b, g)[0],
         "ours, chunked": ours_delta,
         "fla chunk_kda": fla_kda,
@@ -72,8 +100,60 @@ def operators(device: str) -> dict[str, tuple[tuple[int, ...], torch.dtype, dict
         ).transpose(1, 2),
     }
     if fla.route_gated_delta(torch.device("cuda")) == "chunk_gated_delta_rule":
-        delta = {"fla chunk_gated_delta_rule": fla_gated_delta, **delta}
-    return {"delta B8 T4096 H8 K128": ((8, 4096, 8, 128), torch.bfloat16, delta)}
+        named = {"fla chunk_gated_delta_rule": fla_gated_delta, **named}
+    return Case(draw(shape, torch.bfloat16, "cuda"), named)
+
+
+def softmax_layer(B: int, T: int, H: int, K: int, device: str, dtype: torch.dtype) -> Case:
+    """The whole layer, projections and positions included, with the same weights in both."""
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Config, Qwen3RotaryEmbedding
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": H * K, "num_attention_heads": H, "num_key_value_heads": H, "head_dim": K}
+    config = Qwen3Config(**sizes, attn_implementation="sdpa")
+    theirs, rotary = Qwen3Attention(config, layer_idx=0).to(device), Qwen3RotaryEmbedding(config).to(device)
+    ours = mixer_of_qwen3(theirs)
+    positions = torch.arange(T, device=device).unsqueeze(0)
+
+    def at(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def operator(x: Tensor) -> Tensor:
+            with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
+                return layer(x)
+
+        return operator
+
+    named = {
+        "transformers, Qwen3Attention": at(lambda x: theirs(x, rotary(x, positions), attention_mask=None)[0]),
+        "ours, Mixer": at(lambda x: ours(x)[0]),
+    }
+    return Case([torch.randn(B, T, H * K, device=device).requires_grad_()], named)
+
+
+def mixer_of_qwen3(attention: Qwen3Attention) -> Mixer:
+    """Our softmax mixer with the weights of transformers' Qwen3 attention: the same function."""
+    config = attention.config
+    K = attention.head_dim
+    mixer = Mixer(
+        config.hidden_size,
+        layer_index=0,
+        regressor=partial(Softmax, inverse_temperature=K**-0.5),
+        decay=NoDecay,
+        features=Identity,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        key_dim=K,
+        value_dim=K,
+        qk_norm="rms",
+        rotary=config.rope_parameters["rope_theta"],
+        norm_eps=config.rms_norm_eps,
+    ).to(attention.q_proj.weight)
+    with torch.no_grad():
+        theirs = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+        mixer.projection.weight.copy_(torch.cat(theirs))
+        mixer.output.weight.copy_(attention.o_proj.weight)
+        mixer.q_norm.weight.copy_(attention.q_norm.weight)
+        mixer.k_norm.weight.copy_(attention.k_norm.weight)
+    return mixer
 
 
 def ours_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
@@ -122,15 +202,13 @@ def seconds(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - begin
 
 
-def compare(
-    size: str, shape: tuple[int, ...], dtype: torch.dtype, named: dict[str, Operator], device: str, repeats: int
-) -> list[Row]:
-    inputs = draw(shape, dtype, device)
-    upstream = torch.randn(shape, device=device).to(dtype)
+def compare(size: str, case: Case, device: str, repeats: int) -> list[Row]:
+    inputs, named = case.inputs, case.operators
+    upstream = torch.randn_like(next(iter(named.values()))(*inputs))
     outputs, peaks, works = {}, {}, {}
     for name, operator in named.items():
 
-        def both(operator: Operator = operator) -> None:
+        def both(operator: Callable[..., Tensor] = operator) -> None:
             torch.autograd.grad(operator(*inputs), inputs, upstream, allow_unused=True)
 
         begin = time.perf_counter()
@@ -153,21 +231,22 @@ def compare(
     rows = [Row(size, name, *(round(statistics.median(r), 3) for r in records)) for name, records in times.items()]
     for row in rows:
         row.ratio, row.peak_gb = round(rows[0].both_ms / row.both_ms, 2), peaks.get(row.name)
-        row.error = (outputs[row.name] - outputs[rows[0].name]).abs().max().item()
+        first = outputs[rows[0].name]
+        row.error = ((outputs[row.name] - first).abs().max() / first.abs().max()).item()
     return rows
 
 
 def ops(only: str | None, repeats: int, path: Path | None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(machine(device))
-    print(f"{'size':24} {'operator':28} {'forward ms':>11} {'+ backward':>11} {'speed':>6} {'peak GB':>8} {'error':>8}")
+    print(f"{machine(device)}; error: largest difference to the first of its size, relative to its largest value")
+    print(f"{'size':25} {'operator':28} {'forward ms':>11} {'+ backward':>11} {'speed':>6} {'peak GB':>8} {'error':>8}")
     rows = []
-    for size, (shape, dtype, named) in operators(device).items():
+    for size, make in cases(device).items():
         if only and only not in size:
             continue
-        for row in compare(size, shape, dtype, named, device, repeats):
+        for row in compare(size, make(), device, repeats):
             peak = f"{row.peak_gb:8.2f}" if row.peak_gb else " " * 8
-            line = f"{row.size:24} {row.name:28} {row.forward_ms:11.2f} {row.both_ms:11.2f} {row.ratio:6.2f}"
+            line = f"{row.size:25} {row.name:28} {row.forward_ms:11.2f} {row.both_ms:11.2f} {row.ratio:6.2f}"
             print(f"{line} {peak} {row.error:8.0e}", flush=True)
             rows.append(row)
     if path:

@@ -38,13 +38,13 @@ def test_saved_and_loaded_it_is_the_same(preset, tmp_path):
 
 def test_a_checkpoint_can_name_only_our_classes():
     config = LanguageModelConfig(mixers={"main": {"_target_": "torch.nn.Linear"}}, pattern=["main"])
-    with pytest.raises(ValueError, match="torch.nn.Linear is not allowed"):
+    with pytest.raises(ValueError, match=r"torch\.nn\.Linear is not allowed"):
         LanguageModel(config)
 
 
 @pytest.mark.parametrize("presets", [*[[p] for p in PRESETS], PRESETS], ids=str)
 def test_generate_is_the_likeliest_continuation(presets):
-    """Greedy generation by states equals the whole forward pass repeated; padding on the left changes nothing; beams work."""
+    """Greedy generation by states equals the whole pass repeated; padding on the left changes nothing; beams work."""
     m = model(*presets)
     prompt = tokens(2, 7)
     expected = prompt
@@ -126,7 +126,7 @@ def test_it_starts_at_the_uniform_loss():
 def test_the_pattern_repeats_and_names_what_is_there():
     m = model("gated_delta", "softmax", num_layers=5)
     assert m.config.layers == ["gated_delta", "softmax", "gated_delta", "softmax", "gated_delta"]
-    with pytest.raises(ValueError, match="'mesa'.*gated_delta"):
+    with pytest.raises(ValueError, match=r"'mesa'.*gated_delta"):
         LanguageModelConfig(mixers={"gated_delta": {}}, pattern=["mesa"]).layers  # noqa: B018
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.precision import wide
-from models.regression.regressor import Choice, Regressor
+from models.regression.regressor import Regressor
 
 
 class Pairs(NamedTuple):
@@ -110,9 +110,8 @@ class Softmax(Regressor):
                 f"regressor.inverse_temperature={inverse_temperature!r} must be 'learned' or a positive number"
             )
 
-    def choose(self, device: torch.device, dtype: torch.dtype) -> Choice:
-        choice = super().choose(device, dtype)
-        return Choice("torch", "scaled_dot_product_attention") if choice.backend == "torch" else choice
+    def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+        return "scaled_dot_product_attention" if backend == "torch" else ""
 
     def forward(
         self,

@@ -70,7 +70,7 @@ class Regressor(nn.Module):
         return {}
 
     def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-        """What to add to the reason for an accelerated backend: which of its kernels it takes. "" if it has one."""
+        """What else there is to say about a backend: which of its kernels is taken. "" if it has one."""
         return ""
 
     @torch.compiler.assume_constant_result
@@ -78,20 +78,18 @@ class Regressor(nn.Module):
         """The backend for this device and compute dtype. `auto` takes the first accelerator that is right here, else
         `torch`; one that was named outright and can't run is a ValueError that says why.
         """
-        accelerators = self.accelerators(device, dtype)
-        if self.backend in ("torch", "recurrent"):
-            return Choice(self.backend, "as asked")
-        if self.backend != "auto":
-            refusal = accelerators.get(self.backend, f"{type(self).__name__} has no such kernel")
+        refusals = self.accelerators(device, dtype)
+        if self.backend not in ("auto", "torch", "recurrent"):
+            refusal = refusals.get(self.backend, f"{type(self).__name__} has no such kernel")
             if refusal is not None:
                 raise ValueError(f"regressor.backend={self.backend} can't run {type(self).__name__} here: {refusal}")
-            return Choice(self.backend, "; ".join(filter(None, ("as asked", self.route(self.backend, device, dtype)))))
-        for name, refusal in accelerators.items():
-            if refusal is None and device.type == "cuda":
-                where = f"on {torch.cuda.get_device_name(device)}"
-                return Choice(name, "; ".join(filter(None, (where, self.route(name, device, dtype)))))
-        reasons = [f"{name}: {refusal}" for name, refusal in accelerators.items() if refusal is not None]
-        return Choice("torch", "; ".join(reasons) if device.type == "cuda" else "no GPU")
+        name, reasons = self.backend, ["as asked"]
+        if name == "auto":
+            possible = [name for name, refusal in refusals.items() if refusal is None and device.type == "cuda"]
+            name = possible[0] if possible else "torch"
+            why_not = [f"{name}: {refusal}" for name, refusal in refusals.items() if refusal is not None]
+            reasons = [] if possible else why_not if device.type == "cuda" else ["no GPU"] if refusals else []
+        return Choice(name, "; ".join(filter(None, [*reasons, self.route(name, device, dtype)])))
 
     def flops_per_token(self, seq_len: int) -> int:
         """Multiply-adds counted as two, forward only, of the definition (mixer.py adds the projections it owns)."""

@@ -49,6 +49,7 @@ class Training(L.LightningModule):
         self.targets_per_token, self.bytes_per_token = targets_per_token, bytes_per_token
         self.compile_blocks = compile_blocks
         self._sharded = False
+        self._window: list[Tensor] = []  # [loss, number of targets] of the micro-batches since the last step
         self._validation: Tensor | None = None
 
     def configure_model(self) -> None:
@@ -75,22 +76,31 @@ class Training(L.LightningModule):
             if isinstance(logger, CsvLogger):
                 logger.resume(self.trainer.global_step)
 
-    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor | None], index: int) -> Tensor:
         labels = batch["labels"]
         nats = self.model.sum_nats(batch["input_ids"], labels, batch["segments"])
-        count = (labels != IGNORED).sum()
-        self.log("train/loss", nats.detach() / count.clamp(min=1))
+        self._window.append(torch.stack([nats.detach(), (labels != IGNORED).sum()]))
         return nats / (labels.numel() * self.targets_per_token)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Clips by the norm over all parameters and logs it. (Lightning's own refuses a fused optimizer under
-        bf16-mixed.)
+        """Once a step: clips by the norm over all parameters, and logs it with the loss over the whole batch, all
+        micro-batches and ranks. (Lightning's own clipping refuses a fused optimizer under bf16-mixed.)
         """
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        window, self._window = torch.stack(self._window).sum(0), []
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
+            return
+        loss, count = _sum_over_ranks(window)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.log_dict({"train/gradient_norm": norm, "train/learning_rate": optimizer.param_groups[0]["lr"]})
+        self.log_dict(
+            {
+                "train/loss": loss / count.clamp(min=1),
+                "train/gradient_norm": norm,
+                "train/learning_rate": optimizer.param_groups[0]["lr"],
+            }
+        )
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optimizer(self.model)
@@ -114,9 +124,7 @@ class Training(L.LightningModule):
         self._validation = sums if self._validation is None else self._validation + sums
 
     def on_validation_epoch_end(self) -> None:
-        sums = self._validation
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
+        sums = _sum_over_ranks(self._validation)
         nats, count = sums[0], sums[1]
         mean = (nats.sum() / count.sum()).item()
         # `step` is Lightning's key for the row this belongs to: that of the step just taken
@@ -133,6 +141,12 @@ class Training(L.LightningModule):
             if part := count[first:last].sum().item():
                 metrics[f"validation/nats_at/{first}-{last - 1}"] = nats[first:last].sum().item() / part
         self.log_dict(metrics, rank_zero_only=True)
+
+
+def _sum_over_ranks(x: Tensor) -> Tensor:
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+    return x
 
 
 def position_ranges(seq_len: int) -> list[tuple[int, int]]:

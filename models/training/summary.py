@@ -30,7 +30,7 @@ def summary(model: LanguageModel, seq_len: int, device: torch.device, dtype: tor
         inner = block.feed_forward.output.in_features
         lines.append(
             f"{layers:<10}{key:<14}{type(mixer.regressor).__name__:<12}{mixer.num_params:>12,}{inner:>14,}"
-            f"{mixer.state_size(seq_len):>12,}  {choice.backend} ({choice.reason})"
+            f"{mixer.state_size(seq_len):>12,}  {choice.backend}{f' ({choice.reason})' if choice.reason else ''}"
         )
     lines.append(f"(state: numbers held per sequence after {seq_len:,} tokens)")
     return "\n".join(lines)

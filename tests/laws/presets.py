@@ -1,4 +1,4 @@
-"""Every preset in conf/mixer, built small: what the laws are tried on. A new YAML there is tried without a line here."""
+"""Every preset in conf/mixer, built small: what the laws are tried on. A new YAML there needs no line here."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def tensors(state: Any) -> list[Tensor]:
 def outcome(
     m: Mixer, x: Tensor, splits: tuple[int, ...] = (), segments: Tensor | None = None, memory: bool = True
 ) -> list[Tensor]:
-    """Outputs, the final memory, and the gradients of a fixed function of both to x and to every parameter; the sequence
-    given in calls that end at `splits`. memory=False leaves the memory out."""
+    """Outputs, the final memory, and the gradients of a fixed function of both to x and to every parameter; the
+    sequence given in calls that end at `splits`. memory=False leaves the memory out."""
     x = x.detach().requires_grad_()
     state, outputs = None, []
     for a, b in pairwise([0, *splits, x.shape[1]]):
@@ -75,7 +75,7 @@ def outcome(
 
 def probe(y: Tensor) -> Tensor:
     """A number that depends on every output differently."""
-    return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
+    return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)).sum()
 
 
 def largest_difference(a: list[Tensor], b: list[Tensor]) -> float:

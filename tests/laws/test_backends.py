@@ -12,12 +12,14 @@ import torch
 from tests.kernels.interpreter import run_interpreted
 from tests.laws.presets import PRESETS, inputs, mixer, outcome
 
-ACCELERATED = [(p, name) for p in PRESETS for name in mixer(p).regressor.accelerators(torch.device("cuda"), torch.float32)]
+ACCELERATED = [
+    (p, name) for p in PRESETS for name in mixer(p).regressor.accelerators(torch.device("cuda"), torch.float32)
+]
 
 
 def errors(preset: str, backend: str, device: str, dtype: torch.dtype = torch.float32, T: int = 70) -> list[float]:
-    """Of outputs, memory and every gradient: the distance to the PyTorch form's in float32, relative to its length, with
-    and without documents."""
+    """Of outputs, memory and every gradient: the distance to the PyTorch form's in float32, relative to its length,
+    with and without documents."""
     found = []
     x = inputs(2, T, torch.float32).to(device)
     documents = (torch.arange(T, device=device) // 9).expand(2, -1)
@@ -37,8 +39,9 @@ def errors(preset: str, backend: str, device: str, dtype: torch.dtype = torch.fl
 @pytest.mark.parametrize("preset, backend", ACCELERATED)
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_8_interpreted_kernels_equal_the_pytorch_form(preset, backend):
-    code = f"import json\nfrom tests.laws.test_backends import errors\nprint('FOUND', json.dumps(errors({preset!r}, {backend!r}, 'cpu')))"
-    found = json.loads(run_interpreted(code).split("FOUND")[1])
+    call = f"errors({preset!r}, {backend!r}, 'cpu')"
+    printed = run_interpreted(f"from tests.laws.test_backends import *\nprint('FOUND', json.dumps({call}))")
+    found = json.loads(printed.split("FOUND")[1])
     assert max(found) < 1e-4, found
 
 

@@ -7,7 +7,8 @@ import torch
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
-from models.regression.local import Softmax, parallel_softmax, recurrent_softmax
+from models.regression.local import parallel_softmax, recurrent_softmax
+from scripts.benchmark import mixer_of_qwen3
 from tests.laws.presets import inputs, largest_difference, mixer, outcome
 
 
@@ -49,41 +50,11 @@ def test_equals_qwen3_attention_given_the_same_weights(groups):
     theirs = Qwen3Attention(config, layer_idx=0).double()
     for norm in (theirs.q_norm, theirs.k_norm):
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
-    ours = ours_with_weights_of(theirs, D, H, groups, K)
+    ours = mixer_of_qwen3(theirs)
     x = torch.randn(2, 33, D, dtype=torch.float64)
     rotary = Qwen3RotaryEmbedding(config)(x, torch.arange(33).unsqueeze(0))
     # its inverse frequencies are float32, ours follow the input: 1e-6 is their rounding
     assert largest_difference([ours(x)[0]], [theirs(x, rotary, attention_mask=None)[0]]) < 2e-6
-
-
-def ours_with_weights_of(theirs: Qwen3Attention, D: int, H: int, groups: int, K: int):
-    from functools import partial
-
-    from models.decay import NoDecay
-    from models.features import Identity
-    from models.mixer import Mixer
-
-    rope = theirs.config.rope_parameters["rope_theta"]
-    ours = Mixer(
-        D,
-        0,
-        regressor=partial(Softmax, inverse_temperature=K**-0.5),
-        decay=NoDecay,
-        features=Identity,
-        num_heads=H,
-        num_kv_heads=groups,
-        key_dim=K,
-        value_dim=K,
-        qk_norm="rms",
-        rotary=rope,
-    ).double()
-    with torch.no_grad():
-        parts = [theirs.q_proj.weight, theirs.k_proj.weight, theirs.v_proj.weight]
-        ours.projection.weight.copy_(torch.cat(parts))
-        ours.output.weight.copy_(theirs.o_proj.weight)
-        ours.q_norm.weight.copy_(theirs.q_norm.weight)
-        ours.k_norm.weight.copy_(theirs.k_norm.weight)
-    return ours
 
 
 @pytest.mark.parametrize("window", [1, 5, 64, 200])
