@@ -2,7 +2,7 @@
 
 Training    the batches of `GlobalOrder` from the trainer's step on; a resumed run goes on with the batch that comes
             next, whatever the number of devices, the micro-batch or the number of workers were before.
-Validation  a fixed set of sequences, the first of the validation split, the same for every world size.
+Validation  a fixed set of sequences, evenly spaced over the validation split, the same for every world size.
 
 Give the Trainer `use_distributed_sampler=False` (the ranks are told apart here, and Lightning would shuffle what is in
 order), `accumulate_grad_batches` as `data.batch` derives it, and no `max_epochs`: to Lightning the whole run is one
@@ -117,7 +117,7 @@ class TrainLoader(DataLoader):
 
 
 class Share(Dataset):
-    """One rank's share of the first `count` samples: every world-th from the rank-th on.
+    """One rank's share of `count` samples, evenly spaced over all: every world-th of them, from the rank-th on.
 
     Padded to whole micro-batches, as many on every rank, with samples that have no label: they weigh nothing where the
     loss is averaged over labels.
@@ -125,7 +125,7 @@ class Share(Dataset):
 
     def __init__(self, samples: Dataset, count: int, micro_batch: int, rank: int, world: int):
         assert 1 <= count <= len(samples), (count, len(samples))
-        self.samples, self.indices = samples, range(rank, count, world)
+        self.samples, self.indices = samples, [i * len(samples) // count for i in range(rank, count, world)]
         self.size = -(-count // (world * micro_batch)) * micro_batch
 
     def __len__(self) -> int:
