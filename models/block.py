@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.mixer import Mixer, State
+from models.norm import RMSNorm
 
 
 class SwiGLU(nn.Module):
@@ -34,8 +35,8 @@ class Block(nn.Module):
 
     def __init__(self, hidden_size: int, mixer: Mixer, feed_forward: SwiGLU, norm_eps: float) -> None:
         super().__init__()
-        self.mixer_norm, self.mixer = nn.RMSNorm(hidden_size, norm_eps), mixer
-        self.feed_forward_norm, self.feed_forward = nn.RMSNorm(hidden_size, norm_eps), feed_forward
+        self.mixer_norm, self.mixer = RMSNorm(hidden_size, norm_eps), mixer
+        self.feed_forward_norm, self.feed_forward = RMSNorm(hidden_size, norm_eps), feed_forward
 
     def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> tuple[Tensor, State]:
         y, state = self.mixer(self.mixer_norm(x), state, segments)

@@ -21,6 +21,7 @@ from conf.build import build
 from models.block import Block, SwiGLU, derived_inner_size
 from models.loss import IGNORED, score, sum_nats
 from models.mixer import State
+from models.norm import RMSNorm
 
 transformers_logging.disable_progress_bar()  # over a single file of weights
 
@@ -102,7 +103,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         D = config.hidden_size
         self.embedding = nn.Embedding(config.vocab_size, D)
         self.blocks = nn.ModuleList(_block(config, i, name) for i, name in enumerate(config.layers))
-        self.norm = nn.RMSNorm(D, config.norm_eps)
+        self.norm = RMSNorm(D, config.norm_eps)
         self.head = nn.Linear(D, config.vocab_size, bias=False)
         self.init_weights_by_depth()
         self.post_init()

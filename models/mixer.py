@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.convolution import ShortConvolution
-from models.precision import wide
+from models.norm import RMSNorm, unit
 from models.rotary import rotate
 
 ACTIVATIONS = {"none": None, "silu": F.silu}
@@ -102,7 +102,7 @@ class Mixer(nn.Module):
         self.projection = nn.Linear(hidden_size, sum(self.sizes) + (H * V if self.gate else 0), bias=False)
         self.convolution = ShortConvolution(sum(self.sizes), conv_size) if conv_size > 1 else None
         if qk_norm == "rms":
-            self.q_norm, self.k_norm = nn.RMSNorm(K, norm_eps), nn.RMSNorm(K, norm_eps)
+            self.q_norm, self.k_norm = RMSNorm(K, norm_eps), RMSNorm(K, norm_eps)
         self.features = features(key_dim=K)
         width = self.features.width
         self.decay = decay(hidden_size=hidden_size, num_heads=H, key_dim=width)
@@ -118,7 +118,7 @@ class Mixer(nn.Module):
                 f"{recipe.__name__} cannot have a decay of kind {self.decay.kind!r} ({type(self.decay).__name__}); "
                 f"possible kinds: {', '.join(recipe.accepts_decay)}"
             )
-        self.output_norm = nn.RMSNorm(V, norm_eps) if output_norm else None
+        self.output_norm = RMSNorm(V, norm_eps) if output_norm else None
         self.output = nn.Linear(H * V, hidden_size, bias=False)
 
     def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> tuple[Tensor, State]:
@@ -159,9 +159,9 @@ class Mixer(nn.Module):
 
     def _normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.qk_norm == "l2":
-            return _unit(q, self.norm_eps), _unit(k, self.norm_eps)
+            return unit(q, self.norm_eps), unit(k, self.norm_eps)
         if self.qk_norm == "rms":
-            return self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
+            return self.q_norm(q), self.k_norm(k)
         return q, k
 
     def _enter(self, state: State, segment: Tensor) -> State:
@@ -190,12 +190,6 @@ class Mixer(nn.Module):
         """Numbers held per sequence after seq_len tokens: the memory and the convolution's tail."""
         tail = 0 if self.convolution is None else sum(self.sizes) * (self.convolution.width - 1)
         return self.regressor.state_size(seq_len) + tail
-
-
-def _unit(x: Tensor, eps: float) -> Tensor:
-    """x / |x| along the last axis; a zero vector stays zero, so that a padded key writes nothing."""
-    y = wide(x)
-    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def _positions(x: Tensor, position: Tensor | None, segments: Tensor | None) -> Tensor:

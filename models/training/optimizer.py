@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.language_model import LanguageModel
 
@@ -44,3 +46,75 @@ def adamw(
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019) with parameter_groups, in one fused kernel."""
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=tuple(betas), eps=eps, fused=True)
+
+
+def muon(
+    model: LanguageModel,
+    lr: float,
+    momentum: float = 0.95,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+) -> MuonAdamW:
+    """Muon for the matrices that decay in parameter_groups, AdamW for the rest, at one learning rate."""
+    if not 0 <= momentum < 1:
+        raise ValueError(f"optimizer.momentum={momentum} must be at least 0 and below 1")
+    matrices, rest = parameter_groups(model, weight_decay)
+    return MuonAdamW([{**matrices, "momentum": momentum}, rest], lr=lr, betas=tuple(betas), eps=eps, fused=True)
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW, but for the groups that have a `momentum`: one optimizer, so one clip, one schedule and one state.
+
+    Muon (Jordan et al. 2024) sets all singular values of a matrix's averaged gradient to about one, so that every
+    direction learns at the same pace; times 0.2 sqrt(larger side), an update is as long as AdamW's, and one learning
+    rate does for both (Liu et al. 2025, section 2.2):
+
+        M <- mu M + G ,    W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) orthogonal(G + mu M) .
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if "momentum" in group:
+                self._step_matrices(group)
+        super().step()  # passes over what has no gradient any more
+        return loss
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                by_shape.setdefault(p.shape, []).append(p)
+        for shape, params in by_shape.items():  # matrices of one shape go through the products together
+            directions = []
+            for p in params:
+                state = self.state[p]
+                if not state:
+                    state["step"], state["average"] = torch.zeros(()), torch.zeros_like(p)  # AdamW looks for a step
+                average = state["average"].mul_(group["momentum"]).add_(p.grad)
+                direction = p.grad.add(average, alpha=group["momentum"])
+                directions.append(direction.full_tensor() if isinstance(direction, DTensor) else direction)
+            length = 0.2 * max(shape) ** 0.5
+            for p, update in zip(params, orthogonal(torch.stack(directions)), strict=True):
+                if isinstance(p, DTensor):  # every rank has computed all of it, and takes its part
+                    update = distribute_tensor(update.to(p.dtype), p.device_mesh, p.placements)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * length)
+                p.grad = None
+
+
+def orthogonal(G: Tensor) -> Tensor:
+    """U V^T, nearly, of G = U S V^T [..., rows, columns]: five steps of X <- a X + (b A + c A^2) X, A = X X^T, with
+    Jordan's coefficients, which bring singular values between 0.01 and 1 into about (0.7, 1.2). bfloat16 on a GPU."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.bfloat16() if G.is_cuda else G
+    X = X.mT if G.shape[-2] > G.shape[-1] else X
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return (X.mT if G.shape[-2] > G.shape[-1] else X).to(G.dtype)
