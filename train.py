@@ -17,6 +17,7 @@ import warnings
 import hydra
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from conf import schema
@@ -26,7 +27,7 @@ from data.module import DataModule
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training.callbacks import Checkpoint, Throughput
 from models.training.module import Training
-from models.training.run import Run
+from models.training.run import Run, describe
 from models.training.summary import summary
 
 schema.register()
@@ -44,28 +45,29 @@ def main(cfg: DictConfig) -> None:
     except ValueError as error:  # a mistake in the settings: what it is, without a traceback
         sys.exit(f"error: {error}")
     if run.result is not None:
-        print(f"{run.folder} is finished: {describe(run.result)}")
-        print("For another run choose another name=, or overwrite=true to delete this one.")
+        say(f"{run.folder} is finished: {describe(run.result)}")
+        say("For another run choose another name=, or overwrite=true to delete this one.")
         return
-    if trainer.is_global_zero:
-        lines = "\n".join(f"data      {line}" for line in datamodule.task.describe())
-        dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
-        print(f"run       {run.folder}\n{lines}\nbatch     {datamodule.batch}")
-        print(summary(module.model, cfg.seq_len, trainer.strategy.root_device, dtype), flush=True)
-    checkpoint = run.checkpoint
-    if checkpoint is not None and trainer.is_global_zero:
-        print(f"going on from {checkpoint}", flush=True)
-    trainer.fit(module, datamodule, ckpt_path=checkpoint)
+    dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+    say(f"run       {run.folder}")
+    say("\n".join(f"data      {line}" for line in datamodule.task.describe()))
+    say(f"batch     {datamodule.batch}")
+    say(summary(module.model, cfg.seq_len, trainer.strategy.root_device, dtype))
+    if run.checkpoint is not None:
+        say(f"going on from {run.checkpoint}")
+    for logger in trainer.loggers:
+        logger.log_hyperparams(run.config)
+    trainer.fit(module, datamodule, ckpt_path=run.checkpoint)
     if trainer.interrupted or trainer.global_step < module.num_steps:
         sys.exit(f"stopped after {trainer.global_step} of {module.num_steps} steps; the same command goes on")
     finish(trainer, module, datamodule, run)
 
 
 def assemble(cfg: DictConfig) -> tuple[L.Trainer, Training, DataModule, Run]:
-    """Everything that a run needs, checked and built; nothing is trained yet. Raises ValueError for the user's
-    mistakes.
-    """
-    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    """Everything that a run needs, checked and built, but not trained. Raises ValueError for the user's mistakes."""
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise ValueError(f"to be set: {', '.join(f'{key}=...' for key in missing)}")
+    plain = OmegaConf.to_container(cfg, resolve=True)
     if found := list(problems(plain)):
         raise ValueError("\n       ".join(found))
     world_size = schema.world_size(cfg.trainer.devices, cfg.trainer.num_nodes)
@@ -79,18 +81,10 @@ def assemble(cfg: DictConfig) -> tuple[L.Trainer, Training, DataModule, Run]:
     task.prepare()
     datamodule = DataModule(task, batch, cfg.validation_tokens, cfg.seed, cfg.num_workers, cfg.overfit)
 
-    sizes = {key: value for key, value in plain["model"].items() if key != "num_heads"}
-    model = LanguageModel(LanguageModelConfig(vocab_size=task.vocab_size, **sizes))
-    module = Training(
-        model,
-        build(cfg.optimizer),
-        build(cfg.schedule),
-        batch.num_steps,
-        cfg.clip_norm,
-        task.targets_per_token,
-        task.bytes_per_token,
-        cfg.compile,
-    )
+    model = LanguageModel(LanguageModelConfig(vocab_size=task.vocab_size, **plain["model"]))
+    parts = {"optimizer": build(cfg.optimizer), "schedule": build(cfg.schedule), "compile_blocks": cfg.compile}
+    counts = {"targets_per_token": task.targets_per_token, "bytes_per_token": task.bytes_per_token}
+    module = Training(model, num_steps=batch.num_steps, clip_norm=cfg.clip_norm, **parts, **counts)
     checkpoints = Checkpoint(run.folder / "checkpoints", checkpoint_every, validate_every)
     trainer = build(
         cfg.trainer,
@@ -124,24 +118,16 @@ def finish(trainer: L.Trainer, module: Training, datamodule: DataModule, run: Ru
     module.model.save_pretrained(run.folder / "model", state_dict=weights)
     if datamodule.task.tokenizer is not None:
         datamodule.task.tokenizer.save(run.folder / "model")
-    run.finish(
-        {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("validation/")}
-    )
+    found = trainer.callback_metrics
+    run.finish({name: float(value) for name, value in found.items() if name.startswith("validation/")})
     speed = [callback.summary() for callback in trainer.callbacks if isinstance(callback, Throughput)]
-    print(
-        f"finished  {'; '.join([describe(run.result), *speed])}\n          {run.folder}: metrics.csv, loss.png, model/"
-    )
+    say(f"finished  {'; '.join([describe(run.result), *speed])}")
+    say(f"          {run.folder}: metrics.csv, loss.png, model/")
 
 
-def describe(result: dict[str, float]) -> str:
-    """The numbers that matter of a result, in one line."""
-    shown = {
-        "validation/bits_per_byte": "bits per byte",
-        "validation/accuracy": "accuracy",
-        "validation/nats": "nats per token",
-        "validation/perplexity": "perplexity",
-    }
-    return "validation " + ", ".join(f"{result[name]:.4g} {label}" for name, label in shown.items() if name in result)
+@rank_zero_only
+def say(text: str) -> None:
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ def test_commands_compose(command):
     overrides = [word for word in words[words.index("train.py") + 1 :] if "=" in word]
     if "-m" in words:
         overrides = [re.sub(r"=([^,\[]+),.*", r"=\1", word) for word in overrides]
-    overrides = ["+" + o if o.startswith(("experiment=", "debug=")) else o for o in overrides]
     cfg = composed(*overrides)
     assert list(problems(OmegaConf.to_container(cfg, resolve=True))) == []
 

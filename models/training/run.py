@@ -83,3 +83,14 @@ def difference(before: Any, now: Any, path: str = "") -> str:
         parts = [difference(before.get(k, absent), now.get(k, absent), f"{path}.{k}" if path else k) for k in keys]
         return "\n".join(part for part in parts if part)
     return "" if before == now else f"  {path}: {before} before, {now} now"
+
+
+def describe(result: dict[str, float]) -> str:
+    """The numbers that matter of a result, in one line."""
+    shown = {
+        "validation/bits_per_byte": "bits per byte",
+        "validation/accuracy": "accuracy",
+        "validation/nats": "nats per token",
+        "validation/perplexity": "perplexity",
+    }
+    return "validation " + ", ".join(f"{result[name]:.4g} {label}" for name, label in shown.items() if name in result)

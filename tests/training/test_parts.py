@@ -9,7 +9,7 @@ from data.batch import batch_arithmetic, every
 from models.training.callbacks import peak_flops
 from models.training.logger import CsvLogger, read_metrics
 from models.training.module import position_ranges
-from models.training.optimizer import adamw, parameter_groups
+from models.training.optimizer import adamw, muon, orthogonal, parameter_groups
 from models.training.run import difference
 from models.training.schedule import warmup_cosine, warmup_stable_decay
 from tests.laws.presets import PRESETS
@@ -26,6 +26,39 @@ def test_only_matrices_decay(preset, tied):
     assert all("decay" not in names[id(p)] and "regressor" not in names[id(p)] for p in decayed["params"])
     assert len(decayed["params"]) + len(rest["params"]) == len(list(m.parameters()))
     assert adamw(m, lr=1.0).param_groups[1]["weight_decay"] == 0
+
+
+def trained(optimizer, m, steps):
+    """The weights after some steps on a fixed batch."""
+    ids = torch.arange(40).view(2, 20)
+    for _ in range(steps):
+        m(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach().clone() for p in m.parameters()]
+
+
+def test_muon_turns_gradients_into_nearly_orthogonal_matrices():
+    torch.manual_seed(0)
+    for shape in ((3, 16, 40), (40, 16), (16, 16)):
+        singular = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+        assert singular.min() > 0.3 and singular.max() < 1.3
+
+
+def test_muon_is_adamw_for_what_is_no_matrix_and_goes_on_from_its_state():
+    settings = {"lr": 1e-2, "weight_decay": 0.1}
+    a, b = model("gated_delta").float(), model("gated_delta").float()
+    first, plain = muon(a, **settings), adamw(b, **settings)
+    after_muon, after_adamw = trained(first, a, 1), trained(plain, b, 1)
+    matrices = {id(p) for p in first.param_groups[0]["params"]}
+    same = [torch.equal(x, y) for x, y in zip(after_muon, after_adamw, strict=True)]
+    assert same == [id(p) not in matrices for p in a.parameters()]
+    again = model("gated_delta").float()
+    again.load_state_dict(a.state_dict())
+    second = muon(again, **settings)
+    second.load_state_dict(first.state_dict())
+    pairs = zip(trained(first, a, 2), trained(second, again, 2), strict=True)
+    assert all(torch.equal(x, y) for x, y in pairs)
 
 
 def test_schedules():
