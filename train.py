@@ -41,18 +41,17 @@ warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # n
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     try:
-        trainer, module, datamodule, run = assemble(cfg)
+        trainer, module, datamodule, run, overview = assemble(cfg)
     except ValueError as error:  # a mistake in the settings: what it is, without a traceback
         sys.exit(f"error: {error}")
     if run.result is not None:
         say(f"{run.folder} is finished: {describe(run.result)}")
         say("For another run choose another name=, or overwrite=true to delete this one.")
         return
-    dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
     say(f"run       {run.folder}")
     say("\n".join(f"data      {line}" for line in datamodule.task.describe()))
     say(f"batch     {datamodule.batch}")
-    say(summary(module.model, cfg.seq_len, trainer.strategy.root_device, dtype))
+    say(overview)
     if run.checkpoint is not None:
         say(f"going on from {run.checkpoint}")
     for logger in trainer.loggers:
@@ -63,12 +62,12 @@ def main(cfg: DictConfig) -> None:
     finish(trainer, module, datamodule, run)
 
 
-def assemble(cfg: DictConfig) -> tuple[L.Trainer, Training, DataModule, Run]:
+def assemble(cfg: DictConfig) -> tuple[L.Trainer, Training, DataModule, Run, str]:
     """Everything that a run needs, checked and built, but not trained. Raises ValueError for the user's mistakes."""
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ValueError(f"to be set: {', '.join(f'{key}=...' for key in missing)}")
     plain = OmegaConf.to_container(cfg, resolve=True)
-    if found := list(problems(plain)):
+    if found := [*schema.unknown_keys(plain), *problems(plain)]:
         raise ValueError("\n       ".join(found))
     world_size = schema.world_size(cfg.trainer.devices, cfg.trainer.num_nodes)
     batch = batch_arithmetic(cfg.batch_tokens, cfg.seq_len, cfg.micro_batch, world_size, cfg.tokens)
@@ -104,8 +103,10 @@ def assemble(cfg: DictConfig) -> tuple[L.Trainer, Training, DataModule, Run]:
         raise ValueError(
             f"trainer.devices={cfg.trainer.devices} means {world_size} processes, and {trainer.world_size} were started"
         )
+    dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+    overview = summary(model, cfg.seq_len, trainer.strategy.root_device, dtype)
     run.enter(trainer.is_global_zero)
-    return trainer, module, datamodule, run
+    return trainer, module, datamodule, run, overview
 
 
 def finish(trainer: L.Trainer, module: Training, datamodule: DataModule, run: Run) -> None:

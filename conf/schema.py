@@ -8,10 +8,11 @@ before anything is built.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,18 @@ FREE_TO_CHANGE = (
     "run_dir",
     "compile",
 )
+
+
+def unknown_keys(config: dict[str, Any]) -> list[str]:
+    """One sentence for every key that no dataclass here has. Hydra's `+key=value` adds one without asking."""
+    found = []
+    for path, node, known in (("", config, Config), ("model.", config["model"], Model)):
+        names = [f.name for f in fields(known)]
+        for key in node.keys() - set(names):
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {path}{near[0]}?" if near else f"there are {', '.join(names)}"
+            found.append(f"{path}{key}={node[key]} is not a setting; {hint}")
+    return found
 
 
 def register() -> None:

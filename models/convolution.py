@@ -45,6 +45,3 @@ class ShortConvolution(nn.Module):
         if documents is not None:
             tail = tail.masked_fill((documents[:, T:] != segments[:, -1:]).unsqueeze(-1), 0)
         return y, tail
-
-    def flops_per_token(self) -> int:
-        return 2 * self.weight.numel()

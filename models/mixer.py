@@ -178,13 +178,13 @@ class Mixer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Forward, multiply-adds counted as two: products with weights, and the regression by its definition. Norms,
-        gates and activations are left out, as is what a parallel form spends beyond the definition: MFU then can't be
-        raised by wasting work.
+        """Forward, multiply-adds counted as two: products with weights, and the regression by its definition. What is
+        done element by element (convolution, norms, gates, activations) is left out, as is what a parallel form spends
+        beyond the definition: MFU then can't be raised by wasting work.
         """
         products = 2 * (self.projection.weight.numel() + self.output.weight.numel())
-        parts = [self.decay, self.features] + ([] if self.convolution is None else [self.convolution])
-        return products + sum(part.flops_per_token() for part in parts) + self.regressor.flops_per_token(seq_len)
+        parts = self.decay.flops_per_token() + self.features.flops_per_token()
+        return products + parts + self.regressor.flops_per_token(seq_len)
 
     def state_size(self, seq_len: int) -> int:
         """Numbers held per sequence after seq_len tokens: the memory and the convolution's tail."""

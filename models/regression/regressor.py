@@ -73,7 +73,6 @@ class Regressor(nn.Module):
         """What else there is to say about a backend: which of its kernels is taken. "" if it has one."""
         return ""
 
-    @torch.compiler.assume_constant_result
     def choose(self, device: torch.device, dtype: torch.dtype) -> Choice:
         """The backend for this device and compute dtype. `auto` takes the first accelerator that is right here, else
         `torch`; one that was named outright and can't run is a ValueError that says why.

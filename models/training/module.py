@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from models.language_model import LanguageModel
 from models.loss import IGNORED
+from models.regression.regressor import Regressor
 from models.training.logger import CsvLogger
 
 
@@ -59,6 +60,8 @@ class Training(L.LightningModule):
         if self._sharded:
             return
         if self.compile_blocks:
+            # which backend runs is settled before anything is compiled, not part of the graph
+            Regressor.choose = torch.compiler.assume_constant_result(Regressor.choose)
             for block in self.model.blocks:
                 block.compile()
         if self.device_mesh is not None:
