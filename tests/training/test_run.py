@@ -130,14 +130,16 @@ def test_a_finished_run_says_so_and_another_config_is_refused(undisturbed, cache
     ids=["accumulation", "two processes"],
 )
 def test_the_same_run_however_its_batches_are_split(split, undisturbed, tmp_path, cache):
-    """Accumulation, and two processes (gloo): the losses agree to rounding."""
+    """Accumulation, and two processes (gloo). The first steps agree to rounding, which training then amplifies: the
+    norm of a gradient more than a loss."""
     said, _ = start(tmp_path, cache, *split).communicate(timeout=300)
     assert "finished" in said, said
     ours, theirs = rows(tmp_path / "run"), rows(undisturbed[0])
-    for name, tolerance in (("train/loss", 1e-3), ("train/gradient_norm", 1e-2), ("validation/nats", 1e-3)):
-        pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=True) if name in b]
+    bounds = (("train/loss", 10, 1e-5), ("train/gradient_norm", 10, 2e-3), ("train/loss", 40, 2e-3))
+    for name, steps, tolerance in (*bounds, ("validation/nats", 40, 1e-3)):
+        pairs = [(a[name], b[name]) for a, b in zip(ours[:steps], theirs[:steps], strict=True) if name in b]
         assert len(pairs) >= 4
-        assert all(a == pytest.approx(b, rel=tolerance) for a, b in pairs), name
+        assert all(a == pytest.approx(b, rel=tolerance) for a, b in pairs), (name, steps)
 
 
 @pytest.mark.slow
