@@ -28,6 +28,8 @@ SPLITS = ("train", "validation")
 
 
 class Document(NamedTuple):
+    """A text, the split it belongs to, and the name by which it was put there."""
+
     split: str  # "train" or "validation"
     name: str
     text: str

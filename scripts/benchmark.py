@@ -50,6 +50,8 @@ class Case:
 
 @dataclass
 class Row:
+    """One line of the table: medians in milliseconds, gigabytes, and ratio and error against the first of its size."""
+
     size: str
     name: str
     forward_ms: float
