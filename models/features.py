@@ -1,16 +1,23 @@
-"""phi: the feature maps through which a memory sees keys and queries. Each says how wide its output is."""
+"""phi: the feature maps through which a memory sees keys and queries.
+
+    features(x [B, T, H, K], positions [B, T]) -> [B, T, H, width]
+
+Keys and queries go through the same map, as they must for phi(q) . phi(k) to be a kernel of q and k.
+"""
 
 from torch import Tensor, nn
+
+from models.sizes import Sizes
 
 
 class Identity(nn.Module):
     """phi(k) = k: the memory is linear in the keys themselves."""
 
-    def __init__(self, key_dim: int) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.width = key_dim
+        self.width = sizes.key_dim
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         return x
 
     def flops_per_token(self) -> int:

@@ -20,12 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.convolution import ShortConvolution
-from models.norm import RMSNorm, unit
+from models.features import Identity
+from models.norm import RMSNorm, sum_to_one, unit
 from models.rotary import rotate
+from models.sizes import Sizes
 
 ACTIVATIONS = {"none": None, "silu": F.silu}
 GATES = {"none": None, "silu": F.silu, "sigmoid": torch.sigmoid}
 NORMS = ("none", "l2", "rms")
+FEATURE_NORMS = {"none": None, "l2": unit, "sum": sum_to_one}
 
 
 class State(NamedTuple):
@@ -35,12 +38,14 @@ class State(NamedTuple):
     tail       [B, W-1, channels], the last inputs of the short convolution, or None
     position   [B], how many tokens of the present document have been seen
     segment    [B], the number of the present document, or None where segments have never been given
+    turn       [B, H], the product of all signs of a signed decay so far, or None where the decay has none
     """
 
     memory: Any
     tail: Tensor | None
     position: Tensor
     segment: Tensor | None
+    turn: Tensor | None = None
 
 
 class Mixer(nn.Module):
@@ -55,6 +60,8 @@ class Mixer(nn.Module):
     activation: none | silu, after it.
     qk_norm: none | l2 (length one) | rms (length sqrt(K), with learned weights per channel).
     rotary: the base of the positions, or None.
+    feature_norm: after the feature map, none | l2 (length one: a step of size 1 stays stable, whatever the features) |
+        sum (one in sum, for positive features; Schlag et al. 2021).
     output_norm: RMS norm of each head's output.
     output_gate: none | silu | sigmoid, of a projection of x.
     decay, features, regressor: constructors, called with the sizes that they need.
@@ -75,6 +82,7 @@ class Mixer(nn.Module):
         activation: str = "none",
         qk_norm: str = "none",
         rotary: float | None = None,
+        feature_norm: str = "none",
         output_norm: bool = False,
         output_gate: str = "none",
         norm_eps: float = 1e-6,
@@ -84,6 +92,7 @@ class Mixer(nn.Module):
         _check_choice("activation", activation, ACTIVATIONS)
         _check_choice("output_gate", output_gate, GATES)
         _check_choice("qk_norm", qk_norm, NORMS)
+        _check_choice("feature_norm", feature_norm, FEATURE_NORMS)
         if (key_dim is None or value_dim is None) and hidden_size % H:
             raise ValueError(
                 f"num_heads={H} does not divide hidden_size={hidden_size}; set key_dim and value_dim, or other heads"
@@ -103,28 +112,34 @@ class Mixer(nn.Module):
         self.convolution = ShortConvolution(sum(self.sizes), conv_size) if conv_size > 1 else None
         if qk_norm == "rms":
             self.q_norm, self.k_norm = RMSNorm(K, norm_eps), RMSNorm(K, norm_eps)
-        self.features = features(key_dim=K)
-        width = self.features.width
-        self.decay = decay(hidden_size=hidden_size, num_heads=H, key_dim=width)
-        grouped = {} if G == H else {"num_kv_heads": G}
-        recipe = getattr(regressor, "func", regressor)
-        if grouped and not recipe.grouped_heads:
-            raise ValueError(
-                f"num_kv_heads={G}: {recipe.__name__} has a memory per head; only num_kv_heads={H} is possible"
-            )
-        self.regressor = regressor(hidden_size=hidden_size, num_heads=H, key_dim=width, value_dim=V, **grouped)
-        if self.decay.kind not in recipe.accepts_decay:
-            raise ValueError(
-                f"{recipe.__name__} cannot have a decay of kind {self.decay.kind!r} ({type(self.decay).__name__}); "
-                f"possible kinds: {', '.join(recipe.accepts_decay)}"
-            )
+        sizes = Sizes(hidden_size, H, G, K, V)
+        self.features = features(sizes)
+        same = feature_norm == qk_norm and isinstance(self.features, Identity)  # it is that long already
+        self.feature_norm = None if same else FEATURE_NORMS[feature_norm]
+        sizes = sizes._replace(key_dim=self.features.width)
+        self.decay, self.regressor = decay(sizes), regressor(sizes)
+        self._check_recipe()
         self.output_norm = RMSNorm(V, norm_eps) if output_norm else None
         self.output = nn.Linear(H * V, hidden_size, bias=False)
+
+    def _check_recipe(self) -> None:
+        """Raises ValueError for parts that cannot go together."""
+        name, kind = type(self.regressor).__name__, self.decay.kind
+        if self.num_kv_heads != self.num_heads and not self.regressor.grouped_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads}: {name} has a memory per head; "
+                f"only num_kv_heads={self.num_heads} is possible"
+            )
+        if kind not in self.regressor.accepts_decay:
+            raise ValueError(
+                f"{name} cannot have a decay of kind {kind!r} ({type(self.decay).__name__}); "
+                f"possible kinds: {', '.join(self.regressor.accepts_decay)}"
+            )
 
     def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> tuple[Tensor, State]:
         if state is not None and segments is not None:
             state = self._enter(state, segments[:, 0])
-        tail, memory = (None, None) if state is None else (state.tail, state.memory)
+        tail, memory, turn = (None, None, None) if state is None else (state.tail, state.memory, state.turn)
         positions = _positions(x, None if state is None else state.position, segments)
 
         pairs, gate = self._project(x)
@@ -139,16 +154,22 @@ class Mixer(nn.Module):
         q, k = self._normalise(q, k)
         if self.rotary is not None:
             q, k = rotate(q, positions, self.rotary), rotate(k, positions, self.rotary)
-        q, k = self.features(q), self.features(k)
+        q, k = self.features(q, positions), self.features(k, positions)
+        if self.feature_norm is not None:
+            q, k = self.feature_norm(q, self.norm_eps), self.feature_norm(k, self.norm_eps)
+        log_decay = self.decay(x)
+        if self.decay.kind == "signed":
+            log_decay, turn = log_decay[0], _turns(log_decay[1], turn)
+            q, k = q * turn.unsqueeze(-1), k * turn.unsqueeze(-1)
 
-        o, memory = self.regressor(x, q, k, v, self.decay(x), memory, segments)
+        o, memory = self.regressor(x, q, k, v, log_decay, memory, segments)
         if self.output_norm is not None:
             o = self.output_norm(o)
         o = o.flatten(-2).to(x.dtype)
         if self.gate is not None:
             o = o * self.gate(gate)
         segment = segments[:, -1] if segments is not None else None if state is None else state.segment
-        return self.output(o), State(memory, tail, positions[:, -1] + 1, segment)
+        return self.output(o), State(memory, tail, positions[:, -1] + 1, segment, None if turn is None else turn[:, -1])
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """One product for everything that is linear in x: (q, k, v side by side, the gate)."""
@@ -171,7 +192,8 @@ class Mixer(nn.Module):
         before = torch.zeros_like(segment) if state.segment is None else state.segment
         new = before != segment
         tail = None if state.tail is None else state.tail.masked_fill(new.view(-1, 1, 1), 0)
-        return State(self.regressor.forget(state.memory, new), tail, state.position.masked_fill(new, 0), segment)
+        memory, position = self.regressor.forget(state.memory, new), state.position.masked_fill(new, 0)
+        return State(memory, tail, position, segment, state.turn)
 
     @property
     def num_params(self) -> int:
@@ -202,6 +224,17 @@ def _positions(x: Tensor, position: Tensor | None, segments: Tensor | None) -> T
     starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
     start = torch.where(starts, index, 0).cummax(1).values
     return torch.where(start == 0, first + index, index - start)
+
+
+def _turns(signs: Tensor, turn: Tensor | None) -> Tensor:
+    """The product of all signs up to each token, [B, T, H], going on from turn [B, H].
+
+    A decay of either sign, gamma = s |gamma|, is the decay |gamma| for keys and queries that turn by 180 degrees where
+    s is negative: the turns of query t and key i multiply to the signs of all tokens between them. (Rotary positions
+    turn by other angles, in the same sense: gamma = |gamma| exp(i omega).)
+    """
+    turns = signs.cumprod(1)
+    return turns if turn is None else turns * turn.unsqueeze(1)
 
 
 def _check_choice(name: str, value: str, allowed: Any) -> None:

@@ -21,3 +21,9 @@ def unit(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(|x|^2 + eps) along the last axis. Zero stays zero, so that a padded key writes nothing."""
     y = wide(x)
     return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def sum_to_one(x: Tensor, eps: float) -> Tensor:
+    """x / (sum |x| + eps) along the last axis: weights that add up to one, for positive x. Zero stays zero."""
+    y = wide(x)
+    return (y / (y.abs().sum(-1, keepdim=True) + eps)).to(x.dtype)

@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from models.kernels import fla
-from models.precision import wide
+from models.precision import wide, working_dtype
+from models.regression.chunks import fades, from_chunks, into_chunks, short
 from models.regression.documents import forget_at_starts
-from models.regression.regressor import FORGET, Regressor
+from models.regression.memory import Memory, first_memory
+from models.sizes import Sizes
 
 
 def recurrent_delta(
@@ -41,9 +43,9 @@ def recurrent_delta(
     or None for a = 1.  memory: [B, H, K, V] or None for zeros.
     Returns o [B, T, H, V] in the dtype of v, and the memory after the last token. Computed in float32 at least.
     """
-    dtype = _working_dtype(q, k, v)
+    dtype = working_dtype(q, k, v)
     out_dtype, (q, k, v, step_size) = v.dtype, (x.to(dtype) for x in (q, k, v, step_size))
-    memory = _first_memory(k, v, memory)
+    memory = first_memory(k, v, memory)
     decay = None if log_decay is None else log_decay.to(dtype).exp()
     outputs = []
     with torch.autocast(q.device.type, enabled=False):
@@ -78,8 +80,8 @@ def chunked_delta(
 
     Arguments and results as in recurrent_delta. T need not be a multiple of the chunk.
     """
-    memory = _first_memory(k, v, memory)
-    o, memory = _ChunkedDelta.apply(q, k, v, step_size, log_decay, memory, _short(chunk, k.shape[1]))
+    memory = first_memory(k, v, memory)
+    o, memory = _ChunkedDelta.apply(q, k, v, step_size, log_decay, memory, short(chunk, k.shape[1]))
     return o.to(v.dtype), memory
 
 
@@ -93,23 +95,23 @@ class _ChunkedDelta(torch.autograd.Function):
     def forward(ctx, q, k, v, step_size, log_decay, memory, chunk):
         B, T, H, _ = k.shape
         with torch.autocast(q.device.type, enabled=False):
-            q, k, v, b, log_decay = (_into_chunks(x, chunk, memory.dtype) for x in (q, k, v, step_size, log_decay))
-            fade, start, end = _decays(k, log_decay)
+            q, k, v, b, log_decay = (into_chunks(x, chunk, memory.dtype) for x in (q, k, v, step_size, log_decay))
+            fade, start, end = fades(k, log_decay)
             R = _unit_inverse(torch.bmm(k, k.mT).mul_(fade).mul_(b))
             W = torch.bmm(R * (b * start).mT, k)
             U = torch.bmm(R * b.mT, v)
             Z = k * end
-            (M, rows), fades = (len(k), B * H), start[:, -1:]
+            (M, rows), whole = (len(k), B * H), start[:, -1:]
             S = k.new_empty(M + rows, *memory.shape[-2:])  # before every chunk, and after the last
             S[:rows] = memory.flatten(0, 1)
             for n in range(0, M, rows):
                 here, there = slice(n, n + rows), slice(n + rows, n + 2 * rows)
                 U[here].baddbmm_(W[here], S[here], alpha=-1)
-                torch.mul(S[here], fades[here], out=S[there]).baddbmm_(Z[here].mT, U[here])
+                torch.mul(S[here], whole[here], out=S[there]).baddbmm_(Z[here].mT, U[here])
             o = torch.bmm(q, S[:M]).mul_(start).baddbmm_(torch.bmm(q, k.mT).mul_(fade), U)
         ctx.save_for_backward(q, k, v, b, fade, start, end, R, W, U, S)
         ctx.like, ctx.has_decay = (B, T, H), log_decay is not None
-        return _from_chunks(o, ctx.like), S[M:].clone().unflatten(0, (B, H))
+        return from_chunks(o, ctx.like), S[M:].clone().unflatten(0, (B, H))
 
     @staticmethod
     @once_differentiable
@@ -128,9 +130,9 @@ class _ChunkedDelta(torch.autograd.Function):
         chunk.
         """
         q, k, v, b, fade, start, end, R, W, U, S = ctx.saved_tensors
-        (M, rows), fades = (len(k), len(S) - len(k)), start[:, -1:]
+        (M, rows), whole = (len(k), len(S) - len(k)), start[:, -1:]
         with torch.autocast(q.device.type, enabled=False):
-            do = _into_chunks(do, q.shape[1], q.dtype)
+            do = into_chunks(do, q.shape[1], q.dtype)
             dU = torch.bmm(torch.bmm(q, k.mT).mul_(fade).mT, do)
             Z, read = k * end, do * start
             dS = torch.empty_like(S)
@@ -139,7 +141,7 @@ class _ChunkedDelta(torch.autograd.Function):
             for n in reversed(range(0, M, rows)):
                 here, there = slice(n, n + rows), slice(n + rows, n + 2 * rows)
                 dU[here].baddbmm_(Z[here], dS[there])
-                dS[here].addcmul_(dS[there], fades[here]).baddbmm_(W[here].mT, dU[here], alpha=-1)
+                dS[here].addcmul_(dS[there], whole[here]).baddbmm_(W[here].mT, dU[here], alpha=-1)
             E = torch.bmm(R.mT, dU)
 
             dattend = torch.bmm(do, U.mT).mul_(fade)
@@ -154,36 +156,10 @@ class _ChunkedDelta(torch.autograd.Function):
             if ctx.has_decay:
                 dc = _dot(q, dq) + _dot(k, G - J)
                 dc[:, -1] += (S[rows:] * dS[rows:]).sum((-2, -1)).unsqueeze(-1)
-                dlog_decay = _from_chunks(dc.flip(-2).cumsum(-2).flip(-2), ctx.like).squeeze(-1)
+                dlog_decay = from_chunks(dc.flip(-2).cumsum(-2).flip(-2), ctx.like).squeeze(-1)
             dk, dv, dmemory = G.add_(J), E.mul_(b), dS[:rows].unflatten(0, ctx.like[::2])
-            dq, dk, dv, db = (_from_chunks(x, ctx.like) for x in (dq, dk, dv, db))
+            dq, dk, dv, db = (from_chunks(x, ctx.like) for x in (dq, dk, dv, db))
             return dq, dk, dv, db.squeeze(-1), dlog_decay, dmemory, None
-
-
-def _decays(k: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """What is left of a pair (i) where token t reads it: fade [M, C, C], L above; of the chunk's first memory at t:
-    start [M, C, 1]; of a pair at the chunk's end: end [M, C, 1].
-
-    Only differences of cumulative log decays are exponentiated, and none is positive. A token at or below FORGET
-    empties the memory; it is counted apart from the sum, so that 64 documents in a chunk leave the sum its digits:
-    float32 resolves 4096 to 5e-4 only.
-    """
-    M, C, _ = k.shape
-    causal = k.new_ones(C, C).tril_()
-    if log_decay is None:
-        one = k.new_ones(1, 1, 1).expand(M, C, 1)
-        return causal, one, one
-    forgets = log_decay <= FORGET
-    c = log_decay.masked_fill(forgets, 0.0).cumsum(-2)
-    fade = (c - c.mT).clamp_(max=0.0).exp_().mul_(causal)
-    start, end = c.exp(), (c[:, -1:] - c).exp_()
-    # Starts of documents are rare, and on a CPU it costs nothing to look; on a GPU looking would wait for it.
-    if forgets.device.type != "cpu" or forgets.any():
-        document = forgets.cumsum(-2)
-        fade.masked_fill_(document != document.mT, 0.0)
-        start.masked_fill_(document > 0, 0.0)
-        end.masked_fill_(document < document[:, -1:], 0.0)
-    return fade, start, end
 
 
 def _unit_inverse(A: Tensor) -> Tensor:
@@ -219,71 +195,26 @@ def _diagonal_blocks(A: Tensor, size: int) -> Tensor:
     return A.unflatten(2, (-1, size)).unflatten(1, (-1, size)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
 
-def _into_chunks(x: Tensor | None, chunk: int, dtype: torch.dtype) -> Tensor | None:
-    """[B, T, H, X] or [B, T, H] to [N B H, C, X], zero-padded at the end: zeros write nothing and forget nothing."""
-    if x is None:
-        return None
-    x = (x.unsqueeze(-1) if x.ndim == 3 else x).to(dtype)
-    if x.shape[1] % chunk:
-        x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk))
-    return x.unflatten(1, (-1, chunk)).permute(1, 0, 3, 2, 4).flatten(0, 2)
-
-
-def _from_chunks(x: Tensor, like: tuple[int, int, int]) -> Tensor:
-    """The way back, [N B H, C, X] to [B, T, H, X]."""
-    B, T, H = like
-    return x.unflatten(0, (-1, B, H)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
-
-
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     return torch.linalg.vecdot(x, y).unsqueeze(-1)
 
 
-def _short(chunk: int, tokens: int) -> int:
-    """The chunk, or a power of two that holds all the tokens where they are few."""
-    return min(chunk, 1 << max(tokens - 1, 3).bit_length())
-
-
-def _working_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-
-
-def _first_memory(k: Tensor, v: Tensor, memory: Tensor | None) -> Tensor:
-    dtype = _working_dtype(k, v)
-    if memory is None:
-        return torch.zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=dtype, device=k.device)
-    return memory.to(dtype)
-
-
-class Delta(Regressor):
+class Delta(Memory):
     """The delta rule with a learned step size per head and token: b = sigmoid(x W + c), twice that with negative
     eigenvalues.
 
     Without a decay it is DeltaNet, with one per head Gated DeltaNet. Keys of unit length keep every step stable; the
-    shell normalises them. chunk None takes 32 tokens on a CPU and 64 on a GPU, where fewer, larger products are worth
-    more.
+    shell normalises them.
     """
 
-    accepts_decay: ClassVar[tuple[str, ...]] = ("none", "head")
+    accepts_decay: ClassVar[tuple[str, ...]] = ("none", "head", "signed")
 
     def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        key_dim: int,
-        value_dim: int,
-        backend: str = "auto",
-        negative_eigenvalues: bool = False,
-        chunk: int | None = None,
+        self, sizes: Sizes, backend: str = "auto", chunk: int | None = None, negative_eigenvalues: bool = False
     ) -> None:
-        super().__init__(hidden_size, num_heads, key_dim, value_dim, backend)
-        if chunk is not None and chunk < 1:
-            raise ValueError(
-                f"regressor.chunk={chunk} is no number of tokens; a positive integer, or null for this device's best"
-            )
-        self.chunk = chunk
+        super().__init__(sizes, backend, chunk)
         self.largest_step = 2.0 if negative_eigenvalues else 1.0
-        self.step_size = nn.Linear(hidden_size, num_heads)
+        self.step_size = nn.Linear(sizes.hidden_size, sizes.num_heads)
 
     def forward(
         self,
@@ -302,7 +233,7 @@ class Delta(Regressor):
             return recurrent_delta(q, k, v, step_size, log_decay, state)
         if backend == "fla":
             return fla.gated_delta(q, k, v, step_size, log_decay, state)
-        return chunked_delta(q, k, v, step_size, log_decay, state, self.chunk or (64 if v.is_cuda else 32))
+        return chunked_delta(q, k, v, step_size, log_decay, state, self.tokens_at_once(v))
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
         return {"fla": fla.refusal_gated_delta(device, dtype, self.key_dim, self.value_dim)}
@@ -313,6 +244,3 @@ class Delta(Regressor):
     def flops_per_token(self, seq_len: int) -> int:
         """Three products with the memory (predict, write, read), and the step sizes' projection."""
         return self.num_heads * (6 * self.key_dim * self.value_dim + 2 * self.hidden_size)
-
-    def state_size(self, seq_len: int) -> int:
-        return self.num_heads * self.key_dim * self.value_dim

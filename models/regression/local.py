@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from models.precision import wide
 from models.regression.regressor import Regressor
+from models.sizes import Sizes
 
 
 class Pairs(NamedTuple):
@@ -86,22 +87,17 @@ class Softmax(Regressor):
 
     def __init__(
         self,
-        hidden_size: int,
-        num_heads: int,
-        key_dim: int,
-        value_dim: int,
+        sizes: Sizes,
         backend: str = "auto",
-        num_kv_heads: int | None = None,
         inverse_temperature: str | float = "learned",
         window: int | None = None,
     ) -> None:
-        super().__init__(hidden_size, num_heads, key_dim, value_dim, backend)
+        super().__init__(sizes, backend)
         if window is not None and window < 1:
             raise ValueError(f"regressor.window={window} must be at least 1, or null for no window")
-        self.num_kv_heads = num_kv_heads or num_heads
         self.window = window
         if inverse_temperature == "learned":
-            self.log_beta = nn.Parameter(torch.full((num_heads,), 0.5 * math.log(key_dim)))
+            self.log_beta = nn.Parameter(torch.full((self.num_heads,), 0.5 * math.log(self.key_dim)))
         elif isinstance(inverse_temperature, int | float) and inverse_temperature > 0:
             self.log_beta = None
             self.beta = float(inverse_temperature)

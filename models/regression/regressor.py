@@ -21,7 +21,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-DECAYS = ("none", "head", "channel")  # no log_decay; one per head [B, T, H]; one per key channel [B, T, H, K]
+from models.sizes import Sizes
+
+# What a decay can be: no log_decay; one per head [B, T, H]; one per key channel [B, T, H, K]; one per head of which
+# mixer.py has put the sign into q and k, which a memory may accept if turning all keys turns it and changes no more.
+DECAYS = ("none", "head", "channel", "signed")
 BACKENDS = ("auto", "fla", "triton", "torch", "recurrent")
 
 # A document boundary is a decay that forgets everything: exp(FORGET) = 1.6e-28 is below the rounding of float64. In a
@@ -42,11 +46,11 @@ class Regressor(nn.Module):
     accepts_decay: ClassVar[tuple[str, ...]] = ("none",)
     grouped_heads: ClassVar[bool] = False  # whether k and v may have fewer heads than q
 
-    def __init__(self, hidden_size: int, num_heads: int, key_dim: int, value_dim: int, backend: str = "auto") -> None:
+    def __init__(self, sizes: Sizes, backend: str = "auto") -> None:
         super().__init__()
         if backend not in BACKENDS:
             raise ValueError(f"regressor.backend={backend!r} is not a backend; one of {', '.join(BACKENDS)}")
-        self.hidden_size, self.num_heads, self.key_dim, self.value_dim = hidden_size, num_heads, key_dim, value_dim
+        self.hidden_size, self.num_heads, self.num_kv_heads, self.key_dim, self.value_dim = sizes
         self.backend = backend
 
     def forward(

@@ -10,16 +10,25 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import get_class as locate
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from conf import schema
 from conf.build import build
 from models.mixer import Mixer
+from models.regression.memory import Memory
 
 CONF = Path(__file__).parents[2] / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
-HIDDEN, HEADS = 32, 2
+HIDDEN, HEADS, CHUNK = 32, 2, 16
+DECAYS = {
+    "none": "none",
+    "fixed": "head",
+    "scalar": "head",
+    "channel": "channel",
+    "signed": "signed",
+}  # conf/decay: kind
 
 
 @cache
@@ -34,9 +43,15 @@ def recipe(preset: str) -> dict[str, Any]:
 
 
 def mixer(preset: str, backend: str = "torch", dtype: torch.dtype = torch.float64, **settings: Any) -> Mixer:
-    """The preset's mixer with fixed random weights. settings such as regressor__window=3 change the recipe."""
+    """The preset's mixer with fixed random weights, in chunks of CHUNK tokens where it has chunks. settings such as
+    regressor__window=3 change the recipe."""
     node = copy.deepcopy(recipe(preset))
-    for name, value in {"regressor__backend": backend, **settings}.items():
+    chunked = issubclass(locate(node["regressor"]["_target_"]), Memory)
+    for name, value in {
+        "regressor__backend": backend,
+        **({"regressor__chunk": CHUNK} if chunked else {}),
+        **settings,
+    }.items():
         *path, last = name.split("__")
         target = node
         for key in path:
@@ -44,6 +59,12 @@ def mixer(preset: str, backend: str = "torch", dtype: torch.dtype = torch.float6
         target[last] = value
     torch.manual_seed(1)
     return build(node, hidden_size=HIDDEN, layer_index=0).to(dtype)
+
+
+@cache
+def part(group: str, name: str) -> dict[str, Any]:
+    """What conf/GROUP/NAME.yaml says, for mixer(preset, GROUP=...)."""
+    return OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
 
 
 def inputs(B: int, T: int, dtype: torch.dtype = torch.float64, seed: int = 2) -> Tensor:

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from conf.build import build
-from tests.laws.presets import HIDDEN, PRESETS, inputs, largest_difference, mixer, outcome, probe, recipe, tensors
+from tests.laws.presets import CHUNK, DECAYS, PRESETS, inputs, largest_difference, mixer, outcome, part, probe, tensors
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 every_form = pytest.mark.parametrize("backend", ["torch", "recurrent"])
-T = 150  # two chunks of 64 and a rest
+T = 2 * CHUNK + 11  # two chunks and a rest
 
 
 @every_preset
@@ -21,7 +20,7 @@ def test_1_causal(preset, backend):
     m = mixer(preset, backend)
     x = inputs(1, T)
     y, _ = m(x)
-    for t in (1, 63, 64, 149):
+    for t in (1, CHUNK - 1, CHUNK, T - 1):
         changed = x.clone()
         changed[:, t] += 1
         z, _ = m(changed)
@@ -49,7 +48,7 @@ def test_3_one_map_in_every_form(preset):
     truth = outcome(mixer(preset, "recurrent"), x)
     assert largest_difference(outcome(mixer(preset), x), truth) < 1e-10
     for backend in ("torch", "recurrent"):
-        for splits in ((1,), (64,), (5, 6, 7, 100), (149,)):
+        for splits in ((1,), (CHUNK,), (5, 6, 7, 30), (T - 1,)):
             assert largest_difference(outcome(mixer(preset, backend), x, splits), truth) < 1e-10, (backend, splits)
 
 
@@ -64,7 +63,7 @@ def test_3_decoding_token_by_token(preset):
 def test_4_packed_documents_are_separate_sequences(preset, backend):
     """Outputs, gradients and the final state; and a document may go on in the next call."""
     m = mixer(preset, backend)
-    lengths = (1, 2, 61, 3, 70, 13)
+    lengths = (1, 2, CHUNK - 3, 3, CHUNK + 6, 5)
     x = inputs(2, sum(lengths)).requires_grad_()
     segments = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(2, -1)
     pieces = [m(piece) for piece in x.split(lengths, dim=1)]
@@ -72,7 +71,7 @@ def test_4_packed_documents_are_separate_sequences(preset, backend):
     separate = [y, *torch.autograd.grad(probe(y), [x, *m.parameters()])]
     packed = outcome(m, x, segments=segments, memory=False)
     assert largest_difference(packed, separate) < 1e-10
-    for splits in ((1,), (2, 3), (30, 100), (64,)):
+    for splits in ((1,), (2, 3), (10, 30), (CHUNK,)):
         assert largest_difference(outcome(m, x, splits, segments, memory=False), packed) < 1e-10, splits
     # what the last document leaves behind: read by one more token of it, and by the first of another
     more = inputs(2, 1, seed=3)
@@ -83,10 +82,10 @@ def test_4_packed_documents_are_separate_sequences(preset, backend):
 
 @every_preset
 def test_5_gradients_cross_chunks(preset):
-    x = inputs(1, 192).requires_grad_()
+    x = inputs(1, 3 * CHUNK).requires_grad_()
     y, _ = mixer(preset)(x)
-    (gradient,) = torch.autograd.grad(y[:, 128:].square().sum(), x)
-    assert (gradient[:, :64].norm(dim=-1) > 0).all()
+    (gradient,) = torch.autograd.grad(y[:, 2 * CHUNK :].square().sum(), x)
+    assert (gradient[:, :CHUNK].norm(dim=-1) > 0).all()
 
 
 @every_preset
@@ -95,7 +94,7 @@ def test_5_gradients_cross_chunks(preset):
 @pytest.mark.parametrize("case", ["zero", "repeated", "huge", "tiny", "one token", "ragged"])
 def test_7_finite_at_the_extremes(preset, backend, dtype, case):
     """Zero keys, repeated keys, saturated gates, T = 1, T a multiple of nothing: outputs and gradients are finite."""
-    x = inputs(2, {"one token": 1, "ragged": 77}.get(case, 70), torch.float32)
+    x = inputs(2, {"one token": 1, "ragged": 37}.get(case, 2 * CHUNK), torch.float32)
     if case == "zero":
         x = torch.zeros_like(x)
     elif case == "repeated":
@@ -122,12 +121,15 @@ def test_9_counts(preset):
 
 
 @every_preset
-def test_an_impossible_decay_is_refused_when_built(preset):
-    node = {**recipe(preset)}
-    accepts = mixer(preset).regressor.accepts_decay
-    for name, kind in {"none": "none", "scalar": "head"}.items():
-        if kind not in accepts:
-            target = {"none": "NoDecay", "scalar": "ScalarDecay"}[name]
-            node["decay"] = {"_target_": f"models.decay.{target}", "_partial_": True}
-            with pytest.raises(ValueError, match="possible kinds"):
-                build(node, hidden_size=HIDDEN, layer_index=0)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_an_impossible_decay_is_refused_when_built(preset, decay):
+    """And a possible one makes another mixer that obeys law 3."""
+    if DECAYS[decay] not in mixer(preset).regressor.accepts_decay:
+        with pytest.raises(ValueError, match="possible kinds"):
+            mixer(preset, decay=part("decay", decay))
+        return
+    x = inputs(2, T)
+    recipe = {"decay": part("decay", decay)}
+    truth = outcome(mixer(preset, "recurrent", **recipe), x)
+    for splits in ((), (5, CHUNK)):
+        assert largest_difference(outcome(mixer(preset, **recipe), x, splits), truth) < 1e-10

@@ -13,6 +13,7 @@ from torch import Tensor
 from models.regression.delta import Delta, _unit_inverse, chunked_delta, recurrent_delta
 from models.regression.documents import forget_at_starts
 from models.regression.regressor import FORGET
+from models.sizes import Sizes
 
 B, T, H, K, V = 2, 75, 3, 8, 6
 NAMES = ("o", "memory", "dq", "dk", "dv", "dstep", "dlog_decay", "dmemory")
@@ -241,7 +242,7 @@ def test_autocast_and_checkpoint_change_nothing():
 
 def module_and_inputs(**options) -> tuple[Delta, list[Tensor]]:
     torch.manual_seed(0)
-    module = Delta(12, H, K, V, **options).double()
+    module = Delta(Sizes(12, H, H, K, V), **options).double()
     q, k, v, _, log_decay, _ = draw()
     return module, [torch.randn(B, T, 12, dtype=torch.float64), q, k, v, log_decay]
 
@@ -273,9 +274,9 @@ def test_documents_without_a_decay_are_separate():
 
 def test_refusals_name_the_setting():
     with pytest.raises(ValueError, match=r"regressor\.chunk=0"):
-        Delta(12, H, K, V, chunk=0)
+        Delta(Sizes(12, H, H, K, V), chunk=0)
     with pytest.raises(ValueError, match=r"regressor\.backend=triton can't run Delta"):
-        Delta(12, H, K, V, backend="triton").choose(torch.device("cpu"), torch.float32)
+        Delta(Sizes(12, H, H, K, V), backend="triton").choose(torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError, match=r"regressor\.backend=fla can't run Delta here: Triton needs a GPU"):
-        Delta(12, H, K, V, backend="fla").choose(torch.device("cpu"), torch.float32)
-    assert Delta(12, H, K, V).choose(torch.device("cpu"), torch.float32).backend == "torch"
+        Delta(Sizes(12, H, H, K, V), backend="fla").choose(torch.device("cpu"), torch.float32)
+    assert Delta(Sizes(12, H, H, K, V)).choose(torch.device("cpu"), torch.float32).backend == "torch"

@@ -1,0 +1,81 @@
+"""A sequence in chunks: what every chunked form does before and after its own products.
+
+Between two tokens i <= t of a chunk a memory fades by L_ti = exp(c_t - c_i), with c the cumulative log decay. Only
+differences are exponentiated and none is positive, so nothing overflows and no entry exceeds one.
+
+Shapes: B batch, T tokens, H heads, C chunk, N chunks, M = N B H: chunks of one sequence are B H apart, so that
+x[n B H : (n + 1) B H] is the n-th chunk of every sequence.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.regression.regressor import FORGET
+
+
+def into_chunks(x: Tensor | None, chunk: int, dtype: torch.dtype) -> Tensor | None:
+    """[B, T, H, X] or [B, T, H] to [N B H, C, X], zero-padded at the end: zeros write nothing and forget nothing."""
+    if x is None:
+        return None
+    x = (x.unsqueeze(-1) if x.ndim == 3 else x).to(dtype)
+    if x.shape[1] % chunk:
+        x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk))
+    return x.unflatten(1, (-1, chunk)).permute(1, 0, 3, 2, 4).flatten(0, 2)
+
+
+def from_chunks(x: Tensor, like: tuple[int, int, int]) -> Tensor:
+    """The way back, [N B H, C, X] to [B, T, H, X]. like: B, T, H."""
+    B, T, H = like
+    return x.unflatten(0, (-1, B, H)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
+
+
+def short(chunk: int, tokens: int) -> int:
+    """The chunk, or a power of two that holds all the tokens where they are few."""
+    return min(chunk, 1 << max(tokens - 1, 3).bit_length())
+
+
+class Fades(NamedTuple):
+    """What is left, inside a chunk, of a pair (i) where token t reads it: within [M, C, C], L above, zero for i > t; of
+    the chunk's first memory at t: start [M, C, 1]; of a pair at the chunk's end: end [M, C, 1]. With a decay per channel
+    [M, C, C, K], [M, C, K] and [M, C, K].
+    """
+
+    within: Tensor
+    start: Tensor
+    end: Tensor
+
+
+def fades(like: Tensor, log_decay: Tensor | None) -> Fades:
+    """From log decays in chunks, [M, C, 1] per head or [M, C, K] per channel; None fades nothing. like [M, C, *] gives
+    sizes, dtype and device.
+
+    A token at or below FORGET empties the memory; it is counted apart from the sum, so that 64 documents in a chunk
+    leave the sum its digits: float32 resolves 4096 to 5e-4 only.
+    """
+    M, C, _ = like.shape
+    causal = like.new_ones(C, C).tril_()
+    if log_decay is None:
+        one = like.new_ones(1, 1, 1).expand(M, C, 1)
+        return Fades(causal, one, one)
+    forgets = log_decay <= FORGET
+    c = log_decay.masked_fill(forgets, 0.0).cumsum(-2)
+    within = _differences(c).clamp(max=0.0).exp()
+    start, end = c.exp(), (c[:, -1:] - c).exp()
+    # Starts of documents are rare, and on a CPU it costs nothing to look; on a GPU looking would wait for it.
+    if forgets.device.type != "cpu" or forgets.any():
+        document = forgets.cumsum(-2)
+        within = within.masked_fill(_differences(document) != 0, 0.0)
+        start = start.masked_fill(document > 0, 0.0)
+        end = end.masked_fill(document < document[:, -1:], 0.0)
+    return Fades(within * (causal if within.ndim == 3 else causal.unsqueeze(-1)), start, end)
+
+
+def _differences(x: Tensor) -> Tensor:
+    """x_t - x_i for all pairs of tokens of a chunk: [M, C, X] to [M, C, C, X], or [M, C, C] for X = 1."""
+    pairs = x.unsqueeze(2) - x.unsqueeze(1)
+    return pairs.squeeze(-1) if x.shape[-1] == 1 else pairs
