@@ -15,8 +15,8 @@ class RandomFeatures(FeatureMap):
     """What the random maps share: W [m, K] for every head, its rows from N(0, I), and sqrt(b) x.
 
     The kernel is right in expectation; its error falls like 1 / sqrt(m). orthogonal: the rows, in blocks of K, are at
-    right angles and as long as independent ones, which lowers the error for nothing (Yu et al. 2016; Choromanski et al.
-    2021). seed: of the draw, which differs from head to head and is the same in every layer. It is no parameter, and
+    right angles and as long as independent ones (Yu et al. 2016; Choromanski et al. 2021), which takes 10 to 20 % off
+    the error between random unit vectors (K = 32), though hardly any where q and k are nearly the same. seed: of the draw, which differs from head to head and is the same in every layer. It is no parameter, and
     saved with them.
     """
 
