@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 
+from scripts.figures import feature_kernels
 from tests.conftest import ROOT
 
 
@@ -32,3 +35,16 @@ def test_prepare_data(train):
     assert done.returncode == 0 and "documents" in done.stdout, done.stderr
     done = script("scripts/prepare_data.py", "data=text_files", "data.corpus.path=/nowhere/*", env=train.environment)
     assert done.returncode != 0 and "data.corpus.path='/nowhere/*'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_figure_of_feature_kernels(tmp_path, monkeypatch):
+    """More features and higher orders err less, in what it writes."""
+    sizes = ["--key-dim", "32", "--pairs", "50", "--draws", "15", "--most", "256", "--order", "6"]
+    monkeypatch.setattr("sys.argv", ["feature_kernels.py", "--folder", str(tmp_path), *sizes])
+    feature_kernels.main()
+    assert (tmp_path / "feature_kernels.png").stat().st_size > 10_000
+    errors = defaultdict(list)
+    for row in csv.DictReader((tmp_path / "feature_kernels.csv").open()):
+        errors[row["features"], row["inverse_temperature"]].append(float(row["error"]))
+    assert len(errors) == 4 * 2 + 4
+    assert all(line[-1] < line[0] / 2 for (_, beta), line in errors.items() if beta == "1.0"), errors
