@@ -37,6 +37,7 @@ def test_prepare_data(train):
     assert done.returncode != 0 and "data.corpus.path='/nowhere/*'" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_figure_of_feature_kernels(tmp_path, monkeypatch):
     """More features and higher orders err less, in what it writes."""
     sizes = ["--key-dim", "32", "--pairs", "50", "--draws", "15", "--most", "256", "--order", "6"]
