@@ -2,7 +2,8 @@
 
     features(x [B, T, H, K], positions [B, T]) -> [B, T, H, width]
 
-Keys and queries go through the same map, as they must for phi(q) . phi(k) to be a kernel of q and k.
+Keys and queries go through the same map, as they must for phi(q) . phi(k) to be a kernel of q and k. `width` is that of
+the output, and `positive` says that no number in it is negative.
 """
 
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from models.sizes import Sizes
 
 class Identity(nn.Module):
     """phi(k) = k: the memory is linear in the keys themselves."""
+
+    positive = False
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()

@@ -119,6 +119,7 @@ class Mixer(nn.Module):
         sizes = sizes._replace(key_dim=self.features.width)
         self.decay, self.regressor = decay(sizes), regressor(sizes)
         self._check_recipe()
+        self.regressor.decay_kind = self.decay.kind
         self.output_norm = RMSNorm(V, norm_eps) if output_norm else None
         self.output = nn.Linear(H * V, hidden_size, bias=False)
 
@@ -134,6 +135,11 @@ class Mixer(nn.Module):
             raise ValueError(
                 f"{name} cannot have a decay of kind {kind!r} ({type(self.decay).__name__}); "
                 f"possible kinds: {', '.join(self.regressor.accepts_decay)}"
+            )
+        if self.regressor.needs_positive_features and not self.features.positive:
+            raise ValueError(
+                f"regressor.normalizer=true divides by phi(q) . phi(k), which {type(self.features).__name__} features "
+                "let vanish or be negative; choose positive ones, or normalizer=false"
             )
 
     def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> tuple[Tensor, State]:

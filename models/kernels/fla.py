@@ -40,14 +40,50 @@ def refusal(device_type: str) -> str | None:
     return None
 
 
-def refusal_gated_delta(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
-    """Why fla can't run the (gated) delta rule here, or None if it can. dtype is that of q, k and v."""
+def refusal_linear(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why fla can't run linear attention here, or None if it can. dtype is that of q, k and v."""
     if (reason := refusal(device.type)) is not None:
         return reason
     if interpreting() and dtype == torch.bfloat16:
         return "Triton's interpreter keeps bfloat16 as integers and returns garbage"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"fla computes in 16 or 32 bits, not {dtype}"
+    return None
+
+
+def route_linear(device: torch.device, decay_kind: str) -> str:
+    """The kernel `linear` calls here, and why where it is not the obvious one."""
+    if decay_kind == "channel":
+        return "chunk_gla"
+    if decay_kind != "none" and (broken := _broken_on_hopper(device)) is not None:
+        return f"chunk_gla with the gate repeated over channels: {broken} gets the gradient of a gate per head wrong"
+    return "chunk_simple_gla"
+
+
+def linear(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, memory: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """linear.py's map by fla's kernels. Arguments and results as recurrent_linear's; q, k, v are cast to v's dtype."""
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    options = {"scale": 1.0, "initial_state": None if memory is None else memory.float(), "output_final_state": True}
+    kind = "none" if log_decay is None else "head" if log_decay.ndim == 3 else "channel"
+    if log_decay is not None:
+        log_decay = log_decay.float().clamp(min=LEAST_LOG_DECAY)
+    if route_linear(v.device, kind) == "chunk_simple_gla":
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        return chunk_simple_gla(q, k, v, g=log_decay, **options)
+    from fla.ops.gla import chunk_gla
+
+    if kind == "head":
+        log_decay = log_decay.unsqueeze(-1)
+    return chunk_gla(q, k, v, log_decay.expand_as(k).contiguous(), **options)
+
+
+def refusal_gated_delta(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
+    """Why fla can't run the (gated) delta rule here, or None if it can. dtype is that of q, k and v."""
+    if (reason := refusal_linear(device, dtype)) is not None:
+        return reason
     if key_dim > 256:
         return f"fla's kernels take keys up to 256 wide, not {key_dim}"
     return None

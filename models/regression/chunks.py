@@ -41,8 +41,8 @@ def short(chunk: int, tokens: int) -> int:
 
 class Fades(NamedTuple):
     """What is left, inside a chunk, of a pair (i) where token t reads it: within [M, C, C], L above, zero for i > t; of
-    the chunk's first memory at t: start [M, C, 1]; of a pair at the chunk's end: end [M, C, 1]. With a decay per channel
-    [M, C, C, K], [M, C, K] and [M, C, K].
+    the chunk's first memory at t: start [M, C, 1]; of a pair at the chunk's end: end [M, C, 1]. With a decay per
+    channel [M, C, C, K], [M, C, K] and [M, C, K].
     """
 
     within: Tensor

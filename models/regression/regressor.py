@@ -45,6 +45,8 @@ class Regressor(nn.Module):
 
     accepts_decay: ClassVar[tuple[str, ...]] = ("none",)
     grouped_heads: ClassVar[bool] = False  # whether k and v may have fewer heads than q
+    needs_positive_features: bool = False  # whether phi(q) . phi(k) must not be negative
+    decay_kind: str = "none"  # of the recipe's decay; mixer.py sets it
 
     def __init__(self, sizes: Sizes, backend: str = "auto") -> None:
         super().__init__()

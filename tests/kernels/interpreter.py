@@ -62,7 +62,9 @@ def prepare() -> None:
 
     import fla.ops.delta_rule
     import fla.ops.gated_delta_rule
-    import fla.ops.kda  # noqa: F401
+    import fla.ops.gla
+    import fla.ops.kda
+    import fla.ops.simple_gla  # noqa: F401
 
     for name, module in list(sys.modules.items()):
         if name.startswith(("fla.ops.", "fla.modules.")):
