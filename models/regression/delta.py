@@ -208,6 +208,7 @@ class Delta(Memory):
     """
 
     accepts_decay: ClassVar[tuple[str, ...]] = ("none", "head", "signed")
+    solver = "a gradient step a token"
 
     def __init__(
         self, sizes: Sizes, backend: str = "auto", chunk: int | None = None, negative_eigenvalues: bool = False

@@ -87,7 +87,7 @@ def chunked_linear(
 
 
 def _memories(writes: Tensor, totals: Tensor | None, memory: Tensor) -> Tensor:
-    """The memory [R, K, V] before every chunk and after the last, [N + 1, R, K, V]: chunks are to each other what tokens
+    """The memory [R, K, V] before every chunk and after the last, [N + 1, R, K, V]. Chunks are to each other as tokens
     are inside one, so the same fades serve, and no loop walks along them. writes [N, R, K, V]; totals [N, R, 1 or K],
     the log decay of whole chunks.
     """
@@ -126,6 +126,7 @@ class Linear(Memory):
         if writes not in WRITES:
             raise ValueError(f"regressor.writes={writes} is not one of {', '.join(WRITES)}")
         self.writes, self.normalizer = writes, normalizer
+        self.solver = "one step from zero, normalised" if normalizer else "one step from zero"
         if writes == "held":
             self.accepts_decay = ("head",)
         if normalizer:

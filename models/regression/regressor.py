@@ -45,6 +45,8 @@ class Regressor(nn.Module):
 
     accepts_decay: ClassVar[tuple[str, ...]] = ("none",)
     grouped_heads: ClassVar[bool] = False  # whether k and v may have fewer heads than q
+    function_class: str = "linear"  # what m can express, in the features, in a word or two
+    solver: str  # how the fit is computed, in a few
     needs_positive_features: bool = False  # whether phi(q) . phi(k) must not be negative
     decay_kind: str = "none"  # of the recipe's decay; mixer.py sets it
 
