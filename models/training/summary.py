@@ -20,7 +20,7 @@ def summary(model: LanguageModel, seq_len: int, device: torch.device, dtype: tor
         f"          {3 * forward:,} FLOPs a token to train",
         f"{'layers':<10}{'mixer':<14}{'regressor':<12}{'parameters':>12}{'feed-forward':>14}{'state':>12}  backend",
     ]
-    names = model.config.layers
+    names, widened = model.config.layers, []
     for key, group in groupby(range(len(names)), key=lambda i: names[i]):
         indices = list(group)
         block = model.blocks[indices[0]]
@@ -32,5 +32,9 @@ def summary(model: LanguageModel, seq_len: int, device: torch.device, dtype: tor
             f"{layers:<10}{key:<14}{type(mixer.regressor).__name__:<12}{mixer.num_params:>12,}{inner:>14,}"
             f"{mixer.state_size(seq_len):>12,}  {choice.backend}{f' ({choice.reason})' if choice.reason else ''}"
         )
+        if mixer.features.width != mixer.key_dim:
+            widened.append(f"{key}: {type(mixer.features).__name__}, {mixer.features.width:,} of {mixer.key_dim}")
+    if widened:
+        lines.append(f"(features of keys: {'; '.join(dict.fromkeys(widened))})")
     lines.append(f"(state: numbers held per sequence after {seq_len:,} tokens)")
     return "\n".join(lines)
