@@ -22,13 +22,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from models.kernels import fla
 from models.precision import wide, working_dtype
-from models.regression.chunks import fades, from_chunks, into_chunks, short
+from models.regression.chunks import fades, from_chunks, into_chunks, short, unit_inverse
 from models.regression.documents import forget_at_starts
 from models.regression.memory import Memory, first_memory
 from models.sizes import Sizes
@@ -97,7 +96,7 @@ class _ChunkedDelta(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             q, k, v, b, log_decay = (into_chunks(x, chunk, memory.dtype) for x in (q, k, v, step_size, log_decay))
             fade, start, end = fades(k, log_decay)
-            R = _unit_inverse(torch.bmm(k, k.mT).mul_(fade).mul_(b))
+            R = unit_inverse(torch.bmm(k, k.mT).mul_(fade).mul_(b))
             W = torch.bmm(R * (b * start).mT, k)
             U = torch.bmm(R * b.mT, v)
             Z = k * end
@@ -160,39 +159,6 @@ class _ChunkedDelta(torch.autograd.Function):
             dk, dv, dmemory = G.add_(J), E.mul_(b), dS[:rows].unflatten(0, ctx.like[::2])
             dq, dk, dv, db = (from_chunks(x, ctx.like) for x in (dq, dk, dv, db))
             return dq, dk, dv, db.squeeze(-1), dlog_decay, dmemory, None
-
-
-def _unit_inverse(A: Tensor) -> Tensor:
-    """(I + A)^-1 of the strictly lower triangle of A [M, C, C], by halves:
-        [[P, 0], [B, Q]]^-1 = [[P^-1, 0], [-Q^-1 B P^-1, Q^-1]] ,
-    from blocks of 4, where (I + A)^-1 = (I - A)(I + A^2) exactly. A few products of many small matrices: three times as
-    fast as triangular solves on a CPU, and as accurate. Larger first blocks by the same series are not: with b = 2 and
-    nearly the same key 64 times, float32, the error is 5e-5 from blocks of 4 (2e-4 by solves), 8e-4 from 8, 4 from 16.
-    """
-    C = A.shape[-1]
-    size = 1 << max(C - 1, 3).bit_length()
-    if size != C:
-        return _unit_inverse(F.pad(A, (0, size - C, 0, size - C)))[:, :C, :C]
-    blocks = _diagonal_blocks(A, 4).tril(-1).flatten(0, 1)
-    square = blocks @ blocks
-    inverse = (square - blocks).baddbmm_(blocks, square, alpha=-1)
-    inverse.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    size = 4
-    while size < C:
-        pairs = inverse.view(-1, 2, size, size)
-        below = _diagonal_blocks(A, 2 * size)[:, :, size:, :size].flatten(0, 1)
-        double = A.new_zeros(len(pairs), 2, size, 2, size)
-        double[:, 0, :, 0] = pairs[:, 0]
-        double[:, 1, :, 1] = pairs[:, 1]
-        double[:, 1, :, 0] = torch.bmm(torch.bmm(pairs[:, 1], below), pairs[:, 0]).neg_()
-        size *= 2
-        inverse = double.view(-1, size, size)
-    return inverse
-
-
-def _diagonal_blocks(A: Tensor, size: int) -> Tensor:
-    """[M, C, C] to a view [M, C / size, size, size]."""
-    return A.unflatten(2, (-1, size)).unflatten(1, (-1, size)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
