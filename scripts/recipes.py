@@ -58,7 +58,7 @@ def recipe(preset: str, size: str) -> Recipe:
         preset,
         chosen["decay"],
         memory,
-        regressor.solver,
+        regressor.fit,
         mixer.state_size(cfg.seq_len),
         mixer.flops_per_token(cfg.seq_len),
         ", ".join([*accelerated, "torch", "recurrent"]),

@@ -210,6 +210,7 @@ class LeastSquares(Memory):
         if max_steps is not None and max_steps < 1:
             raise ValueError(f"regressor.max_steps={max_steps} must be at least 1, or null")
         H, K = self.num_heads, self.key_dim
+        self.fit = f"least squares, {solver.replace('_', ' ')}"
         self.solver_name, self.scaled_ridge, self.decay_cap = solver, scaled_ridge, decay_cap
         self.solver = {
             "conjugate_gradients": partial(conjugate_gradients, tolerance=tolerance, max_steps=max_steps),

@@ -126,7 +126,7 @@ class Linear(Memory):
         if writes not in WRITES:
             raise ValueError(f"regressor.writes={writes} is not one of {', '.join(WRITES)}")
         self.writes, self.normalizer = writes, normalizer
-        self.solver = "one step from zero, normalised" if normalizer else "one step from zero"
+        self.fit = "step from zero, normalised" if normalizer else "step from zero"
         if writes == "held":
             self.accepts_decay = ("head",)
         if normalizer:

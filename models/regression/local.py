@@ -85,7 +85,7 @@ class Softmax(Regressor):
     accepts_decay: ClassVar[tuple[str, ...]] = ("none",)
     grouped_heads: ClassVar[bool] = True
     function_class = "constant around q"
-    solver = "closed form"
+    fit = "closed form"
 
     def __init__(
         self,

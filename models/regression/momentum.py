@@ -232,6 +232,7 @@ class Momentum(Memory):
     """
 
     accepts_decay: ClassVar[tuple[str, ...]] = ("none", "head")
+    fit = "gradient step, momentum"
 
     def __init__(self, sizes: Sizes, backend: str = "auto", chunk: int | None = None, grad_batch: int = 1) -> None:
         super().__init__(sizes, backend, chunk)

@@ -154,7 +154,7 @@ class Omega(Momentum):
         super().__init__(sizes, backend, chunk, grad_batch)
         if window < 1:
             raise ValueError(f"regressor.window={window} is no number of pairs; a positive integer")
-        self.window = window
+        self.window, self.fit = window, f"step for {window} pairs, momentum"
         self.weights = nn.Linear(sizes.hidden_size, sizes.num_heads * window)
 
     def tokens_at_once(self, v: Tensor) -> int:

@@ -60,6 +60,7 @@ def prepare() -> None:
     prune = Autotuner.prune_configs
     Autotuner.prune_configs = lambda self, arguments: prune(self, arguments)[:1]
 
+    import fla.ops.comba
     import fla.ops.delta_rule
     import fla.ops.gated_delta_rule
     import fla.ops.gla
