@@ -107,18 +107,20 @@ class Mixer(nn.Module):
         self.activation, self.gate = ACTIVATIONS[activation], GATES[output_gate]
         self.qk_norm, self.rotary, self.norm_eps = qk_norm, rotary, norm_eps
 
-        self.sizes = [H * K, G * K, G * V]  # q, k, v
+        sizes = Sizes(hidden_size, H, G, K, V)
+        self.features = features(sizes)
+        sizes = sizes._replace(key_dim=self.features.width)
+        self.decay, self.regressor = decay(sizes), regressor(sizes)
+        self._check_recipe()
+        self.regressor.decay_kind = self.decay.kind
+        n = self.regressor.pairs_per_token
+        self.sizes = [H * K, n * G * K, n * G * V]  # q, k, v
         self.projection = nn.Linear(hidden_size, sum(self.sizes) + (H * V if self.gate else 0), bias=False)
         self.convolution = ShortConvolution(sum(self.sizes), conv_size) if conv_size > 1 else None
         if qk_norm == "rms":
             self.q_norm, self.k_norm = RMSNorm(K, norm_eps), RMSNorm(K, norm_eps)
-        sizes = Sizes(hidden_size, H, G, K, V)
-        self.features = features(sizes)
         same = feature_norm == qk_norm and isinstance(self.features, Identity)  # it is that long already
         self.feature_norm = None if same else FEATURE_NORMS[feature_norm]
-        sizes = sizes._replace(key_dim=self.features.width)
-        self.decay, self.regressor = decay(sizes), regressor(sizes)
-        self._check_recipe()
         self.output_norm = RMSNorm(V, norm_eps) if output_norm else None
         self.output = nn.Linear(H * V, hidden_size, bias=False)
 
@@ -135,6 +137,11 @@ class Mixer(nn.Module):
                 f"{name} cannot have a decay of kind {kind!r} ({type(self.decay).__name__}); "
                 f"possible kinds: {', '.join(self.regressor.accepts_decay)}"
             )
+        if self.regressor.needs_positive_features and not self.features.positive:
+            raise ValueError(
+                f"regressor.normalizer=true divides by phi(q) . phi(k), which {type(self.features).__name__} features "
+                "let vanish or be negative; choose positive ones, or normalizer=false"
+            )
 
     def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> tuple[Tensor, State]:
         if state is not None and segments is not None:
@@ -148,19 +155,22 @@ class Mixer(nn.Module):
         if self.activation is not None:
             pairs = self.activation(pairs)
         q, k, v = pairs.split(self.sizes, dim=-1)
+        n = self.regressor.pairs_per_token
         q, k, v = (
-            y.unflatten(-1, (-1, width)) for y, width in ((q, self.key_dim), (k, self.key_dim), (v, self.value_dim))
+            y.unflatten(-1, (m, -1, width)).flatten(1, 2)  # [B, T, H, K], [B, T n, G, K], [B, T n, G, V]
+            for y, m, width in ((q, 1, self.key_dim), (k, n, self.key_dim), (v, n, self.value_dim))
         )
         q, k = self._normalise(q, k)
+        where = _each(positions, n)
         if self.rotary is not None:
-            q, k = rotate(q, positions, self.rotary), rotate(k, positions, self.rotary)
-        q, k = self.features(q, positions), self.features(k, positions)
+            q, k = rotate(q, positions, self.rotary), rotate(k, where, self.rotary)
+        q, k = self.features(q, positions), self.features(k, where)
         if self.feature_norm is not None:
             q, k = self.feature_norm(q, self.norm_eps), self.feature_norm(k, self.norm_eps)
         log_decay = self.decay(x)
         if self.decay.kind == "signed":
             log_decay, turn = log_decay[0], _turns(log_decay[1], turn)
-            q, k = q * turn.unsqueeze(-1), k * turn.unsqueeze(-1)
+            q, k = q * turn.unsqueeze(-1), k * _each(turn, n).unsqueeze(-1)
 
         o, memory = self.regressor(x, q, k, v, log_decay, memory, segments)
         if self.output_norm is not None:
@@ -224,6 +234,11 @@ def _positions(x: Tensor, position: Tensor | None, segments: Tensor | None) -> T
     starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
     start = torch.where(starts, index, 0).cummax(1).values
     return torch.where(start == 0, first + index, index - start)
+
+
+def _each(x: Tensor, n: int) -> Tensor:
+    """[B, T, *] of tokens to [B, T n, *] of their pairs."""
+    return x if n == 1 else x.repeat_interleave(n, dim=1)
 
 
 def _turns(signs: Tensor, turn: Tensor | None) -> Tensor:

@@ -13,8 +13,11 @@ from models.sizes import Sizes
 
 class FeatureMap(nn.Module):
     """The frame of a map: `phi` computes it in float32 at least, with autocast off; the features leave it in the dtype
-    of x. (bfloat16 has the range of float32, so large ones are rounded and not lost.)
+    of x. (bfloat16 has the range of float32, so large ones are rounded and not lost.) `positive` says that phi(q) .
+    phi(k) is never negative.
     """
+
+    positive: bool = False
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -24,6 +24,8 @@ class Identity(FeatureMap):
 class ReLU(FeatureMap):
     """phi(x) = max(0, x)^power, of width K: sparse; power 2 sharpens it (So et al. 2021)."""
 
+    positive = True
+
     def __init__(self, sizes: Sizes, power: int = 1) -> None:
         super().__init__(sizes.key_dim)
         self.power = at_least_one("power", power)
@@ -38,6 +40,8 @@ class ELU(FeatureMap):
     e^x is not computed as 1 + (e^x - 1), which float32 rounds to zero below -17: the features stay positive.
     """
 
+    positive = True
+
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes.key_dim)
 
@@ -51,6 +55,8 @@ class CosFormer(FeatureMap):
 
     Further apart it is negative, so `length` is the longest sequence that the memory will see.
     """
+
+    positive = True
 
     def __init__(self, sizes: Sizes, length: int) -> None:
         super().__init__(2 * sizes.key_dim)
@@ -70,6 +76,8 @@ class DPFP(FeatureMap):
     Sparse and positive. With `feature_norm: sum` these are the features of the fast weight programmer.
     """
 
+    positive = True
+
     def __init__(self, sizes: Sizes, order: int = 3) -> None:
         if at_least_one("order", order) >= 2 * sizes.key_dim:
             raise ValueError(f"features.order={order} must be below {2 * sizes.key_dim}, twice key_dim")
@@ -85,6 +93,8 @@ class Hedgehog(FeatureMap):
     """phi(x) = softmax([W x, -W x]), W [K, K] learned for every head from the identity, of width 2K: positive, of sum
     one, and as spiky as the data want it (Zhang et al. 2024, section 4; there W imitates a softmax layer first).
     """
+
+    positive = True
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(2 * sizes.key_dim)

@@ -29,7 +29,7 @@ class Monomials(FeatureMap):
         degrees = [j for j, coefficient in enumerate(a) if coefficient]
         _check_width(sizes.key_dim, len(a) - 1, degrees, setting)
         super().__init__(_num_monomials(sizes.key_dim, degrees))
-        self.a = a
+        self.a, self.positive = a, len(a) % 2 == 1  # even powers are, and sums of exp's series that end in one
         self.sharpen = InverseTemperature(sizes, inverse_temperature)
         # Whole numbers, so that no cast of the model rounds them; persistent, because from_pretrained fills no others.
         counts = [n for j in degrees for n in _multinomials(sizes.key_dim, j)]

@@ -16,8 +16,8 @@ class RandomFeatures(FeatureMap):
 
     The kernel is right in expectation; its error falls like 1 / sqrt(m). orthogonal: the rows, in blocks of K, are at
     right angles and as long as independent ones (Yu et al. 2016; Choromanski et al. 2021), which takes 10 to 20 % off
-    the error between random unit vectors (K = 32), though hardly any where q and k are nearly the same. seed: of the draw, which differs from head to head and is the same in every layer. It is no parameter, and
-    saved with them.
+    the error between random unit vectors (K = 32), though hardly any where q and k are nearly the same. seed: of the
+    draw, which differs from head to head and is the same in every layer. It is no parameter, and saved with them.
     """
 
     def __init__(
@@ -66,6 +66,8 @@ class Performer(RandomFeatures):
     the exponents, as is usual: over keys it would look into the future. With keys and queries of length one (qk_norm:
     l2) none is needed: they stay below sqrt(b) |w|, about sqrt(b K), for every row w of W, and float32 ends at 88.
     """
+
+    positive = True
 
     def phi(self, x: Tensor, positions: Tensor) -> Tensor:
         y = self.sharpen(x)

@@ -40,14 +40,50 @@ def refusal(device_type: str) -> str | None:
     return None
 
 
-def refusal_gated_delta(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
-    """Why fla can't run the (gated) delta rule here, or None if it can. dtype is that of q, k and v."""
+def refusal_linear(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why fla can't run linear attention here, or None if it can. dtype is that of q, k and v."""
     if (reason := refusal(device.type)) is not None:
         return reason
     if interpreting() and dtype == torch.bfloat16:
         return "Triton's interpreter keeps bfloat16 as integers and returns garbage"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"fla computes in 16 or 32 bits, not {dtype}"
+    return None
+
+
+def route_linear(device: torch.device, decay_kind: str) -> str:
+    """The kernel `linear` calls here, and why where it is not the obvious one."""
+    if decay_kind == "channel":
+        return "chunk_gla"
+    if decay_kind != "none" and (broken := _broken_on_hopper(device)) is not None:
+        return f"chunk_gla with the gate repeated over channels: {broken} gets the gradient of a gate per head wrong"
+    return "chunk_simple_gla"
+
+
+def linear(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, memory: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """linear.py's map by fla's kernels. Arguments and results as recurrent_linear's; q, k, v are cast to v's dtype."""
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    options = {"scale": 1.0, "initial_state": None if memory is None else memory.float(), "output_final_state": True}
+    kind = "none" if log_decay is None else "head" if log_decay.ndim == 3 else "channel"
+    if log_decay is not None:
+        log_decay = log_decay.float().clamp(min=LEAST_LOG_DECAY)
+    if route_linear(v.device, kind) == "chunk_simple_gla":
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        return chunk_simple_gla(q, k, v, g=log_decay, **options)
+    from fla.ops.gla import chunk_gla
+
+    if kind == "head":
+        log_decay = log_decay.unsqueeze(-1)
+    return chunk_gla(q, k, v, log_decay.expand_as(k).contiguous(), **options)
+
+
+def refusal_gated_delta(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
+    """Why fla can't run the (gated) delta rule here, or None if it can. dtype is that of q, k and v."""
+    if (reason := refusal_linear(device, dtype)) is not None:
+        return reason
     if key_dim > 256:
         return f"fla's kernels take keys up to 256 wide, not {key_dim}"
     return None
@@ -78,18 +114,82 @@ def gated_delta(
 
         return chunk_delta_rule(q, k, v, step_size, **options)
     log_decay = torch.zeros_like(step_size) if log_decay is None else log_decay.float().clamp(min=LEAST_LOG_DECAY)
-    if route == "chunk_gated_delta_rule":
+    if route == "chunk_gated_delta_rule" and log_decay.ndim == 3:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
         return chunk_gated_delta_rule(q, k, v, log_decay, step_size, **options)
     from fla.ops.kda import chunk_kda
 
-    return chunk_kda(q, k, v, log_decay.unsqueeze(-1).expand_as(k).contiguous(), step_size, **options)
+    log_decay = log_decay.unsqueeze(-1).expand_as(k) if log_decay.ndim == 3 else log_decay
+    return chunk_kda(q, k, v, log_decay.contiguous(), step_size, **options)
+
+
+def route_leaky_delta(device: torch.device) -> str:
+    """The kernel `leaky_delta` calls here, and why where it is not the obvious one."""
+    if (broken := _broken_on_hopper(device)) is not None:
+        return f"chunk_kda with values times the gate, steps over it: {broken} gets the gradient of chunk_comba wrong"
+    return "chunk_comba"
+
+
+def leaky_delta(
+    q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_decay: Tensor | None = None, memory: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """delta.py's map with the gradient before the decay. Arguments and results as recurrent_delta's.
+
+    log_decay is per head. Where it is below LEAST_LOG_DECAY a document starts, and nothing is erased: b/a and a v,
+    which turn one rule into the other, are b and v there.
+    """
+    if log_decay is None:
+        return gated_delta(q, k, v, step_size, None, memory)
+    forgets = log_decay < LEAST_LOG_DECAY
+    if _broken_on_hopper(v.device) is not None:
+        decay = log_decay.float().masked_fill(forgets, 0.0).exp()
+        return gated_delta(q, k, v * decay.unsqueeze(-1).to(v.dtype), step_size / decay, log_decay, memory)
+    erase_key = k.masked_fill(forgets.unsqueeze(-1), 0.0)
+    return _comba(q, erase_key, k, v, step_size, log_decay, memory)
+
+
+def refusal_write_key(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
+    """Why fla can't run the delta rule with a write key of its own here, or None if it can."""
+    if (reason := refusal_gated_delta(device, dtype, key_dim, value_dim)) is not None:
+        return reason
+    broken = _broken_on_hopper(device)
+    return broken and f"{broken} gets the gradient of chunk_comba wrong"
+
+
+def delta_with_write_key(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step_size: Tensor,
+    log_decay: Tensor | None,
+    memory: Tensor | None,
+    write_key: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """delta.py's map with a write key of its own. Arguments and results as recurrent_delta's, log_decay per head."""
+    if log_decay is None:
+        return _comba(q, k, write_key, v, step_size, torch.zeros_like(step_size), memory)
+    decay = log_decay.float().exp().unsqueeze(-1)
+    return _comba(q, (k.float() * decay).to(v.dtype), write_key, v, step_size, log_decay, memory)
+
+
+def _comba(
+    q: Tensor, erase_key: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_decay: Tensor, memory: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """S_t = a_t S_{t-1} + b_t k_t^T (v_t - p_t S_{t-1}), p the erase key: fla's kernel reads before the decay. (Its
+    naive_recurrent_comba reads after it, and is another function.)
+    """
+    from fla.ops.comba import chunk_comba
+
+    q, p, k = (x.to(v.dtype) for x in (q, erase_key, k))
+    log_decay, memory = log_decay.float().clamp(min=LEAST_LOG_DECAY), None if memory is None else memory.float()
+    options = {"scale": 1.0, "initial_state": memory, "output_final_state": True}
+    return chunk_comba(q, k, v, p, log_decay, step_size.float(), **options)
 
 
 @cache
 def _broken_on_hopper(device: torch.device) -> str | None:
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] != 9:
         return None
     import triton
 

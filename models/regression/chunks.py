@@ -41,8 +41,8 @@ def short(chunk: int, tokens: int) -> int:
 
 class Fades(NamedTuple):
     """What is left, inside a chunk, of a pair (i) where token t reads it: within [M, C, C], L above, zero for i > t; of
-    the chunk's first memory at t: start [M, C, 1]; of a pair at the chunk's end: end [M, C, 1]. With a decay per channel
-    [M, C, C, K], [M, C, K] and [M, C, K].
+    the chunk's first memory at t: start [M, C, 1]; of a pair at the chunk's end: end [M, C, 1]. With a decay per
+    channel [M, C, C, K], [M, C, K] and [M, C, K].
     """
 
     within: Tensor
@@ -79,3 +79,36 @@ def _differences(x: Tensor) -> Tensor:
     """x_t - x_i for all pairs of tokens of a chunk: [M, C, X] to [M, C, C, X], or [M, C, C] for X = 1."""
     pairs = x.unsqueeze(2) - x.unsqueeze(1)
     return pairs.squeeze(-1) if x.shape[-1] == 1 else pairs
+
+
+def unit_inverse(A: Tensor) -> Tensor:
+    """(I + A)^-1 of the strictly lower triangle of A [M, C, C], by halves:
+        [[P, 0], [B, Q]]^-1 = [[P^-1, 0], [-Q^-1 B P^-1, Q^-1]] ,
+    from blocks of 4, where (I + A)^-1 = (I - A)(I + A^2) exactly. A few products of many small matrices: three times as
+    fast as triangular solves on a CPU, and as accurate. Larger first blocks by the same series are not: with b = 2 and
+    nearly the same key 64 times, float32, the error is 5e-5 from blocks of 4 (2e-4 by solves), 8e-4 from 8, 4 from 16.
+    """
+    C = A.shape[-1]
+    size = 1 << max(C - 1, 3).bit_length()
+    if size != C:
+        return unit_inverse(F.pad(A, (0, size - C, 0, size - C)))[:, :C, :C]
+    blocks = _diagonal_blocks(A, 4).tril(-1).flatten(0, 1)
+    square = blocks @ blocks
+    inverse = (square - blocks).baddbmm_(blocks, square, alpha=-1)
+    inverse.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    size = 4
+    while size < C:
+        pairs = inverse.view(-1, 2, size, size)
+        below = _diagonal_blocks(A, 2 * size)[:, :, size:, :size].flatten(0, 1)
+        double = A.new_zeros(len(pairs), 2, size, 2, size)
+        double[:, 0, :, 0] = pairs[:, 0]
+        double[:, 1, :, 1] = pairs[:, 1]
+        double[:, 1, :, 0] = torch.bmm(torch.bmm(pairs[:, 1], below), pairs[:, 0]).neg_()
+        size *= 2
+        inverse = double.view(-1, size, size)
+    return inverse
+
+
+def _diagonal_blocks(A: Tensor, size: int) -> Tensor:
+    """[M, C, C] to a view [M, C / size, size, size]."""
+    return A.unflatten(2, (-1, size)).unflatten(1, (-1, size)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)

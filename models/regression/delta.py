@@ -1,59 +1,80 @@
 """The delta rule: a memory that corrects itself.
 
-Problem.    The same least squares as linear.py, fitted online: one gradient step a pair, from the memory as it stands,
+Problem.    The same least squares as linear.py, fitted online: one step a pair, from the memory as it stands, along the
+            gradient of what the memory gets wrong,
                 S_t = S' - b_t d/dS 1/2 ||v_t - k_t S||^2  at  S' = a_t S_{t-1} .
 Solution.   S_t = a_t S_{t-1} + b_t k_t^T (v_t - k_t a_t S_{t-1}) ,    o_t = q_t S_t .
             The pair writes only what the memory did not know yet, so similar keys overwrite one another instead of
             piling up. With |k| = 1, b = 0 writes nothing, b = 1 stores v exactly, b = 2 reflects along k; a step is
             stable while b |k|^2 < 2.
-Members.    a = 1: the delta rule of Widrow and Hoff (1960) as a fast weight programmer (Schlag et al. 2021, section
+Decay.      a = 1: the delta rule of Widrow and Hoff (1960) as a fast weight programmer (Schlag et al. 2021, section
             4.2), trained in parallel as DeltaNet (Yang et al. 2024). A decay per head and token: Gated DeltaNet (Yang,
-            Kautz and Hatamizadeh 2025, equation 10). b in (0, 2): negative eigenvalues, which state tracking needs
-            (Grazzi et al. 2025).
-            The decay comes before the step. Put it on the memory alone, a_t S_{t-1} + b_t k_t^T (v_t - k_t S_{t-1}),
-            and it is another model: SGD with weight decay, leaky LMS. That one is this one with b/a for b, a v for v.
+            Kautz and Hatamizadeh 2025, equation 10); per channel of the keys, diag(a) for a: Kimi Delta Attention (Kimi
+            Linear 2025, section 3). b in (0, 2): negative eigenvalues, which state tracking needs (Grazzi et al. 2025).
+            The decay comes before the step. With the gradient taken first, at S' = S_{t-1}, it is another model, SGD
+            with weight decay or leaky LMS,
+                S_t = a_t S_{t-1} + b_t k_t^T (v_t - k_t S_{t-1}) ,
+            which is the first with b/a for b and a v for v; those overflow where a gate closes, this does not.
+Steps.      Three ways to go along the gradient for b, all on the line from S' and so all the rule above, with a step of
+            b f(b |k|^2): the gradient step, f(s) = 1; the implicit one, to argmin ||S - S'||^2 + b ||v - k S||^2,
+            f(s) = 1 / (1 + s) (Longhorn, Liu et al. 2024, theorem 3.1); the exact solution of dS/db = -gradient,
+            f(s) = (1 - e^-s) / s (EFLA, Lei et al. 2025). The last two are stable for keys of any length.
 Exactness.  The chunked form equals the recurrence up to rounding, whatever the chunk, gradients included.
 
-Shapes: B batch, T tokens, H heads, K key width, V value width, C chunk, N chunks, M = N B H.
+Shapes: B batch, T tokens, H heads, K key width, V value width, C chunk.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from models.kernels import fla
 from models.precision import wide, working_dtype
-from models.regression.chunks import fades, from_chunks, into_chunks, short
+from models.regression.chunks import short
+from models.regression.delta_chunks import ChunkedDelta
 from models.regression.documents import forget_at_starts
 from models.regression.memory import Memory, first_memory
+from models.regression.regressor import FORGET
 from models.sizes import Sizes
 
 
 def recurrent_delta(
-    q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_decay: Tensor | None = None, memory: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step_size: Tensor,
+    log_decay: Tensor | None = None,
+    memory: Tensor | None = None,
+    write_key: Tensor | None = None,
+    gradient_before_decay: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The definition, one token at a time.
 
-    q, k: [B, T, H, K].  v: [B, T, H, V].  step_size: [B, T, H], b above.  log_decay: [B, T, H], natural log of a, <= 0,
-    or None for a = 1.  memory: [B, H, K, V] or None for zeros.
+    q, k: [B, T, H, K].  v: [B, T, H, V].  step_size: [B, T, H], b above.  log_decay: [B, T, H] or [B, T, H, K], natural
+    log of a, <= 0, or None for a = 1.  memory: [B, H, K, V] or None for zeros.  write_key: [B, T, H, K], w in
+    S_t = S' + b w^T (v - k S'), or None for k.  gradient_before_decay: the error is that of the memory before it
+    decays. At FORGET there is none: the memory is empty before anything else.
     Returns o [B, T, H, V] in the dtype of v, and the memory after the last token. Computed in float32 at least.
     """
     dtype = working_dtype(q, k, v)
     out_dtype, (q, k, v, step_size) = v.dtype, (x.to(dtype) for x in (q, k, v, step_size))
+    w = k if write_key is None else write_key.to(dtype)
     memory = first_memory(k, v, memory)
-    decay = None if log_decay is None else log_decay.to(dtype).exp()
+    if log_decay is not None:
+        log_decay = log_decay.unsqueeze(-1) if log_decay.ndim == 3 else log_decay
+        decay, forgets = log_decay.to(dtype).exp().unsqueeze(-1), (log_decay <= FORGET).unsqueeze(-1)
     outputs = []
     with torch.autocast(q.device.type, enabled=False):
         for t in range(q.shape[1]):
-            if decay is not None:
-                memory = decay[:, t, :, None, None] * memory
-            error = v[:, t] - (k[:, t, :, None] @ memory).squeeze(-2)
-            memory = memory + k[:, t, :, :, None] @ (step_size[:, t, :, None] * error)[:, :, None]
+            seen = memory
+            if log_decay is not None:
+                memory = decay[:, t] * memory
+                seen = seen.masked_fill(forgets[:, t], 0.0) if gradient_before_decay else memory
+            error = v[:, t] - (k[:, t, :, None] @ seen).squeeze(-2)
+            memory = memory + w[:, t, :, :, None] @ (step_size[:, t, :, None] * error)[:, :, None]
             outputs.append((q[:, t, :, None] @ memory).squeeze(-2))
         return torch.stack(outputs, dim=1).to(out_dtype), memory
 
@@ -66,155 +87,76 @@ def chunked_delta(
     log_decay: Tensor | None = None,
     memory: Tensor | None = None,
     chunk: int = 32,
+    write_key: Tensor | None = None,
+    gradient_before_decay: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The same map, C tokens at a time: one triangular system for each chunk, all at once, then a scan over chunks.
 
-    Call u_t = b_t (v_t - k_t a_t S_{t-1}) what token t writes. From the chunk's first memory S, with c the cumulative
-    log decay, S_t = e^{c_t} S + sum_{i<=t} e^{c_t - c_i} k_i^T u_i, so the writes of a chunk solve a unit lower
-    triangular system (Yang et al. 2024, section 3.2; with decays, Yang et al. 2025, section 3.3):
-        (I + A) U = diag(b) (V - diag(e^c) K S) ,    A_ti = b_t L_ti k_t.k_i  for i < t ,    L_ti = e^{c_t - c_i} .
+    Call u_t = b_t (v_t - k_t a_t S_{t-1}) what token t writes, under its key w_t. From the chunk's first memory S, with
+    c the cumulative log decay, S_t = e^{c_t} S + sum_{i<=t} e^{c_t - c_i} w_i^T u_i, so the writes of a chunk solve a
+    unit lower triangular system (Yang et al. 2024, section 3.2; with decays, Yang et al. 2025, section 3.3):
+        (I + A) U = diag(b) (V - diag(e^c) K S) ,    A_ti = b_t L_ti k_t.w_i  for i < t ,    L_ti = e^{c_t - c_i} .
     With R = (I + A)^-1 it falls into what is known before the memory is, and what waits for it:
-        U = R diag(b) V - W S ,    W = R diag(b e^c) K ,    O = diag(e^c) Q S + (Q K^T * L) U ,
-        S' = e^{c_C} S + Z^T U ,    Z = diag(e^{c_C - c}) K .
+        U = R diag(b) V - Y S ,    Y = R diag(b e^c) K ,    O = diag(e^c) Q S + (Q W^T * L) U ,
+        S' = e^{c_C} S + Z^T U ,    Z = diag(e^{c_C - c}) W .
     All but the two lines' products with S is done for every chunk at once; the scan is two products a chunk.
+    Where the gradient comes before the decay, K reads with c_{t-1} for c_t. Where channels fade at their own rates, L
+    stands inside the sum over channels, k_t.w_i: chunks of 16 are best then, for L is [C, C, K].
 
     Arguments and results as in recurrent_delta. T need not be a multiple of the chunk.
     """
-    memory = first_memory(k, v, memory)
-    o, memory = _ChunkedDelta.apply(q, k, v, step_size, log_decay, memory, short(chunk, k.shape[1]))
+    memory, chunk = first_memory(k, v, memory), short(chunk, k.shape[1])
+    o, memory = ChunkedDelta.apply(q, k, write_key, v, step_size, log_decay, memory, chunk, gradient_before_decay)
     return o.to(v.dtype), memory
 
 
-class _ChunkedDelta(torch.autograd.Function):
-    """chunked_delta with a gradient written by hand: large products and one scan, not a walk along the scan's graph.
-
-    On [M, C, *], chunk by chunk: the chunks of one sequence are B H apart, `rows` below.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, step_size, log_decay, memory, chunk):
-        B, T, H, _ = k.shape
-        with torch.autocast(q.device.type, enabled=False):
-            q, k, v, b, log_decay = (into_chunks(x, chunk, memory.dtype) for x in (q, k, v, step_size, log_decay))
-            fade, start, end = fades(k, log_decay)
-            R = _unit_inverse(torch.bmm(k, k.mT).mul_(fade).mul_(b))
-            W = torch.bmm(R * (b * start).mT, k)
-            U = torch.bmm(R * b.mT, v)
-            Z = k * end
-            (M, rows), whole = (len(k), B * H), start[:, -1:]
-            S = k.new_empty(M + rows, *memory.shape[-2:])  # before every chunk, and after the last
-            S[:rows] = memory.flatten(0, 1)
-            for n in range(0, M, rows):
-                here, there = slice(n, n + rows), slice(n + rows, n + 2 * rows)
-                U[here].baddbmm_(W[here], S[here], alpha=-1)
-                torch.mul(S[here], whole[here], out=S[there]).baddbmm_(Z[here].mT, U[here])
-            o = torch.bmm(q, S[:M]).mul_(start).baddbmm_(torch.bmm(q, k.mT).mul_(fade), U)
-        ctx.save_for_backward(q, k, v, b, fade, start, end, R, W, U, S)
-        ctx.like, ctx.has_decay = (B, T, H), log_decay is not None
-        return from_chunks(o, ctx.like), S[M:].clone().unflatten(0, (B, H))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, do, dmemory):
-        """With dX the gradient by X, each line is the transpose of one of chunked_delta's:
-
-        dU = (Q K^T * L)^T dO + Z dS'                         E = R^T dU , the gradient by the system's right-hand side
-        dS = (e^c Q)^T dO + e^{c_C} dS' - W^T dU              the scan, now from the last chunk to the first
-        dQ = (dO U^T * L) K + e^c dO S^T
-        dK = b G + J ,   G = -(E U^T * L) K - e^c E S^T ,
-                         J = (dO U^T * L)^T Q - (E U^T * L)^T b K + e^{c_C - c} U dS'^T
-        dV = b E ,       db = E . V + G . K                   (row by row; the diagonal of E U^T does not count)
-        dc = Q . dQ + K . (b G - J) ,                         plus S' . dS' for the chunk's last c
-        The last: e^{c_t} scales whatever token t reads with, its query and its key in G; e^{-c_t} the key it writes
-        with, in J. And since c is a sum of log decays, each of these collects dc from its token to the end of the
-        chunk.
-        """
-        q, k, v, b, fade, start, end, R, W, U, S = ctx.saved_tensors
-        (M, rows), whole = (len(k), len(S) - len(k)), start[:, -1:]
-        with torch.autocast(q.device.type, enabled=False):
-            do = into_chunks(do, q.shape[1], q.dtype)
-            dU = torch.bmm(torch.bmm(q, k.mT).mul_(fade).mT, do)
-            Z, read = k * end, do * start
-            dS = torch.empty_like(S)
-            torch.bmm(q.mT, read, out=dS[:M])
-            dS[M:] = dmemory.flatten(0, 1)
-            for n in reversed(range(0, M, rows)):
-                here, there = slice(n, n + rows), slice(n + rows, n + 2 * rows)
-                dU[here].baddbmm_(Z[here], dS[there])
-                dS[here].addcmul_(dS[there], whole[here]).baddbmm_(W[here].mT, dU[here], alpha=-1)
-            E = torch.bmm(R.mT, dU)
-
-            dattend = torch.bmm(do, U.mT).mul_(fade)
-            dA = torch.bmm(E, U.mT).mul_(fade)
-            dA.diagonal(dim1=-2, dim2=-1).zero_()
-            dq = torch.bmm(read, S[:M].mT).baddbmm_(dattend, k)
-            G = torch.bmm(E, S[:M].mT).mul_(start).baddbmm_(dA, k).neg_()
-            J = torch.bmm(U, dS[rows:].mT).mul_(end).baddbmm_(dattend.mT, q).baddbmm_((dA * b).mT, k, alpha=-1)
-            db = _dot(E, v).add_(_dot(k, G))
-            G.mul_(b)
-            dlog_decay = None
-            if ctx.has_decay:
-                dc = _dot(q, dq) + _dot(k, G - J)
-                dc[:, -1] += (S[rows:] * dS[rows:]).sum((-2, -1)).unsqueeze(-1)
-                dlog_decay = from_chunks(dc.flip(-2).cumsum(-2).flip(-2), ctx.like).squeeze(-1)
-            dk, dv, dmemory = G.add_(J), E.mul_(b), dS[:rows].unflatten(0, ctx.like[::2])
-            dq, dk, dv, db = (from_chunks(x, ctx.like) for x in (dq, dk, dv, db))
-            return dq, dk, dv, db.squeeze(-1), dlog_decay, dmemory, None
+def _decayed_share(s: Tensor) -> Tensor:
+    """(1 - e^-s) / s, which is 1 at 0. For small s by its series: the derivative of the quotient is a difference of two
+    terms of 1 / s, and 1e-3 is where the series to the fourth order is as exact as float64 needs."""
+    small = s < 1e-3
+    large = s.masked_fill(small, 1.0)
+    series = 1 - s / 2 * (1 - s / 3 * (1 - s / 4 * (1 - s / 5)))
+    return torch.where(small, series.masked_fill(~small, 0.0), -torch.expm1(-large) / large)
 
 
-def _unit_inverse(A: Tensor) -> Tensor:
-    """(I + A)^-1 of the strictly lower triangle of A [M, C, C], by halves:
-        [[P, 0], [B, Q]]^-1 = [[P^-1, 0], [-Q^-1 B P^-1, Q^-1]] ,
-    from blocks of 4, where (I + A)^-1 = (I - A)(I + A^2) exactly. A few products of many small matrices: three times as
-    fast as triangular solves on a CPU, and as accurate. Larger first blocks by the same series are not: with b = 2 and
-    nearly the same key 64 times, float32, the error is 5e-5 from blocks of 4 (2e-4 by solves), 8e-4 from 8, 4 from 16.
-    """
-    C = A.shape[-1]
-    size = 1 << max(C - 1, 3).bit_length()
-    if size != C:
-        return _unit_inverse(F.pad(A, (0, size - C, 0, size - C)))[:, :C, :C]
-    blocks = _diagonal_blocks(A, 4).tril(-1).flatten(0, 1)
-    square = blocks @ blocks
-    inverse = (square - blocks).baddbmm_(blocks, square, alpha=-1)
-    inverse.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    size = 4
-    while size < C:
-        pairs = inverse.view(-1, 2, size, size)
-        below = _diagonal_blocks(A, 2 * size)[:, :, size:, :size].flatten(0, 1)
-        double = A.new_zeros(len(pairs), 2, size, 2, size)
-        double[:, 0, :, 0] = pairs[:, 0]
-        double[:, 1, :, 1] = pairs[:, 1]
-        double[:, 1, :, 0] = torch.bmm(torch.bmm(pairs[:, 1], below), pairs[:, 0]).neg_()
-        size *= 2
-        inverse = double.view(-1, size, size)
-    return inverse
-
-
-def _diagonal_blocks(A: Tensor, size: int) -> Tensor:
-    """[M, C, C] to a view [M, C / size, size, size]."""
-    return A.unflatten(2, (-1, size)).unflatten(1, (-1, size)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return torch.linalg.vecdot(x, y).unsqueeze(-1)
+STEPS = {"gradient": torch.ones_like, "implicit": lambda s: 1 / (1 + s), "exact": _decayed_share}
 
 
 class Delta(Memory):
-    """The delta rule with a learned step size per head and token: b = sigmoid(x W + c), twice that with negative
-    eigenvalues.
+    """The delta rule with a learned step size per head and token: b f(b |k|^2), b = sigmoid(x W + c).
 
-    Without a decay it is DeltaNet, with one per head Gated DeltaNet. Keys of unit length keep every step stable; the
-    shell normalises them.
+    Without a decay it is DeltaNet, with one per head Gated DeltaNet, with one per channel Kimi Delta Attention.
+
+    step: f. gradient (keys of unit length keep it stable; the shell normalises them), implicit or exact (stable for all
+        keys).
+    negative_eigenvalues: b up to 2, for gradient steps: a write can turn a direction of the memory around.
+    gradient_before_decay: leaky LMS, for a decay per head without a sign, which its error would see.
     """
 
-    accepts_decay: ClassVar[tuple[str, ...]] = ("none", "head", "signed")
+    accepts_decay: tuple[str, ...] = ("none", "head", "channel", "signed")
 
     def __init__(
-        self, sizes: Sizes, backend: str = "auto", chunk: int | None = None, negative_eigenvalues: bool = False
+        self,
+        sizes: Sizes,
+        backend: str = "auto",
+        chunk: int | None = None,
+        step: str = "gradient",
+        negative_eigenvalues: bool = False,
+        gradient_before_decay: bool = False,
     ) -> None:
         super().__init__(sizes, backend, chunk)
+        if step not in STEPS:
+            raise ValueError(f"regressor.step={step} is not one of {', '.join(STEPS)}")
+        if negative_eigenvalues and (step != "gradient" or gradient_before_decay):
+            setting = "regressor.gradient_before_decay=true" if step == "gradient" else f"regressor.step={step}"
+            why = "grows the memory without bound" if step == "gradient" else "never goes past the value"
+            raise ValueError(f"regressor.negative_eigenvalues=true: {setting} {why}; only false is possible")
+        self.share, self.fit = STEPS[step], f"{step} step"
         self.largest_step = 2.0 if negative_eigenvalues else 1.0
-        self.step_size = nn.Linear(sizes.hidden_size, sizes.num_heads)
+        self.gradient_before_decay = gradient_before_decay
+        if gradient_before_decay:
+            self.accepts_decay = ("none", "head")
+        self.step_size = nn.Linear(sizes.hidden_size, sizes.num_heads * self.pairs_per_token)
 
     def forward(
         self,
@@ -226,20 +168,37 @@ class Delta(Memory):
         state: Any = None,
         segments: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        step_size = self.largest_step * wide(self.step_size(x)).sigmoid()
-        log_decay = forget_at_starts(log_decay, segments, like=step_size)
-        backend = self.choose(v.device, v.dtype).backend
-        if backend == "recurrent" or k.shape[1] == 1:  # one token is the definition itself, on every backend
-            return recurrent_delta(q, k, v, step_size, log_decay, state)
+        step_size = self.largest_step * wide(self.step_size(x)).sigmoid().view(k.shape[:3])
+        step_size = step_size * self.share(step_size * wide(k).square().sum(-1))
+        if log_decay is not None and self.gradient_before_decay:
+            log_decay = log_decay.clamp(min=FORGET / 2)  # a gate that closes is no document's end: e^-32 is 0 to it too
+        log_decay = forget_at_starts(log_decay, segments, like=q)
+        # one token is the definition itself, on every backend
+        backend = "recurrent" if q.shape[1] == 1 else self.choose(v.device, v.dtype).backend
+        return self.solve(backend, q, k, v, step_size, log_decay, state)
+
+    def solve(
+        self, backend: str, q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_decay: Tensor | None, state: Any
+    ) -> tuple[Tensor, Any]:
+        """The rule by one of its forms. Arguments and results as recurrent_delta's, the state for the memory."""
+        early = {"gradient_before_decay": self.gradient_before_decay}
+        if backend == "recurrent":
+            return recurrent_delta(q, k, v, step_size, log_decay, state, **early)
         if backend == "fla":
-            return fla.gated_delta(q, k, v, step_size, log_decay, state)
-        return chunked_delta(q, k, v, step_size, log_decay, state, self.tokens_at_once(v))
+            form = fla.leaky_delta if self.gradient_before_decay else fla.gated_delta
+            return form(q, k, v, step_size, log_decay, state)
+        return chunked_delta(q, k, v, step_size, log_decay, state, self.tokens_at_once(v, log_decay), **early)
+
+    def tokens_at_once(self, v: Tensor, log_decay: Tensor | None = None) -> int:
+        """The chunk for this device; 16 where channels fade apart."""
+        return self.chunk or (16 if log_decay is not None and log_decay.ndim == 4 else super().tokens_at_once(v))
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
         return {"fla": fla.refusal_gated_delta(device, dtype, self.key_dim, self.value_dim)}
 
     def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-        return fla.route_gated_delta(device) if backend == "fla" else ""
+        route = fla.route_leaky_delta if self.gradient_before_decay else fla.route_gated_delta
+        return route(device) if backend == "fla" else ""
 
     def flops_per_token(self, seq_len: int) -> int:
         """Three products with the memory (predict, write, read), and the step sizes' projection."""

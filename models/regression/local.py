@@ -84,6 +84,8 @@ class Softmax(Regressor):
 
     accepts_decay: ClassVar[tuple[str, ...]] = ("none",)
     grouped_heads: ClassVar[bool] = True
+    function_class = "constant around q"
+    fit = "closed form"
 
     def __init__(
         self,

@@ -3,7 +3,8 @@
     regressor(x, q, k, v, log_decay=None, state=None, segments=None) -> (o, state)
 
     x [B, T, D]: the layer's input, from which the regressor projects its own per-token step sizes.
-    q, k [B, T, H, K] and v [B, T, H, V]: queries, keys, values.
+    q, k [B, T, H, K] and v [B, T, H, V]: queries, keys, values. With n pairs per token k and v are [B, T n, H, *], a
+        token's one after another.
     log_decay [B, T, H] or [B, T, H, K]: natural logarithm of gamma, <= 0, float32; None forgets nothing.
     state: the memory after the last token of the previous call, None at the start.
     segments [B, T]: integers, the document of each token, changing where one ends and the next begins. Documents do not
@@ -43,8 +44,13 @@ class Choice(NamedTuple):
 class Regressor(nn.Module):
     """Base of all regressors; see the module's docstring for the contract."""
 
-    accepts_decay: ClassVar[tuple[str, ...]] = ("none",)
+    accepts_decay: tuple[str, ...] = ("none",)
     grouped_heads: ClassVar[bool] = False  # whether k and v may have fewer heads than q
+    function_class: str = "linear"  # what m can express, in the features, in a word or two
+    fit: str  # how it is fitted, in a few
+    needs_positive_features: bool = False  # whether phi(q) . phi(k) must not be negative
+    decay_kind: str = "none"  # of the recipe's decay; mixer.py sets it
+    pairs_per_token: int = 1  # n
 
     def __init__(self, sizes: Sizes, backend: str = "auto") -> None:
         super().__init__()

@@ -60,9 +60,12 @@ def prepare() -> None:
     prune = Autotuner.prune_configs
     Autotuner.prune_configs = lambda self, arguments: prune(self, arguments)[:1]
 
+    import fla.ops.comba
     import fla.ops.delta_rule
     import fla.ops.gated_delta_rule
-    import fla.ops.kda  # noqa: F401
+    import fla.ops.gla
+    import fla.ops.kda
+    import fla.ops.simple_gla  # noqa: F401
 
     for name, module in list(sys.modules.items()):
         if name.startswith(("fla.ops.", "fla.modules.")):

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.regression.delta import Delta, _unit_inverse, chunked_delta, recurrent_delta
+from models.regression.chunks import unit_inverse
+from models.regression.delta import Delta, chunked_delta, recurrent_delta
 from models.regression.documents import forget_at_starts
 from models.regression.regressor import FORGET
 from models.sizes import Sizes
@@ -211,18 +212,18 @@ def test_finite_and_the_recurrence_at_the_extremes(dtype, key, step, decay):
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 16, 32, 64])
-def test_unit_inverse(size):
+def testunit_inverse(size):
     A = torch.randn(5, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul_(0.3).tril_(-1)
-    torch.testing.assert_close(_unit_inverse(A) @ (torch.eye(size) + A), torch.eye(size, dtype=A.dtype).expand_as(A))
+    torch.testing.assert_close(unit_inverse(A) @ (torch.eye(size) + A), torch.eye(size, dtype=A.dtype).expand_as(A))
 
 
-def test_unit_inverse_is_as_accurate_as_solving_where_keys_repeat_and_steps_reflect():
+def testunit_inverse_is_as_accurate_as_solving_where_keys_repeat_and_steps_reflect():
     g = torch.Generator().manual_seed(0)
     k = F.normalize(torch.randn(50, 1, 64, generator=g) + 0.02 * torch.randn(50, 64, 64, generator=g), dim=-1)
     A = (2 * k @ k.mT).tril(-1)
     exact = torch.linalg.inv(A.double() + torch.eye(64))
     solved = torch.linalg.solve_triangular(A, torch.eye(64), upper=False, unitriangular=True)
-    assert (_unit_inverse(A) - exact).abs().max() <= (solved - exact).abs().max()
+    assert (unit_inverse(A) - exact).abs().max() <= (solved - exact).abs().max()
 
 
 def test_autocast_and_checkpoint_change_nothing():

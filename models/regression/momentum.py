@@ -1,0 +1,278 @@
+"""The delta rule with momentum: a memory that keeps moving the way it was told to.
+
+Problem.    The same least squares as delta.py, fitted online by gradient descent with momentum and weight decay:
+                l_t(M) = 1/2 ||v_t - k_t M||^2 .
+Solution.   S_t = eta_t S_{t-1} - theta_t grad l_t(M_ref) = eta_t S_{t-1} + theta_t k_t^T (v_t - k_t M_ref)
+            M_t = a_t M_{t-1} + S_t ,    o_t = q_t M_t .
+            (Titans, Behrouz et al. 2025, equations 13 to 15, for a memory that is a matrix; a = 1 - alpha, and the 2 of
+            the paper's loss is in theta.) A surprise S lasts: it is written again, weaker by eta, at every later token.
+Gradients.  With `grad_batch` 1 a gradient is taken where the memory stands, M_ref = M_{t-1}: the exact rule. With
+            grad_batch b the tokens of a document fall into mini-batches of b, and all of one take theirs at the memory
+            after the previous one (equation 16; the paper's t - mod(t, b) would show a mini-batch's last token its own
+            write). It is a part of the model, of any size, and has nothing to do with the chunk of the computation.
+Members.    eta = 0: leaky LMS, a M + theta k^T (v - k M). grad_batch as long as the sequence: one linear attention over
+            the errors of the first memory. With grad_batch 1, Momentum DeltaNet (2026) with its write gate at 1.
+Stability.  Momentum sums a constant gradient to theta / (1 - eta) of it, so steps are theta = (1 - eta) theta', and
+            gradients of a mini-batch add up where their keys agree, so that theta' <= 1 / b. With |k| = 1 any gates are
+            then finite.
+Exactness.  The chunked form equals the recurrence up to rounding, whatever the chunk, gradients included.
+Others.     fla 0.6.0's chunk_momentum_delta_rule is not among the backends. It refuses float32, and the PyTorch code
+            beneath it divides by cumulated momenta: at FLA_NUMBERS
+            (scripts/momentum_accuracy.py).
+
+Shapes: B batch, T tokens, H heads, K key width, V value width, C chunk, N chunks, M = N B H, W writes of a chunk, n
+matrices of the state.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.precision import wide, working_dtype
+from models.regression.chunks import fades, from_chunks, into_chunks, short
+from models.regression.documents import forget_at_starts
+from models.regression.memory import Memory, first_memory
+from models.regression.mixtures import Mixture, product, scan
+from models.sizes import Sizes
+
+
+class State(NamedTuple):
+    """memory and momentum: M and S [B, H, K, V]. For grad_batch > 1 also reference, M_ref of the last token, and phase
+    [B], how many tokens the current mini-batch has, 0 where the next token begins one; else None.
+    """
+
+    memory: Tensor
+    momentum: Tensor
+    reference: Tensor | None = None
+    phase: Tensor | None = None
+
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        return self[:2] if self.reference is None else self[:3]
+
+
+class References(NamedTuple):
+    """Where gradients are taken. source [B, T]: at the memory after this token of the call; -1 is the memory that the
+    call begins with, and less the reference that it begins with. empty [B, T]: at zero, since the document began with
+    this mini-batch. phase [B]: the state's, after the call.
+    """
+
+    source: Tensor
+    empty: Tensor
+    phase: Tensor
+
+
+def first_state(k: Tensor, v: Tensor, state: State | None, grad_batch: int) -> State:
+    """The state to begin with, zeros for None, in float32 at least. k [B, T, H, K], v [B, T, H, V]."""
+    given = State(None, None) if state is None else state
+    memory, momentum = first_memory(k, v, given.memory), first_memory(k, v, given.momentum)
+    if grad_batch == 1:
+        return State(memory, momentum)
+    phase = torch.zeros(len(k), dtype=torch.long, device=k.device) if given.phase is None else given.phase
+    return State(memory, momentum, first_memory(k, v, given.reference), phase)
+
+
+def last_state(matrices: tuple[Tensor, ...], phase: Tensor) -> State:
+    """The state after a call: M, S, and where there are mini-batches M_ref and their phase."""
+    return State(*matrices, phase) if len(matrices) == 3 else State(*matrices)
+
+
+def references(k: Tensor, state: State, grad_batch: int, segments: Tensor | None) -> References:
+    """For the tokens of k [B, T, ...]. Mini-batches begin again with every document."""
+    B, T = k.shape[:2]
+    index = torch.arange(T, device=k.device).expand(B, T)
+    start = torch.zeros_like(index)  # of the token's document, 0 for the one that the call begins with
+    if segments is not None:
+        start = torch.where(F.pad(segments[:, 1:] != segments[:, :-1], (1, 0)), index, 0).cummax(1).values
+    position = index - start
+    if state.phase is not None:
+        position = torch.where(start == 0, position + state.phase.unsqueeze(1), position)
+    source = index - position % grad_batch - 1
+    return References(source, (start > 0) & (position < grad_batch), (T - 1 - source[:, -1]) % grad_batch)
+
+
+def recurrent_momentum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step_size: Tensor,
+    log_momentum: Tensor,
+    log_decay: Tensor | None = None,
+    state: State | None = None,
+    grad_batch: int = 1,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, State]:
+    """The definition, one token at a time.
+
+    q, k: [B, T, H, K].  v: [B, T, H, V].  step_size: [B, T, H], theta above.  log_momentum and log_decay: [B, T, H],
+    natural logs of eta and a, <= 0; log_decay None for a = 1.  state: None for zeros.  segments: [B, T], documents.
+    Returns o [B, T, H, V] in the dtype of v, and the state after the last token. Computed in float32 at least.
+    """
+    dtype = working_dtype(q, k, v)
+    out_dtype = v.dtype
+    state, log_momentum = first_state(k, v, state, grad_batch), forget_at_starts(log_momentum, segments)
+    log_decay = forget_at_starts(log_decay, segments, like=step_size)
+    source, empty, phase = references(k, state, grad_batch, segments)
+    memory, momentum, reference = state[:3]
+    reference = memory if reference is None else reference
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v, step_size, log_momentum = (x.to(dtype) for x in (q, k, v, step_size, log_momentum))
+        decay = torch.ones_like(step_size) if log_decay is None else log_decay.to(dtype).exp()
+        eta, outputs = log_momentum.exp(), []
+        for t in range(q.shape[1]):
+            begins, nothing = (source[:, t] == t - 1).view(-1, 1, 1, 1), empty[:, t].view(-1, 1, 1, 1)
+            reference = torch.where(begins, memory, reference).masked_fill(nothing, 0.0)
+            error = v[:, t] - (k[:, t, :, None] @ reference).squeeze(-2)
+            write = k[:, t, :, :, None] @ (step_size[:, t, :, None] * error)[:, :, None]
+            momentum = eta[:, t, :, None, None] * momentum + write
+            memory = decay[:, t, :, None, None] * memory + momentum
+            outputs.append((q[:, t, :, None] @ memory).squeeze(-2))
+        o = torch.stack(outputs, dim=1).to(out_dtype)
+    return o, last_state((memory, momentum, reference)[: len(state.matrices)], phase)
+
+
+def chunked_momentum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step_size: Tensor,
+    log_momentum: Tensor,
+    log_decay: Tensor | None = None,
+    state: State | None = None,
+    grad_batch: int = 1,
+    segments: Tensor | None = None,
+    chunk: int = 32,
+) -> tuple[Tensor, State]:
+    """The same map, C tokens at a time: one triangular system for each chunk, all at once, then a scan over chunks.
+
+    Within a chunk every matrix that matters is a combination, with one number per head for each, of the chunk's first
+    memory and momentum and of its writes k_i^T u_i, u_i = v_i - k_i M_ref(i). With L_ti the product of all gates after i
+    up to t, of a and of eta, and A and m those from the chunk's beginning,
+        M_t = A_t M_0 + f_t S_0 + sum_{i<=t} G_ti k_i^T u_i ,    G = L_a L_eta diag(theta) ,    f = L_a m ,
+        S_t = m_t S_0 + sum_{i<=t} (L_eta)_ti theta_i k_i^T u_i .
+    No factor is negative, so that nothing cancels: G has the digits of its factors at any momentum. M_ref(t) is M_s of
+    an earlier token, with G_s, A_s and f_s; or M_0; or, its mini-batch begun in an earlier chunk, a third matrix
+    that is carried along, R_0. Since s < t the errors of a chunk solve one unit lower triangular system,
+        (I + K K^T * G_s) U = V - diag(A_s) K M_0 - diag(f_s) K S_0 - diag(r) K R_0 .
+
+    Arguments and results as in recurrent_momentum. T need not be a multiple of the chunk.
+    """
+    state, C = first_state(k, v, state, grad_batch), short(chunk, k.shape[1])
+    dtype, where = state.memory.dtype, references(k, state, grad_batch, segments)
+    log_momentum = forget_at_starts(log_momentum, segments)
+    log_decay = forget_at_starts(log_decay, segments, like=step_size)
+    with torch.autocast(q.device.type, enabled=False):
+        mixed = mixtures(step_size, log_momentum, log_decay, where, C, dtype, grad_batch > 1)
+        pairs = (into_chunks(x, C, dtype) for x in (q, k, v))
+        o, matrices = scan(*pairs, *mixed, state.matrices)
+    return from_chunks(o, k.shape[:3]).to(v.dtype), last_state(matrices, where.phase)
+
+
+def mixtures(
+    step_size: Tensor,
+    log_momentum: Tensor,
+    log_decay: Tensor | None,
+    where: References,
+    chunk: int,
+    dtype: torch.dtype,
+    with_reference: bool,
+) -> tuple[Mixture, Mixture, Mixture]:
+    """What a chunk reads, M_t for its C tokens; what it refers to, M_ref(t); what it carries on, the n matrices after
+    its last token: M, S and, with_reference, M_ref. Gates [B, T, H].
+    """
+    real = into_chunks(torch.ones_like(step_size), chunk, dtype)  # 0 where the last chunk is filled up
+    theta, log_momentum, log_decay = (into_chunks(x, chunk, dtype) for x in (step_size, log_momentum, log_decay))
+    theta, n = theta.mT, 3 if with_reference else 2
+    decay, momentum = fades(real, log_decay), fades(real, log_momentum)
+    a, eta = _fading(decay.within, len(real)), _fading(momentum.within, len(real))
+    # what fills the last chunk fades nothing, and must not add the momentum to the memory once more
+    summed = product(a, torch.cat([momentum.start, eta], dim=-1) * real)
+    read = Mixture(torch.cat([decay.start, summed[..., :1]], dim=-1), summed[..., 1:] * theta)
+    carried, first, token = _places(where, chunk, step_size.shape[2], dtype).split([1, 1, chunk], dim=-1)
+    at_token = product(token, torch.cat([*read], dim=-1))
+    at_first = torch.cat([first, torch.zeros_like(first), carried][:n], dim=-1)
+    refer = Mixture(F.pad(at_token[..., :2], (0, n - 2)) + at_first, at_token[..., 2:])
+    states = [F.pad(read.states[:, -1], (0, n - 2)), F.pad(momentum.start[:, -1], (1, n - 2)), refer.states[:, -1]]
+    writes = [read.writes[:, -1], (eta * theta)[:, -1], refer.writes[:, -1]]
+    return read, refer, Mixture(torch.stack(states[:n], dim=1), torch.stack(writes[:n], dim=1))
+
+
+def _fading(within: Tensor, chunks: int) -> Tensor:
+    """L [M, C, C] with a diagonal that is one by name, not by e^{c - c}, which has a gradient that cancels but for
+    rounding: in float32 and for a momentum of 1e-6 this is 20 % of what is left.
+    """
+    within = within.tril(-1).expand(chunks, -1, -1)
+    return within + torch.eye(within.shape[-1], dtype=within.dtype, device=within.device)
+
+
+def _places(where: References, chunk: int, heads: int, dtype: torch.dtype) -> Tensor:
+    """[M, C, 2 + C]: a one where a token's reference is: the carried one, the chunk's first memory, or that after token
+    0, 1, .. of the chunk; none where it is empty. What fills the last chunk repeats the last token's.
+    """
+    T = where.source.shape[1]
+    index = torch.arange(T + -T % chunk, device=where.source.device)
+    source, empty = (x[:, index.clamp(max=T - 1)].unflatten(1, (-1, chunk)).transpose(0, 1) for x in where[:2])
+    place = (source - index[::chunk].view(-1, 1, 1) + 2).clamp(min=0)  # [N, B, C]
+    found = (place.unsqueeze(-1) == torch.arange(2 + chunk, device=index.device)) & ~empty.unsqueeze(-1)
+    return found.to(dtype).repeat_interleave(heads, 1).flatten(0, 1)
+
+
+class Momentum(Memory):
+    """Titans' memory for a matrix, with learned gates per head and token, all from x:
+
+        eta = sigmoid(x W_eta + c_eta) ,    theta = (1 - eta) sigmoid(x W_theta + c_theta) / grad_batch ,
+
+    and a, the recipe's decay. With keys of unit length, which the shell makes, no gates let it diverge.
+
+    grad_batch: the tokens of a mini-batch, whose gradients are taken at the memory before it; 1 is the exact rule.
+    """
+
+    accepts_decay: ClassVar[tuple[str, ...]] = ("none", "head")
+    fit = "gradient step, momentum"
+
+    def __init__(self, sizes: Sizes, backend: str = "auto", chunk: int | None = None, grad_batch: int = 1) -> None:
+        super().__init__(sizes, backend, chunk)
+        if grad_batch < 1:
+            raise ValueError(f"regressor.grad_batch={grad_batch} is no number of tokens; a positive integer")
+        self.grad_batch = grad_batch
+        self.step_size = nn.Linear(sizes.hidden_size, sizes.num_heads)
+        self.momentum = nn.Linear(sizes.hidden_size, sizes.num_heads)
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """step_size and log_momentum, [B, T, H]. 1 - eta as sigmoid of the negative, log eta as logsigmoid: neither
+        loses its digits where eta is near 1 or 0.
+        """
+        momentum = wide(self.momentum(x))
+        return (-momentum).sigmoid() * wide(self.step_size(x)).sigmoid() / self.grad_batch, F.logsigmoid(momentum)
+
+    def forward(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None = None,
+        state: Any = None,
+        segments: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        given = (q, k, v, *self.gates(x), log_decay, state, self.grad_batch, segments)
+        if self.choose(v.device, v.dtype).backend == "recurrent" or k.shape[1] == 1:  # one token is the definition
+            return recurrent_momentum(*given)
+        return chunked_momentum(*given, self.tokens_at_once(v))
+
+    def forget(self, state: State, rows: Tensor) -> State:
+        """The matrices of the given rows emptied, and their mini-batches ended."""
+        matrices = tuple(super(Momentum, self).forget(x, rows) for x in state.matrices)
+        return last_state(matrices, rows if state.phase is None else state.phase.masked_fill(rows, 0))
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Three products with the memory (predict, write, read), and the projections of the gates."""
+        return self.num_heads * (6 * self.key_dim * self.value_dim + 4 * self.hidden_size)
+
+    def state_size(self, seq_len: int) -> int:
+        """M and S, and M_ref for mini-batches."""
+        return super().state_size(seq_len) * (2 if self.grad_batch == 1 else 3)

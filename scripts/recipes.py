@@ -1,0 +1,90 @@
+"""The taxonomy, made from the configs: what every mixer in conf/mixer is, and what it costs.
+
+    python scripts/recipes.py [--size 340m] [--markdown]
+
+A recipe is four choices: which decay (how much each past pair counts), which function class (what the memory can
+express), which solver (how the fit is computed), on which backends. State: numbers one layer holds per sequence at the
+end of the size's sequences. FLOPs: of one layer's mixer, forward, per token on average over such a sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from conf import schema
+from conf.build import build
+from models.mixer import Mixer
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+PRESETS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
+
+
+class Recipe(NamedTuple):
+    """One row: the choices in words, then the numbers."""
+
+    preset: str
+    decay: str
+    memory: str
+    solver: str
+    state: int
+    flops: int
+    backends: str
+
+
+def recipe(preset: str, size: str) -> Recipe:
+    """The preset as model=PRESET size=SIZE would build it."""
+    schema.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = [f"model={preset}", f"size={size}", "name=recipe", "run_dir=none"]
+        cfg = compose("train", overrides, return_hydra_config=True)
+    chosen = {key.split("@")[0]: name for key, name in cfg.hydra.runtime.choices.items() if "@model.mixers" in key}
+    node = OmegaConf.to_container(cfg.model.mixers.main, resolve=True)
+    mixer: Mixer = build(node, hidden_size=cfg.model.hidden_size, layer_index=0)
+    regressor, features = mixer.regressor, chosen["features"]
+    memory = regressor.function_class if features == "identity" else f"{regressor.function_class} in {features}"
+    if mixer.rotary is not None:
+        memory += ", rotary"
+    accelerated = regressor.accelerators(torch.device("cuda"), torch.bfloat16)
+    return Recipe(
+        preset,
+        chosen["decay"],
+        memory,
+        regressor.fit,
+        mixer.state_size(cfg.seq_len),
+        mixer.flops_per_token(cfg.seq_len),
+        ", ".join([*accelerated, "torch", "recurrent"]),
+    )
+
+
+def table(rows: list[Recipe], markdown: bool) -> str:
+    """Lines for a terminal, or for README.md."""
+    head = ("mixer", "decay", "memory", "solver", "state", "MFLOPs", "backends")
+    cells = [head, *((*r[:4], f"{r.state:,}", f"{r.flops / 1e6:.1f}", r.backends) for r in rows)]
+    if markdown:
+        lines = ["| " + " | ".join(row) + " |" for row in cells]
+        return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    align = [str.ljust] * 4 + [str.rjust] * 2 + [str.ljust]
+    rows_of_text = ([f(c, w) for f, c, w in zip(align, row, widths, strict=True)] for row in cells)
+    return "\n".join("  ".join(row).rstrip() for row in rows_of_text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="340m", choices=sorted(path.stem for path in (CONF / "size").glob("*.yaml")))
+    parser.add_argument("--markdown", action="store_true", help="as README.md has it")
+    arguments = parser.parse_args()
+    print(table([recipe(preset, arguments.size) for preset in PRESETS], arguments.markdown))
+
+
+if __name__ == "__main__":
+    main()
