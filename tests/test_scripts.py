@@ -32,3 +32,11 @@ def test_prepare_data(train):
     assert done.returncode == 0 and "documents" in done.stdout, done.stderr
     done = script("scripts/prepare_data.py", "data=text_files", "data.corpus.path=/nowhere/*", env=train.environment)
     assert done.returncode != 0 and "data.corpus.path='/nowhere/*'" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_momentum_accuracy(tmp_path):
+    """Ours keeps its digits in float32 at every momentum; fla's formula is what it is."""
+    done = script("scripts/momentum_accuracy.py", "--tokens", "64", "--json", str(tmp_path / "rows.json"))
+    assert done.returncode == 0, done.stderr
+    assert all(max(row["ours"]) < 2e-6 for row in json.loads((tmp_path / "rows.json").read_text()))
