@@ -49,3 +49,10 @@ def test_figure_of_feature_kernels(tmp_path, monkeypatch):
         errors[row["features"], row["inverse_temperature"]].append(float(row["error"]))
     assert len(errors) == 4 * 2 + 4
     assert all(line[-1] < line[0] / 2 for (_, beta), line in errors.items() if beta == "1.0"), errors
+
+
+def test_momentum_accuracy(tmp_path):
+    """Ours keeps its digits in float32 at every momentum; fla's formula is what it is."""
+    done = script("scripts/momentum_accuracy.py", "--tokens", "64", "--json", str(tmp_path / "rows.json"))
+    assert done.returncode == 0, done.stderr
+    assert all(max(row["ours"]) < 2e-6 for row in json.loads((tmp_path / "rows.json").read_text()))

@@ -195,3 +195,18 @@ def _broken_on_hopper(device: torch.device) -> str | None:
 
     version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
     return f"Triton {triton.__version__} on Hopper" if BROKEN_ON_HOPPER[0] <= version < BROKEN_ON_HOPPER[1] else None
+
+
+def momentum_delta(
+    q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_momentum: Tensor, log_decay: Tensor, chunk: int = 64
+) -> Tensor:
+    """momentum.py's o for grad_batch 1 by fla's formula, in float32: the function beneath chunk_momentum_delta_rule,
+    which refuses float32 itself. Plain PyTorch, on any device.
+
+    No regressor uses it. Its coefficients are exp(.. - log of a cumulated momentum) times 1 - exp(..): the first grows
+    without bound as the momentum falls, the second cancels. scripts/momentum_accuracy.py prints what is left.
+    """
+    from fla.ops.momentum_delta_rule.naive import chunk_momentum_delta_rule_ref
+
+    gates = {"log_alpha": log_decay, "log_mu": log_momentum, "beta": torch.ones_like(step_size), "eta": step_size}
+    return chunk_momentum_delta_rule_ref(q, k, v, k, **gates, scale=1.0, chunk_size=chunk)[0]

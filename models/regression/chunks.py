@@ -63,9 +63,15 @@ def fades(like: Tensor, log_decay: Tensor | None) -> Fades:
         one = like.new_ones(1, 1, 1).expand(M, C, 1)
         return Fades(causal, one, one)
     forgets = log_decay <= FORGET
-    c = log_decay.masked_fill(forgets, 0.0).cumsum(-2)
-    within = _differences(c).clamp(max=0.0).exp()
-    start, end = c.exp(), (c[:, -1:] - c).exp()
+    gates = log_decay.masked_fill(forgets, 0.0)
+    # Summed about their mean, which the distance multiplies: 64 momenta of 1e-6 in one sum would take 3e-5 of each.
+    age = torch.arange(1, C + 1, dtype=like.dtype, device=like.device).view(1, C, 1)
+    mean = gates.detach().mean(-2, keepdim=True)
+    c = (gates - mean).cumsum(-2)
+    distances = _differences(age.expand(-1, -1, gates.shape[-1]))
+    within = _differences(c) + distances * (mean if distances.ndim == 3 else mean.unsqueeze(1))
+    within = within.masked_fill(distances < 0, 0.0).exp()
+    start, end = (c + age * mean).exp(), (c[:, -1:] - c + (C - age) * mean).exp()
     # Starts of documents are rare, and on a CPU it costs nothing to look; on a GPU looking would wait for it.
     if forgets.device.type != "cpu" or forgets.any():
         document = forgets.cumsum(-2)

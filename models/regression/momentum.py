@@ -17,8 +17,9 @@ Stability.  Momentum sums a constant gradient to theta / (1 - eta) of it, so ste
             then finite.
 Exactness.  The chunked form equals the recurrence up to rounding, whatever the chunk, gradients included.
 Others.     fla 0.6.0's chunk_momentum_delta_rule is not among the backends. It refuses float32, and the PyTorch code
-            beneath it divides by cumulated momenta: at FLA_NUMBERS
-            (scripts/momentum_accuracy.py).
+            beneath it divides by cumulated momenta. In float32, chunks of 64, momenta from sigmoid(N(0, 1)), its
+            outputs are wrong by 81 % and its gradients by 10^15; at a constant momentum of 0.8 by 0.3 % and 5 %, at 0.1
+            they are NaN. Here both are right to 1e-6 at any momentum (scripts/momentum_accuracy.py).
 
 Shapes: B batch, T tokens, H heads, K key width, V value width, C chunk, N chunks, M = N B H, W writes of a chunk, n
 matrices of the state.
@@ -150,8 +151,8 @@ def chunked_momentum(
     """The same map, C tokens at a time: one triangular system for each chunk, all at once, then a scan over chunks.
 
     Within a chunk every matrix that matters is a combination, with one number per head for each, of the chunk's first
-    memory and momentum and of its writes k_i^T u_i, u_i = v_i - k_i M_ref(i). With L_ti the product of all gates after i
-    up to t, of a and of eta, and A and m those from the chunk's beginning,
+    memory and momentum and of its writes k_i^T u_i, u_i = v_i - k_i M_ref(i). With L_ti the product of the gates after
+    i up to t, of a and of eta, and A and m those from the chunk's beginning,
         M_t = A_t M_0 + f_t S_0 + sum_{i<=t} G_ti k_i^T u_i ,    G = L_a L_eta diag(theta) ,    f = L_a m ,
         S_t = m_t S_0 + sum_{i<=t} (L_eta)_ti theta_i k_i^T u_i .
     No factor is negative, so that nothing cancels: G has the digits of its factors at any momentum. M_ref(t) is M_s of

@@ -5,8 +5,8 @@ Problem.    momentum.py's, with a loss over the last c pairs of the document, ea
                 l_t(M) = 1/2 sum_{r<c} gamma_{t,r} ||v_{t-r} - k_{t-r} M||^2 .
 Solution.   S_t = eta_t S_{t-1} + theta_t sum_{r<c} gamma_{t,r} k_{t-r}^T (v_{t-r} - k_{t-r} M_ref)
             M_t = a_t M_{t-1} + S_t ,    o_t = q_t M_t .
-            The whole gradient of a token is taken at one memory, with `grad_batch` as in momentum.py: 1 at M_{t-1}, b at
-            the memory after the previous mini-batch. A pair's error is then another one for each token that sees it.
+            The whole gradient of a token is taken at one memory, with `grad_batch` as there: 1 at M_{t-1}, b at the
+            memory after the previous mini-batch. A pair's error is then another one for each token that sees it.
             So every token makes c writes, not one: the chunk's triangular system has C c rows, and no more is needed
             for the exact rule and for any grad_batch. It costs c times momentum.py's products; so does the definition.
 Members.    c = 1 with weight 1 is momentum.py.
