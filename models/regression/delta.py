@@ -155,6 +155,7 @@ class Delta(Memory):
         self.largest_step = 2.0 if negative_eigenvalues else 1.0
         self.gradient_before_decay = gradient_before_decay
         if gradient_before_decay:
+            self.fit += " before decay"
             self.accepts_decay = ("none", "head")
         self.step_size = nn.Linear(sizes.hidden_size, sizes.num_heads * self.pairs_per_token)
 
