@@ -89,9 +89,11 @@ def refusal_gated_delta(device: torch.device, dtype: torch.dtype, key_dim: int, 
     return None
 
 
-def route_gated_delta(device: torch.device, decays: bool = True, dtype: torch.dtype = torch.bfloat16) -> str:
+def route_gated_delta(device: torch.device, decay_kind: str = "head", dtype: torch.dtype = torch.bfloat16) -> str:
     """The kernel `gated_delta` calls here, and why where it is not the obvious one."""
-    if not decays and dtype != torch.float32:
+    if decay_kind == "channel":
+        return "chunk_kda"
+    if decay_kind == "none" and dtype != torch.float32:
         return "chunk_delta_rule"
     if (broken := _broken_on_hopper(device)) is not None:
         return f"chunk_kda with the gate repeated over channels: {broken} gets the gradient of a gate per head wrong"
@@ -108,20 +110,21 @@ def gated_delta(
     """
     q, k, step_size = q.to(v.dtype), k.to(v.dtype), step_size.float()
     options = {"scale": 1.0, "initial_state": None if memory is None else memory.float(), "output_final_state": True}
-    route = route_gated_delta(v.device, log_decay is not None, v.dtype)
+    kind = "none" if log_decay is None else "head" if log_decay.ndim == 3 else "channel"
+    route = route_gated_delta(v.device, kind, v.dtype)
     if route == "chunk_delta_rule":
         from fla.ops.delta_rule import chunk_delta_rule
 
         return chunk_delta_rule(q, k, v, step_size, **options)
     log_decay = torch.zeros_like(step_size) if log_decay is None else log_decay.float().clamp(min=LEAST_LOG_DECAY)
-    if route == "chunk_gated_delta_rule" and log_decay.ndim == 3:
+    if route == "chunk_gated_delta_rule":
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
         return chunk_gated_delta_rule(q, k, v, log_decay, step_size, **options)
     from fla.ops.kda import chunk_kda
 
-    log_decay = log_decay.unsqueeze(-1).expand_as(k) if log_decay.ndim == 3 else log_decay
-    return chunk_kda(q, k, v, log_decay.contiguous(), step_size, **options)
+    log_decay = log_decay if kind == "channel" else log_decay.unsqueeze(-1)
+    return chunk_kda(q, k, v, log_decay.expand_as(k).contiguous(), step_size, **options)
 
 
 def route_leaky_delta(device: torch.device) -> str:

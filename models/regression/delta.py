@@ -101,11 +101,12 @@ def chunked_delta(
         S' = e^{c_C} S + Z^T U ,    Z = diag(e^{c_C - c}) W .
     All but the two lines' products with S is done for every chunk at once; the scan is two products a chunk.
     Where the gradient comes before the decay, K reads with c_{t-1} for c_t. Where channels fade at their own rates, L
-    stands inside the sum over channels, k_t.w_i: chunks of 16 are best then, for L is [C, C, K].
+    stands inside the sum over channels, k_t.w_i, and is [C, C, K]: chunks are then of 16 at most.
 
     Arguments and results as in recurrent_delta. T need not be a multiple of the chunk.
     """
-    memory, chunk = first_memory(k, v, memory), short(chunk, k.shape[1])
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    memory, chunk = first_memory(k, v, memory), short(min(chunk, 16) if per_channel else chunk, k.shape[1])
     o, memory = ChunkedDelta.apply(q, k, write_key, v, step_size, log_decay, memory, chunk, gradient_before_decay)
     return o.to(v.dtype), memory
 
@@ -188,18 +189,17 @@ class Delta(Memory):
         if backend == "fla":
             form = fla.leaky_delta if self.gradient_before_decay else fla.gated_delta
             return form(q, k, v, step_size, log_decay, state)
-        return chunked_delta(q, k, v, step_size, log_decay, state, self.tokens_at_once(v, log_decay), **early)
-
-    def tokens_at_once(self, v: Tensor, log_decay: Tensor | None = None) -> int:
-        """The chunk for this device; 16 where channels fade apart."""
-        return self.chunk or (16 if log_decay is not None and log_decay.ndim == 4 else super().tokens_at_once(v))
+        return chunked_delta(q, k, v, step_size, log_decay, state, self.tokens_at_once(v), **early)
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
         return {"fla": fla.refusal_gated_delta(device, dtype, self.key_dim, self.value_dim)}
 
     def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-        route = fla.route_leaky_delta if self.gradient_before_decay else fla.route_gated_delta
-        return route(device) if backend == "fla" else ""
+        if backend != "fla":
+            return ""
+        if self.gradient_before_decay and self.decay_kind != "none":
+            return fla.route_leaky_delta(device)
+        return fla.route_gated_delta(device, self.decay_kind, dtype)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Three products with the memory (predict, write, read), and the step sizes' projection."""

@@ -81,7 +81,7 @@ class PreconditionedDelta(Delta):
         super().__init__(sizes, backend, chunk)
         if ridge <= 0:
             raise ValueError(f"regressor.ridge={ridge} must be positive")
-        self.fit = "preconditioned step"
+        self.fit = "diagonal second-order step"
         self.log_ridge = nn.Parameter(torch.full((self.num_heads, self.key_dim), math.log(ridge)))
 
     def solve(

@@ -73,9 +73,12 @@ def test_routes(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(fla, "_broken_on_hopper", lambda _: None)
     assert fla.route_gated_delta(cuda) == "chunk_gated_delta_rule"
-    assert fla.route_gated_delta(cuda, decays=False, dtype=torch.bfloat16) == "chunk_delta_rule"
-    assert fla.route_gated_delta(cuda, decays=False, dtype=torch.float32) == "chunk_gated_delta_rule"
+    assert fla.route_gated_delta(cuda, "none", dtype=torch.bfloat16) == "chunk_delta_rule"
+    assert fla.route_gated_delta(cuda, "none", dtype=torch.float32) == "chunk_gated_delta_rule"
+    assert fla.route_gated_delta(cuda, "channel") == "chunk_kda"
+    assert fla.route_leaky_delta(cuda) == "chunk_comba"
     monkeypatch.setattr(fla, "_broken_on_hopper", lambda _: "Triton 3.6.0 on Hopper")
+    assert fla.route_leaky_delta(cuda).startswith("chunk_kda") and "3.6.0" in fla.route_leaky_delta(cuda)
     assert fla.route_gated_delta(cuda).startswith("chunk_kda") and "3.6.0" in fla.route_gated_delta(cuda)
 
 

@@ -3,6 +3,8 @@ means: tests/laws/objectives."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,9 +12,9 @@ from tests.laws.objectives import CHECKS, Call
 from tests.laws.presets import PRESETS, inputs, mixer
 
 
-def call_of(preset: str, T: int = 12) -> Call:
+def call_of(preset: str, T: int = 12, **settings: Any) -> Call:
     """The regressor's arguments inside its own mixer."""
-    m, seen = mixer(preset), []
+    m, seen = mixer(preset, **settings), []
     m.regressor.register_forward_hook(lambda module, args, result: seen.append(Call(module, *args[:5], result[0])))
     with torch.no_grad():
         m(inputs(1, T))

@@ -81,20 +81,6 @@ def test_no_decay_is_a_decay_of_one(form):
     assert_same(plain, one)
 
 
-def test_leaky_lms_is_this_rule_with_other_steps_and_values_and_not_this_rule():
-    q, k, v, step_size, log_decay, memory = draw()
-    decay, leaky, outputs = log_decay.exp(), memory, []
-    for t in range(T):
-        a, b = decay[:, t, :, None, None], step_size[:, t, :, None, None]
-        error = v[:, t, :, None] - k[:, t, :, None] @ leaky
-        leaky = a * leaky + b * k[:, t, :, :, None] * error
-        outputs.append((q[:, t, :, None] @ leaky).squeeze(-2))
-    leaky_o = torch.stack(outputs, dim=1)
-    mapped, _ = recurrent_delta(q, k, decay.unsqueeze(-1) * v, step_size / decay, log_decay, memory)
-    torch.testing.assert_close(mapped, leaky_o, rtol=0, atol=1e-10)
-    assert (recurrent_delta(q, k, v, step_size, log_decay, memory)[0] - leaky_o).abs().max() > 0.01
-
-
 def test_a_step_of_one_stores_the_value_and_a_zero_key_writes_nothing():
     _, k, v, step_size, log_decay, memory = draw(1)
     o, _ = recurrent_delta(k, k, v, torch.ones_like(step_size), log_decay, memory)
