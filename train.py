@@ -77,7 +77,7 @@ def assemble(cfg: DictConfig) -> tuple[L.Trainer, Training, DataModule, Run, str
 
     L.seed_everything(cfg.seed, verbose=False)
     task = build(cfg.data, tokenizer=build(cfg.tokenizer), seq_len=cfg.seq_len)
-    task.prepare()
+    task.prepare(cfg.num_workers)
     datamodule = DataModule(task, batch, cfg.validation_tokens, cfg.seed, cfg.num_workers, cfg.overfit)
 
     model = LanguageModel(LanguageModelConfig(vocab_size=task.vocab_size, **plain["model"]))

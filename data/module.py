@@ -59,7 +59,7 @@ class DataModule(L.LightningDataModule):
         )
         align_progress(trainer)
         identity = {
-            "data fingerprint": self.task.fingerprint,
+            **self.task.identity,
             "seed": self.seed,
             "sequences in a batch": self.batch.sequences,
             "seq_len": self.batch.seq_len,
