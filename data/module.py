@@ -86,6 +86,24 @@ class DataModule(L.LightningDataModule):
         }
 
 
+def misfits(task: Any, batch: Batch, validation_tokens: int) -> list[str]:
+    """A sentence for each setting that does not fit the data, which is known when these are prepared."""
+    found, sizes = [], {}
+    for split, samples in (("train", task.train_samples), ("validation", task.validation_samples)):
+        try:
+            sizes[split] = len(samples())
+        except ValueError as error:
+            found.append(str(error))
+    if sizes.get("train", batch.sequences) < batch.sequences:
+        found.append(
+            f"batch_tokens={batch.tokens} is {batch.sequences:,} sequences of seq_len={batch.seq_len}, and the data "
+            f"has {sizes['train']:,} to train on"
+        )
+    if not found and validation_tokens > (total := sum(sizes.values()) * batch.seq_len):
+        found.append(f"validation_tokens={validation_tokens} is more than all of the data, {total:,} tokens")
+    return found
+
+
 def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor | None]:
     """A batch, [B, T] each. `segments` is None where every row is one document: mixers then need no masks, and to see
     it here costs no transfer from the GPU."""
