@@ -126,16 +126,16 @@ SECRET_VALUE = re.compile(
 
 def mistakes(cfg: DictConfig) -> list[str]:
     """A sentence for each. A part that depends on a setting that is wrong already is not tried."""
-    found = [f"to be set: {key}=..." for key in sorted(OmegaConf.missing_keys(cfg))]
     try:
+        found = [f"to be set: {key}=..." for key in sorted(OmegaConf.missing_keys(cfg))]
         config = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        return [*found, f"{error.full_key}: {str(error.msg or error).splitlines()[0]}"]
+        return [f"{error.full_key}: {str(error).splitlines()[0]}"]
     if leaks := list(secrets(config)):
         return leaks  # and nothing else, which might repeat it
     found += schema.unknown_keys(config)
     found += problems(config)
-    found += numbers(config)
+    found += numbers(config, dict(leaves(OmegaConf.to_container(cfg))))
     found += run_folder(config)
     found += machine(config["trainer"])
 
@@ -150,7 +150,7 @@ def mistakes(cfg: DictConfig) -> list[str]:
             num_steps = batch_arithmetic(*sizes, world, config["tokens"]).num_steps
         except ValueError as error:
             found += str(error).splitlines()
-    if clear("model", "seq_len", "trainer.precision", "trainer.accelerator"):
+    if clear("model", "trainer.precision", "trainer.accelerator"):
         found += model_mistakes(config)
     if clear("schedule"):
         found += refused(lambda: build(config["schedule"])(num_steps=num_steps))
@@ -182,8 +182,10 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, node
 
 
-def numbers(config: dict[str, Any]) -> Iterator[str]:
+def numbers(config: dict[str, Any], written: dict[str, Any]) -> Iterator[str]:
     for path, value in leaves(config):
+        if str(written.get(path)).startswith("${"):
+            continue  # said where it comes from
         bound = next((bound for pattern, bound in NUMBERS.items() if fnmatchcase(path, pattern)), None)
         shown = f"{path}={'null' if value is None else value}"
         if isinstance(value, float) and not math.isfinite(value):
