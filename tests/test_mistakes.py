@@ -170,7 +170,7 @@ CONFIGS = {
     "optimizer._target_=torch.load": "optimizer._target_=torch.load is not allowed; it is not a class of torch",
     "optimizer._target_=torch.hub.load": "optimizer._target_=torch.hub.load is not allowed",
     f"{MIXER}._target_=models.language_model.build": "build is not allowed; it is not a class of",
-    f"{MIXER}.decay._target_=models.training.run.Path": f"{MIXER}.decay._target_=models.training.run.Path is not allowed",
+    f"{MIXER}.decay._target_=models.training.run.Path": "models.training.run.Path is not allowed",
     f"{MIXER}.decay._target_=subprocess.Popen": f"{MIXER}.decay._target_=subprocess.Popen is not allowed",
     "+callbacks.mine._target_=builtins.eval": "callbacks.mine._target_=builtins.eval is not allowed",
     # misspelt
