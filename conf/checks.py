@@ -96,6 +96,8 @@ NUMBERS = {
     "callbacks.*.temperature": NOT_NEGATIVE,
 }
 
+PAIRS = ("optimizer.betas", "model.mixers.*.decay.step_range")
+
 # What train.py derives, or does itself: set here, it would be overridden without a word.
 DERIVED = {
     "max_steps": "tokens",
@@ -154,11 +156,10 @@ def mistakes(cfg: DictConfig) -> list[str]:
         found += model_mistakes(config)
     if clear("schedule"):
         found += refused(lambda: build(config["schedule"])(num_steps=num_steps))
-    tokenizer: Any = Bytes()
     if clear("tokenizer"):
         found += refused(lambda: build(config["tokenizer"]))
     if clear("data", "seq_len"):
-        found += refused(lambda: build(config["data"], tokenizer=tokenizer, seq_len=config["seq_len"]))
+        found += refused(lambda: build(config["data"], tokenizer=Bytes(), seq_len=config["seq_len"]))
     return found
 
 
@@ -172,10 +173,12 @@ def refused(construct: Callable[[], Any], where: str = "") -> list[str]:
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Each setting with its path; a list, and then its items."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from leaves(value, f"{path}.{key}" if path else str(key))
     elif isinstance(node, list):
+        yield path, node
         for i, value in enumerate(node):
             yield from leaves(value, f"{path}[{i}]")
     else:
@@ -188,31 +191,19 @@ def numbers(config: dict[str, Any], written: dict[str, Any]) -> Iterator[str]:
             continue  # said where it comes from
         bound = next((bound for pattern, bound in NUMBERS.items() if fnmatchcase(path, pattern)), None)
         shown = f"{path}={'null' if value is None else value}"
-        if isinstance(value, float) and not math.isfinite(value):
+        if any(fnmatchcase(path, pattern) for pattern in PAIRS):
+            if not isinstance(value, list) or len(value) != 2:
+                yield f"{shown} must be two numbers"
+        elif isinstance(value, float) and not math.isfinite(value):
             yield f"{shown} is not a finite number"
         elif bound is None or value == MISSING or (value is None and bound.optional):
             continue
         elif isinstance(value, bool) or not isinstance(value, int | float):
             yield f"{shown} is not a number{' or null' * bound.optional}; it must be {bound.says}"
-        elif bound.whole and value != int(value):
+        elif bound.whole and not isinstance(value, int):
             yield f"{shown} must be a whole number"
         elif not bound.holds(value):
             yield f"{shown} must be {bound.says}"
-    for name in ("optimizer.betas", "model.mixers.*.decay.step_range"):
-        yield from (s for path, value in _lists(config) if fnmatchcase(path, name) for s in _pair(path, value))
-
-
-def _lists(node: Any, path: str = "") -> Iterator[tuple[str, list[Any]]]:
-    if isinstance(node, list):
-        yield path, node
-    elif isinstance(node, dict):
-        for key, value in node.items():
-            yield from _lists(value, f"{path}.{key}" if path else str(key))
-
-
-def _pair(path: str, value: list[Any]) -> Iterator[str]:
-    if len(value) != 2:
-        yield f"{path}={value} must be two numbers"
 
 
 def run_folder(config: dict[str, Any]) -> Iterator[str]:
@@ -221,7 +212,7 @@ def run_folder(config: dict[str, Any]) -> Iterator[str]:
         yield f"name={name!r} names a folder below runs/: it must not be empty, begin with '/' or hold '..'"
     folder = Path(config["run_dir"])
     for path in (folder, *folder.parents):
-        if path.is_file():
+        if os.path.isfile(path):
             yield f"run_dir={config['run_dir']}: {path} is a file, not a folder"
 
 
@@ -279,8 +270,11 @@ def model_mistakes(config: dict[str, Any]) -> list[str]:
     where = device(config["trainer"])
 
     def construct(name: str) -> None:
+        recipe = model.mixers[name]
+        if not isinstance(recipe, dict):
+            raise ValueError(f"{recipe} is not a mixer; mixer@model.mixers.{name}={recipe} chooses one")
         # as models/language_model.py does, but without the other layers
-        mixer = build(model.mixers[name], targets=("models.",), hidden_size=model.hidden_size, layer_index=0)
+        mixer = build(recipe, targets=("models.",), hidden_size=model.hidden_size, layer_index=0)
         if model.feed_forward_size is None:
             derived_inner_size(model.hidden_size, mixer.num_params)
         mixer.regressor.choose(where, dtype)
@@ -296,7 +290,7 @@ def secrets(config: dict[str, Any]) -> Iterator[str]:
         for name, value in os.environ.items()
         if len(value) >= 12
         and re.search(r"TOKEN|API_?KEY|SECRET|PASSWORD|CREDENTIAL", name)
-        and not Path(value).exists()
+        and not os.path.exists(value)
     }
     for path, value in leaves(config):
         if not isinstance(value, str):

@@ -29,7 +29,7 @@ def prepare(megabytes: int, tokenizer: str, num_workers: int) -> None:
         peak = 0
         while process.poll() is None:
             peak = max(peak, memory(process.pid))
-            time.sleep(0.2)
+            time.sleep(0.5)
         seconds = time.perf_counter() - begin
         if process.returncode:
             sys.exit(process.returncode)
