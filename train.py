@@ -21,9 +21,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from conf import schema
-from conf.build import build, problems
+from conf.build import build
+from conf.checks import mistakes
 from data.batch import batch_arithmetic, every
-from data.module import DataModule
+from data.module import DataModule, misfits
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training.callbacks import Checkpoint, Throughput
 from models.training.module import Training
@@ -64,11 +65,9 @@ def main(cfg: DictConfig) -> None:
 
 def assemble(cfg: DictConfig) -> tuple[L.Trainer, Training, DataModule, Run, str]:
     """Everything that a run needs, checked and built, but not trained. Raises ValueError for the user's mistakes."""
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
-        raise ValueError(f"to be set: {', '.join(f'{key}=...' for key in missing)}")
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    if found := [*schema.unknown_keys(plain), *problems(plain)]:
+    if found := mistakes(cfg):
         raise ValueError("\n       ".join(found))
+    plain = OmegaConf.to_container(cfg, resolve=True)
     world_size = schema.world_size(cfg.trainer.devices, cfg.trainer.num_nodes)
     batch = batch_arithmetic(cfg.batch_tokens, cfg.seq_len, cfg.micro_batch, world_size, cfg.tokens)
     validate_every = every(cfg.validate_every, batch.num_steps, "validate_every")
@@ -77,7 +76,9 @@ def assemble(cfg: DictConfig) -> tuple[L.Trainer, Training, DataModule, Run, str
 
     L.seed_everything(cfg.seed, verbose=False)
     task = build(cfg.data, tokenizer=build(cfg.tokenizer), seq_len=cfg.seq_len)
-    task.prepare()
+    task.prepare(cfg.num_workers)
+    if found := misfits(task, batch, cfg.validation_tokens):
+        raise ValueError("\n       ".join(found))
     datamodule = DataModule(task, batch, cfg.validation_tokens, cfg.seed, cfg.num_workers, cfg.overfit)
 
     model = LanguageModel(LanguageModelConfig(vocab_size=task.vocab_size, **plain["model"]))

@@ -61,6 +61,15 @@ def problems(node: Any, path: str = "", targets: tuple[str, ...] = TARGETS) -> I
         yield from problems(value, f"{path}.{key}" if path else str(key), targets)
 
 
+def _belongs(target: Any, module: str) -> bool:
+    """Whether this is one of our own classes or functions, where it is defined, or a class of a library. What a module
+    imports from elsewhere (a way around TARGETS) and a library's functions (torch.load) are neither.
+    """
+    if module.split(".")[0] in ("models", "data"):
+        return (inspect.isclass(target) or inspect.isfunction(target)) and target.__module__ == module
+    return inspect.isclass(target)
+
+
 def _problems_of_target(node: dict[str, Any], path: str, targets: tuple[str, ...]) -> Iterator[str]:
     here = path or "config"
     name = node["_target_"]
@@ -73,6 +82,9 @@ def _problems_of_target(node: dict[str, Any], path: str, targets: tuple[str, ...
         target = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError):
         yield f"{here}._target_={name} does not exist"
+        return
+    if not _belongs(target, module):
+        yield f"{here}._target_={name} is not allowed; it is not a class of {module}, which a config may name"
         return
     parameters = inspect.signature(target).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):

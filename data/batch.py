@@ -28,36 +28,35 @@ class Batch(NamedTuple):
 
 
 def batch_arithmetic(batch_tokens: int, seq_len: int, micro_batch: int, world_size: int, tokens: int) -> Batch:
-    """Derives the accumulation. Raises ValueError where the batch does not divide, with values that do."""
-    for name, value in {
-        "batch_tokens": batch_tokens,
-        "seq_len": seq_len,
-        "micro_batch": micro_batch,
-        "tokens": tokens,
-    }.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if batch_tokens % seq_len:
-        near = max(seq_len, batch_tokens // seq_len * seq_len)
-        raise ValueError(
+    """Derives the accumulation. Raises ValueError where the batch does not divide, with values that do: a line for each
+    thing that is wrong.
+    """
+    sizes = {"batch_tokens": batch_tokens, "seq_len": seq_len, "micro_batch": micro_batch, "tokens": tokens}
+    if found := [f"{name}={value} must be at least 1" for name, value in sizes.items() if value < 1]:
+        raise ValueError("\n".join(found))
+    sequences, rest = divmod(batch_tokens, seq_len)
+    each = sequences // world_size
+    micro_batch = min(micro_batch, max(1, each))  # a limit of memory; with fewer sequences to a device it holds less
+    if rest:
+        near = max(seq_len, batch_tokens - rest)
+        found.append(
             f"batch_tokens={batch_tokens} is not a multiple of seq_len={seq_len}; "
             f"the nearest are {near} and {near + seq_len}"
         )
-    sequences = batch_tokens // seq_len
-    if sequences % world_size:
-        raise ValueError(
+    elif sequences % world_size:
+        found.append(
             f"batch_tokens={batch_tokens} is {sequences} sequences, which {world_size} devices cannot share equally"
         )
-    each = sequences // world_size
-    micro_batch = min(micro_batch, each)  # a limit of memory; with fewer sequences to a device there is less to hold
-    if each % micro_batch:
+    elif each % micro_batch:
         allowed = [n for n in range(1, each + 1) if each % n == 0]
-        raise ValueError(
+        found.append(
             f"micro_batch={micro_batch} does not divide the {each} sequences that each of {world_size} device(s) has "
             f"in a step (batch_tokens / seq_len / devices); allowed: {', '.join(map(str, allowed))}"
         )
     if tokens < batch_tokens:
-        raise ValueError(f"tokens={tokens} is less than one step, batch_tokens={batch_tokens}")
+        found.append(f"tokens={tokens} is less than one step, batch_tokens={batch_tokens}")
+    if found:
+        raise ValueError("\n".join(found))
     return Batch(batch_tokens, seq_len, micro_batch, world_size, each // micro_batch, tokens // batch_tokens)
 
 

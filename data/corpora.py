@@ -2,19 +2,18 @@
 
 A corpus is an iterable of documents (split, name, text), each in the training or the validation split, in an order that
 is the same on every machine. Iterating reads everything once, for both splits: a corpus may be a stream of gigabytes.
+Reading can begin in the middle, behind any document whose `position` is known.
 
 Where a corpus has no validation split of its own, the hash of a document's name decides. A document then stays on its
 side when others are added, and no sequence of the validation split has a neighbour from its own document in training.
 
     PythonSource   the Python standard library of the running interpreter: source code that every machine has already
-    TextFiles      files of your own: .txt, .json, .jsonl and .parquet, compressed or not
+    TextFiles      files of your own: .txt, .json, .jsonl and .parquet (see files.py)
     Hub            a data set of the Hugging Face hub (see hub.py)
 """
 
 from __future__ import annotations
 
-import glob
-import gzip
 import hashlib
 import os
 import sys
@@ -22,24 +21,38 @@ import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SPLITS = ("train", "validation")
 
 
 class Document(NamedTuple):
-    """A text, the split it belongs to, and the name by which it was put there."""
+    """A text, the split it belongs to, and the name by which it was put there. A long text may come in parts."""
 
     split: str  # "train" or "validation"
     name: str
     text: str
+    last: bool = True  # False: the next one goes on with the same document
+    position: Any = None  # where reading goes on behind it, as JSON; None where it can't
+
+
+class BrokenOffError(ValueError):
+    """Reading or writing ended for a reason that may pass: what has been prepared is kept."""
 
 
 class Corpus(ABC):
     """What every corpus answers."""
 
     @abstractmethod
-    def __iter__(self) -> Iterator[Document]: ...
+    def read(self, position: Any = None) -> Iterator[Document]:
+        """The documents, or those behind this position."""
+
+    def __iter__(self) -> Iterator[Document]:
+        return self.read()
+
+    def fraction(self, position: Any) -> float | None:
+        """How much of the corpus lies before this position, None where that is not known."""
+        return None
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -95,10 +108,13 @@ class PythonSource(Corpus):
             found += ((Path(folder) / f).relative_to(self.root).as_posix() for f in wanted)
         return sorted(found)
 
-    def __iter__(self) -> Iterator[Document]:
-        for name in self._files():
+    def read(self, position: int | None = None) -> Iterator[Document]:
+        for index, name in enumerate(self._files()[position or 0 :], start=position or 0):
             text = (self.root / name).read_bytes().decode("utf-8", errors="replace")
-            yield Document(split_of(name, self.validation_fraction), name, text)
+            yield Document(split_of(name, self.validation_fraction), name, text, position=index + 1)
+
+    def fraction(self, position: int) -> float:
+        return position / len(self._files())
 
     def fingerprint(self) -> str:
         sizes = (f"{name} {(self.root / name).stat().st_size}" for name in self._files())
@@ -108,96 +124,12 @@ class PythonSource(Corpus):
         return f"the standard library of Python {sys.version.split()[0]}"
 
 
-class TextFiles(Corpus):
-    """Files that match a glob (`**` crosses folders), or one file, in the order of their paths.
-
-    A .txt file is one document, or several where `separator` is given. Tables (.json, .jsonl, .parquet) have one
-    document a row, in the column `text_field`. .txt.gz, .jsonl.gz and so on are read as they are; .zst needs the
-    zstandard package.
-
-    `validation` is a second path or glob. Without it, `validation_fraction` of the documents is held out.
-    """
-
-    TABLES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}  # noqa: RUF012
-    COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-
-    def __init__(
-        self,
-        path: str,
-        validation: str | None = None,
-        validation_fraction: float = 0.01,
-        text_field: str = "text",
-        separator: str | None = None,
-    ):
-        self.path, self.validation, self.text_field, self.separator = path, validation, text_field, separator
-        self.validation_fraction = check_fraction(validation_fraction)
-        if separator == "":
-            raise ValueError("data.corpus.separator='' can't separate documents; use null for one document a file")
-        self.files = {"train": self._find("data.corpus.path", path)}
-        if validation is not None:
-            self.files["validation"] = self._find("data.corpus.validation", validation)
-            both = set(self.files["train"]) & set(self.files["validation"])
-            if both:
-                raise ValueError(
-                    f"data.corpus.validation={validation!r} and data.corpus.path={path!r} share {len(both)} files, "
-                    f"such as {min(both)}"
-                )
-
-    def _find(self, setting: str, pattern: str) -> list[str]:
-        files = sorted(f for f in glob.glob(str(Path(pattern).expanduser()), recursive=True) if Path(f).is_file())
-        if not files:
-            raise ValueError(f"{setting}={pattern!r} matches no file")
-        for file in files:
-            if self._suffix(file) not in (".txt", *self.TABLES):
-                raise ValueError(f"{setting}={pattern!r} matches {file}, which is not .txt, .json, .jsonl or .parquet")
-        return files
-
-    def _suffix(self, file: str) -> str:
-        path = Path(file)
-        return path.with_suffix("").suffix if path.suffix in self.COMPRESSED else path.suffix
-
-    def __iter__(self) -> Iterator[Document]:
-        for split, files in self.files.items():
-            root = _fixed_folder(self.path if split == "train" else self.validation)
-            for file in files:
-                for index, text in enumerate(self._texts(file)):
-                    name = f"{Path(file).relative_to(root).as_posix()}:{index}"
-                    own = split if self.validation is not None else split_of(name, self.validation_fraction)
-                    yield Document(own, name, text)
-
-    def _texts(self, file: str) -> Iterator[str]:
-        if self._suffix(file) in self.TABLES:
-            yield from (text_of(row, self.text_field, file) for row in self._rows(file))
-            return
-        opened = gzip.open if file.endswith(".gz") else _open_plain
-        with opened(file, "rb") as stream:
-            text = stream.read().decode("utf-8", errors="replace")
-        yield from text.split(self.separator) if self.separator else [text]
-
-    def _rows(self, file: str) -> Iterator[dict]:
-        import datasets
-
-        kind = self.TABLES[self._suffix(file)]
-        try:
-            yield from datasets.load_dataset(kind, data_files=[file], split="train", streaming=True)
-        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # pyarrow's are ValueErrors
-            raise ValueError(f"data.corpus.path={self.path!r}: {file} can't be read as {kind} ({error})") from error
-
-    def fingerprint(self) -> str:
-        """Names, sizes and times of change: a file that was edited is prepared again."""
-        stats = {file: Path(file).stat() for files in self.files.values() for file in files}
-        files = (
-            f"{split} {f} {stats[f].st_size} {stats[f].st_mtime_ns}" for split in self.files for f in self.files[split]
+def text_of(row: Any, text_field: str, source: str) -> str:
+    """The text of a table's row; `source` says where the row is."""
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{source} holds {type(row).__name__}, a row with data.corpus.text_field={text_field!r} is needed"
         )
-        return hash_of("text_files", self.text_field, self.separator, self.validation, self.validation_fraction, *files)
-
-    def describe(self) -> str:
-        count = sum(map(len, self.files.values()))
-        return f"{self.path}{f' and {self.validation}' if self.validation else ''} ({count} files)"
-
-
-def text_of(row: dict, text_field: str, source: str) -> str:
-    """The text of a table's row."""
     if text_field not in row:
         raise ValueError(
             f"data.corpus.text_field={text_field!r} is not a column of {source}, which has {', '.join(sorted(row))}"
@@ -207,15 +139,3 @@ def text_of(row: dict, text_field: str, source: str) -> str:
             f"data.corpus.text_field={text_field!r} of {source} holds {type(row[text_field]).__name__}, text is needed"
         )
     return row[text_field]
-
-
-def _fixed_folder(pattern: str) -> Path:
-    """The folder a pattern starts from. Names relative to it, and with them the split, are the same wherever it is."""
-    folder = Path(pattern).expanduser().parent
-    while glob.has_magic(str(folder)):
-        folder = folder.parent
-    return folder
-
-
-def _open_plain(file: str, mode: str):
-    return open(file, mode)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 
-from data.corpora import Corpus, Document, check_fraction, hash_of, split_of, text_of
+from data.corpora import BrokenOffError, Corpus, Document, check_fraction, hash_of, split_of, text_of
 
 
 class Hub(Corpus):
@@ -48,27 +48,55 @@ class Hub(Corpus):
         self.revision, self.streaming = revision, streaming
         self.document_start = re.compile(document_start) if document_start else None
 
-    def __iter__(self) -> Iterator[Document]:
-        if self.validation_split:
-            for index, text in enumerate(self._documents(self.validation_split)):
-                yield Document("validation", f"{self.validation_split}:{index}", text)
-        for index, text in enumerate(islice(self._documents(self.split), self.max_documents)):
-            name = f"{self.split}:{index}"
-            own = "train" if self.validation_split else split_of(name, self.validation_fraction)
-            yield Document(own, name, text)
+    def read(self, position: list[int] | None = None) -> Iterator[Document]:
+        splits = [self.validation_split, self.split] if self.validation_split else [self.split]
+        part, shard, row, index = position or (0, 0, 0, 0)
+        for number in range(part, len(splits)):
+            split = splits[number]
+            limit = self.max_documents if split == self.split else None
+            documents = self._documents(split, shard, row)
+            for text, behind in islice(documents, None if limit is None else max(0, limit - index)):
+                name = f"{split}:{index}"
+                own = "train" if split == self.split else "validation"
+                if not self.validation_split:
+                    own = split_of(name, self.validation_fraction)
+                index += 1
+                yield Document(own, name, text, position=[number, *behind, index])
+            shard = row = index = 0
 
-    def _documents(self, split: str) -> Iterator[str]:
-        rows = (text_of(row, self.text_field, self.path) for row in self._load(split))
+    def _documents(self, split: str, shard: int, row: int) -> Iterator[tuple[str, list[int]]]:
+        """Texts, and the shard and row behind each."""
+        rows = self._rows(split, shard, row)
         if self.document_start is None:
             yield from rows
             return
-        lines: list[str] = []
-        for line in rows:
+        lines, behind = [], [shard, row]
+        for line, place in rows:
             if lines and self.document_start.match(line):
-                yield "".join(lines)
+                yield "".join(lines), behind
                 lines = []
             lines.append(line)
-        yield "".join(lines)
+            behind = place
+        if lines:
+            yield "".join(lines), behind
+
+    def _rows(self, split: str, shard: int, row: int) -> Iterator[tuple[str, list[int]]]:
+        import datasets
+
+        data = self._load(split)
+        shards = data.num_shards if self.streaming else 1  # a shard is a file, and rows are in the order of the files
+        for number in range(shard, shards):
+            part = data.shard(shards, number) if shards > 1 else data
+            if row and not self.streaming and row == len(part):
+                return  # which skip can't say of a table
+            try:
+                for count, example in enumerate(part.skip(row) if row else part, start=row + 1):
+                    yield text_of(example, self.text_field, self.path), [number, count]
+            except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+                raise BrokenOffError(
+                    f"data.corpus.path={self.path!r} broke off in {split} ({' '.join(str(error).split())[:300]})"
+                ) from error
+            row = 0
 
     def _load(self, split: str):
         import datasets
@@ -88,6 +116,13 @@ class Hub(Corpus):
         pattern = self.document_start.pattern if self.document_start else None
         settings = (self.path, self.name, self.split, self.validation_split, self.validation_fraction, self.text_field)
         return hash_of("hub", *settings, pattern, self.max_documents, self.revision)
+
+    def fraction(self, position: list[int]) -> float | None:
+        return (
+            position[3] / self.max_documents
+            if self.max_documents and position[0] == bool(self.validation_split)
+            else None
+        )
 
     def describe(self) -> str:
         return f"{self.path}{f' ({self.name})' if self.name else ''} from the Hugging Face hub"

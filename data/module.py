@@ -59,7 +59,7 @@ class DataModule(L.LightningDataModule):
         )
         align_progress(trainer)
         identity = {
-            "data fingerprint": self.task.fingerprint,
+            **self.task.identity,
             "seed": self.seed,
             "sequences in a batch": self.batch.sequences,
             "seq_len": self.batch.seq_len,
@@ -84,6 +84,24 @@ class DataModule(L.LightningDataModule):
             "persistent_workers": self.num_workers > 0,
             "pin_memory": self.trainer.strategy.root_device.type == "cuda",
         }
+
+
+def misfits(task: Any, batch: Batch, validation_tokens: int) -> list[str]:
+    """A sentence for each setting that does not fit the data, which is known when these are prepared."""
+    found, sizes = [], {}
+    for split, samples in (("train", task.train_samples), ("validation", task.validation_samples)):
+        try:
+            sizes[split] = len(samples())
+        except ValueError as error:
+            found.append(str(error))
+    if sizes.get("train", batch.sequences) < batch.sequences:
+        found.append(
+            f"batch_tokens={batch.tokens} is {batch.sequences:,} sequences of seq_len={batch.seq_len}, and the data "
+            f"has {sizes['train']:,} to train on"
+        )
+    if not found and validation_tokens > (total := sum(sizes.values()) * batch.seq_len):
+        found.append(f"validation_tokens={validation_tokens} is more than all of the data, {total:,} tokens")
+    return found
 
 
 def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor | None]:

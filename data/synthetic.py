@@ -73,8 +73,12 @@ class AssociativeRecall:
         self.tokenizer = None
         self.targets_per_token = num_pairs / seq_len
 
-    def prepare(self) -> None:
+    def prepare(self, num_workers: int = 0, verify: bool = False) -> None:
         """Nothing to prepare: sequences are made when they are asked for."""
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return {"data fingerprint": self.fingerprint}
 
     @property
     def fingerprint(self) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.corpora import Corpus
-from data.shards import TokenShards, prepare, shard_folder
+from data.prepare import prepare
+from data.shards import TokenShards, check, shard_folder
 from data.tokenizer import Tokenizer
 
 IGNORE = -100  # the label that cross-entropy leaves out
@@ -25,25 +26,32 @@ IGNORE = -100  # the label that cross-entropy leaves out
 class Text:
     """A corpus, a tokenizer and a sequence length.
 
-    name: what the cached folder is called.  corpus: see corpora.py.
+    name: what the cached folder is called.  corpus: see corpora.py.  drop_duplicates: leave out documents whose text
+    has been before.
     """
 
     targets_per_token = 1.0  # a thousandth less, in truth: nothing predicts the first token of a document
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, seq_len: int, name: str = "text"):
+    def __init__(
+        self, corpus: Corpus, tokenizer: Tokenizer, seq_len: int, name: str = "text", drop_duplicates: bool = False
+    ):
         if seq_len < 1:
             raise ValueError(f"seq_len={seq_len} must be positive")
         if not name or not set(name.lower()) <= set("abcdefghijklmnopqrstuvwxyz0123456789_.-"):
             raise ValueError(f"data.name={name!r} names a folder: letters, digits, '_', '-' and '.' are allowed")
         self.corpus, self.tokenizer, self.seq_len, self.name = corpus, tokenizer, seq_len, name
+        self.drop_duplicates = drop_duplicates
         self._splits: dict[str, TokenShards] = {}
 
-    def prepare(self) -> None:
-        """Write the token shards and train the tokenizer, where not done yet. Safe in every process, and again."""
-        if self._splits:
+    def prepare(self, num_workers: int = 0, verify: bool = False) -> None:
+        """Write the token shards and train the tokenizer, where not done yet, by num_workers processes. Safe in every
+        process, and again. verify: hash every file of what is there (data/shards.py: check).
+        """
+        if self._splits and not verify:
             return
-        folder = shard_folder(self.name, self.corpus, self.tokenizer)
-        prepare(self.corpus, self.tokenizer, folder)
+        folder = shard_folder(self.name, self.corpus, self.tokenizer, self.drop_duplicates)
+        prepare(self.corpus, self.tokenizer, folder, num_workers=num_workers, drop_duplicates=self.drop_duplicates)
+        check(folder, self.tokenizer, everything=verify)
         self._splits = {split: TokenShards(folder, split) for split in ("train", "validation")}
 
     def _shards(self, split: str) -> TokenShards:
@@ -65,6 +73,12 @@ class Text:
     def fingerprint(self) -> str:
         """Equal on two machines if and only if the tokens are."""
         return self._shards("train").meta["fingerprint"]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What must stay for a run to go on."""
+        tokenizer = f"{self.tokenizer.spec()}, {self.tokenizer.fingerprint()}"
+        return {"data fingerprint": self.fingerprint, "tokenizer": tokenizer}
 
     def describe(self) -> list[str]:
         lines = [f"{self.name}: {self._shards('train').meta['source']}"]

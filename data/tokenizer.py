@@ -21,7 +21,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -150,12 +150,23 @@ class Bpe(Trainable):
         self._use(rust)
 
     def load(self, folder: str | Path) -> None:
-        self._use(RustTokenizer.from_file(str(Path(folder) / "tokenizer.json")))
+        path = Path(folder) / "tokenizer.json"
+        try:
+            self._use(RustTokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises this very class, for a missing file as for a broken one
+            raise ValueError(
+                f"{path} can't be read as a tokenizer ({error}); delete the folder above it, and it is made again"
+            ) from error
 
     def _use(self, rust: RustTokenizer) -> None:
         rust.add_special_tokens([AddedToken(EOS, special=True)])
         rust.encode_special_tokens = True  # "<eos>" within a text is five characters, not the end of a document
         self._rust = rust
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._rust is not None:
+            self._rust.encode_special_tokens = True  # pickling forgets it
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self.rust.encode_batch_fast([_utf8(text).decode() for text in texts], add_special_tokens=False)
@@ -207,6 +218,10 @@ class HuggingFace(Tokenizer):
             self._tokenizer.add_special_tokens({"eos_token": EOS})
         self._tokenizer.backend_tokenizer.encode_special_tokens = True
         self.vocab_size, self.eos = len(self._tokenizer), self._tokenizer.eos_token_id
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._tokenizer.backend_tokenizer.encode_special_tokens = True  # pickling forgets it
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         backend = self._tokenizer.backend_tokenizer

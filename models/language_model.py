@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +54,14 @@ class LanguageModelConfig(PretrainedConfig):
         self.tie_embeddings = tie_embeddings
         kwargs.setdefault("tie_word_embeddings", tie_embeddings)
         super().__init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, name: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """transformers' hook. Where a folder has no config.json, transformers would take the defaults above."""
+        folder = Path(name)
+        if (folder.is_dir() or folder.is_absolute()) and not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} is not the folder of a model: it has no config.json")
+        return super().get_config_dict(name, **kwargs)
 
     @property
     def layers(self) -> list[str]:

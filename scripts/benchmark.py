@@ -1,10 +1,11 @@
 """Times this repository against its peers, both in one run on one machine.
 
     python scripts/benchmark.py ops [--only NAME] [--repeats 15] [--json PATH]
+    python scripts/benchmark.py prepare [--megabytes 1000] [--tokenizer bytes] [--num-workers 2]
 
 `ops` times operators, forward and forward + backward, interleaved so that a busy neighbour slows all alike: the median
 of the repeats, the ratio to the first row of its size, the peak of allocated memory on a GPU, and the difference of the
-output from that row's.
+output from that row's. `prepare` turns text into token shards (scripts/benchmark_data.py).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from models.kernels import fla
 from models.mixer import Mixer
 from models.regression.delta import chunked_delta
 from models.regression.local import Softmax
+from scripts import benchmark_data
 
 if TYPE_CHECKING:
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
@@ -262,8 +264,15 @@ def main() -> None:
     command.add_argument("--only", help="sizes whose name contains this")
     command.add_argument("--repeats", type=int, default=15)
     command.add_argument("--json", type=Path, help="also write the rows here")
+    command = commands.add_parser("prepare", help="text to token shards")
+    command.add_argument("--megabytes", type=int, default=1000)
+    command.add_argument("--tokenizer", choices=["bytes", "bpe"], default="bytes")
+    command.add_argument("--num-workers", type=int, default=2)
     arguments = parser.parse_args()
-    ops(arguments.only, arguments.repeats, arguments.json)
+    if arguments.command == "ops":
+        ops(arguments.only, arguments.repeats, arguments.json)
+    else:
+        benchmark_data.prepare(arguments.megabytes, arguments.tokenizer, arguments.num_workers)
 
 
 if __name__ == "__main__":

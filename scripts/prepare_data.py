@@ -3,6 +3,10 @@
     python scripts/prepare_data.py data=fineweb_edu tokenizer=bpe
 
 train.py does the same at its start where it is missing. Set TTR_CACHE to a folder that the training machines share.
+num_workers=8 tokenises by eight processes. The same command after a kill goes on where it was. To hash all that is
+there, and learn of a flipped bit:
+
+    python scripts/prepare_data.py data=fineweb_edu tokenizer=bpe +verify=true
 """
 
 import sys
@@ -23,7 +27,7 @@ schema.register()
 def main(cfg: DictConfig) -> None:
     try:
         task = build(cfg.data, tokenizer=build(cfg.tokenizer), seq_len=cfg.seq_len)
-        task.prepare()
+        task.prepare(cfg.num_workers, verify=cfg.get("verify", False))
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(*task.describe(), sep="\n")

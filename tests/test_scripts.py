@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import subprocess
 import sys
+import time
 from collections import defaultdict
 
 import pytest
 
+from scripts.benchmark_data import write_text
 from scripts.figures import feature_kernels
 from tests.conftest import ROOT
 
@@ -56,3 +59,43 @@ def test_momentum_accuracy(tmp_path):
     done = script("scripts/momentum_accuracy.py", "--tokens", "64", "--json", str(tmp_path / "rows.json"))
     assert done.returncode == 0, done.stderr
     assert all(max(row["ours"]) < 2e-6 for row in json.loads((tmp_path / "rows.json").read_text()))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_killed_preparation_goes_on_to_the_same_bytes(train, tmp_path, num_workers):
+    """SIGKILL at moments that differ, the same command again and again, at last beside itself: one set of bytes."""
+    write_text(tmp_path / "text.jsonl", 70)
+    settings = [f"data.corpus.path={tmp_path}/text.jsonl", "data.drop_duplicates=true", f"num_workers={num_workers}"]
+    command = [sys.executable, "scripts/prepare_data.py", "data=text_files", *settings]
+
+    def start(cache):
+        environment = train.environment | {"TTR_CACHE": str(tmp_path / cache)}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+    assert start("whole").wait(300) == 0
+    kept = []
+    for kill in range(5):
+        before = progress(tmp_path / "killed")
+        process = start("killed")
+        while process.poll() is None and progress(tmp_path / "killed") < before + kill % 2:
+            time.sleep(0.01)
+        time.sleep(random.Random(kill).uniform(0, 0.2))
+        process.kill()
+        process.wait()
+        kept.append(progress(tmp_path / "killed"))
+    pair = [start("killed"), start("killed")]
+    assert [process.wait(300) for process in pair] == [0, 0]
+    assert kept == sorted(kept) and kept[-1] > 1, "what was done is kept"
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def progress(cache) -> int:
+    """Lines of the journal; many once there is none any more."""
+    journals = list(cache.glob("*.partial/journal.jsonl"))
+    return journals[0].read_text().count("\n") if journals else 99 * bool(list(cache.glob("*/meta.json")))
+
+
+def contents(cache) -> dict[str, bytes]:
+    """All that must not depend on how it came to be: not the times of change, nor the lock."""
+    kept = (path for path in sorted(cache.rglob("*")) if path.is_file() and path.suffix != ".lock")
+    return {str(path.relative_to(cache)): path.read_bytes() for path in kept if path.name != "stamps.json"}

@@ -20,10 +20,10 @@ class Documents(Corpus):
     def __init__(self, train: list[str], validation: list[str]):
         self.by_split = {"train": train, "validation": validation}
 
-    def __iter__(self) -> Iterator[Document]:
-        for split, texts in self.by_split.items():
-            for index, text in enumerate(texts):
-                yield Document(split, str(index), text)
+    def read(self, position: int | None = None) -> Iterator[Document]:
+        every = [(split, i, text) for split, texts in self.by_split.items() for i, text in enumerate(texts)]
+        for number, (split, index, text) in enumerate(every[position or 0 :], start=position or 0):
+            yield Document(split, str(index), text, position=number + 1)
 
     def fingerprint(self) -> str:
         return repr(self.by_split)

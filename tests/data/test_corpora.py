@@ -4,12 +4,12 @@ import gzip
 import json
 import re
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data.corpora import PythonSource, TextFiles, split_of
+from data.corpora import PythonSource, split_of
+from data.files import TextFiles
 from data.hub import Hub
 
 TEXTS = [f"document {i}: naïve 世界\nsecond line" for i in range(40)]
@@ -94,7 +94,7 @@ def test_errors_name_the_setting(tmp_path):
     (tmp_path / "image.png").write_bytes(b"")
     fails("image.png, which is not .txt, .json, .jsonl or .parquet", str(tmp_path / "*.png"))
     (tmp_path / "broken.jsonl").write_text("not json at all")
-    fails("broken.jsonl can't be read as json", str(tmp_path / "broken.jsonl"))
+    fails("line 1 of .*broken.jsonl is not JSON", str(tmp_path / "broken.jsonl"))
     (tmp_path / "broken.parquet").write_text("not parquet at all")
     fails("broken.parquet can't be read as parquet", str(tmp_path / "broken.parquet"))
 
@@ -110,18 +110,24 @@ def test_python_source_has_no_packages_and_no_tests():
     assert (split_of("json/decoder.py", 0.05), split_of("ftplib.py", 0.05)) == ("train", "train")
 
 
-def fake_hub(monkeypatch, splits):
-    def load_dataset(path, name, split, revision, streaming):
-        if split not in splits:
-            raise ValueError(f"Unknown split {split}")
-        return [{"text": text} for text in splits[split]]
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+@pytest.fixture
+def hub(tmp_path_factory):
+    return tmp_path_factory.mktemp("hub")  # a folder called test_... would be a test split to `datasets`
 
 
-def test_hub_with_a_validation_split_of_its_own(monkeypatch):
-    fake_hub(monkeypatch, {"train": ["a", "b", "c"], "validation": ["v", "w"]})
-    corpus = Hub("some/data", validation_split="validation", max_documents=2)
+def on_the_hub(folder, **files):
+    """A data set as it lies on the hub, in a folder: train_0="a b c" is a file of three rows."""
+    for name, texts in files.items():
+        rows = "".join(
+            json.dumps({"text": text}) + "\n" for text in (texts.split() if isinstance(texts, str) else texts)
+        )
+        (folder / f"{name.replace('_', '-')}.jsonl").write_text(rows)
+    return str(folder)
+
+
+def test_hub_with_a_validation_split_of_its_own(hub):
+    path = on_the_hub(hub, train="a b c", validation="v w")
+    corpus = Hub(path, validation_split="validation", max_documents=2)
     assert [(d.split, d.text) for d in corpus] == [
         ("validation", "v"),
         ("validation", "w"),
@@ -130,25 +136,35 @@ def test_hub_with_a_validation_split_of_its_own(monkeypatch):
     ]
 
 
-def test_hub_without_one_holds_documents_out(monkeypatch):
-    fake_hub(monkeypatch, {"train": TEXTS})
-    documents = list(Hub("some/data", validation_fraction=0.2))
+def test_hub_without_one_holds_documents_out(hub):
+    documents = list(Hub(on_the_hub(hub, train=TEXTS), validation_fraction=0.2))
     assert [d.text for d in documents] == TEXTS
     assert {d.split for d in documents} == {"train", "validation"}
 
 
-def test_hub_joins_lines_to_documents(monkeypatch):
-    lines = ["", " = One = \n", "text\n", " = = Section = = \n", "more\n", " = Two = \n", "end\n"]
-    fake_hub(monkeypatch, {"train": lines})
-    texts = [d.text for d in Hub("some/wiki", document_start="^ = [^=]")]
-    assert texts == ["", "".join(lines[1:5]), "".join(lines[5:])]
+LINES = ["", " = One = \n", "text\n", " = = Section = = \n", "more\n", " = Two = \n", "end\n"]
 
 
-def test_hub_errors_are_one_sentence(monkeypatch):
-    fake_hub(monkeypatch, {"train": TEXTS})
-    with pytest.raises(
-        ValueError, match=r"data.corpus.path='some/data' \(name=None, split='dev'\) can't be loaded .*Unknown"
-    ):
-        list(Hub("some/data", split="dev"))
-    with pytest.raises(ValueError, match=r"data.corpus.text_field='body' is not a column of some/data, which has text"):
-        list(Hub("some/data", text_field="body"))
+def test_hub_joins_lines_to_documents(hub):
+    texts = [d.text for d in Hub(on_the_hub(hub, train=LINES), document_start="^ = [^=]")]
+    assert texts == ["", "".join(LINES[1:5]), "".join(LINES[5:])]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("lines", [False, True])
+def test_hub_is_read_on_from_any_document(hub, streaming, lines):
+    path = on_the_hub(hub, train_0=LINES[:4] if lines else "a b", train_1=LINES[4:] if lines else "c", validation="v")
+    settings = {"validation_split": "validation", "streaming": streaming, "max_documents": 3}
+    corpus = Hub(path, **settings, document_start="^ = [^=]" if lines else None)
+    documents = list(corpus)
+    assert [d.name for d in documents] == ["validation:0", "train:0", "train:1", "train:2"]
+    for i, document in enumerate(documents):
+        assert list(corpus.read(json.loads(json.dumps(document.position)))) == documents[i + 1 :]
+
+
+def test_hub_errors_are_one_sentence(hub):
+    path = on_the_hub(hub, train=TEXTS)
+    with pytest.raises(ValueError, match=r"data.corpus.path='.*' \(name=None, split='dev'\) can't be loaded .*dev"):
+        list(Hub(path, split="dev"))
+    with pytest.raises(ValueError, match=r"data.corpus.text_field='body' is not a column of .*, which has text"):
+        list(Hub(path, text_field="body"))

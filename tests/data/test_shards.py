@@ -2,14 +2,19 @@
 
 import json
 import multiprocessing
+import os
 import pickle
+import re
+import shutil
 
 import numpy as np
 import pytest
 
-from data.shards import TokenShards, cache_folder, prepare, shard_folder
+from data.prepare import prepare
+from data.shards import TokenShards, cache_folder, check, hash_file, shard_folder
 from data.text import Text
 from data.tokenizer import Bpe, Bytes
+from tests.data.conftest import Documents
 
 TRAIN = ["one", "zwölf", "", "three " * 20, "4"]
 VALIDATION = ["held out", "this too"]
@@ -56,33 +61,158 @@ def test_small_vocabularies_take_two_bytes_a_token_and_large_ones_four(documents
     assert sizes == [2 * len(tokens_of(TRAIN)), 4 * len(tokens_of(TRAIN))]
 
 
-def test_a_kill_leaves_nothing_half_written(documents, tmp_path):
-    class Interrupted(documents):
-        def __iter__(self):
-            yield from list(super().__iter__())[:3]
-            raise KeyboardInterrupt
+class Interrupted(Documents):
+    """Ends the process, as it were, before its fourth document; then no more."""
 
-    folder = tmp_path / "shards"
-    (tmp_path / "shards.partial").mkdir()  # what a process that was killed outright leaves
-    (tmp_path / "shards.partial" / "train_00000.bin").write_bytes(b"half")
+    def read(self, position=None):
+        for number, document in enumerate(super().read(position)):
+            if number == 3 and position is None:
+                raise KeyboardInterrupt
+            yield document
+
+
+@pytest.mark.parametrize("shard_tokens", [7, 2**20])
+@pytest.mark.parametrize("torn", ["", "train_00000.bin", "train_offsets.bin", "journal.jsonl"])
+def test_what_was_done_before_a_kill_is_kept_and_what_is_torn_is_not(tmp_path, monkeypatch, torn, shard_tokens):
+    monkeypatch.setattr("data.prepare.PIECE", 1)  # a document each
+    folder, partial = tmp_path / "shards", tmp_path / "shards.partial"
+    prepare(Documents(TRAIN, VALIDATION), Bytes(), tmp_path / "whole", shard_tokens)
+    corpus = Interrupted(TRAIN, VALIDATION)
     with pytest.raises(KeyboardInterrupt):
-        prepare(Interrupted(TRAIN, VALIDATION), Bytes(), folder)
-    assert not folder.exists() and not (tmp_path / "shards.partial").exists()
-    prepare(documents(TRAIN, VALIDATION), Bytes(), folder)
-    assert TokenShards(folder, "train").num_tokens == len(tokens_of(TRAIN))
+        prepare(corpus, Bytes(), folder, shard_tokens)
+    assert not folder.exists() and len((partial / "journal.jsonl").read_text().splitlines()) == 3
+    if torn:
+        with open(partial / torn, "r+b") as file:
+            file.truncate((partial / torn).stat().st_size - 3)
+    with open(partial / "train_00000.bin", "ab") as file:
+        file.write(b"what is behind the last line of the journal")
+    prepare(corpus, Bytes(), folder, shard_tokens)
+    assert content(folder) == content(tmp_path / "whole") and not partial.exists()
+
+
+def content(folder):
+    """What must not depend on how it was prepared: all but the times of change."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != "stamps.json")
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("tokenizer", [Bytes, lambda: Bpe(300)], ids=["bytes", "bpe"])
+def test_one_worker_or_three_give_the_same_bytes(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr("data.prepare.PIECE", 50)
+    corpus = Documents([f"{text} <eos> {i}" for i in range(30) for text in TRAIN], VALIDATION)
+    for num_workers in (0, 1, 3):
+        prepare(corpus, tokenizer(), tmp_path / str(num_workers), num_workers=num_workers)
+    assert content(tmp_path / "0") == content(tmp_path / "1") == content(tmp_path / "3")
+
+
+def test_duplicates_are_dropped_on_demand_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.prepare.PIECE", 1)
+    corpus = Documents(["a", "b", "a", "a", "c"], ["v", "b"])
+    prepare(corpus, Bytes(), tmp_path / "all")
+    prepare(corpus, Bytes(), tmp_path / "once", drop_duplicates=True)
+    metas = [json.loads((tmp_path / name / "meta.json").read_text()) for name in ("all", "once")]
+    assert [meta["duplicates_dropped"] for meta in metas] == [0, 3]
+    assert [[meta["splits"][s]["documents"] for s in ("train", "validation")] for meta in metas] == [[5, 2], [3, 1]]
+    interrupted = Interrupted(["a", "b", "c", "a"], ["b", "v"])
+    with pytest.raises(KeyboardInterrupt):
+        prepare(interrupted, Bytes(), tmp_path / "resumed", drop_duplicates=True)
+    prepare(interrupted, Bytes(), tmp_path / "resumed", drop_duplicates=True)
+    assert TokenShards(tmp_path / "resumed", "validation").num_documents == 1
+
+
+DAMAGES = {  # what is done to a folder -> what is said of it
+    "missing": (lambda f: (f / "train_00000.bin").unlink(), "train_00000.bin has gone"),
+    "truncated": (lambda f: os.truncate(f / "train_00000.bin", 8), "train_00000.bin has 8 bytes, and 56 were written"),
+    "grown": (lambda f: (f / "validation_offsets.bin").write_bytes(bytes(99)), "validation_offsets.bin has 99 bytes"),
+    "changed": (lambda f: flip(f / "train_00000.bin"), "train_00000.bin is not what was written"),
+    "meta": (lambda f: (f / "meta.json").write_text("{"), "meta.json can't be read"),
+    "tokenizer": (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{"), "tokenizer.json can't be read as a"),
+    "retrained": (
+        lambda f: retrain(f / "tokenizer"),
+        "is not the tokenizer that the tokens beside it were written with",
+    ),
+}
+
+
+def flip(file):
+    raw = bytearray(file.read_bytes())
+    raw[5] ^= 1
+    file.write_bytes(raw)
+
+
+def retrain(folder):
+    other = Bpe(270)
+    other.train(["quite another text, with other pairs"] * 3)
+    other.save(folder)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_refused_at_the_start(tmp_path, damage):
+    def start():
+        tokenizer = Bpe(270)
+        prepare(Documents(TRAIN, VALIDATION), tokenizer, tmp_path / "shards")
+        check(tmp_path / "shards", tokenizer)
+
+    start()
+    start()
+    harm, said = DAMAGES[damage]
+    harm(tmp_path / "shards")
+    with pytest.raises(ValueError, match=f"{re.escape(said)}.*delete the folder"):
+        start()
+
+
+def test_a_bit_flipped_on_the_disk_is_found_by_the_full_check(tmp_path):
+    folder = tmp_path / "shards"
+    prepare(Documents(TRAIN, VALIDATION), Bytes(), folder)
+    shard = folder / "train_00000.bin"
+    before = shard.stat()
+    flip(shard)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    check(folder, Bytes())
+    with pytest.raises(ValueError, match=r"train_00000.bin is not what was written"):
+        check(folder, Bytes(), everything=True)
+
+
+def test_a_copied_folder_is_hashed_once(tmp_path, monkeypatch):
+    prepare(Documents(TRAIN, VALIDATION), Bytes(), tmp_path / "shards")
+    shutil.copytree(tmp_path / "shards", tmp_path / "copy", copy_function=shutil.copyfile)
+    hashed = []
+    monkeypatch.setattr("data.shards.hash_file", lambda file, own=hash_file: hashed.append(file.name) or own(file))
+    check(tmp_path / "shards", Bytes())
+    check(tmp_path / "copy", Bytes())
+    check(tmp_path / "copy", Bytes())
+    assert sorted(hashed) == sorted(json.loads((tmp_path / "copy" / "meta.json").read_text())["files"])
+
+
+def test_a_folder_that_vanishes_under_a_run_is_read_to_the_end(tmp_path):
+    prepare(Documents(TRAIN, VALIDATION), Bytes(), tmp_path / "shards")
+    shards = TokenShards(tmp_path / "shards", "train")
+    pickled = pickle.dumps(shards)
+    shutil.rmtree(tmp_path / "shards")
+    assert shards.read(0, shards.num_tokens).tolist() == tokens_of(TRAIN) and shards.document_numbers(0, 9)[-1] == 1
+    with pytest.raises(ValueError, match=r"shards/meta.json can't be read .*No such file"):
+        pickle.loads(pickled)  # as a worker does that begins now
+
+
+def test_a_shard_that_is_cut_under_a_run_is_named(tmp_path):
+    prepare(Documents(TRAIN, VALIDATION), Bytes(), tmp_path / "shards")
+    shards = TokenShards(tmp_path / "shards", "train")
+    os.truncate(tmp_path / "shards" / "train_00000.bin", 9)
+    with pytest.raises(ValueError, match=r"train_00000.bin ends at byte 9: it has been cut since the start"):
+        shards.read(0, 20)
 
 
 def _prepare_and_count(corpus, folder, queue):
     class Counting(type(corpus)):
-        read = 0
+        times = 0
 
-        def __iter__(self):
-            self.read += 1
-            return super().__iter__()
+        def read(self, position=None):
+            self.times += 1
+            return super().read(position)
 
     counting = Counting(**{k: v for k, v in zip(("train", "validation"), corpus.by_split.values(), strict=True)})
     prepare(counting, Bytes(), folder)
-    queue.put((counting.read, TokenShards(folder, "train").num_tokens))
+    queue.put((counting.times, TokenShards(folder, "train").num_tokens))
 
 
 def test_of_processes_that_start_together_one_prepares(documents, tmp_path):
@@ -136,7 +266,7 @@ def test_errors_name_what_is_missing(documents, tmp_path):
     meta = json.loads((tmp_path / "shards" / "meta.json").read_text())
     meta["splits"]["train"]["tokens"] += 1
     (tmp_path / "shards" / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match=r"delete the folder, and it is made again"):
+    with pytest.raises(ValueError, match=r"holds other train tokens than its meta.json counts, 135; delete"):
         TokenShards(tmp_path / "shards", "train")
     with pytest.raises(ValueError, match=r"data.name='a/b' names a folder"):
         Text(documents(TRAIN, VALIDATION), Bytes(), seq_len=4, name="a/b")

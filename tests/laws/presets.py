@@ -21,7 +21,7 @@ from models.regression.memory import Memory
 
 CONF = Path(__file__).parents[2] / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
-HIDDEN, HEADS, CHUNK = 32, 2, 16
+HIDDEN, HEADS, CHUNK = 32, 2, 8
 DECAYS = {
     "none": "none",
     "fixed": "head",

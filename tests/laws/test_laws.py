@@ -10,7 +10,7 @@ from tests.laws.presets import CHUNK, DECAYS, PRESETS, inputs, largest_differenc
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 every_form = pytest.mark.parametrize("backend", ["torch", "recurrent"])
-T = 2 * CHUNK + 11  # two chunks and a rest
+T = 2 * CHUNK + 5  # two chunks and a rest
 
 
 @every_preset
@@ -48,7 +48,7 @@ def test_3_one_map_in_every_form(preset):
     truth = outcome(mixer(preset, "recurrent"), x)
     assert largest_difference(outcome(mixer(preset), x), truth) < 1e-10
     for backend in ("torch", "recurrent"):
-        for splits in ((1,), (CHUNK,), (5, 6, 7, 30), (T - 1,)):
+        for splits in ((1,), (CHUNK,), (5, 6, 7, 17), (T - 1,)):
             assert largest_difference(outcome(mixer(preset, backend), x, splits), truth) < 1e-10, (backend, splits)
 
 
@@ -71,7 +71,7 @@ def test_4_packed_documents_are_separate_sequences(preset, backend):
     separate = [y, *torch.autograd.grad(probe(y), [x, *m.parameters()])]
     packed = outcome(m, x, segments=segments, memory=False)
     assert largest_difference(packed, separate) < 1e-10
-    for splits in ((1,), (2, 3), (10, 30), (CHUNK,)):
+    for splits in ((1,), (2, 3), (7, 16), (CHUNK,)):
         assert largest_difference(outcome(m, x, splits, segments, memory=False), packed) < 1e-10, splits
     # what the last document leaves behind: read by one more token of it, and by the first of another
     more = inputs(2, 1, seed=3)
@@ -94,7 +94,7 @@ def test_5_gradients_cross_chunks(preset):
 @pytest.mark.parametrize("case", ["zero", "repeated", "huge", "tiny", "one token", "ragged"])
 def test_7_finite_at_the_extremes(preset, backend, dtype, case):
     """Zero keys, repeated keys, saturated gates, T = 1, T a multiple of nothing: outputs and gradients are finite."""
-    x = inputs(2, {"one token": 1, "ragged": 37}.get(case, 2 * CHUNK), torch.float32)
+    x = inputs(2, {"one token": 1, "ragged": 19}.get(case, 2 * CHUNK), torch.float32)
     if case == "zero":
         x = torch.zeros_like(x)
     elif case == "repeated":

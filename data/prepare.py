@@ -1,0 +1,278 @@
+"""Preparing a corpus: text in, token shards out, in pieces that survive a kill.
+
+The corpus is read in order by one process and cut into pieces of some 16 MB of text. They are tokenised by
+`num_workers` processes (0: this one) and appended to the shards in order, so that the bytes are the same for any number
+of workers. Behind each piece a line goes to a journal: where reading goes on, and the hash of what was appended. The
+same command after a kill reads the journal, keeps every piece whose hash is right, cuts off what is behind it, and goes
+on there.
+
+All this happens in a folder of another name, which is renamed whole, under a lock: what has the name of a prepared
+corpus is one, and of several processes that start together one prepares while the others wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from data.corpora import SPLITS, BrokenOffError, Corpus, Document
+from data.files import PART, boundary
+from data.shards import FORMAT, SHARD_TOKENS, SplitWriter, sync, write_stamps
+from data.tokenizer import Tokenizer, Trainable
+from data.tokenizing import Part, tokenized
+
+PIECE = 2**24  # characters of text
+JOURNAL = "journal.jsonl"
+
+
+class Piece(NamedTuple):
+    """Consecutive parts of documents, and what the journal says of them."""
+
+    parts: list[Part]
+    position: Any  # where reading goes on behind it
+    hashes: list[str]  # of its documents, where duplicates are dropped
+    dropped: int
+
+
+def prepare(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    folder: Path,
+    shard_tokens: int = SHARD_TOKENS,
+    num_workers: int = 0,
+    drop_duplicates: bool = False,
+) -> None:
+    """Write the shards of this corpus to `folder`, unless they are there; on return they are, and the tokenizer is
+    trained.
+
+    drop_duplicates leaves out documents whose whole text has been before, in either split. It takes some 100 bytes of
+    memory a document; documents that come in parts (data/files.py: PART) are not compared.
+
+    Raises ValueError if either split has no document, or the corpus changes or breaks off while it is read.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        with _lock(folder):
+            if not folder.exists():
+                _Preparation(corpus, tokenizer, folder, shard_tokens, num_workers, drop_duplicates).run()
+    if isinstance(tokenizer, Trainable) and not tokenizer.trained:
+        tokenizer.load(folder / "tokenizer")
+
+
+def _lock(folder: Path) -> FileLock:
+    lock = FileLock(f"{folder}.lock")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Waiting for another process, which prepares {folder}", flush=True)
+        return lock.acquire()
+
+
+class _Preparation:
+    """One preparation, from the start or from where another was killed."""
+
+    def __init__(self, corpus, tokenizer, folder, shard_tokens, num_workers, drop_duplicates):
+        self.corpus, self.tokenizer, self.folder, self.shard_tokens = corpus, tokenizer, folder, shard_tokens
+        self.num_workers, self.drop_duplicates = num_workers, drop_duplicates
+        self.partial = folder.with_name(folder.name + ".partial")
+        self.fingerprint = corpus.fingerprint()
+
+    def run(self) -> None:
+        self.partial.mkdir(exist_ok=True)
+        try:
+            self._prepare_tokenizer()
+            self._write()
+        except BrokenOffError as error:
+            raise ValueError(
+                f"{error}; what has been prepared is kept, and the same command goes on from there"
+            ) from error
+        except ValueError:  # of the corpus or the settings: no other command would go on from here
+            shutil.rmtree(self.partial)
+            raise
+        except OSError as error:
+            raise ValueError(f"{self.partial} can't be written ({error}); what has been prepared is kept") from error
+        self.partial.rename(self.folder)
+        sync(self.folder.parent)
+        (self.folder / JOURNAL).unlink()
+
+    def _prepare_tokenizer(self) -> None:
+        ready = self.partial / "tokenizer"
+        trains = isinstance(self.tokenizer, Trainable) and not self.tokenizer.trained
+        if trains and ready.exists():
+            self.tokenizer.load(ready)
+        elif trains:
+            print(f"Training the tokenizer ({self.tokenizer.spec()}) on {self.corpus.describe()}", flush=True)
+            self.tokenizer.train(self.corpus.texts("train"))
+        if not ready.exists():
+            draft = self.partial / "tokenizer.draft"
+            shutil.rmtree(draft, ignore_errors=True)
+            self.tokenizer.save(draft)
+            draft.rename(ready)
+
+    def _write(self) -> None:
+        dtype = np.dtype(np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.uint32)
+        self.writers = {split: SplitWriter(self.partial, split, dtype, self.shard_tokens) for split in SPLITS}
+        with open(self.partial / JOURNAL, "a+b") as journal:
+            position, seen, dropped = self._restore(journal)
+            progress = _Progress(self.folder.name, self.corpus, position, self.writers.values())
+            pieces = _pieces(self.corpus, position, seen, dropped)
+            for piece, encoded in tokenized(pieces, self.tokenizer, dtype, self.num_workers):
+                record = {split: writer.append(encoded[split]) for split, writer in self.writers.items()}
+                record |= {"position": piece.position, "hashes": piece.hashes, "dropped": piece.dropped}
+                journal.write(json.dumps(record).encode() + b"\n")
+                journal.flush()
+                dropped = piece.dropped
+                progress.update(piece.position)
+        self._finish(dtype, dropped)
+        progress.say("Prepared")
+
+    def _restore(self, journal) -> tuple[Any, set[str] | None, int]:
+        """Keeps the pieces that are whole, and says where reading goes on, what has been seen, and how many documents
+        have been dropped.
+        """
+        recipe = {"piece": PIECE, "part": PART, "shard_tokens": self.shard_tokens, "format": FORMAT}
+        header = json.dumps(recipe | {"tokenizer": self.tokenizer.fingerprint()}).encode() + b"\n"
+        journal.seek(0)
+        position, seen, dropped, end = None, set() if self.drop_duplicates else None, 0, len(header)
+        if journal.readline() == header:
+            for line in journal:
+                record = _parsed(line)
+                if record is None or record["position"] is None:
+                    break
+                if not all(writer.holds(record[writer.split]) for writer in self.writers.values()):
+                    break  # torn when the machine went down
+                for split, writer in self.writers.items():
+                    writer.keep(record[split])
+                position, dropped, end = record["position"], record["dropped"], end + len(line)
+                if seen is not None:
+                    seen.update(record["hashes"])
+        for writer in self.writers.values():
+            writer.cut_off()
+        if position is None:
+            journal.truncate(0)
+            journal.write(header)
+        else:
+            journal.truncate(end)
+            tokens = sum(writer.tokens for writer in self.writers.values())
+            print(f"Going on with {self.folder.name} behind {tokens:,} tokens that are done", flush=True)
+        return position, seen, dropped
+
+    def _finish(self, dtype: np.dtype, dropped: int) -> None:
+        counts = {split: writer.close() for split, writer in self.writers.items()}
+        for split in SPLITS:
+            if not counts[split]["documents"]:
+                total = sum(count["documents"] for count in counts.values())
+                raise ValueError(
+                    f"data.corpus leaves the {split} split without a document, of {total} in {self.corpus.describe()}; "
+                    "more or smaller documents, another validation_fraction, or a validation set of its own help"
+                )
+        if self.corpus.fingerprint() != self.fingerprint:
+            raise ValueError(f"{self.corpus.describe()} has changed while it was read; the same command begins anew")
+        files = {name: entry for split in SPLITS for name, entry in self.writers[split].files.items()}
+        digests = "".join(entry["sha256"] for entry in files.values())
+        meta = {
+            "format": FORMAT,
+            "source": self.corpus.describe(),
+            "corpus_fingerprint": self.fingerprint,
+            "tokenizer": self.tokenizer.spec(),
+            "tokenizer_fingerprint": self.tokenizer.fingerprint(),
+            "vocab_size": self.tokenizer.vocab_size,
+            "eos": self.tokenizer.eos,
+            "dtype": dtype.name,
+            "shard_tokens": self.shard_tokens,
+            "duplicates_dropped": dropped,
+            "splits": counts,
+            "files": files,
+            # of the tokens themselves: two machines with equal fingerprints train on the same data
+            "fingerprint": hashlib.sha256(digests.encode()).hexdigest(),
+        }
+        (self.partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        sync(self.partial / "meta.json")
+        write_stamps(self.partial, files)
+        if dropped:
+            print(f"{dropped:,} documents were left out, having been before", flush=True)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A line of the journal; None for the last one if it is torn."""
+    with suppress(ValueError):
+        return json.loads(line) if line.endswith(b"\n") else None
+
+
+def _pieces(corpus: Corpus, position: Any, seen: set[str] | None, dropped: int) -> Iterator[Piece]:
+    """The corpus from this position on. A piece ends behind the first part that fills it and has a position."""
+    parts, hashes, size, started, behind = [], [], 0, False, None
+    for document in corpus.read(position):
+        whole, started = document.last and not started, not document.last
+        behind = document.position
+        if whole and seen is not None and document.text:
+            digest = hashlib.sha256(document.text.encode("utf-8", errors="replace")).hexdigest()[:32]
+            if digest in seen:
+                dropped += 1
+                continue
+            seen.add(digest)
+            hashes.append(digest)
+        if whole and not document.text:
+            continue  # an empty document has nothing to predict
+        parts += _divided(document)
+        size += len(document.text)
+        if size >= PIECE and behind is not None:
+            yield Piece(parts, behind, hashes, dropped)
+            parts, hashes, size = [], [], 0
+    yield Piece(parts, behind, hashes, dropped)
+
+
+def _divided(document: Document) -> Iterator[Part]:
+    """A long text in parts, the same as data/files.py makes of a .txt file: a tokenizer takes a hundred times the
+    memory of its text.
+    """
+    split, text, last = document.split, document.text, document.last
+    if len(text) <= PART // 4:  # a character has at most 4 bytes
+        yield Part(split, text, last)
+        return
+    raw, begin = text.encode("utf-8", errors="replace"), 0
+    while len(raw) - begin > PART:
+        stop = boundary(raw, begin, begin + PART)
+        yield Part(split, raw[begin:stop].decode(), False)
+        begin = stop
+    yield Part(split, raw[begin:].decode(), last)
+
+
+class _Progress:
+    """A line every few seconds, and one at the end, with the rate and, where it is known, the time left."""
+
+    EVERY = 10.0  # seconds
+
+    def __init__(self, name: str, corpus: Corpus, position: Any, writers: Iterable[SplitWriter]):
+        self.name, self.corpus, self.writers, self.start = name, corpus, list(writers), time.monotonic()
+        self.printed = self.start
+        self.bytes_before = sum(w.bytes for w in self.writers)
+        self.before = 0.0 if position is None else corpus.fraction(position)
+
+    def update(self, position: Any) -> None:
+        if time.monotonic() - self.printed < self.EVERY:
+            return
+        left = ""
+        done = self.corpus.fraction(position) if position is not None else None
+        if done is not None and self.before is not None and done > self.before:
+            seconds = (time.monotonic() - self.start) * (1 - done) / (done - self.before)
+            left = f", {100 * done:.0f} %, {seconds / 60:.0f} min left"
+        self.say("Preparing", left)
+        self.printed = time.monotonic()
+
+    def say(self, verb: str, left: str = "") -> None:
+        seconds = time.monotonic() - self.start
+        tokens, documents = sum(w.tokens for w in self.writers), sum(w.documents for w in self.writers)
+        rate = (sum(w.bytes for w in self.writers) - self.bytes_before) / max(seconds, 1e-9) / 1e6
+        amount = f"{documents:,} documents, {tokens:,} tokens in {seconds:.0f} s ({rate:.1f} MB of text a second{left})"
+        print(f"{verb} {self.name}: {amount}", flush=True)
