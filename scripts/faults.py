@@ -27,8 +27,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
@@ -37,6 +36,7 @@ from models.training.logger import cells
 from models.training.preemption import UNFINISHED
 from models.training.watchdog import Watchdog
 
+ROOT = Path(train.__file__).parent
 NUM_STEPS = 40
 SETTINGS = [
     "name=run",

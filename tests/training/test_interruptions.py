@@ -41,9 +41,9 @@ NUM_STEPS = 12
 class Fit:
     """A run of twelve steps in this process; `at` is called with the number of every step before it is computed."""
 
-    def __init__(self, folder: Path, at=lambda step: None, loggers=(), task=None, every=3, **guard):
+    def __init__(self, folder: Path, at=lambda step: None, loggers=(), task=None, every=3, seed=0, **guard):
         self.folder, self.preemption = folder, Preemption()
-        torch.manual_seed(0)
+        L.seed_everything(seed, verbose=False)
         task = task or AssociativeRecall(seq_len=16, num_pairs=2, vocab_size=23, validation_size=4)
         batch = batch_arithmetic(64, 16, 2, 1, 64 * NUM_STEPS)
         self.guard = Guard(**guard)
@@ -106,8 +106,16 @@ def fit(folder, *args, **settings) -> Fit:
     return Fit(folder, *args, **settings).run()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would only wait for each other over tensors as small as these
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Fit:
+def undisturbed(tmp_path_factory, one_thread) -> Fit:
     return fit(tmp_path_factory.mktemp("undisturbed"))
 
 
@@ -143,10 +151,9 @@ def test_a_signal_ends_the_run_after_the_step_and_it_goes_on(number, step, undis
 
 
 def test_before_training_a_signal_ends_the_run_at_once_and_ctrl_c_twice_does_later(tmp_path):
-    with pytest.raises(Stopped, match="stopped by SIGTERM before the first step; the same command goes on"):
-        with Preemption():
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1)
+    with pytest.raises(Stopped, match="by SIGTERM before the first step; the same command goes on"), Preemption():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
     with pytest.raises(KeyboardInterrupt), Preemption() as preemption:
         preemption.training = True
         os.kill(os.getpid(), signal.SIGINT)
@@ -242,16 +249,11 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
 
         return at
 
-    def seeded(folder, at):
-        L.seed_everything(5, verbose=False)
-        return fit(folder, at)
-
     whole, parts = [], []
-    seeded(tmp_path / "a", drawing(whole))
+    fit(tmp_path / "a", drawing(whole), seed=5)
     with pytest.raises(Stopped):
-        seeded(tmp_path / "b", drawing(parts, stop=5))
-    L.seed_everything(6, verbose=False)
-    fit(tmp_path / "b", drawing(parts))
+        fit(tmp_path / "b", drawing(parts, stop=5), seed=5)
+    fit(tmp_path / "b", drawing(parts), seed=6)
     assert parts == whole and len(set(whole)) == NUM_STEPS
 
 
@@ -302,8 +304,8 @@ def spoilt(steps):
         run = Fit(folder, **settings)
         step = run.module.training_step
 
-        def training_step(batch, index):
-            loss = step(batch, index)
+        def training_step(batch, batch_idx):
+            loss = step(batch, batch_idx)
             return loss * float("nan") if run.trainer.global_step + 1 in steps else loss
 
         run.module.training_step = training_step
@@ -448,7 +450,8 @@ def test_a_directory_has_one_run_at_a_time(tmp_path):
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
-        Run(tmp_path / "run", config).enter()
+        run = Run(tmp_path / "run", config)
+        run.enter()
         worker = os.fork()
         if worker:
             os.write(writer, str(worker).encode())
