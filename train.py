@@ -4,20 +4,17 @@
     python train.py model=softmax size=170m data=fineweb_edu strategy=ddp logger=wandb
     python train.py --help                               # the groups and what is in them
 
-The same command after an interruption goes on from the last checkpoint. conf/train.yaml has the settings; README.md
-explains them.
+The same command after an interruption goes on from the last checkpoint; exit code 75 asks for it. conf/train.yaml has
+the settings; README.md explains them.
 """
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
 
 import hydra
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from conf import schema
@@ -26,44 +23,50 @@ from conf.checks import mistakes
 from data.batch import batch_arithmetic, every
 from data.module import DataModule, misfits
 from models.language_model import LanguageModel, LanguageModelConfig
-from models.training.callbacks import Checkpoint, Throughput
+from models.training.checkpoint import Checkpoint, newest_whole, step_of
+from models.training.finish import finish
+from models.training.guards import Guard
+from models.training.logger import Tolerant
 from models.training.module import Training
-from models.training.run import Run, describe
-from models.training.summary import summary
+from models.training.preemption import Preemption
+from models.training.run import Run, RunError, describe
+from models.training.summary import quiet, say, summary
+from models.training.watchdog import Watchdog
 
 schema.register()
-for name in ("lightning.pytorch", "lightning.fabric"):  # what matters of the machine is in our own summary
-    logging.getLogger(name).setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # inside lightning 2.6, about torch
-warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged has been summed over the ranks
-warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # num_workers is a setting
+quiet()
 
 
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    try:
-        trainer, module, datamodule, run, overview = assemble(cfg)
-    except ValueError as error:  # a mistake in the settings: what it is, without a traceback
-        sys.exit(f"error: {error}")
-    if run.result is not None:
-        say(f"{run.folder} is finished: {describe(run.result)}")
-        say("For another run choose another name=, or overwrite=true to delete this one.")
-        return
-    say(f"run       {run.folder}")
-    say("\n".join(f"data      {line}" for line in datamodule.task.describe()))
-    say(f"batch     {datamodule.batch}")
-    say(overview)
-    if run.checkpoint is not None:
-        say(f"going on from {run.checkpoint}")
-    for logger in trainer.loggers:
-        logger.log_hyperparams(run.config)
-    trainer.fit(module, datamodule, ckpt_path=run.checkpoint)
-    if trainer.interrupted or trainer.global_step < module.num_steps:
-        sys.exit(f"stopped after {trainer.global_step} of {module.num_steps} steps; the same command goes on")
-    finish(trainer, module, datamodule, run)
+    with Preemption() as preemption:
+        try:
+            trainer, module, datamodule, run, overview = assemble(cfg, preemption)
+            checkpoint, torn = newest_whole(run.checkpoints)
+        except ValueError as error:  # a mistake in the settings: what it is, without a traceback
+            sys.exit(f"error: {error}")
+        if run.result is not None:
+            say(f"{run.folder} is finished: {describe(run.result)}")
+            say("For another run choose another name=, or overwrite=true to delete this one.")
+            return
+        say(f"run       {run.folder}")
+        say("\n".join(f"data      {line}" for line in datamodule.task.describe()))
+        say(f"batch     {datamodule.batch}")
+        say(overview)
+        say("\n".join([*torn, *([f"going on from {checkpoint}"] if checkpoint else [])]))
+        for logger in trainer.loggers:
+            logger.resume(step_of(checkpoint) if checkpoint else 0)
+            logger.log_hyperparams(run.config)
+        try:
+            trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+            if trainer.global_step < module.num_steps:
+                sys.exit(f"stopped after {trainer.global_step} of {module.num_steps} steps; the same command goes on")
+            finish(trainer, module, datamodule, run)
+        except RunError as error:
+            sys.exit(f"error: {error}")
 
 
-def assemble(cfg: DictConfig) -> tuple[L.Trainer, Training, DataModule, Run, str]:
+def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Training, DataModule, Run, str]:
     """Everything that a run needs, checked and built, but not trained. Raises ValueError for the user's mistakes."""
     if found := mistakes(cfg):
         raise ValueError("\n       ".join(found))
@@ -84,20 +87,22 @@ def assemble(cfg: DictConfig) -> tuple[L.Trainer, Training, DataModule, Run, str
     model = LanguageModel(LanguageModelConfig(vocab_size=task.vocab_size, **plain["model"]))
     parts = {"optimizer": build(cfg.optimizer), "schedule": build(cfg.schedule), "compile_blocks": cfg.compile}
     counts = {"targets_per_token": task.targets_per_token, "bytes_per_token": task.bytes_per_token}
-    module = Training(model, num_steps=batch.num_steps, clip_norm=cfg.clip_norm, **parts, **counts)
-    checkpoints = Checkpoint(run.folder / "checkpoints", checkpoint_every, validate_every)
+    guards = {"guard": Guard(cfg.guard.max_skipped, cfg.guard.spike_score), "preemption": preemption}
+    module = Training(model, num_steps=batch.num_steps, clip_norm=cfg.clip_norm, **parts, **counts, **guards)
+    checkpoints = Checkpoint(run.checkpoints, checkpoint_every, validate_every, preemption)
+    last = [preemption, checkpoints, Watchdog(cfg.guard.timeout)]
     trainer = build(
         cfg.trainer,
         default_root_dir=str(run.folder),
-        logger=[build(node) for node in cfg.logger.values()],
-        callbacks=[*(build(node) for node in cfg.callbacks.values()), checkpoints],
+        logger=[Tolerant(build(node)) for node in cfg.logger.values()],
+        callbacks=[*(build(node) for node in cfg.callbacks.values()), *last],
         max_steps=batch.num_steps,
         max_epochs=-1,
         accumulate_grad_batches=batch.accumulation,
         val_check_interval=validate_every * batch.accumulation,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        enable_checkpointing=False,  # models.training.callbacks.Checkpoint
+        enable_checkpointing=False,  # models.training.checkpoint.Checkpoint
         log_every_n_steps=min(cfg.log_every, batch.num_steps),
     )
     if trainer.world_size != world_size:
@@ -108,28 +113,6 @@ def assemble(cfg: DictConfig) -> tuple[L.Trainer, Training, DataModule, Run, str
     overview = summary(model, cfg.seq_len, trainer.strategy.root_device, dtype)
     run.enter(trainer.is_global_zero)
     return trainer, module, datamodule, run, overview
-
-
-def finish(trainer: L.Trainer, module: Training, datamodule: DataModule, run: Run) -> None:
-    """The last validation, and the model as a folder that from_pretrained loads."""
-    trainer.validate(module, datamodule, verbose=False)
-    weights = trainer.strategy.lightning_module_state_dict()  # every rank takes part where it is sharded
-    if not trainer.is_global_zero:
-        return
-    weights = {name.removeprefix("model."): value for name, value in weights.items()}
-    module.model.save_pretrained(run.folder / "model", state_dict=weights)
-    if datamodule.task.tokenizer is not None:
-        datamodule.task.tokenizer.save(run.folder / "model")
-    found = trainer.callback_metrics
-    run.finish({name: float(value) for name, value in found.items() if name.startswith("validation/")})
-    speed = [callback.summary() for callback in trainer.callbacks if isinstance(callback, Throughput)]
-    say(f"finished  {'; '.join([describe(run.result), *speed])}")
-    say(f"          {run.folder}: metrics.csv, loss.png, model/")
-
-
-@rank_zero_only
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

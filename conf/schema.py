@@ -36,6 +36,15 @@ class Model:
 
 
 @dataclass
+class Guard:
+    """What is done about steps that go wrong and runs that hang (models/training/guards.py, watchdog.py)."""
+
+    max_skipped: int = 10
+    spike_score: float | None = 6.0
+    timeout: float | None = 600.0
+
+
+@dataclass
 class Config:
     """A run."""
 
@@ -65,6 +74,7 @@ class Config:
     num_workers: int = MISSING
     compile: bool = False
     overfit: bool = False
+    guard: Guard = field(default_factory=Guard)
 
 
 # What the same run may change when it goes on: where it runs and what it shows, not what it computes. (Losses then
@@ -79,13 +89,15 @@ FREE_TO_CHANGE = (
     "overwrite",
     "run_dir",
     "compile",
+    "guard",
 )
 
 
 def unknown_keys(config: dict[str, Any]) -> list[str]:
     """One sentence for every key that no dataclass here has. Hydra's `+key=value` adds one without asking."""
     found = []
-    for path, node, known in (("", config, Config), ("model.", config["model"], Model)):
+    for path, known in (("", Config), ("model.", Model), ("guard.", Guard)):
+        node = config[path[:-1]] if path else config
         names = [f.name for f in fields(known)]
         for key in node.keys() - set(names):
             near = difflib.get_close_matches(key, names, n=1)

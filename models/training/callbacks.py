@@ -38,47 +38,6 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
-class Checkpoint(Callback):
-    """The newest state of the run, in folder/step-NNNNNNNNN.ckpt, every so many steps and at the end.
-
-    Where validation is due at the same step it comes first: a run that is killed while it validates then validates
-    again when it goes on. (Lightning's ModelCheckpoint saves before, and the resumed run skips that validation.) A file
-    has its name only when it is whole, and only then is the one before it deleted.
-    """
-
-    def __init__(self, folder: str | Path, every: int, validate_every: int) -> None:
-        self.folder, self.every, self.validate_every = Path(folder), every, validate_every
-        self.saved = 0
-
-    def on_train_start(self, trainer: L.Trainer, module: Training) -> None:
-        self.saved = trainer.global_step
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: Training, outputs: Any, batch: Any, index: int) -> None:
-        if trainer.global_step % self.every == 0 and trainer.global_step % self.validate_every:
-            self._save(trainer)
-
-    def on_validation_end(self, trainer: L.Trainer, module: Training) -> None:
-        if trainer.state.fn == "fit" and trainer.global_step % self.every == 0:
-            self._save(trainer)
-
-    def on_train_end(self, trainer: L.Trainer, module: Training) -> None:
-        if not trainer.interrupted:
-            self._save(trainer)
-
-    def _save(self, trainer: L.Trainer) -> None:
-        if trainer.global_step == self.saved:  # a micro-batch inside an accumulation window
-            return
-        self.saved = trainer.global_step
-        path = self.folder / f"step-{self.saved:09d}.ckpt"
-        draft = path.with_suffix(".partial")
-        trainer.save_checkpoint(draft)
-        if trainer.is_global_zero:
-            draft.replace(path)
-            for old in self.folder.glob("step-*"):
-                if old != path:
-                    old.unlink()
-
-
 class Throughput(Callback):
     """Tokens per second, MFU and memory, over the steps since the last report (validation and checkpoints left out).
 
@@ -221,10 +180,12 @@ class LossPlot(Callback):
         path = Path(trainer.default_root_dir) / CsvLogger.FILE
         if trainer.global_rank or trainer.sanity_checking or not path.exists():
             return
+        batch = trainer.datamodule.batch
         if rows := read_metrics(path):
-            draw_loss(
-                rows, trainer.datamodule.batch.tokens, trainer.datamodule.batch.seq_len, path.with_name("loss.png")
-            )
+            try:
+                draw_loss(rows, batch.tokens, batch.seq_len, path.with_name("loss.png"))
+            except OSError as error:  # a full disk: no reason to end a run
+                print(f"warning: loss.png could not be written ({error.strerror})", flush=True)
 
 
 def draw_loss(rows: list[dict[str, float]], tokens_per_step: int, seq_len: int, path: Path) -> None:

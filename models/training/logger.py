@@ -1,8 +1,11 @@
-"""metrics.csv: one row a step, one column a metric, appended as the run goes and kept when it is resumed."""
+"""metrics.csv: one row a step, one column a metric, appended as the run goes and kept when it is resumed. And what
+keeps a run alive when a logger fails.
+"""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ class CsvLogger(Logger):
     on.)
 
     After a resume at step s the rows from step s on are dropped before new ones are written: they are computed again.
+    Those before keep their text. What can't be written now, because the disk is full, is written with what comes next.
     """
 
     FILE = "metrics.csv"
@@ -22,8 +26,9 @@ class CsvLogger(Logger):
     def __init__(self, folder: str) -> None:
         super().__init__()
         self.folder = Path(folder)
-        self.rows: dict[int, dict[str, float]] | None = None
+        self.rows: dict[int, dict[str, Any]] | None = None
         self.columns = ["step"]
+        self.behind = False  # the file lacks something that was logged
 
     @property
     def name(self) -> str:
@@ -48,24 +53,38 @@ class CsvLogger(Logger):
         path = self.folder / self.FILE
         self.rows, self.columns = {}, ["step"]
         if path.exists() and step > 0:
-            kept = [row for row in read_metrics(path) if row["step"] < step]
-            self.rows = {int(row["step"]): row for row in kept}
+            text = path.read_text()
+            whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last row off
+            kept = [row for row in cells(whole) if float(row["step"]) < step]
+            self.rows = {int(float(row["step"])): row for row in kept}
             self.columns = list(dict.fromkeys(["step", *(name for row in kept for name in row)]))
-        self._rewrite()
+        self._write(self._rewrite)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         assert self.rows is not None and step is not None, "resume comes first, and every metric has a step"
         new = [name for name in metrics if name not in self.columns and name != "epoch"]
         row = self.rows.setdefault(step, {"step": step})
-        fresh = len(row) == 1
+        before = dict(row)
         row.update({name: float(value) for name, value in metrics.items() if name != "epoch"})
         self.columns += new
-        if new or not fresh:
-            self._rewrite()
-        else:
-            with (self.folder / self.FILE).open("a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
+        if new or self.behind or (len(before) > 1 and row != before):
+            self._write(self._rewrite)
+        elif row != before:
+            self._write(lambda: self._append(row))
+
+    def _write(self, how: Callable[[], None]) -> None:
+        try:
+            how()
+            self.behind = False
+        except OSError as error:
+            if not self.behind:
+                print(f"warning: {self.folder / self.FILE} could not be written ({error.strerror}); trying again")
+            self.behind = True
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with (self.folder / self.FILE).open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
 
     def _rewrite(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -77,9 +96,65 @@ class CsvLogger(Logger):
         draft.replace(self.folder / self.FILE)
 
 
-def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv, without the empty cells."""
-    with Path(path).open(newline="") as file:
-        rows = list(csv.DictReader(file))
+class Tolerant(Logger):
+    """Another logger, which may fail: it is then left alone, one line says so, and the run goes on."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self.logger, self.failed = logger, False
+
+    def _try(self, action: Callable[[], Any]) -> Any:
+        if self.failed:
+            return None
+        try:
+            return action()
+        except Exception as error:
+            self.failed, kind = True, type(self.logger).__name__
+            print(
+                f"warning: {kind} failed and is left out from here on; {CsvLogger.FILE} goes on: {error!r}", flush=True
+            )
+            return None
+
+    @property
+    def name(self) -> str | None:
+        return self._try(lambda: self.logger.name)
+
+    @property
+    def version(self) -> int | str | None:
+        return self._try(lambda: self.logger.version)
+
+    @property
+    def save_dir(self) -> str | None:
+        return self._try(lambda: self.logger.save_dir)
+
+    @property
+    def experiment(self) -> Any:
+        return self._try(lambda: self.logger.experiment)
+
+    def resume(self, step: int) -> None:
+        if isinstance(self.logger, CsvLogger):
+            self._try(lambda: self.logger.resume(step))
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self._try(lambda: self.logger.log_hyperparams(params, *args, **kwargs))
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self._try(lambda: self.logger.log_metrics(metrics, step=step))
+
+    def save(self) -> None:
+        self._try(self.logger.save)
+
+    def finalize(self, status: str) -> None:
+        self._try(lambda: self.logger.finalize(status))
+
+
+def cells(text: str) -> list[dict[str, str]]:
+    """The rows of a metrics.csv as they stand there, without the empty cells."""
     # a row that was cut off by a kill has too few cells: None
-    return [{name: float(cell) for name, cell in row.items() if cell not in ("", None)} for row in rows]
+    rows = csv.DictReader(text.splitlines())
+    return [{name: cell for name, cell in row.items() if cell not in ("", None)} for row in rows]
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """The rows of a metrics.csv as numbers."""
+    return [{name: float(cell) for name, cell in row.items()} for row in cells(Path(path).read_text())]

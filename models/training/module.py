@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from models.language_model import LanguageModel
 from models.loss import IGNORED
 from models.regression.regressor import Regressor
-from models.training.logger import CsvLogger
+from models.training.guards import Guard
+from models.training.preemption import Preemption
 
 
 class Training(L.LightningModule):
@@ -28,6 +29,7 @@ class Training(L.LightningModule):
         times the tokens, never by a count that differs between micro-batches, so that every split of a batch gives the
         same gradient.
     bytes_per_token: of the validation text, for bits per byte; None where there is no text.
+    guard, preemption: what is asked about every step, and told.
     """
 
     def __init__(
@@ -40,6 +42,8 @@ class Training(L.LightningModule):
         targets_per_token: float = 1.0,
         bytes_per_token: float | None = None,
         compile_blocks: bool = False,
+        guard: Guard | None = None,
+        preemption: Preemption | None = None,
     ) -> None:
         super().__init__()
         if clip_norm <= 0:
@@ -49,6 +53,7 @@ class Training(L.LightningModule):
         self.num_steps, self.clip_norm = num_steps, clip_norm
         self.targets_per_token, self.bytes_per_token = targets_per_token, bytes_per_token
         self.compile_blocks = compile_blocks
+        self.guard, self.preemption = guard or Guard(), preemption or Preemption()
         self._sharded = False
         self._window: list[Tensor] = []  # [loss, number of targets] of the micro-batches since the last step
         self._validation: Tensor | None = None
@@ -74,10 +79,11 @@ class Training(L.LightningModule):
                 register_fsdp_forward_method(self.model, method)
         self._sharded = True
 
-    def on_train_start(self) -> None:
-        for logger in self.loggers:
-            if isinstance(logger, CsvLogger):
-                logger.resume(self.trainer.global_step)
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["guard"] = self.guard.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.guard.load_state_dict(checkpoint["guard"])
 
     def training_step(self, batch: dict[str, Tensor | None], index: int) -> Tensor:
         labels = batch["labels"]
@@ -90,18 +96,30 @@ class Training(L.LightningModule):
     ) -> None:
         """Once a step: clips by the norm over all parameters, and logs it with the loss over the whole batch, all
         micro-batches and ranks. (Lightning's own clipping refuses a fused optimizer under bf16-mixed.)
+
+        Here all ranks learn the same about the step, with one all-reduce and one wait for the GPU: what it is worth,
+        and whether one of them was asked to stop.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         window, self._window = torch.stack(self._window).sum(0), []
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
+        sums = _sum_over_ranks(torch.cat([window, window.new_tensor(self.preemption.votes())]))
+        whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        nats, count, *votes, length = torch.cat([sums, whole_norm.view(1)]).tolist()
+        self.preemption.agree(votes)
+        step, loss = self.trainer.global_step + 1, nats / max(count, 1)
+        if self.guard.accepts(step, loss, length, self.model.named_parameters()):
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        else:
+            optimizer.zero_grad()  # and an optimizer passes over what has no gradient
+        if step % self.trainer.log_every_n_steps:
             return
-        loss, count = _sum_over_ranks(window)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.log_dict(
             {
-                "train/loss": loss / count.clamp(min=1),
-                "train/gradient_norm": norm,
+                "train/loss": loss,
+                "train/gradient_norm": length,
                 "train/learning_rate": optimizer.param_groups[0]["lr"],
+                **self.guard.metrics(),
             }
         )
 

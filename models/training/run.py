@@ -3,10 +3,11 @@ says so.
 
 runs/NAME/config.yaml        what was asked for, every value resolved
           metrics.csv        a row a step
-          checkpoints/       the newest
+          checkpoints/       the two newest
           loss.png  sample.txt
           model/             when finished: save_pretrained's folder, with the tokenizer
           result.json        when finished: the last validation
+          .lock              held by the process that trains here
 """
 
 from __future__ import annotations
@@ -16,13 +17,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from conf.schema import FREE_TO_CHANGE
 
 
+class RunError(RuntimeError):
+    """Why a run can't go on, in a sentence for its user."""
+
+
 class Run:
     """The directory of a run. `config` is the resolved config as plain containers."""
+
+    LOCK = ".lock"
 
     def __init__(self, folder: str | Path, config: dict[str, Any]) -> None:
         self.folder, self.config = Path(folder), config
@@ -31,17 +39,23 @@ class Run:
     def name(self) -> str:
         return self.config["name"]
 
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
     def enter(self, main_process: bool = True) -> None:
         """Takes possession: writes config.yaml, or compares with the one that is there. Raises ValueError, with the
-        difference, if it is another.
+        difference, if it is another; and if another process is in possession.
         """
         path = self.folder / "config.yaml"
-        if self.config["overwrite"] and main_process and self.folder.exists() and not self._is_ours(path):
-            raise ValueError(
-                f"overwrite=true would delete {self.folder}, which is not a run's directory: it has no config.yaml"
-            )
-        if self.config["overwrite"] and main_process and self.folder.exists():
-            shutil.rmtree(self.folder)
+        if main_process:
+            if self.config["overwrite"] and not path.exists() and self._contents():
+                raise ValueError(
+                    f"overwrite=true would delete {self.folder}, which is not a run's directory: it has no config.yaml"
+                )
+            self._lock()
+            for part in self._contents() if self.config["overwrite"] else ():
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
         if path.exists():
             before = OmegaConf.to_container(OmegaConf.load(path))
             if found := difference(before, self.config):
@@ -50,18 +64,23 @@ class Run:
                     "Choose another name=, or overwrite=true to delete it and begin anew."
                 )
         elif main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
             draft = path.with_name(".config.yaml.draft")
             OmegaConf.save(OmegaConf.create(self.config), draft)
             draft.replace(path)
 
-    def _is_ours(self, path: Path) -> bool:
-        return path.exists() or not any(self.folder.iterdir())
+    def _contents(self) -> list[Path]:
+        return [part for part in self.folder.glob("*") if part.name != self.LOCK]
 
-    @property
-    def checkpoint(self) -> Path | None:
-        """The newest checkpoint, None at the start."""
-        return max((self.folder / "checkpoints").glob("step-*.ckpt"), default=None)
+    def _lock(self) -> None:
+        """Held until this process ends, in whatever way; loaders' workers, which may outlive it, do not inherit it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._held = FileLock(self.folder / self.LOCK, timeout=0)
+        try:
+            self._held.acquire()
+        except Timeout:
+            raise ValueError(
+                f"another process is training in {self.folder}; wait for it, stop it, or choose another name="
+            ) from None
 
     @property
     def result(self) -> dict[str, Any] | None:

@@ -1,10 +1,13 @@
-"""What is printed before the first step: the model, and who computes it."""
+"""What is printed, and what is not: before the first step the model, and who computes it."""
 
 from __future__ import annotations
 
+import logging
+import warnings
 from itertools import groupby
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from models.language_model import LanguageModel
 
@@ -38,3 +41,18 @@ def summary(model: LanguageModel, seq_len: int, device: torch.device, dtype: tor
         lines.append(f"(features of keys: {'; '.join(dict.fromkeys(widened))})")
     lines.append(f"(state: numbers held per sequence after {seq_len:,} tokens)")
     return "\n".join(lines)
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    if text:
+        print(text, flush=True)
+
+
+def quiet() -> None:
+    """Leaves out what Lightning says about the machine, which the summary does, and warnings about what is meant so."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # inside lightning 2.6, about torch
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged has been summed over the ranks
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # num_workers is a setting

@@ -1,0 +1,247 @@
+"""The state of a run on disk: written so that a kill or a full disk can't spoil it, read only if it is whole.
+
+checkpoints/step-000000020.ckpt         weights, optimizer, schedule, counters, random state; torch.load reads it
+            step-000000020.ckpt.sha256  its checksum, as `sha256sum --check` reads it
+
+A checkpoint is written under another name, synced to the disk and renamed, its checksum before it; what has the name is
+whole, but for a failing disk, and that the checksum finds. The two newest are kept. Under every strategy it is the one
+file that the first rank writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback
+
+from models.training.preemption import Preemption, Stopped
+from models.training.run import RunError
+
+KEPT = 2  # the newest, and one to go back to
+
+
+class Checkpoint(Callback):
+    """Saves every `every` steps, at the end, and when the run is asked to stop, which it then does. It comes
+    after the callbacks that log.
+
+    A step is over when its row has been logged and its validation, where one is due, is done: a run that is killed
+    while it validates then validates again when it goes on. (Lightning's ModelCheckpoint saves before either.) Where
+    the file can't be written the run says so and goes on to the next try; at the end that is an error.
+    """
+
+    def __init__(self, folder: str | Path, every: int, validate_every: int, preemption: Preemption) -> None:
+        self.folder, self.every, self.validate_every = Path(folder), every, validate_every
+        self.preemption = preemption
+        self.finished = self.saved = 0  # the last step that is over, and that is in a file
+        self.files = WholeFiles()
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self.trainer = trainer
+        trainer.strategy.checkpoint_io = self.files
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.finished = self.saved = trainer.global_step
+        if self._random_state:
+            set_random_state(self._random_state, trainer)  # here, because to make a loader draws a number
+        if trainer.is_global_zero and self.folder.exists():
+            remove(self.folder, lambda step: step > self.saved)  # torn, or they would have been resumed from
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        validates = trainer.enable_validation and trainer.global_step % self.validate_every == 0
+        if trainer.global_step > self.finished and not validates:
+            trainer._logger_connector.update_train_step_metrics()  # Lightning logs the row after this hook
+            self._end_of_step(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit" and trainer.global_step > self.finished:
+            self._end_of_step(trainer)
+
+    def _end_of_step(self, trainer: L.Trainer) -> None:
+        self.finished = trainer.global_step
+        if self.preemption.agreed or self.finished % self.every == 0:
+            self._save(trainer)
+        if self.preemption.agreed:
+            raise Stopped(self.preemption, f"after step {self.finished:,}; saved is step {self.saved:,}")
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.interrupted or trainer.global_step == self.saved:
+            return
+        if error := self._save(trainer):
+            raise RunError(f"{error}. Make room, and give the same command again: it goes on from step {self.saved:,}")
+
+    def _save(self, trainer: L.Trainer) -> str:
+        """Says what went wrong, if anything did. Every rank takes part."""
+        step = trainer.global_step
+        path = self.folder / f"step-{step:09d}.ckpt"
+        trainer.save_checkpoint(path)
+        error = trainer.strategy.broadcast(self.files.error)
+        if error:
+            error = f"the checkpoint of step {step:,} could not be written to {self.folder} ({error})"
+            if trainer.is_global_zero:
+                print(f"warning: {error}; the last one is of step {self.saved:,}", flush=True)
+            return error
+        self.saved = step
+        if trainer.is_global_zero:
+            newest = sorted(self.folder.glob("step-*.ckpt"))[-KEPT:]
+            remove(self.folder, lambda step: step < step_of(newest[0]))
+        return ""
+
+    # the random state of every rank; Lightning saves none
+
+    _random_state: list[dict[str, Any]] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        mine = random_state(self.trainer.strategy.root_device)
+        everyone: list[Any] = [mine]
+        if torch.distributed.is_initialized():
+            everyone = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everyone, mine)
+        return {"random": everyone}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._random_state = state["random"]
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Lightning's reading and writing of checkpoints, with the writing as the module's docstring has it.
+
+    (Lightning's own puts the whole checkpoint together in memory first, and syncs nothing.) `error` is what went wrong
+    with the last write, "" if nothing did: the rank that writes must not leave the others waiting.
+    """
+
+    error = ""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path, self.error = Path(path), ""
+        draft, checksum = path.with_suffix(".partial"), checksum_of(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with draft.open("wb") as file:
+                hashing = HashingFile(file)
+                try:
+                    torch.save(checkpoint, hashing)
+                except RuntimeError as error:  # what torch makes of a failed write
+                    raise hashing.error or error from None
+                sync(file)
+            with checksum.with_suffix(".partial").open("wb") as file:
+                file.write(f"{hashing.digest.hexdigest()}  {path.name}\n".encode())
+                sync(file)
+            checksum.with_suffix(".partial").replace(checksum)
+            draft.replace(path)
+            sync_folder(path.parent)
+        except OSError as error:
+            self.error = error.strerror or str(error)
+            draft.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+class HashingFile:
+    """What torch.save needs of a file, with the SHA-256 of what went through it and the error that torch hides."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            count = self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.digest.update(data)
+        return count
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in it last through a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def step_of(path: Path) -> int:
+    """Of any file in the folder."""
+    return int(path.name.removeprefix("step-").partition(".")[0])
+
+
+def remove(folder: Path, condition: Any) -> None:
+    """The files of every step for which condition(step) is true, and all drafts. A checkpoint goes before its checksum
+    does."""
+    for path in sorted(folder.glob("step-*")):
+        if condition(step_of(path)) or path.suffix == ".partial":
+            path.unlink(missing_ok=True)
+
+
+def what_is_wrong(path: Path) -> str:
+    """With a checkpoint, in a few words; "" if it is whole. Reads all of it, at one to two GB/s."""
+    try:
+        expected = checksum_of(path).read_text().split()[0]
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return "its checksum is missing"
+    except OSError as error:
+        return error.strerror or str(error)
+    return "" if found == expected else f"its {path.stat().st_size:,} bytes do not have the checksum they had"
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, None where none was ever written; and a sentence for every newer one that
+    is not. Raises ValueError if there are some and none is whole."""
+    torn = []
+    for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
+        if not (wrong := what_is_wrong(path)):
+            return path, torn
+        torn.append(f"{path} is torn: {wrong}")
+    if torn:
+        raise ValueError(
+            "\n       ".join([*torn, "No checkpoint is whole. To begin anew: overwrite=true, or another name="])
+        )
+    return None, []
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Python's, NumPy's, torch's and the device's generator, as what torch.load takes with weights_only."""
+    name, keys, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(states: list[dict[str, Any]], trainer: L.Trainer) -> None:
+    """The rank's own state of those saved; on another number of ranks or kind of device, one derived from the first
+    rank's seed, the step and the rank."""
+    device, rank = trainer.strategy.root_device, trainer.global_rank
+    if len(states) != trainer.world_size or ("cuda" in states[0]) != (device.type == "cuda"):
+        L.seed_everything(hash((torch.initial_seed(), trainer.global_step, rank)) % 2**32, verbose=False)
+        return
+    state = states[rank]
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
