@@ -1,4 +1,4 @@
-"""What all tests share: no network, two threads, a cache of their own, and a way to run train.py as a user does."""
+"""What all tests share: no network, one thread for each of pytest's workers, a cache of their own, and a way to run train.py as a user does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
-torch.set_num_threads(2)
+os.environ["OMP_NUM_THREADS"] = "1"  # pytest runs as many workers as there are cores; children take it too
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +37,6 @@ def train(tmp_path, cache):
             timeout=timeout,
         )
 
-    run.environment = os.environ | {"RUNS": str(tmp_path / "runs"), "TTR_CACHE": str(cache), "OMP_NUM_THREADS": "2"}
+    run.environment = os.environ | {"RUNS": str(tmp_path / "runs"), "TTR_CACHE": str(cache)}
     run.runs = tmp_path / "runs"
     return run

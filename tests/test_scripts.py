@@ -54,6 +54,7 @@ def test_figure_of_feature_kernels(tmp_path, monkeypatch):
     assert all(line[-1] < line[0] / 2 for (_, beta), line in errors.items() if beta == "1.0"), errors
 
 
+@pytest.mark.slow
 def test_momentum_accuracy(tmp_path):
     """Ours keeps its digits in float32 at every momentum; fla's formula is what it is."""
     done = script("scripts/momentum_accuracy.py", "--tokens", "64", "--json", str(tmp_path / "rows.json"))
@@ -61,6 +62,7 @@ def test_momentum_accuracy(tmp_path):
     assert all(max(row["ours"]) < 2e-6 for row in json.loads((tmp_path / "rows.json").read_text()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_killed_preparation_goes_on_to_the_same_bytes(train, tmp_path, num_workers):
     """SIGKILL at moments that differ, the same command again and again, at last beside itself: one set of bytes."""
