@@ -62,11 +62,13 @@ def problems(node: Any, path: str = "", targets: tuple[str, ...] = TARGETS) -> I
 
 
 def _belongs(target: Any, module: str) -> bool:
-    """Whether this is one of our own classes or functions, where it is defined, or a class of a library. What a module
-    imports from elsewhere (a way around TARGETS) and a library's functions (torch.load) are neither.
+    """Whether this is one of our own classes or functions, from the module or package that defines it, or a class of a
+    library. What a module imports from elsewhere (a way around TARGETS) and a library's functions (torch.load) are
+    neither.
     """
     if module.split(".")[0] in ("models", "data"):
-        return (inspect.isclass(target) or inspect.isfunction(target)) and target.__module__ == module
+        ours = inspect.isclass(target) or inspect.isfunction(target)
+        return ours and f"{target.__module__}.".startswith(f"{module}.")
     return inspect.isclass(target)
 
 
