@@ -17,6 +17,8 @@ Decay.      One per head. With one per channel, H_t = diag(gamma) H_{t-1} + ... 
             with a negative one, weights of a least-squares problem would be.
 Exactness.  The chunked form solves to a tolerance that is near rounding by default. The gradient is that of the exact
             solution. Decoding uses the same solver from the same start as training.
+            Moments in float32 know the fit to the condition number's rounding, whatever the solver: one pair 2048 times
+            over, ridge 1, no decay, b = 1 is 1e-3 off; with gamma at its cap of 0.9975 it is 9e-5.
             fla 0.6's chunk_mesa_net is not used. It rounds q, k and the solutions to float16 and G to bfloat16; it adds
             1e-5 to denominators, so that its fixed number of steps ends at an error of 1e-4 to 1e-2 whatever that
             number; and it trains from x = 0 but decodes from x = q / diag, which agree only when both have converged.
