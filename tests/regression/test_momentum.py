@@ -186,6 +186,7 @@ def test_autocast_changes_nothing():
 # Nothing diverges
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad_batch", [1, 16, 64])
 @pytest.mark.parametrize("regressor", [Momentum, Omega])
 @pytest.mark.parametrize("momentum", [0.0, 3.0, 7.0, 20.0])
