@@ -17,7 +17,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +69,7 @@ def prepare(
         tokenizer.load(folder / "tokenizer")
 
 
-def _lock(folder: Path) -> FileLock:
+def _lock(folder: Path) -> AbstractContextManager[Any]:
     lock = FileLock(f"{folder}.lock")
     try:
         return lock.acquire(timeout=0)

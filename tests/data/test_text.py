@@ -52,6 +52,7 @@ def test_attributes(task):
     assert math.isclose(task.bytes_per_token, held_out / (held_out + 2))
     assert "two lists" in task.describe()[0]
     task.prepare()  # again, to no effect
+    assert task.identity == {"data fingerprint": task.fingerprint, "tokenizer": f"bytes, {Bytes().fingerprint()}"}
     assert len(task.validation_samples(seq_len=9)) == 1 and len(task.validation_samples()) == 4
 
 
