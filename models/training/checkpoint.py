@@ -49,23 +49,29 @@ class Checkpoint(Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.finished = self.saved = trainer.global_step
-        if self._random_state:
-            set_random_state(self._random_state, trainer)  # here, because to make a loader draws a number
+        if self._saved_random_states:  # here and not before, because to make a loader draws a number
+            self._go_on_drawing(trainer)
         if trainer.is_global_zero and self.folder.exists():
             remove(self.folder, lambda step: step > self.saved)  # torn, or they would have been resumed from
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        validates = trainer.enable_validation and trainer.global_step % self.validate_every == 0
-        if trainer.global_step > self.finished and not validates:
+        if trainer.global_step == self.finished:  # in the middle of an accumulation window
+            return
+        if trainer.enable_validation and trainer.global_step % self.validate_every == 0:
+            self._before = random_state(trainer.strategy.root_device)  # validation, whose loader draws, leaves no trace
+        else:
             trainer._logger_connector.update_train_step_metrics()  # Lightning logs the row after this hook
             self._end_of_step(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and trainer.global_step > self.finished:
+            set_random_state(self._before, trainer.strategy.root_device)
             self._end_of_step(trainer)
 
     def _end_of_step(self, trainer: L.Trainer) -> None:
         self.finished = trainer.global_step
+        if self.finished == trainer.max_steps:  # then comes on_train_end
+            return
         if self.preemption.agreed or self.finished % self.every == 0:
             self._save(trainer)
         if self.preemption.agreed:
@@ -96,7 +102,17 @@ class Checkpoint(Callback):
 
     # the random state of every rank; Lightning saves none
 
-    _random_state: list[dict[str, Any]] | None = None
+    _saved_random_states: list[dict[str, Any]] | None = None
+
+    def _go_on_drawing(self, trainer: L.Trainer) -> None:
+        """On another number of ranks or kind of device there is no state to go on from: the seed, the step and the rank
+        make one."""
+        device, states = trainer.strategy.root_device, self._saved_random_states
+        if len(states) == trainer.world_size and ("cuda" in states[0]) == (device.type == "cuda"):
+            set_random_state(states[trainer.global_rank], device)
+        else:
+            seed = hash((torch.initial_seed(), trainer.global_step, trainer.global_rank)) % 2**32
+            L.seed_everything(seed, verbose=False)
 
     def state_dict(self) -> dict[str, Any]:
         mine = random_state(self.trainer.strategy.root_device)
@@ -107,7 +123,7 @@ class Checkpoint(Callback):
         return {"random": everyone}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._random_state = state["random"]
+        self._saved_random_states = state["random"]
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -231,14 +247,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def set_random_state(states: list[dict[str, Any]], trainer: L.Trainer) -> None:
-    """The rank's own state of those saved; on another number of ranks or kind of device, one derived from the first
-    rank's seed, the step and the rank."""
-    device, rank = trainer.strategy.root_device, trainer.global_rank
-    if len(states) != trainer.world_size or ("cuda" in states[0]) != (device.type == "cuda"):
-        L.seed_everything(hash((torch.initial_seed(), trainer.global_step, rank)) % 2**32, verbose=False)
-        return
-    state = states[rank]
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(tuple(state["numpy"]))
