@@ -29,8 +29,8 @@ KEPT = 2  # the newest, and one to go back to
 
 
 class Checkpoint(Callback):
-    """Saves every `every` steps, at the end, and when the run is asked to stop, which it then does. It comes
-    after the callbacks that log.
+    """Saves every `every` steps, at the end, and when the run is asked to stop, which it then does. It comes after the
+    callbacks that log.
 
     A step is over when its row has been logged and its validation, where one is due, is done: a run that is killed
     while it validates then validates again when it goes on. (Lightning's ModelCheckpoint saves before either.) Where
@@ -137,27 +137,30 @@ class WholeFiles(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path, self.error = Path(path), ""
-        draft, checksum = path.with_suffix(".partial"), checksum_of(path)
+        checksum = checksum_of(path)
+        drafts = [final.with_suffix(".partial") for final in (path, checksum)]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with draft.open("wb") as file:
+            with drafts[0].open("wb") as file:
                 hashing = HashingFile(file)
                 try:
                     torch.save(checkpoint, hashing)
                 except RuntimeError as error:  # what torch makes of a failed write
                     raise hashing.error or error from None
                 sync(file)
-            with checksum.with_suffix(".partial").open("wb") as file:
+            with drafts[1].open("wb") as file:
                 file.write(f"{hashing.digest.hexdigest()}  {path.name}\n".encode())
                 sync(file)
-            checksum.with_suffix(".partial").replace(checksum)
-            draft.replace(path)
+            drafts[1].replace(checksum)
+            drafts[0].replace(path)
             sync_folder(path.parent)
         except OSError as error:
             self.error = error.strerror or str(error)
-            draft.unlink(missing_ok=True)
+            for draft in drafts:
+                draft.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        """Weights only, whatever Lightning thinks: what is in a checkpoint can't run code."""
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
@@ -215,9 +218,9 @@ def remove(folder: Path, condition: Any) -> None:
 def what_is_wrong(path: Path) -> str:
     """With a checkpoint, in a few words; "" if it is whole. Reads all of it, at one to two GB/s."""
     try:
-        expected = checksum_of(path).read_text().split()[0]
+        expected = checksum_of(path).read_bytes()[:64]
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = hashlib.file_digest(file, "sha256").hexdigest().encode()
     except FileNotFoundError:
         return "its checksum is missing"
     except OSError as error:
