@@ -6,9 +6,9 @@ state) and of metrics.csv, bit for bit.
 
 One process or two (gloo), with and without loader workers; SIGKILL, SIGTERM and SIGUSR1, to one rank or to all, while
 the run starts, computes, writes a checkpoint, validates or finishes; and SIGKILL after which the newest checkpoint is
-cut short or has a byte changed. On a CPU, a few hundredths of a second of training a run. Most processes are forked
-from this one, which has imported everything, and call train.py's main with the command line's words; one in seventeen
-starts as the command does.
+cut short or has a byte changed. On a CPU. Most processes are forked
+from this one, which has imported everything, and call train.py's main with the command line's words; one in 25 starts
+as the command does.
 """
 
 from __future__ import annotations
@@ -245,9 +245,9 @@ def main() -> None:
                 references[world_size] = finished(Path(scratch, f"undisturbed-{world_size}"), words, world_size)
             folder = Path(scratch, f"{runs}")
             folder.mkdir()
-            left = min(chance.randrange(6, 12), arguments.kills - sum(kills.values()))
+            left = min(chance.randrange(8, 16), arguments.kills - sum(kills.values()))
             while left > 0:
-                launch = Launch(folder, words, world_size, command=chance.random() < 0.06)
+                launch = Launch(folder, words, world_size, command=chance.random() < 0.04)
                 kind = chance.choice([*SIGNALS, "KILL, torn"])
                 name = kind.partition(",")[0]
                 moment = chance.choices(["start", "step", "checkpoint", "validation", "finish"], [1, 4, 4, 4, 1])[0]

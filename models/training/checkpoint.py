@@ -29,8 +29,8 @@ KEPT = 2  # the newest, and one to go back to
 
 
 class Checkpoint(Callback):
-    """Saves every `every` steps, at the end, and when the run is asked to stop, which it then does. It comes
-    after the callbacks that log.
+    """Saves every `every` steps, at the end, and when the run is asked to stop, which it then does. It comes after the
+    callbacks that log.
 
     A step is over when its row has been logged and its validation, where one is due, is done: a run that is killed
     while it validates then validates again when it goes on. (Lightning's ModelCheckpoint saves before either.) Where
@@ -49,23 +49,29 @@ class Checkpoint(Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.finished = self.saved = trainer.global_step
-        if self._random_state:
-            set_random_state(self._random_state, trainer)  # here, because to make a loader draws a number
+        if self._saved_random_states:  # here and not before, because to make a loader draws a number
+            self._go_on_drawing(trainer)
         if trainer.is_global_zero and self.folder.exists():
             remove(self.folder, lambda step: step > self.saved)  # torn, or they would have been resumed from
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        validates = trainer.enable_validation and trainer.global_step % self.validate_every == 0
-        if trainer.global_step > self.finished and not validates:
+        if trainer.global_step == self.finished:  # in the middle of an accumulation window
+            return
+        if trainer.enable_validation and trainer.global_step % self.validate_every == 0:
+            self._before = random_state(trainer.strategy.root_device)  # validation, whose loader draws, leaves no trace
+        else:
             trainer._logger_connector.update_train_step_metrics()  # Lightning logs the row after this hook
             self._end_of_step(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and trainer.global_step > self.finished:
+            set_random_state(self._before, trainer.strategy.root_device)
             self._end_of_step(trainer)
 
     def _end_of_step(self, trainer: L.Trainer) -> None:
         self.finished = trainer.global_step
+        if self.finished == trainer.max_steps:  # then comes on_train_end
+            return
         if self.preemption.agreed or self.finished % self.every == 0:
             self._save(trainer)
         if self.preemption.agreed:
@@ -96,7 +102,17 @@ class Checkpoint(Callback):
 
     # the random state of every rank; Lightning saves none
 
-    _random_state: list[dict[str, Any]] | None = None
+    _saved_random_states: list[dict[str, Any]] | None = None
+
+    def _go_on_drawing(self, trainer: L.Trainer) -> None:
+        """On another number of ranks or kind of device there is no state to go on from: the seed, the step and the rank
+        make one."""
+        device, states = trainer.strategy.root_device, self._saved_random_states
+        if len(states) == trainer.world_size and ("cuda" in states[0]) == (device.type == "cuda"):
+            set_random_state(states[trainer.global_rank], device)
+        else:
+            seed = hash((torch.initial_seed(), trainer.global_step, trainer.global_rank)) % 2**32
+            L.seed_everything(seed, verbose=False)
 
     def state_dict(self) -> dict[str, Any]:
         mine = random_state(self.trainer.strategy.root_device)
@@ -107,7 +123,7 @@ class Checkpoint(Callback):
         return {"random": everyone}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._random_state = state["random"]
+        self._saved_random_states = state["random"]
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -121,27 +137,30 @@ class WholeFiles(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path, self.error = Path(path), ""
-        draft, checksum = path.with_suffix(".partial"), checksum_of(path)
+        checksum = checksum_of(path)
+        drafts = [final.with_suffix(".partial") for final in (path, checksum)]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with draft.open("wb") as file:
+            with drafts[0].open("wb") as file:
                 hashing = HashingFile(file)
                 try:
                     torch.save(checkpoint, hashing)
                 except RuntimeError as error:  # what torch makes of a failed write
                     raise hashing.error or error from None
                 sync(file)
-            with checksum.with_suffix(".partial").open("wb") as file:
+            with drafts[1].open("wb") as file:
                 file.write(f"{hashing.digest.hexdigest()}  {path.name}\n".encode())
                 sync(file)
-            checksum.with_suffix(".partial").replace(checksum)
-            draft.replace(path)
+            drafts[1].replace(checksum)
+            drafts[0].replace(path)
             sync_folder(path.parent)
         except OSError as error:
             self.error = error.strerror or str(error)
-            draft.unlink(missing_ok=True)
+            for draft in drafts:
+                draft.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        """Weights only, whatever Lightning thinks: what is in a checkpoint can't run code."""
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
@@ -199,9 +218,9 @@ def remove(folder: Path, condition: Any) -> None:
 def what_is_wrong(path: Path) -> str:
     """With a checkpoint, in a few words; "" if it is whole. Reads all of it, at one to two GB/s."""
     try:
-        expected = checksum_of(path).read_text().split()[0]
+        expected = checksum_of(path).read_bytes()[:64]
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = hashlib.file_digest(file, "sha256").hexdigest().encode()
     except FileNotFoundError:
         return "its checksum is missing"
     except OSError as error:
@@ -231,14 +250,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def set_random_state(states: list[dict[str, Any]], trainer: L.Trainer) -> None:
-    """The rank's own state of those saved; on another number of ranks or kind of device, one derived from the first
-    rank's seed, the step and the rank."""
-    device, rank = trainer.strategy.root_device, trainer.global_rank
-    if len(states) != trainer.world_size or ("cuda" in states[0]) != (device.type == "cuda"):
-        L.seed_everything(hash((torch.initial_seed(), trainer.global_step, rank)) % 2**32, verbose=False)
-        return
-    state = states[rank]
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(tuple(state["numpy"]))

@@ -1,7 +1,7 @@
 """Asked to stop: SIGTERM, SIGUSR1 and ctrl-c.
 
-A run that is asked to stop saves after the optimizer step that it is in (and the validation, if it is in one), on all
-ranks together, whichever of them was asked, and exits with
+A run that is asked to stop saves after the optimizer step that it is in, on all ranks together, whichever of them was
+asked, and exits with the codes below. Asked while it validates or saves, it does so after the step that follows.
 
     75    not finished, and nothing is wrong: the same command goes on        (EX_TEMPFAIL of sysexits.h)
     130   the same, after ctrl-c
@@ -80,7 +80,7 @@ class Preemption(Callback):
         elif again and number == signal.SIGINT:
             raise KeyboardInterrupt
         elif not again and rank_zero_only.rank == 0:  # os.write, because print may be what was interrupted
-            hint = ", and ctrl-c again not even that" if number == signal.SIGINT else ""
+            hint = "; ctrl-c again: at once, without saving" if number == signal.SIGINT else ""
             os.write(2, f"\n{self.signal.name}: stopping after this step{hint}\n".encode())
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
@@ -103,6 +103,7 @@ def requeue() -> None:
     """Puts a Slurm job back into the queue. The last thing that the first rank does, because it ends the job."""
     if job := os.environ.get("SLURM_JOB_ID"):
         print(f"putting job {job} back into the queue", flush=True)
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"warning: scontrol requeue {job} failed: {done.stderr.strip()}", flush=True)
+        try:
+            subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"warning: scontrol requeue {job} failed: {getattr(error, 'stderr', None) or error}", flush=True)
