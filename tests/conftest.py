@@ -1,4 +1,4 @@
-"""What all tests share: no network, a thread a worker, a cache of their own, and a way to run train.py as a user does."""
+"""What all tests share: no network, one thread a worker, a cache of their own, and train.py run as a user does."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A sequence in chunks: what every chunked form does before and after its own products.
 
-Between two tokens i <= t of a chunk a memory fades by L_ti = exp(c_t - c_i), with c the cumulative log decay. Only
-differences are exponentiated and none is positive, so nothing overflows and no entry exceeds one.
+Between two tokens i <= t of a chunk a memory fades by L_ti, the exponential of the sum of the log decays after i up to
+t. No sum is positive, so nothing overflows and no entry exceeds one.
 
 Shapes: B batch, T tokens, H heads, C chunk, N chunks, M = N B H: chunks of one sequence are B H apart, so that
 x[n B H : (n + 1) B H] is the n-th chunk of every sequence.
@@ -14,8 +14,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from models.regression.regressor import FORGET
 
 
 def into_chunks(x: Tensor | None, chunk: int, dtype: torch.dtype) -> Tensor | None:
@@ -54,37 +52,19 @@ def fades(like: Tensor, log_decay: Tensor | None) -> Fades:
     """From log decays in chunks, [M, C, 1] per head or [M, C, K] per channel; None fades nothing. like [M, C, *] gives
     sizes, dtype and device.
 
-    A token at or below FORGET empties the memory; it is counted apart from the sum, so that 64 documents in a chunk
-    leave the sum its digits: float32 resolves 4096 to 5e-4 only.
+    Every entry has a sum of its own, of the log decays between its two tokens. A difference of sums from the chunk's
+    beginning would lose the digits that all before took: 64 momenta of 1e-6, or the FORGET of every document, which is
+    -64 where float32 then resolves 4e-6, and which no sum within another document contains.
     """
     M, C, _ = like.shape
     causal = like.new_ones(C, C).tril_()
     if log_decay is None:
         one = like.new_ones(1, 1, 1).expand(M, C, 1)
         return Fades(causal, one, one)
-    forgets = log_decay <= FORGET
-    gates = log_decay.masked_fill(forgets, 0.0)
-    # Summed about their mean, which the distance multiplies: 64 momenta of 1e-6 in one sum would take 3e-5 of each.
-    age = torch.arange(1, C + 1, dtype=like.dtype, device=like.device).view(1, C, 1)
-    mean = gates.detach().mean(-2, keepdim=True)
-    c = (gates - mean).cumsum(-2)
-    distances = _differences(age.expand(-1, -1, gates.shape[-1]))
-    within = _differences(c) + distances * (mean if distances.ndim == 3 else mean.unsqueeze(1))
-    within = within.masked_fill(distances < 0, 0.0).exp()
-    start, end = (c + age * mean).exp(), (c[:, -1:] - c + (C - age) * mean).exp()
-    # Starts of documents are rare, and on a CPU it costs nothing to look; on a GPU looking would wait for it.
-    if forgets.device.type != "cpu" or forgets.any():
-        document = forgets.cumsum(-2)
-        within = within.masked_fill(_differences(document) != 0, 0.0)
-        start = start.masked_fill(document > 0, 0.0)
-        end = end.masked_fill(document < document[:, -1:], 0.0)
-    return Fades(within * (causal if within.ndim == 3 else causal.unsqueeze(-1)), start, end)
-
-
-def _differences(x: Tensor) -> Tensor:
-    """x_t - x_i for all pairs of tokens of a chunk: [M, C, X] to [M, C, C, X], or [M, C, C] for X = 1."""
-    pairs = x.unsqueeze(2) - x.unsqueeze(1)
-    return pairs.squeeze(-1) if x.shape[-1] == 1 else pairs
+    not_between = like.new_ones(C, C, dtype=torch.bool).triu().unsqueeze(-1)
+    within = log_decay.unsqueeze(2).masked_fill(not_between, 0.0).cumsum(1).exp() * causal.unsqueeze(-1)
+    start, end = log_decay.cumsum(1).exp(), within[:, -1]
+    return Fades(within.squeeze(-1) if within.shape[-1] == 1 else within, start, end)
 
 
 def unit_inverse(A: Tensor) -> Tensor:

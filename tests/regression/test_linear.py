@@ -51,12 +51,12 @@ def test_a_decay_of_one_is_no_decay_and_equal_channels_are_a_head():
 
 
 def test_many_documents_in_a_chunk_leave_the_others_their_digits():
-    """float32 resolves a sum of 60 boundaries to 5e-4; counted apart they cost nothing."""
+    """float32 resolves a sum of 32 boundaries to 2e-4; in sums of their own they cost nothing."""
     gates = torch.full((1, 64, 1), -0.01)
     gates[:, 1::2] = FORGET
     within, start, end = fades(torch.zeros(1, 64, 1), gates)
     assert within[0, 62, 62] == 1 and within[0, 62, 61] == pytest.approx(0.99005, abs=1e-6)
-    assert start[0, 1:].eq(0).all() and end[0, :-1].eq(0).all()
+    assert max(start[0, 1:].max(), end[0, :-1].max()) < 1e-27
 
 
 def test_with_its_normaliser_it_is_a_weighted_mean():
