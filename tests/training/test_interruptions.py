@@ -480,7 +480,7 @@ def test_a_directory_has_one_run_at_a_time(tmp_path):
 def test_one_to_two_to_four_processes_and_back(tmp_path, cache):
     """Stopped by a signal to the first process alone, every few steps; the batches stay the same, so that the losses
     are those of one process to rounding."""
-    slow = ("optimizer.lr=1e-4", "micro_batch=1", "tokens=12800", "validate_every=25")  # what rounding is amplified by
+    slow = ("optimizer.lr=1e-4", "micro_batch=1", "tokens=30720", "validate_every=60")  # what rounding is amplified by
     said, _ = start(tmp_path / "one", cache, *slow).communicate(timeout=300)
     assert "finished" in said, said
     metrics = tmp_path / "more" / "run" / CsvLogger.FILE
