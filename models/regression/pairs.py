@@ -144,6 +144,21 @@ class _InBlocks(torch.autograd.Function):
         return None, *gradients
 
 
+def document_starts(T: int, past: int, first: Tensor | None, segments: Tensor | None) -> Tensor | None:
+    """View.start: of each of T queries after `past` pairs, the first pair of its document [B, T]; None for all 0.
+
+    first [B]: the first pair of the document that the cache ends with, and the call begins with; None for 0. segments
+    [B, T]: the call's documents, or None.
+    """
+    before = None if first is None else first.unsqueeze(1).expand(-1, T)
+    if segments is None:
+        return before
+    index = torch.arange(past, past + T, device=segments.device)
+    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
+    inside = torch.where(begins, index, 0).cummax(1).values
+    return inside if before is None else torch.maximum(before, inside)
+
+
 def by_head(x: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
     """[B, S, G, X] to [B, H, S, X], each key-value head for all its query heads."""
     return x.to(dtype).repeat_interleave(num_heads // x.shape[2], dim=2).transpose(1, 2)
@@ -207,13 +222,7 @@ class Nonparametric(Regressor):
             k, v = torch.cat([state.k.to(k.dtype), k], dim=1), torch.cat([state.v.to(v.dtype), v], dim=1)
             if age is not None:
                 age = torch.cat([state.age, age], dim=1)
-        start = None if first is None else first.unsqueeze(1).expand(-1, T)
-        if segments is not None:
-            index = torch.arange(past, past + T, device=k.device)
-            starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
-            inside = torch.where(starts, index, 0).cummax(1).values
-            start = inside if start is None else torch.maximum(start, inside)  # the cache is its first document's
-        return Pairs(k, v, first, age), View(past, start, self.window)
+        return Pairs(k, v, first, age), View(past, document_starts(T, past, first, segments), self.window)
 
     def keep(self, pairs: Pairs, view: View) -> Pairs:
         """The cache after the call: what later queries may still use."""
