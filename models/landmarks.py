@@ -3,9 +3,9 @@
 phi(x) = (kappa(Z, Z) + eps I)^{-1/2} kappa(Z, x) ,    kappa(z, x) = exp(-beta |z - x|^2 / 2) ,
 
 with m landmarks Z. Then phi(q) . phi(k) = kappa(q, Z) (kappa(Z, Z) + eps I)^{-1} kappa(Z, k), Nystroem's approximation
-of kappa (Williams and Seeger 2001), exact where Z holds the keys; and least squares in phi is kernel ridge regression on
-the span of the landmarks, with a state of m^2 instead of T^2. Nystroemformer (Xiong et al. 2021) and Skyformer (Chen et
-al. 2021) take their landmarks from the whole sequence, which no causal model may; these are learned.
+of kappa (Williams and Seeger 2001), exact where Z holds the keys; least squares in phi is kernel ridge regression on
+the span of the landmarks, with a state of m^2 instead of T^2. Nystroemformer (Xiong et al. 2021) and Skyformer (Chen
+et al. 2021) take their landmarks from the whole sequence, which no causal model may; these are learned.
 """
 
 from __future__ import annotations
