@@ -94,24 +94,41 @@ def recurrent_local_polynomial(
 
 
 def blocked_local_polynomial(
-    q: Tensor, pairs: Pairs, beta: Tensor, ridge: Tensor, view: View, order: int, cross_terms: bool, block: int
+    q: Tensor,
+    pairs: Pairs,
+    beta: Tensor,
+    ridge: Tensor,
+    view: View,
+    order: int,
+    cross_terms: bool,
+    block: int,
+    widest_cholesky: int = WIDEST_CHOLESKY,
 ) -> Tensor:
     """The same, `block` queries at a time; memory is linear in T. Arguments as in recurrent_local_polynomial."""
     H, dtype = q.shape[2], working_dtype(q, pairs.k)
     q, k, v = q.transpose(1, 2).to(dtype), by_head(pairs.k, H, dtype), by_head(pairs.v, H, dtype)
     queries, keys = (q, monomials(q, order, cross_terms)), (k, v, monomials(k, order, cross_terms))
-    o = in_blocks(local_polynomial, queries, keys, (of_heads(beta), of_heads(ridge)), view, block)
+    form = partial(local_polynomial, widest_cholesky=widest_cholesky)
+    o = in_blocks(form, queries, keys, (of_heads(beta), of_heads(ridge)), view, block)
     return o.transpose(1, 2).to(pairs.v.dtype)
 
 
 def local_polynomial(
-    visible: Tensor, q: Tensor, phi_q: Tensor, k: Tensor, v: Tensor, phi_k: Tensor, beta: Tensor, ridge: Tensor
+    visible: Tensor,
+    q: Tensor,
+    phi_q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_k: Tensor,
+    beta: Tensor,
+    ridge: Tensor,
+    widest_cholesky: int = WIDEST_CHOLESKY,
 ) -> Tensor:
     """The solution above for one block of queries, [B, H, T, V]."""
     w = kernel_weights("gaussian", visible, q, k, beta)
     mean = w @ phi_k
     with torch.no_grad():
-        solver = factored if phi_k.shape[-1] <= WIDEST_CHOLESKY else iterated
+        solver = factored if phi_k.shape[-1] <= widest_cholesky else iterated
         solve = solver(w, phi_k, mean, ridge)
         u = solve(phi_q - mean)
     # u is the solution but has no gradient. One step from it that is known by its residual alone has the gradient of
