@@ -42,7 +42,7 @@ from models.sizes import Sizes
 LEAST_RIDGE = 1e-3
 # Above this width a solve by conjugate gradients, two products of T x S x F an iteration, is cheaper than C itself.
 WIDEST_CHOLESKY = 64
-KEYS_AT_ONCE = 1024
+KEYS_AT_ONCE = 256  # of which the products of all pairs of features are held at a time
 
 Solve = Callable[[Tensor], Tensor]
 
