@@ -33,7 +33,10 @@ from models.features import Identity
 from models.kernels import fla
 from models.mixer import Mixer
 from models.regression.delta import chunked_delta
+from models.regression.kernel import Factor, parallel_intention
 from models.regression.local import Softmax
+from models.regression.local_polynomial import blocked_local_polynomial
+from models.regression.pairs import Pairs, View
 from scripts import benchmark_data
 
 if TYPE_CHECKING:
@@ -81,10 +84,13 @@ def cases(device: str) -> dict[str, Callable[[], Case]]:
             "delta B4 T1024 H4 K64": lambda: delta_on_a_cpu(4, 1024, 4, 64),
             "delta B16 T256 H4 K32": lambda: delta_on_a_cpu(16, 256, 4, 32),
             "softmax B4 T1024 H4 K64": lambda: softmax_layer(4, 1024, 4, 64, device, torch.float32),
+            "local linear B1 T512 H2 K32": lambda: local_linear(1, 512, 2, 32, device),
         }
     return {
         "delta B8 T4096 H8 K128": lambda: delta_on_a_gpu(8, 4096, 8, 128),
         "softmax B8 T4096 H8 K128": lambda: softmax_layer(8, 4096, 8, 128, device, torch.bfloat16),
+        "local linear B1 T8192 H8 K64": lambda: local_linear(1, 8192, 8, 64, device),
+        "intention B4 T1024 H8 K64": lambda: intention(4, 1024, 8, 64, device),
     }
 
 
@@ -131,6 +137,38 @@ def softmax_layer(B: int, T: int, H: int, K: int, device: str, dtype: torch.dtyp
         "ours, Mixer": at(lambda x: ours(x)[0]),
     }
     return Case([torch.randn(B, T, H * K, device=device).requires_grad_()], named)
+
+
+def local_linear(B: int, T: int, H: int, K: int, device: str) -> Case:
+    """Both solvers, float32; on a GPU beside softmax in bf16, which is another model and no more than a yardstick."""
+    q, k, v = draw((B, T, H, K), torch.float32, device)[:3]
+    beta, ridge = torch.full((H,), K**0.5, device=device), torch.full((H,), 0.1, device=device)
+
+    def ours(widest_cholesky: int) -> Callable[..., Tensor]:
+        def operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, block = F.normalize(q, dim=-1), 256 if device == "cuda" else 64
+            return blocked_local_polynomial(q, Pairs(k, v), beta, ridge, View(), 1, True, block, widest_cholesky)
+
+        return operator
+
+    named = {"ours, Cholesky": ours(K), "ours, conjugate gradients": ours(0)}
+    return Case([q, k, v], named | ({"SDPA bf16 (another model)": half_softmax} if device == "cuda" else {}))
+
+
+def intention(B: int, T: int, H: int, K: int, device: str) -> Case:
+    q, k, v = draw((B, T, H, K), torch.float32, device)[:3]
+    beta, ridge = torch.full((H,), K**0.5, device=device), torch.full((B, T, H), 0.1, device=device)
+    empty = (k.new_empty(B, 0, H, K), k.new_empty(B, H, 0, 0), k.new_empty(B, H, 0, K), k.new_zeros(B, H))
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return parallel_intention(F.normalize(q, dim=-1), k, v, beta, ridge, View(), Factor(*empty))[0]
+
+    return Case([q, k, v], {"ours, one Cholesky": ours, "SDPA bf16 (another model)": half_softmax})
+
+
+def half_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.bfloat16().transpose(1, 2) for x in (F.normalize(q, dim=-1), k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=q.shape[-1] ** 0.5).transpose(1, 2).float()
 
 
 def mixer_of_qwen3(attention: Qwen3Attention) -> Mixer:
@@ -243,14 +281,14 @@ def compare(size: str, case: Case, device: str, repeats: int) -> list[Row]:
 def ops(only: str | None, repeats: int, path: Path | None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{machine(device)}; error: largest difference to the first of its size, relative to its largest value")
-    print(f"{'size':25} {'operator':28} {'forward ms':>11} {'+ backward':>11} {'speed':>6} {'peak GB':>8} {'error':>8}")
+    print(f"{'size':28} {'operator':28} {'forward ms':>11} {'+ backward':>11} {'speed':>6} {'peak GB':>8} {'error':>8}")
     rows = []
     for size, make in cases(device).items():
         if only and only not in size:
             continue
         for row in compare(size, make(), device, repeats):
             peak = f"{row.peak_gb:8.2f}" if row.peak_gb else " " * 8
-            line = f"{row.size:25} {row.name:28} {row.forward_ms:11.2f} {row.both_ms:11.2f} {row.ratio:6.2f}"
+            line = f"{row.size:28} {row.name:28} {row.forward_ms:11.2f} {row.both_ms:11.2f} {row.ratio:6.2f}"
             print(f"{line} {peak} {row.error:8.0e}", flush=True)
             rows.append(row)
     if path:

@@ -23,11 +23,13 @@ def script(*command: str, **settings) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_benchmark_prints_ours_beside_theirs(tmp_path):
-    """The chunked delta rule beside transformers' fallback, the softmax layer beside Qwen3's: equal, and timed."""
+    """The chunked delta rule beside transformers' fallback, the softmax layer beside Qwen3's, local linear attention by
+    both of its solvers: equal, and timed."""
     done = script("scripts/benchmark.py", "ops", "--repeats", "1", "--json", str(tmp_path / "ops.json"))
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "ops.json").read_text())["rows"]
     named = {"transformers, chunked", "ours, chunked", "transformers, Qwen3Attention", "ours, Mixer"}
+    named |= {"ours, Cholesky", "ours, conjugate gradients"}
     assert named == {row["name"] for row in rows}
     assert all(row["error"] < 1e-4 for row in rows)
 

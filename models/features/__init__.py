@@ -13,6 +13,7 @@ head belongs to the key head; queries of a group share it.
     sum_{j<=p} (b q.k)^j / j!   Taylor                              where p is even
     exp(b q.k)                  Performer, in expectation           yes
     exp(-b |q - k|^2 / 2)       Cosine, in expectation              no
+                                Nystrom, on learned landmarks       no
 
 Only a positive kernel may be divided by its sum (`normalizer: true`); the others' sums can vanish. b, the inverse
 temperature, sharpens the kernel: phi sees sqrt(b) x. It is a number, or "learned", one per head from 1.
@@ -20,6 +21,7 @@ temperature, sharpens the kernel: phi sees sqrt(b) x. It is a number, or "learne
 
 from models.features.base import FeatureMap
 from models.features.coordinates import DPFP, ELU, CosFormer, Hedgehog, Identity, ReLU
+from models.features.landmarks import Nystrom
 from models.features.monomials import Polynomial, Rebased, Taylor
 from models.features.random import Cosine, Performer
 
@@ -31,6 +33,7 @@ __all__ = [
     "FeatureMap",
     "Hedgehog",
     "Identity",
+    "Nystrom",
     "Performer",
     "Polynomial",
     "ReLU",

@@ -7,7 +7,8 @@ import torch
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
-from models.regression.local import parallel_softmax, recurrent_softmax
+from models.regression.local import parallel_softmax, recurrent_local_constant
+from models.regression.pairs import Pairs
 from scripts.benchmark import mixer_of_qwen3
 from tests.laws.presets import inputs, largest_difference, mixer, outcome
 
@@ -21,7 +22,7 @@ def test_it_minimises_the_weighted_squares():
     torch.manual_seed(0)
     q, k, v = unit(1, 9, 1, 4), unit(1, 9, 1, 4), torch.randn(1, 9, 1, 3, dtype=torch.float64)
     beta = 2.0
-    o = recurrent_softmax(beta * q, k, v)
+    o = recurrent_local_constant(q, Pairs(k, v), torch.full((1,), beta, dtype=q.dtype))
     for t in range(9):
         root = (beta * k[0, : t + 1, 0] @ q[0, t, 0]).exp().sqrt().unsqueeze(1)
         m = torch.linalg.lstsq(root, root * v[0, : t + 1, 0]).solution[0]
@@ -37,7 +38,8 @@ def test_with_unit_vectors_the_kernel_is_gaussian():
         distance = (q[0, :, 0].unsqueeze(1) - k[0, :, 0]).square().sum(-1)
         w = (-beta * distance / 2).exp().tril()
         gaussian = (w / w.sum(1, keepdim=True)) @ v[0, :, 0]
-        assert torch.allclose(parallel_softmax(beta * q, k, v)[0, :, 0], gaussian, atol=1e-12) is same
+        o = parallel_softmax(q, Pairs(k, v), torch.full((1,), beta, dtype=q.dtype))
+        assert torch.allclose(o[0, :, 0], gaussian, atol=1e-12) is same
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
