@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from conf.build import problems
+from scripts.recipes import PRESETS, recipe, table
 from tests.conftest import ROOT
 from tests.test_config import CONF, composed
 
@@ -41,3 +42,8 @@ def test_every_model_and_corpus_is_named():
     for group in ("model", "data", "tokenizer", "size"):
         for path in (CONF / group).glob("*.yaml"):
             assert path.stem == "base" or path.stem in README, f"{group}={path.stem} is not in README.md"
+
+
+@pytest.mark.slow
+def test_the_table_of_mixers_is_what_the_script_prints():
+    assert table([recipe(preset, "340m") for preset in PRESETS], markdown=True) in README

@@ -12,7 +12,7 @@ Members.    Mesa (MesaNet, von Oswald et al. 2025, section 3): a static ridge, b
             number by (1 + a) / a and lets Chebyshev's iteration run a constant number of steps; it reads with
             q + alpha (x - q), x = q (H_t + Lambda)^{-1}, between linear attention and least squares. Recursive least
             squares (recursive.py), whose ridge fades with the past: another estimator. Features before it
-            (features.py) make it regression in them.
+            (models/features) make it regression in them.
 Decay.      One per head. With one per channel, H_t = diag(gamma) H_{t-1} + ... is not symmetric and minimises nothing;
             with a negative one, weights of a least-squares problem would be.
 Exactness.  The chunked form solves to a tolerance that is near rounding by default. The gradient is that of the exact

@@ -189,7 +189,7 @@ def mixtures(
     theta, log_momentum, log_decay = (into_chunks(x, chunk, dtype) for x in (step_size, log_momentum, log_decay))
     theta, n = theta.mT, 3 if with_reference else 2
     decay, momentum = fades(real, log_decay), fades(real, log_momentum)
-    a, eta = _fading(decay.within, len(real)), _fading(momentum.within, len(real))
+    a, eta = (x.within.expand(len(real), -1, -1) for x in (decay, momentum))
     # what fills the last chunk fades nothing, and must not add the momentum to the memory once more
     summed = product(a, torch.cat([momentum.start, eta], dim=-1) * real)
     read = Mixture(torch.cat([decay.start, summed[..., :1]], dim=-1), summed[..., 1:] * theta)
@@ -200,14 +200,6 @@ def mixtures(
     states = [F.pad(read.states[:, -1], (0, n - 2)), F.pad(momentum.start[:, -1], (1, n - 2)), refer.states[:, -1]]
     writes = [read.writes[:, -1], (eta * theta)[:, -1], refer.writes[:, -1]]
     return read, refer, Mixture(torch.stack(states[:n], dim=1), torch.stack(writes[:n], dim=1))
-
-
-def _fading(within: Tensor, chunks: int) -> Tensor:
-    """L [M, C, C] with a diagonal that is one by name, not by e^{c - c}, which has a gradient that cancels but for
-    rounding: in float32 and for a momentum of 1e-6 this is 20 % of what is left.
-    """
-    within = within.tril(-1).expand(chunks, -1, -1)
-    return within + torch.eye(within.shape[-1], dtype=within.dtype, device=within.device)
 
 
 def _places(where: References, chunk: int, heads: int, dtype: torch.dtype) -> Tensor:
