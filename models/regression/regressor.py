@@ -100,6 +100,10 @@ class Regressor(nn.Module):
             reasons = [] if possible else why_not if device.type == "cuda" else ["no GPU"] if refusals else []
         return Choice(name, "; ".join(filter(None, [*reasons, self.route(name, device, dtype)])))
 
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Of the last forward pass, what is worth a column in metrics.csv: numbers, as tensors on the device."""
+        return {}
+
     def flops_per_token(self, seq_len: int) -> int:
         """Multiply-adds counted as two, forward only, of the definition (mixer.py adds the projections it owns)."""
         raise NotImplementedError

@@ -120,8 +120,17 @@ class Training(L.LightningModule):
                 "train/gradient_norm": length,
                 "train/learning_rate": optimizer.param_groups[0]["lr"],
                 **self.guard.metrics(),
+                **self._diagnostics(),
             }
         )
+
+    def _diagnostics(self) -> dict[str, float]:
+        """What the regressors tell of their last forward pass (regressor.py), layer by layer."""
+        return {
+            f"{name}/layer_{i}": value.item()
+            for i, block in enumerate(self.model.blocks)
+            for name, value in block.mixer.regressor.diagnostics().items()
+        }
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optimizer(self.model)
