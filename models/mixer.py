@@ -19,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.convolution import ShortConvolution
+from models.convolution import Shift, ShortConvolution
 from models.features import Identity
 from models.norm import RMSNorm, sum_to_one, unit
 from models.rotary import rotate
 from models.sizes import Sizes
 
+CONVOLVED = ("qkv", "k")
+PAIRS = ("same", "shift")
 ACTIVATIONS = {"none": None, "silu": F.silu}
 GATES = {"none": None, "silu": F.silu, "sigmoid": torch.sigmoid}
 NORMS = ("none", "l2", "rms")
@@ -35,14 +37,15 @@ class State(NamedTuple):
     """What a mixer carries from one call to the next. Its size does not depend on T, but for softmax without a window.
 
     memory     the regressor's
-    tail       [B, W-1, channels], the last inputs of the short convolution, or None
+    tail       [B, W-1, channels], the last inputs of the short convolution, and [B, 1, channels], the last key where
+               pairs are shifted; None for what the recipe doesn't have
     position   [B], how many tokens of the present document have been seen
     segment    [B], the number of the present document, or None where segments have never been given
     turn       [B, H], the product of all signs of a signed decay so far, or None where the decay has none
     """
 
     memory: Any
-    tail: Tensor | None
+    tail: tuple[Tensor | None, Tensor | None]
     position: Tensor
     segment: Tensor | None
     turn: Tensor | None = None
@@ -56,7 +59,10 @@ class Mixer(nn.Module):
     same number.
 
     num_heads, num_kv_heads, key_dim, value_dim: H, G (default H), K and V (default D / H).
-    conv_size: width of the short convolution on q, k and v, 0 for none.
+    conv_size: width of the short convolution, 0 for none.
+    conv_on: qkv | k (on the keys alone), what it acts on.
+    pairs: same | shift, which key a token's value goes with: its own, or the previous token's, which makes bigrams of
+        the pairs (H3, Fu et al. 2022, section 3.1; the first token of a document has the key zero).
     activation: none | silu, after it.
     qk_norm: none | l2 (length one) | rms (length sqrt(K), with learned weights per channel).
     rotary: the base of the positions, or None.
@@ -79,6 +85,8 @@ class Mixer(nn.Module):
         key_dim: int | None = None,
         value_dim: int | None = None,
         conv_size: int = 0,
+        conv_on: str = "qkv",
+        pairs: str = "same",
         activation: str = "none",
         qk_norm: str = "none",
         rotary: float | None = None,
@@ -89,6 +97,8 @@ class Mixer(nn.Module):
     ) -> None:
         super().__init__()
         H, G = num_heads, num_kv_heads or num_heads
+        _check_choice("conv_on", conv_on, CONVOLVED)
+        _check_choice("pairs", pairs, PAIRS)
         _check_choice("activation", activation, ACTIVATIONS)
         _check_choice("output_gate", output_gate, GATES)
         _check_choice("qk_norm", qk_norm, NORMS)
@@ -116,7 +126,9 @@ class Mixer(nn.Module):
         n = self.regressor.pairs_per_token
         self.sizes = [H * K, n * G * K, n * G * V]  # q, k, v
         self.projection = nn.Linear(hidden_size, sum(self.sizes) + (H * V if self.gate else 0), bias=False)
-        self.convolution = ShortConvolution(sum(self.sizes), conv_size) if conv_size > 1 else None
+        self.conv_on, channels = conv_on, {"qkv": sum(self.sizes), "k": self.sizes[1]}[conv_on]
+        self.convolution = ShortConvolution(channels, conv_size) if conv_size > 1 else None
+        self.shift = Shift(self.sizes[1]) if pairs == "shift" else None
         if qk_norm == "rms":
             self.q_norm, self.k_norm = RMSNorm(K, norm_eps), RMSNorm(K, norm_eps)
         same = feature_norm == qk_norm and isinstance(self.features, Identity)  # it is that long already
@@ -146,15 +158,18 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> tuple[Tensor, State]:
         if state is not None and segments is not None:
             state = self._enter(state, segments[:, 0])
-        tail, memory, turn = (None, None, None) if state is None else (state.tail, state.memory, state.turn)
+        (tail, last_key), memory, turn = (None, None), None, None
+        if state is not None:
+            (tail, last_key), memory, turn = state.tail, state.memory, state.turn
         positions = _positions(x, None if state is None else state.position, segments)
 
         pairs, gate = self._project(x)
-        if self.convolution is not None:
-            pairs, tail = self.convolution(pairs, tail, segments)
+        pairs, tail = self._convolve(pairs, tail, segments)
         if self.activation is not None:
             pairs = self.activation(pairs)
         q, k, v = pairs.split(self.sizes, dim=-1)
+        if self.shift is not None:
+            k, last_key = self.shift(k, last_key, segments)
         n = self.regressor.pairs_per_token
         q, k, v = (
             y.unflatten(-1, (m, -1, width)).flatten(1, 2)  # [B, T, H, K], [B, T n, G, K], [B, T n, G, V]
@@ -179,7 +194,8 @@ class Mixer(nn.Module):
         if self.gate is not None:
             o = o * self.gate(gate)
         segment = segments[:, -1] if segments is not None else None if state is None else state.segment
-        return self.output(o), State(memory, tail, positions[:, -1] + 1, segment, None if turn is None else turn[:, -1])
+        turn = None if turn is None else turn[:, -1]
+        return self.output(o), State(memory, (tail, last_key), positions[:, -1] + 1, segment, turn)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """One product for everything that is linear in x: (q, k, v side by side, the gate)."""
@@ -187,6 +203,15 @@ class Mixer(nn.Module):
         if self.gate is None:
             return projected, None
         return projected.split([sum(self.sizes), self.num_heads * self.value_dim], dim=-1)
+
+    def _convolve(self, pairs: Tensor, tail: Tensor | None, segments: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.convolution is None:
+            return pairs, None
+        if self.conv_on == "qkv":
+            return self.convolution(pairs, tail, segments)
+        q, k, v = pairs.split(self.sizes, dim=-1)
+        k, tail = self.convolution(k, tail, segments)
+        return torch.cat([q, k, v], dim=-1), tail
 
     def _normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.qk_norm == "l2":
@@ -201,7 +226,7 @@ class Mixer(nn.Module):
         """
         before = torch.zeros_like(segment) if state.segment is None else state.segment
         new = before != segment
-        tail = None if state.tail is None else state.tail.masked_fill(new.view(-1, 1, 1), 0)
+        tail = tuple(None if x is None else x.masked_fill(new.view(-1, 1, 1), 0) for x in state.tail)
         memory, position = self.regressor.forget(state.memory, new), state.position.masked_fill(new, 0)
         return State(memory, tail, position, segment, state.turn)
 
@@ -219,9 +244,9 @@ class Mixer(nn.Module):
         return products + parts + self.regressor.flops_per_token(seq_len)
 
     def state_size(self, seq_len: int) -> int:
-        """Numbers held per sequence after seq_len tokens: the memory and the convolution's tail."""
-        tail = 0 if self.convolution is None else sum(self.sizes) * (self.convolution.width - 1)
-        return self.regressor.state_size(seq_len) + tail
+        """Numbers held per sequence after seq_len tokens: the memory, and the tails of convolution and shift."""
+        tails = sum(c.num_channels * (c.width - 1) for c in (self.convolution, self.shift) if c is not None)
+        return self.regressor.state_size(seq_len) + tails
 
 
 def _positions(x: Tensor, position: Tensor | None, segments: Tensor | None) -> Tensor:
