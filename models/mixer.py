@@ -13,7 +13,7 @@ Shapes: B batch, T tokens, D model width, H heads, G key-value heads, K key widt
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,19 +33,22 @@ NORMS = ("none", "l2", "rms")
 FEATURE_NORMS = {"none": None, "l2": unit, "sum": sum_to_one}
 
 
+Tails = tuple[Tensor | None, ...]
+
+
 class State(NamedTuple):
     """What a mixer carries from one call to the next. Its size does not depend on T, but for softmax without a window.
 
     memory     the regressor's
-    tail       [B, W-1, channels], the last inputs of the short convolution, and [B, 1, channels], the last key where
-               pairs are shifted; None for what the recipe doesn't have
+    tails      the last inputs of what acts along the tokens: of the short convolution [B, W-1, channels], of the shift
+               of keys [B, 1, channels]; None for what the recipe doesn't have
     position   [B], how many tokens of the present document have been seen
     segment    [B], the number of the present document, or None where segments have never been given
     turn       [B, H], the product of all signs of a signed decay so far, or None where the decay has none
     """
 
     memory: Any
-    tail: tuple[Tensor | None, Tensor | None]
+    tails: Tails
     position: Tensor
     segment: Tensor | None
     turn: Tensor | None = None
@@ -72,6 +75,9 @@ class Mixer(nn.Module):
     output_gate: none | silu | sigmoid, of a projection of x.
     decay, features, regressor: constructors, called with the sizes that they need.
     """
+
+    own_queries: ClassVar[bool] = True  # whether queries have a projection of their own
+    num_tails: ClassVar[int] = 1  # of `_along`
 
     def __init__(
         self,
@@ -124,10 +130,9 @@ class Mixer(nn.Module):
         self._check_recipe()
         self.regressor.decay_kind = self.decay.kind
         n = self.regressor.pairs_per_token
-        self.sizes = [H * K, n * G * K, n * G * V]  # q, k, v
+        self.sizes = [H * K if self.own_queries else 0, n * G * K, n * G * V]  # q, k, v
         self.projection = nn.Linear(hidden_size, sum(self.sizes) + (H * V if self.gate else 0), bias=False)
-        self.conv_on, channels = conv_on, {"qkv": sum(self.sizes), "k": self.sizes[1]}[conv_on]
-        self.convolution = ShortConvolution(channels, conv_size) if conv_size > 1 else None
+        self._build_along(conv_size, conv_on)
         self.shift = Shift(self.sizes[1]) if pairs == "shift" else None
         if qk_norm == "rms":
             self.q_norm, self.k_norm = RMSNorm(K, norm_eps), RMSNorm(K, norm_eps)
@@ -135,6 +140,11 @@ class Mixer(nn.Module):
         self.feature_norm = None if same else FEATURE_NORMS[feature_norm]
         self.output_norm = RMSNorm(V, norm_eps) if output_norm else None
         self.output = nn.Linear(H * V, hidden_size, bias=False)
+
+    def _build_along(self, conv_size: int, conv_on: str) -> None:
+        """What `_along` has parameters for."""
+        self.conv_on, channels = conv_on, {"qkv": sum(self.sizes), "k": self.sizes[1]}[conv_on]
+        self.convolution = ShortConvolution(channels, conv_size) if conv_size > 1 else None
 
     def _check_recipe(self) -> None:
         """Raises ValueError for parts that cannot go together."""
@@ -158,16 +168,14 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> tuple[Tensor, State]:
         if state is not None and segments is not None:
             state = self._enter(state, segments[:, 0])
-        (tail, last_key), memory, turn = (None, None), None, None
+        tails, memory, turn = (None,) * (self.num_tails + 1), None, None
         if state is not None:
-            (tail, last_key), memory, turn = state.tail, state.memory, state.turn
+            tails, memory, turn = state.tails, state.memory, state.turn
         positions = _positions(x, None if state is None else state.position, segments)
 
         pairs, gate = self._project(x)
-        pairs, tail = self._convolve(pairs, tail, segments)
-        if self.activation is not None:
-            pairs = self.activation(pairs)
-        q, k, v = pairs.split(self.sizes, dim=-1)
+        *tails, last_key = tails
+        (q, k, v), tails = self._along(pairs, tuple(tails), segments)
         if self.shift is not None:
             k, last_key = self.shift(k, last_key, segments)
         n = self.regressor.pairs_per_token
@@ -195,7 +203,7 @@ class Mixer(nn.Module):
             o = o * self.gate(gate)
         segment = segments[:, -1] if segments is not None else None if state is None else state.segment
         turn = None if turn is None else turn[:, -1]
-        return self.output(o), State(memory, (tail, last_key), positions[:, -1] + 1, segment, turn)
+        return self.output(o), State(memory, (*tails, last_key), positions[:, -1] + 1, segment, turn)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """One product for everything that is linear in x: (q, k, v side by side, the gate)."""
@@ -204,14 +212,17 @@ class Mixer(nn.Module):
             return projected, None
         return projected.split([sum(self.sizes), self.num_heads * self.value_dim], dim=-1)
 
-    def _convolve(self, pairs: Tensor, tail: Tensor | None, segments: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.convolution is None:
-            return pairs, None
-        if self.conv_on == "qkv":
-            return self.convolution(pairs, tail, segments)
+    def _along(self, pairs: Tensor, tails: Tails, segments: Tensor | None) -> tuple[tuple[Tensor, ...], Tails]:
+        """What acts along the tokens before any norm: (q, k, v) [B, T, *], and what the next call needs to go on."""
+        (tail,) = tails
+        if self.convolution is not None and self.conv_on == "qkv":
+            pairs, tail = self.convolution(pairs, tail, segments)
         q, k, v = pairs.split(self.sizes, dim=-1)
-        k, tail = self.convolution(k, tail, segments)
-        return torch.cat([q, k, v], dim=-1), tail
+        if self.convolution is not None and self.conv_on == "k":
+            k, tail = self.convolution(k, tail, segments)
+        if self.activation is not None:
+            q, k, v = (self.activation(y) for y in (q, k, v))
+        return (q, k, v), (tail,)
 
     def _normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.qk_norm == "l2":
@@ -226,9 +237,9 @@ class Mixer(nn.Module):
         """
         before = torch.zeros_like(segment) if state.segment is None else state.segment
         new = before != segment
-        tail = tuple(None if x is None else x.masked_fill(new.view(-1, 1, 1), 0) for x in state.tail)
+        tails = tuple(None if x is None else x.masked_fill(new.view(-1, 1, 1), 0) for x in state.tails)
         memory, position = self.regressor.forget(state.memory, new), state.position.masked_fill(new, 0)
-        return State(memory, tail, position, segment, state.turn)
+        return State(memory, tails, position, segment, state.turn)
 
     @property
     def num_params(self) -> int:
