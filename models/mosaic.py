@@ -1,5 +1,4 @@
-"""Memory Mosaics (Zhang et al. 2025): attention whose keys are the recent past and whose values the next
-token.
+"""Memory Mosaics (Zhang et al. 2025): attention whose keys are the recent past and whose values the next token.
 
         a_t = sum_{i<=t} lambda^(t-i) x_i W_k ,    k_t = a_t / |a_t|          lambda in (0, 1), one per channel
         u_t = (1 - c) x_{t+1} W_v + c x_t W_v ,    v_t = u_t / |u_t|          c in (0, 1), one per head
@@ -10,7 +9,8 @@ peeks at the next token can be stored when that token is here, hence i < t. Coun
 is (k_{t-1}, v_{t-1}): with `pairs: shift` a strict mask and a look ahead are causal pairs, of which a document's first
 token completes none (`regressor.skip_first`).
 
-Keys average at several rates at once: lambda is one per channel.
+Keys average at several rates at once: lambda is one per channel, where the published code has one per head. The scale
+of the values, which it learns, is W_o's here.
 """
 
 from __future__ import annotations
