@@ -19,7 +19,7 @@ from conf import schema
 from conf.build import build, problems
 from data.batch import batch_arithmetic
 from data.tokenizer import Bytes
-from models.block import derived_inner_size
+from models.block import feed_forward
 from models.language_model import LanguageModelConfig
 
 MISSING = "???"
@@ -278,8 +278,7 @@ def model_mistakes(config: dict[str, Any]) -> list[str]:
             raise ValueError(f"{recipe} is not a mixer; mixer@model.mixers.{name}={recipe} chooses one")
         # as models/language_model.py does, but without the other layers
         mixer = build(recipe, targets=("models.",), hidden_size=model.hidden_size, layer_index=0)
-        if model.feed_forward_size is None:
-            derived_inner_size(model.hidden_size, mixer.num_params)
+        feed_forward(model.feed_forward, model.hidden_size, mixer, model.feed_forward_size)
         mixer.regressor.choose(where, dtype)
 
     names = dict.fromkeys(model.pattern)

@@ -30,6 +30,7 @@ class Model:
     num_heads: int = MISSING
     mixers: dict[str, Any] = field(default_factory=dict)
     pattern: list[str] = field(default_factory=list)
+    feed_forward: str = "swiglu"
     feed_forward_size: int | None = None
     tie_embeddings: bool = True
     norm_eps: float = 1e-6

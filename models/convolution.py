@@ -3,7 +3,8 @@
 
         y_t = sum_{j<W} w_j * x_{t-j} ,    x_i = 0 before the document's first token.
 
-One such layer gives keys and values of neighbouring tokens to each other, which is what associative recall needs.
+One such layer gives keys and values of neighbouring tokens to each other, which is what associative recall needs. The
+keys alone suffice, and with w = (0, 1) they need no learning: k_t of x_{t-1} and v_t of x_t store what came after what.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, num_channels: int, width: int) -> None:
         super().__init__()
-        self.width = width
+        self.num_channels, self.width = num_channels, width
         self.weight = nn.Parameter(torch.empty(num_channels, width).uniform_(-(width**-0.5), width**-0.5))
 
     def forward(self, x: Tensor, tail: Tensor | None = None, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -45,3 +46,12 @@ class ShortConvolution(nn.Module):
         if documents is not None:
             tail = tail.masked_fill((documents[:, T:] != segments[:, -1:]).unsqueeze(-1), 0)
         return y, tail
+
+
+class Shift(ShortConvolution):
+    """y_t = x_{t-1}, zero for the document's first token: the convolution of width 2 that has learned it already."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__(num_channels, 2)
+        del self.weight
+        self.register_buffer("weight", torch.tensor([[1.0, 0.0]]))

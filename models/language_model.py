@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from conf.build import build
-from models.block import Block, SwiGLU, derived_inner_size
+from models.block import Block, feed_forward
 from models.loss import IGNORED, score, sum_nats
 from models.mixer import State
 from models.norm import RMSNorm
@@ -30,8 +30,9 @@ transformers_logging.disable_progress_bar()  # over a single file of weights
 class LanguageModelConfig(PretrainedConfig):
     """Sizes, and the recipe of each mixer as plain nested dictionaries, as conf/mixer has them.
 
-    mixers     name -> recipe.    pattern   names, repeated until there are num_layers of them. feed_forward_size
-    inner width of SwiGLU; None derives it for each block so that all blocks have 12 D^2 parameters.
+    mixers     name -> recipe.    pattern   names, repeated until there are num_layers of them. feed_forward
+    swiglu | persistent_memory (block.py).    feed_forward_size   its inner width; None derives it for each block so
+    that all blocks have 12 D^2 parameters.
     """
 
     model_type = "test_time_regression"
@@ -43,6 +44,7 @@ class LanguageModelConfig(PretrainedConfig):
         num_layers: int = 4,
         mixers: dict[str, dict[str, Any]] | None = None,
         pattern: list[str] | None = None,
+        feed_forward: str = "swiglu",
         feed_forward_size: int | None = None,
         tie_embeddings: bool = True,
         norm_eps: float = 1e-6,
@@ -50,7 +52,7 @@ class LanguageModelConfig(PretrainedConfig):
     ) -> None:
         self.vocab_size, self.hidden_size, self.num_layers = vocab_size, hidden_size, num_layers
         self.mixers, self.pattern = mixers or {}, pattern or []
-        self.feed_forward_size, self.norm_eps = feed_forward_size, norm_eps
+        self.feed_forward, self.feed_forward_size, self.norm_eps = feed_forward, feed_forward_size, norm_eps
         self.tie_embeddings = tie_embeddings
         kwargs.setdefault("tie_word_embeddings", tie_embeddings)
         super().__init__(**kwargs)
@@ -225,8 +227,7 @@ def _block(config: LanguageModelConfig, layer_index: int, name: str) -> Block:
     D = config.hidden_size
     # Only the project's own classes: a config may come with somebody else's checkpoint.
     mixer = build(config.mixers[name], targets=("models.",), hidden_size=D, layer_index=layer_index)
-    inner = config.feed_forward_size or derived_inner_size(D, mixer.num_params)
-    return Block(D, mixer, SwiGLU(D, inner), config.norm_eps)
+    return Block(D, mixer, feed_forward(config.feed_forward, D, mixer, config.feed_forward_size), config.norm_eps)
 
 
 def _segments_of(attention_mask: Tensor) -> Tensor:

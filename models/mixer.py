@@ -13,36 +13,42 @@ Shapes: B batch, T tokens, D model width, H heads, G key-value heads, K key widt
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.convolution import ShortConvolution
+from models.convolution import Shift, ShortConvolution
 from models.features import Identity
 from models.norm import RMSNorm, sum_to_one, unit
 from models.rotary import rotate
 from models.sizes import Sizes
 
+CONVOLVED = ("qkv", "k")
+PAIRS = ("same", "shift")
 ACTIVATIONS = {"none": None, "silu": F.silu}
 GATES = {"none": None, "silu": F.silu, "sigmoid": torch.sigmoid}
 NORMS = ("none", "l2", "rms")
 FEATURE_NORMS = {"none": None, "l2": unit, "sum": sum_to_one}
 
 
+Tails = tuple[Tensor | None, ...]
+
+
 class State(NamedTuple):
     """What a mixer carries from one call to the next. Its size does not depend on T, but for softmax without a window.
 
     memory     the regressor's
-    tail       [B, W-1, channels], the last inputs of the short convolution, or None
+    tails      the last inputs of what acts along the tokens: of the short convolution [B, W-1, channels], of the shift
+               of keys [B, 1, channels]; None for what the recipe doesn't have
     position   [B], how many tokens of the present document have been seen
     segment    [B], the number of the present document, or None where segments have never been given
     turn       [B, H], the product of all signs of a signed decay so far, or None where the decay has none
     """
 
     memory: Any
-    tail: Tensor | None
+    tails: Tails
     position: Tensor
     segment: Tensor | None
     turn: Tensor | None = None
@@ -56,7 +62,10 @@ class Mixer(nn.Module):
     same number.
 
     num_heads, num_kv_heads, key_dim, value_dim: H, G (default H), K and V (default D / H).
-    conv_size: width of the short convolution on q, k and v, 0 for none.
+    conv_size: width of the short convolution, 0 for none.
+    conv_on: qkv | k (on the keys alone), what it acts on.
+    pairs: same | shift, which key a token's value goes with: its own, or the previous token's, which makes bigrams of
+        the pairs (H3, Fu et al. 2022, section 3.1; the first token of a document has the key zero).
     activation: none | silu, after it.
     qk_norm: none | l2 (length one) | rms (length sqrt(K), with learned weights per channel).
     rotary: the base of the positions, or None.
@@ -66,6 +75,9 @@ class Mixer(nn.Module):
     output_gate: none | silu | sigmoid, of a projection of x.
     decay, features, regressor: constructors, called with the sizes that they need.
     """
+
+    own_queries: ClassVar[bool] = True  # whether queries have a projection of their own
+    num_tails: ClassVar[int] = 1  # of `_along`
 
     def __init__(
         self,
@@ -79,6 +91,8 @@ class Mixer(nn.Module):
         key_dim: int | None = None,
         value_dim: int | None = None,
         conv_size: int = 0,
+        conv_on: str = "qkv",
+        pairs: str = "same",
         activation: str = "none",
         qk_norm: str = "none",
         rotary: float | None = None,
@@ -89,6 +103,8 @@ class Mixer(nn.Module):
     ) -> None:
         super().__init__()
         H, G = num_heads, num_kv_heads or num_heads
+        _check_choice("conv_on", conv_on, CONVOLVED)
+        _check_choice("pairs", pairs, PAIRS)
         _check_choice("activation", activation, ACTIVATIONS)
         _check_choice("output_gate", output_gate, GATES)
         _check_choice("qk_norm", qk_norm, NORMS)
@@ -114,15 +130,21 @@ class Mixer(nn.Module):
         self._check_recipe()
         self.regressor.decay_kind = self.decay.kind
         n = self.regressor.pairs_per_token
-        self.sizes = [H * K, n * G * K, n * G * V]  # q, k, v
+        self.sizes = [H * K if self.own_queries else 0, n * G * K, n * G * V]  # q, k, v
         self.projection = nn.Linear(hidden_size, sum(self.sizes) + (H * V if self.gate else 0), bias=False)
-        self.convolution = ShortConvolution(sum(self.sizes), conv_size) if conv_size > 1 else None
+        self._build_along(conv_size, conv_on)
+        self.shift = Shift(self.sizes[1]) if pairs == "shift" else None
         if qk_norm == "rms":
             self.q_norm, self.k_norm = RMSNorm(K, norm_eps), RMSNorm(K, norm_eps)
         same = feature_norm == qk_norm and isinstance(self.features, Identity)  # it is that long already
         self.feature_norm = None if same else FEATURE_NORMS[feature_norm]
         self.output_norm = RMSNorm(V, norm_eps) if output_norm else None
         self.output = nn.Linear(H * V, hidden_size, bias=False)
+
+    def _build_along(self, conv_size: int, conv_on: str) -> None:
+        """What `_along` has parameters for."""
+        self.conv_on, channels = conv_on, {"qkv": sum(self.sizes), "k": self.sizes[1]}[conv_on]
+        self.convolution = ShortConvolution(channels, conv_size) if conv_size > 1 else None
 
     def _check_recipe(self) -> None:
         """Raises ValueError for parts that cannot go together."""
@@ -146,15 +168,16 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> tuple[Tensor, State]:
         if state is not None and segments is not None:
             state = self._enter(state, segments[:, 0])
-        tail, memory, turn = (None, None, None) if state is None else (state.tail, state.memory, state.turn)
+        tails, memory, turn = (None,) * (self.num_tails + 1), None, None
+        if state is not None:
+            tails, memory, turn = state.tails, state.memory, state.turn
         positions = _positions(x, None if state is None else state.position, segments)
 
         pairs, gate = self._project(x)
-        if self.convolution is not None:
-            pairs, tail = self.convolution(pairs, tail, segments)
-        if self.activation is not None:
-            pairs = self.activation(pairs)
-        q, k, v = pairs.split(self.sizes, dim=-1)
+        *tails, last_key = tails
+        (q, k, v), tails = self._along(pairs, tuple(tails), segments)
+        if self.shift is not None:
+            k, last_key = self.shift(k, last_key, segments)
         n = self.regressor.pairs_per_token
         q, k, v = (
             y.unflatten(-1, (m, -1, width)).flatten(1, 2)  # [B, T, H, K], [B, T n, G, K], [B, T n, G, V]
@@ -179,7 +202,8 @@ class Mixer(nn.Module):
         if self.gate is not None:
             o = o * self.gate(gate)
         segment = segments[:, -1] if segments is not None else None if state is None else state.segment
-        return self.output(o), State(memory, tail, positions[:, -1] + 1, segment, None if turn is None else turn[:, -1])
+        turn = None if turn is None else turn[:, -1]
+        return self.output(o), State(memory, (*tails, last_key), positions[:, -1] + 1, segment, turn)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """One product for everything that is linear in x: (q, k, v side by side, the gate)."""
@@ -187,6 +211,18 @@ class Mixer(nn.Module):
         if self.gate is None:
             return projected, None
         return projected.split([sum(self.sizes), self.num_heads * self.value_dim], dim=-1)
+
+    def _along(self, pairs: Tensor, tails: Tails, segments: Tensor | None) -> tuple[tuple[Tensor, ...], Tails]:
+        """What acts along the tokens before any norm: (q, k, v) [B, T, *], and what the next call needs to go on."""
+        (tail,) = tails
+        if self.convolution is not None and self.conv_on == "qkv":
+            pairs, tail = self.convolution(pairs, tail, segments)
+        q, k, v = pairs.split(self.sizes, dim=-1)
+        if self.convolution is not None and self.conv_on == "k":
+            k, tail = self.convolution(k, tail, segments)
+        if self.activation is not None:
+            q, k, v = (self.activation(y) for y in (q, k, v))
+        return (q, k, v), (tail,)
 
     def _normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.qk_norm == "l2":
@@ -201,9 +237,9 @@ class Mixer(nn.Module):
         """
         before = torch.zeros_like(segment) if state.segment is None else state.segment
         new = before != segment
-        tail = None if state.tail is None else state.tail.masked_fill(new.view(-1, 1, 1), 0)
+        tails = tuple(None if x is None else x.masked_fill(new.view(-1, 1, 1), 0) for x in state.tails)
         memory, position = self.regressor.forget(state.memory, new), state.position.masked_fill(new, 0)
-        return State(memory, tail, position, segment, state.turn)
+        return State(memory, tails, position, segment, state.turn)
 
     @property
     def num_params(self) -> int:
@@ -219,9 +255,9 @@ class Mixer(nn.Module):
         return products + parts + self.regressor.flops_per_token(seq_len)
 
     def state_size(self, seq_len: int) -> int:
-        """Numbers held per sequence after seq_len tokens: the memory and the convolution's tail."""
-        tail = 0 if self.convolution is None else sum(self.sizes) * (self.convolution.width - 1)
-        return self.regressor.state_size(seq_len) + tail
+        """Numbers held per sequence after seq_len tokens: the memory, and the tails of convolution and shift."""
+        tails = sum(c.num_channels * (c.width - 1) for c in (self.convolution, self.shift) if c is not None)
+        return self.regressor.state_size(seq_len) + tails
 
 
 def _positions(x: Tensor, position: Tensor | None, segments: Tensor | None) -> Tensor:

@@ -167,6 +167,8 @@ class Softmax(Nonparametric):
     """The local constant estimator.
 
     kernel: gaussian (softmax) | laplace | epanechnikov | biweight | triweight.
+    skip_first: no query uses the first pair of its document, and the one that comes with it, which has no other, reads
+        zero: with pairs=shift that pair has no key.
     inverse_temperature, window, block: pairs.py. A learned beta starts at sqrt(K); a compact kernel's at n, where its
     support is the half of the sphere around the query and the weight relu(q . k)^n; the Laplace kernel's at K / 2,
     where it falls off between d = 0 and orthogonal keys as far as the Gaussian does.
@@ -182,12 +184,13 @@ class Softmax(Nonparametric):
         inverse_temperature: str | float = "learned",
         window: int | None = None,
         block: int | None = None,
+        skip_first: bool = False,
     ) -> None:
         if kernel not in KERNELS:
             raise ValueError(f"regressor.kernel={kernel!r} is not one of {', '.join(KERNELS)}")
         first_beta = {"gaussian": sizes.key_dim**0.5, "laplace": sizes.key_dim / 2, **POWERS}[kernel]
         super().__init__(sizes, backend, inverse_temperature, window, block, first_beta)
-        self.kernel = kernel
+        self.kernel, self.skipped = kernel, int(skip_first)
         if kernel != "gaussian":
             self.function_class = f"constant around q, {kernel} kernel"
 
@@ -207,7 +210,11 @@ class Softmax(Nonparametric):
         segments: Tensor | None = None,
     ) -> tuple[Tensor, Pairs]:
         pairs, view = self.gather(k, v, log_decay, state, segments)
-        return self.read(q, pairs, view), self.keep(pairs, view)
+        o = self.read(q, pairs, view)
+        if self.skipped:
+            index = torch.arange(view.past, view.past + q.shape[1], device=q.device)
+            o = o.masked_fill((view.start > index)[..., None, None], 0.0)
+        return o, self.keep(pairs, view)
 
     def read(self, q: Tensor, pairs: Pairs, view: View) -> Tensor:
         """The weighted means of the pairs' values around q, [B, T, H, V]."""

@@ -38,7 +38,7 @@ class Pairs(NamedTuple):
 
 class View(NamedTuple):
     """Which pairs the queries of a call may use: query t is pair past + t, and uses those from start [B or 1, T] (None
-    for 0) to itself, the last `window` of them (None for all).
+    for 0) to itself, and itself in any case, the last `window` of them (None for all).
     """
 
     past: int = 0
@@ -53,7 +53,9 @@ class View(NamedTuple):
         if self.window is not None:
             visible &= pair > query - self.window
         visible = visible.unsqueeze(0)
-        return visible if self.start is None else visible & (pair >= self.start[:, queries].unsqueeze(-1))
+        if self.start is None:
+            return visible
+        return visible & ((pair >= self.start[:, queries].unsqueeze(-1)) | (pair == query))
 
     def reach(self, queries: slice) -> slice:
         """The pairs among which are all that these queries may use."""
@@ -144,18 +146,20 @@ class _InBlocks(torch.autograd.Function):
         return None, *gradients
 
 
-def document_starts(T: int, past: int, first: Tensor | None, segments: Tensor | None) -> Tensor | None:
+def document_starts(
+    T: int, past: int, first: Tensor | None, segments: Tensor | None, skipped: int = 0
+) -> Tensor | None:
     """View.start: of each of T queries after `past` pairs, the first pair of its document [B, T]; None for all 0.
 
     first [B]: the first pair of the document that the cache ends with, and the call begins with; None for 0. segments
-    [B, T]: the call's documents, or None.
+    [B, T]: the call's documents, or None. skipped: how many pairs later are taken for the first.
     """
     before = None if first is None else first.unsqueeze(1).expand(-1, T)
     if segments is None:
         return before
     index = torch.arange(past, past + T, device=segments.device)
     begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
-    inside = torch.where(begins, index, 0).cummax(1).values
+    inside = torch.where(begins, index + skipped, 0).cummax(1).values
     return inside if before is None else torch.maximum(before, inside)
 
 
@@ -178,6 +182,7 @@ class Nonparametric(Regressor):
     grouped_heads: ClassVar[bool] = True
     function_class = "constant around q"
     fit = "closed form"
+    skipped: int = 0  # how many pairs a document begins with that no later query uses
 
     def __init__(
         self,
@@ -218,13 +223,15 @@ class Nonparametric(Regressor):
     ) -> tuple[Pairs, View]:
         """All pairs, those of the cache in front, and which of them the queries of this call may use."""
         T, past, first = k.shape[1], 0, None
+        if self.skipped:
+            first = torch.full(k.shape[:1], self.skipped, device=k.device)
         age = None if log_decay is None else -wide(log_decay).cumsum(1)  # at the end of the last call: no later token
         if state is not None:
             past, first = state.k.shape[1], state.first
             k, v = torch.cat([state.k.to(k.dtype), k], dim=1), torch.cat([state.v.to(v.dtype), v], dim=1)
             if age is not None:
                 age = torch.cat([state.age, age], dim=1)
-        return Pairs(k, v, first, age), View(past, document_starts(T, past, first, segments), self.window)
+        return Pairs(k, v, first, age), View(past, document_starts(T, past, first, segments, self.skipped), self.window)
 
     def keep(self, pairs: Pairs, view: View) -> Pairs:
         """The cache after the call: what later queries may still use."""
@@ -238,7 +245,7 @@ class Nonparametric(Regressor):
         """The pairs of the given rows stay, as those of an earlier document: the cache of a batch has one length."""
         S = state.k.shape[1]
         first = torch.zeros_like(rows, dtype=torch.long) if state.first is None else state.first
-        return state._replace(first=first.masked_fill(rows, S))
+        return state._replace(first=first.masked_fill(rows, S + self.skipped))
 
     def num_visible(self, seq_len: int) -> int:
         """How many pairs the queries of a sequence use, all together."""

@@ -30,7 +30,7 @@ def summary(model: LanguageModel, seq_len: int, device: torch.device, dtype: tor
         mixer = block.mixer
         choice = mixer.regressor.choose(device, dtype)
         layers = f"{indices[0]}" if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
-        inner = block.feed_forward.output.in_features
+        inner = block.feed_forward.inner_size
         lines.append(
             f"{layers:<10}{key:<14}{type(mixer.regressor).__name__:<12}{mixer.num_params:>12,}{inner:>14,}"
             f"{mixer.state_size(seq_len):>12,}  {choice.backend}{f' ({choice.reason})' if choice.reason else ''}"

@@ -116,7 +116,7 @@ def test_9_counts(preset):
         with FlopCounterMode(display=False) as counter:
             _, state = m(inputs(1, length))
         assert counter.get_total_flops() == pytest.approx(m.flops_per_token(length) * length, rel=0.02)
-        held = [t for t in [*tensors(state.memory), *tensors(state.tail)] if t.is_floating_point()]
+        held = [t for t in [*tensors(state.memory), *tensors(state.tails)] if t.is_floating_point()]
         assert sum(t.numel() for t in held) == m.state_size(length)
 
 

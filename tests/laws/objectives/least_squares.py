@@ -14,15 +14,17 @@ def fit(call: Call, t: int, h: int, weights: torch.Tensor, ridge: torch.Tensor) 
 
 
 def weights_of(call: Call, t: int, h: int) -> torch.Tensor:
-    """b_i times the decays of the tokens after i, capped where the preset caps them."""
+    """b_i times the decays of the tokens after i, if it has any, capped where the preset caps them."""
     b = call.regressor.write_weight(call.x).sigmoid()[0, : t + 1, h]
+    if call.log_decay is None:
+        return b
     decay = call.log_decay[0, : t + 1, h].exp()
     if (cap := call.regressor.decay_cap) is not None:
         decay = decay * (1 - (1 - cap) * b**2)
     return b * torch.stack([decay[i + 1 :].prod() for i in range(t + 1)])
 
 
-@states("mesa")
+@states("mesa", "nystrom")
 def static_ridge(call: Call) -> None:
     ridge = 0.25 + torch.nn.functional.softplus(call.regressor.ridge)
     assert torch.allclose(ridge, torch.ones_like(ridge))

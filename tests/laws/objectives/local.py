@@ -30,6 +30,14 @@ def softmax(call: Call) -> None:
     by_least_squares(call, call.q, lambda beta, q, k: (beta * k @ q).exp())
 
 
+@states("memory_mosaic")
+def memory_mosaic(call: Call) -> None:
+    """Softmax on all pairs but the first, whose key was before the document; nothing where that is all there is."""
+    assert not call.k[:, 0].any() and not call.o[:, 0].any()
+    later = call._replace(**{name: getattr(call, name)[:, 1:] for name in ("q", "k", "v", "o")})
+    by_least_squares(later, later.q, lambda beta, q, k: (beta * k @ q).exp())
+
+
 @states("epanechnikov")
 def epanechnikov(call: Call) -> None:
     by_least_squares(call, call.q, lambda b, q, k: (1 - b * (q - k).square().sum(-1) / 2).clamp(min=0), empty=1e-3)

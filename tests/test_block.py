@@ -1,0 +1,61 @@
+"""The feed-forward layers: what they compute, and that a block has 12 D^2 parameters with any of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.block import FEED_FORWARDS, PersistentMemory, feed_forward
+from models.language_model import LanguageModel, LanguageModelConfig
+from models.training.optimizer import parameter_groups
+from tests.laws.presets import HIDDEN, inputs, mixer, recipe
+
+every_kind = pytest.mark.parametrize("kind", FEED_FORWARDS)
+
+
+@every_kind
+@pytest.mark.parametrize("preset", ["softmax", "kda", "mamba2"])
+def test_a_block_has_as_many_parameters_with_any(kind, preset):
+    m = mixer(preset)
+    layer = feed_forward(kind, HIDDEN, m)
+    held = sum(p.numel() for p in layer.parameters())
+    assert held == layer.num_params(HIDDEN, layer.inner_size, m.num_heads)
+    assert held + m.num_params == pytest.approx(12 * HIDDEN**2, rel=0.01)
+
+
+@every_kind
+def test_flops_are_what_is_counted(kind):
+    layer = feed_forward(kind, HIDDEN, mixer("softmax")).double()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        layer(inputs(1, 8))
+    assert counter.get_total_flops() == 8 * layer.flops_per_token()
+
+
+def test_a_persistent_memory_is_kernel_regression_on_its_pairs():
+    """The mean of the values, weighted by exp(-beta |q - k|^2 / 2), which for keys of length one is softmax."""
+    torch.manual_seed(0)
+    layer, x = PersistentMemory(HIDDEN, 20, 2).double(), inputs(1, 5)
+    q = F.normalize(layer.query(x[0]).unflatten(-1, (2, -1)), dim=-1)
+    for t in range(5):
+        reads = []
+        for h in range(2):
+            k = F.normalize(layer.keys[h], dim=-1)
+            weights = (-layer.log_beta[h].exp() * (q[t, h] - k).square().sum(-1) / 2).exp()
+            reads.append(weights @ layer.values[h] / weights.sum())
+        assert torch.allclose(layer(x)[0, t], layer.output(torch.cat(reads)), atol=1e-5)
+
+
+def test_a_model_of_two_memories_trains_and_is_saved(tmp_path):
+    torch.manual_seed(0)
+    mixers, sizes = {"main": recipe("memory_mosaic")}, {"vocab_size": 61, "hidden_size": HIDDEN, "num_layers": 2}
+    config = LanguageModelConfig(mixers=mixers, pattern=["main"], feed_forward="persistent_memory", **sizes)
+    m = LanguageModel(config)
+    ids = torch.randint(61, (2, 30))
+    m(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in m.parameters())
+    assert parameter_groups(m, 0.1)
+    m.save_pretrained(tmp_path)
+    assert torch.equal(LanguageModel.from_pretrained(tmp_path)(ids).logits, m(ids).logits)
