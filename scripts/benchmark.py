@@ -104,13 +104,13 @@ def delta_on_a_gpu(*shape: int) -> Case:
     named = {
         "ours, by fla": lambda q, k, v, g, b: fla.gated_delta(q * q.shape[-1] ** -0.5, k, v, b, g)[0],
         "ours, chunked": ours_delta,
-        "fla chunk_kda": fla_kda,
+        "fla chunk_kda": fla.raw_kda,
         "SDPA (another model)": lambda q, k, v, g, b: F.scaled_dot_product_attention(
             *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True
         ).transpose(1, 2),
     }
     if fla.route_gated_delta(torch.device("cuda")) == "chunk_gated_delta_rule":
-        named = {"fla chunk_gated_delta_rule": fla_gated_delta, **named}
+        named = {"fla chunk_gated_delta_rule": fla.raw_gated_delta, **named}
     return Case(draw(shape, torch.bfloat16, "cuda"), named)
 
 
@@ -209,19 +209,6 @@ def transformers_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_
     while hasattr(function, "__wrapped__"):  # the wrapper takes fla where it is installed, even without a GPU
         function = function.__wrapped__
     return function(q, k, v, log_decay, step_size, output_final_state=True)[0]
-
-
-def fla_gated_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-    return chunk_gated_delta_rule(q, k, v, log_decay, step_size, output_final_state=True)[0]
-
-
-def fla_kda(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
-    from fla.ops.kda import chunk_kda
-
-    log_decay = log_decay.unsqueeze(-1).expand(k.shape).contiguous()
-    return chunk_kda(q, k, v, log_decay, step_size, output_final_state=True)[0]
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Tensor]:

@@ -40,6 +40,8 @@ TAYLOR_SHARPNESS = (1.0, 2.0, 4.0, 8.0)
 
 
 class Point(NamedTuple):
+    """One point of a curve, and one row of the table."""
+
     features: str
     inverse_temperature: float
     number: int  # of random features, or the order
