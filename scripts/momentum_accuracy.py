@@ -22,8 +22,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from models.kernels import fla
 from models.regression.momentum import chunked_momentum, recurrent_momentum
+from scripts.benchmarks import peers
 
 MOMENTA = (None, 0.99, 0.95, 0.9, 0.8, 0.6, 0.3, 0.1, 1e-2, 1e-4, 1e-6)  # None: drawn
 B, H, K, V = 1, 2, 32, 32
@@ -63,7 +63,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")  # fla's, that there is no GPU
     forms = {
         "ours": lambda *x: chunked_momentum(*x, chunk=options.chunk)[0],
-        "fla": lambda *x: fla.momentum_delta(*x, chunk=options.chunk),
+        "fla": lambda *x: peers.momentum_delta_formula(*x, chunk=options.chunk),
     }
     print(f"float32 against the float64 token loop, {options.tokens} tokens in chunks of {options.chunk}")
     print(f"{'momentum':>16}" + "".join(f"{f'{name}: o':>13}{'gradients':>11}" for name in forms))

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from conf import schema
 from conf.build import build
@@ -40,15 +40,26 @@ class Recipe(NamedTuple):
     backends: str
 
 
-def recipe(preset: str, size: str) -> Recipe:
-    """The preset as model=PRESET size=SIZE would build it."""
+def composed(preset: str, *overrides: str) -> DictConfig:
+    """The configuration of a model with that preset in every layer, Hydra's choices included."""
     schema.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        overrides = [f"model={preset}", f"size={size}", "name=recipe", "run_dir=none"]
-        cfg = compose("train", overrides, return_hydra_config=True)
-    chosen = {key.split("@")[0]: name for key, name in cfg.hydra.runtime.choices.items() if "@model.mixers" in key}
+        return compose(
+            "train", [f"model={preset}", *overrides, "name=recipe", "run_dir=none"], return_hydra_config=True
+        )
+
+
+def mixer_of(cfg: DictConfig) -> Mixer:
+    """One layer's mixer."""
     node = OmegaConf.to_container(cfg.model.mixers.main, resolve=True)
-    mixer: Mixer = build(node, hidden_size=cfg.model.hidden_size, layer_index=0)
+    return build(node, hidden_size=cfg.model.hidden_size, layer_index=0)
+
+
+def recipe(preset: str, size: str) -> Recipe:
+    """The preset as model=PRESET size=SIZE would build it."""
+    cfg = composed(preset, f"size={size}")
+    chosen = {key.split("@")[0]: name for key, name in cfg.hydra.runtime.choices.items() if "@model.mixers" in key}
+    mixer = mixer_of(cfg)
     regressor, features = mixer.regressor, chosen["features"]
     memory = regressor.function_class if features == "identity" else f"{regressor.function_class} in {features}"
     if mixer.rotary is not None:

@@ -12,7 +12,7 @@ from collections import defaultdict
 
 import pytest
 
-from scripts.benchmark_data import write_text
+from scripts.benchmarks.data import write_text
 from scripts.figures import feature_kernels
 from tests.conftest import ROOT
 

@@ -1,5 +1,5 @@
-"""flash-linear-attention: what it can do here, and the calls. The only file that imports fla, and only inside
-functions.
+"""flash-linear-attention: what it can do here, and the calls. The only file of the models that imports fla, and only
+inside functions (scripts/benchmarks/peers.py times it as it comes).
 
 fla 0.6.0 without Triton imports as an empty package, and with Triton but no GPU it imports and fails at the first call,
 so neither is asked by importing it. Layout, log decays and float32 memories are this repository's own; the scale is
@@ -198,36 +198,3 @@ def _broken_on_hopper(device: torch.device) -> str | None:
 
     version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
     return f"Triton {triton.__version__} on Hopper" if BROKEN_ON_HOPPER[0] <= version < BROKEN_ON_HOPPER[1] else None
-
-
-# What follows no regressor calls: peers for the scripts that time and compare.
-
-
-def raw_gated_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
-    """fla's gated delta rule as it comes, with its own scale of the query, 1/sqrt(K)."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-    return chunk_gated_delta_rule(q, k, v, log_decay, step_size, output_final_state=True)[0]
-
-
-def raw_kda(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
-    """The same by fla's kernel for a decay per channel, all of a head's equal."""
-    from fla.ops.kda import chunk_kda
-
-    log_decay = log_decay.unsqueeze(-1).expand(k.shape).contiguous()
-    return chunk_kda(q, k, v, log_decay, step_size, output_final_state=True)[0]
-
-
-def momentum_delta(
-    q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_momentum: Tensor, log_decay: Tensor, chunk: int = 64
-) -> Tensor:
-    """momentum.py's o for grad_batch 1 by fla's formula, in float32: the function beneath chunk_momentum_delta_rule,
-    which refuses float32 itself. Plain PyTorch, on any device.
-
-    Its coefficients are exp(.. - log of a cumulated momentum) times 1 - exp(..): the first grows
-    without bound as the momentum falls, the second cancels. scripts/momentum_accuracy.py prints what is left.
-    """
-    from fla.ops.momentum_delta_rule.naive import chunk_momentum_delta_rule_ref
-
-    gates = {"log_alpha": log_decay, "log_mu": log_momentum, "beta": torch.ones_like(step_size), "eta": step_size}
-    return chunk_momentum_delta_rule_ref(q, k, v, k, **gates, scale=1.0, chunk_size=chunk)[0]

@@ -9,7 +9,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Rotary
 
 from models.regression.local import parallel_softmax, recurrent_local_constant
 from models.regression.pairs import Pairs
-from scripts.benchmark import mixer_of_qwen3
+from scripts.benchmarks.operators import mixer_of_qwen3
 from tests.laws.presets import inputs, largest_difference, mixer, outcome
 
 

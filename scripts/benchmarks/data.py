@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data.corpora import PythonSource
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def prepare(megabytes: int, tokenizer: str, num_workers: int) -> None:

@@ -1,0 +1,198 @@
+"""What is timed, and what it is timed against: a case for every size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from hydra.utils import get_class
+from torch import Tensor
+
+from models.decay import NoDecay
+from models.features import Identity
+from models.kernels import fla
+from models.mixer import Mixer
+from models.regression.delta import chunked_delta
+from models.regression.kernel import Factor, parallel_intention
+from models.regression.local import Softmax
+from models.regression.local_polynomial import blocked_local_polynomial
+from models.regression.memory import Memory
+from models.regression.pairs import Pairs, View
+from scripts.benchmarks import peers
+from scripts.benchmarks.timing import Case, Operator, same
+from scripts.recipes import PRESETS, composed, mixer_of
+
+if TYPE_CHECKING:
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+
+def cases(device: str) -> dict[str, Callable[[], Case]]:
+    """size -> what makes its inputs and operators."""
+    if device == "cpu":
+        return {
+            "delta B4 T1024 H4 K64": lambda: delta_on_a_cpu(4, 1024, 4, 64),
+            "delta B16 T256 H4 K32": lambda: delta_on_a_cpu(16, 256, 4, 32),
+            "softmax B4 T1024 H4 K64": lambda: softmax_layer(4, 1024, 4, 64, device, torch.float32),
+            "local linear B1 T512 H2 K32": lambda: local_linear(1, 512, 2, 32, device),
+        } | memories(2, 256, 4, 32, device)
+    return {
+        "delta B8 T4096 H8 K128": lambda: delta_on_a_gpu(8, 4096, 8, 128),
+        "softmax B8 T4096 H8 K128": lambda: softmax_layer(8, 4096, 8, 128, device, torch.bfloat16),
+        "local linear B1 T8192 H8 K64": lambda: local_linear(1, 8192, 8, 64, device),
+        "intention B4 T1024 H8 K64": lambda: intention(4, 1024, 8, 64, device),
+    } | memories(8, 4096, 8, 128, device)
+
+
+def delta_on_a_cpu(*shape: int) -> Case:
+    named = {"transformers, chunked": peers.transformers_delta, "ours, chunked": ours_delta}
+    return same(draw(shape, torch.float32, "cpu"), named)
+
+
+def delta_on_a_gpu(*shape: int) -> Case:
+    """All compute o = q S with the peers' scale, 1/sqrt(K)."""
+    named = {
+        "ours, by fla": lambda q, k, v, g, b: fla.gated_delta(q * q.shape[-1] ** -0.5, k, v, b, g)[0],
+        "ours, chunked": ours_delta,
+        "fla chunk_kda": peers.kda,
+        "SDPA (another model)": lambda q, k, v, g, b: F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True
+        ).transpose(1, 2),
+    }
+    if fla.route_gated_delta(torch.device("cuda")) == "chunk_gated_delta_rule":
+        named = {"fla chunk_gated_delta_rule": peers.gated_delta_rule, **named}
+    return same(draw(shape, torch.bfloat16, "cuda"), named)
+
+
+def softmax_layer(B: int, T: int, H: int, K: int, device: str, dtype: torch.dtype) -> Case:
+    """The whole layer, projections and positions included, with the same weights in both."""
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Config, Qwen3RotaryEmbedding
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": H * K, "num_attention_heads": H, "num_key_value_heads": H, "head_dim": K}
+    config = Qwen3Config(**sizes, attn_implementation="sdpa")
+    theirs, rotary = Qwen3Attention(config, layer_idx=0).to(device), Qwen3RotaryEmbedding(config).to(device)
+    ours = mixer_of_qwen3(theirs)
+    positions = torch.arange(T, device=device).unsqueeze(0)
+
+    def at(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def operator(x: Tensor) -> Tensor:
+            with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
+                return layer(x)
+
+        return operator
+
+    named = {
+        "transformers, Qwen3Attention": at(lambda x: theirs(x, rotary(x, positions), attention_mask=None)[0]),
+        "ours, Mixer": at(lambda x: ours(x)[0]),
+    }
+    return same([torch.randn(B, T, H * K, device=device).requires_grad_()], named)
+
+
+def local_linear(B: int, T: int, H: int, K: int, device: str) -> Case:
+    """Both solvers, float32; on a GPU beside softmax in bf16, which is another model and no more than a yardstick."""
+    q, k, v = draw((B, T, H, K), torch.float32, device)[:3]
+    beta, ridge = torch.full((H,), K**0.5, device=device), torch.full((H,), 0.1, device=device)
+
+    def ours(widest_cholesky: int) -> Callable[..., Tensor]:
+        def operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, block = F.normalize(q, dim=-1), 256 if device == "cuda" else 64
+            return blocked_local_polynomial(q, Pairs(k, v), beta, ridge, View(), 1, True, block, widest_cholesky)
+
+        return operator
+
+    named = {"ours, Cholesky": ours(K), "ours, conjugate gradients": ours(0)}
+    return same([q, k, v], named | ({"SDPA bf16 (another model)": half_softmax} if device == "cuda" else {}))
+
+
+def intention(B: int, T: int, H: int, K: int, device: str) -> Case:
+    q, k, v = draw((B, T, H, K), torch.float32, device)[:3]
+    beta, ridge = torch.full((H,), K**0.5, device=device), torch.full((B, T, H), 0.1, device=device)
+    empty = (k.new_empty(B, 0, H, K), k.new_empty(B, H, 0, 0), k.new_empty(B, H, 0, K), k.new_zeros(B, H))
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return parallel_intention(F.normalize(q, dim=-1), k, v, beta, ridge, View(), Factor(*empty))[0]
+
+    return same([q, k, v], {"ours, one Cholesky": ours, "SDPA bf16 (another model)": half_softmax})
+
+
+def half_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.bfloat16().transpose(1, 2) for x in (F.normalize(q, dim=-1), k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=q.shape[-1] ** 0.5).transpose(1, 2).float()
+
+
+def memories(B: int, T: int, H: int, K: int, device: str) -> dict[str, Callable[[], Case]]:
+    """Every preset with a memory of fixed size, beside the gated delta rule; on a GPU also fla's own operator."""
+    found = [p for p in PRESETS if issubclass(get_class(composed(p).model.mixers.main.regressor._target_), Memory)]
+    return {f"memory {name} B{B} T{T} H{H} K{K}": partial(memory, name, (B, T, H, K), device) for name in found}
+
+
+def memory(preset: str, shape: tuple[int, int, int, int], device: str) -> Case:
+    operators = {name: regressor_of(name, shape, device) for name in ("gated_delta", preset)}
+    if device == "cuda" and preset in peers.OF_PRESETS:
+        peer = peers.OF_PRESETS[preset]
+        operators[f"fla, {peer.__name__}"] = Operator(peer, draw(shape, torch.bfloat16, device))
+    return Case(operators, alike=False)
+
+
+def regressor_of(preset: str, shape: tuple[int, int, int, int], device: str) -> Operator:
+    """A preset's regressor with what its mixer gives it: projections, convolution and features come before."""
+    B, T, H, K = shape
+    torch.manual_seed(0)
+    sizes = f"model.num_heads={H}", f"model.hidden_size={H * K}"
+    mixer, given = mixer_of(composed(preset, *sizes)).to(device), []
+    mixer.regressor.register_forward_pre_hook(lambda module, inputs: given.extend(inputs[:5]))
+    with torch.no_grad(), half(device):
+        mixer(torch.randn(B, T, H * K, device=device))
+    inputs = [x if x is None else x.detach().clone().requires_grad_() for x in given]
+
+    def function(*inputs: Tensor) -> Tensor:
+        with half(device):
+            return mixer.regressor.forward(*inputs)[0]
+
+    return Operator(function, inputs, tuple(mixer.regressor.parameters()))
+
+
+def half(device: str) -> torch.autocast:
+    """bf16 products on a GPU."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def mixer_of_qwen3(attention: Qwen3Attention) -> Mixer:
+    """Our softmax mixer with the weights of transformers' Qwen3 attention: the same function."""
+    config = attention.config
+    K = attention.head_dim
+    mixer = Mixer(
+        config.hidden_size,
+        layer_index=0,
+        regressor=partial(Softmax, inverse_temperature=K**-0.5),
+        decay=NoDecay,
+        features=Identity,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        key_dim=K,
+        value_dim=K,
+        qk_norm="rms",
+        rotary=config.rope_parameters["rope_theta"],
+        norm_eps=config.rms_norm_eps,
+    ).to(attention.q_proj.weight)
+    with torch.no_grad():
+        theirs = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+        mixer.projection.weight.copy_(torch.cat(theirs))
+        mixer.output.weight.copy_(attention.o_proj.weight)
+        mixer.q_norm.weight.copy_(attention.q_norm.weight)
+        mixer.k_norm.weight.copy_(attention.k_norm.weight)
+    return mixer
+
+
+def ours_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
+    return chunked_delta(q * q.shape[-1] ** -0.5, k, v, step_size, log_decay, chunk=64 if q.is_cuda else 32)[0]
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Tensor]:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(shape, device=device) for _ in range(3))
+    gates = [F.logsigmoid(torch.randn(shape[:3], device=device) + 3), torch.rand(shape[:3], device=device)]
+    return [x.requires_grad_() for x in (*(x.to(dtype) for x in (q, F.normalize(k, dim=-1), v)), *gates)]

@@ -1,0 +1,127 @@
+"""Peers: fla's own operators as they come, with their own scale of the query, 1/sqrt(K).
+
+No model calls them from here: models/kernels/fla.py is where they are used, under this repository's conventions. Each
+takes q, k, v [B, T, H, K], log_decay and step_size [B, T, H].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def linear_attn(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    return chunk_linear_attn(q, k, v, normalize=False, output_final_state=True)[0]
+
+
+def retention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
+    from fla.ops.retention import chunk_retention
+
+    return chunk_retention(q, k, v, output_final_state=True)[0]
+
+
+def gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
+    from fla.ops.gla import chunk_gla
+
+    return chunk_gla(q, k, v, _per_channel(log_decay, k), output_final_state=True)[0]
+
+
+def simple_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    return chunk_simple_gla(q, k, v, g=log_decay, output_final_state=True)[0]
+
+
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
+    from fla.ops.delta_rule import chunk_delta_rule
+
+    return chunk_delta_rule(q, k, v, step_size, output_final_state=True)[0]
+
+
+def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    return chunk_gated_delta_rule(q, k, v, log_decay, step_size, output_final_state=True)[0]
+
+
+def kda(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
+    from fla.ops.kda import chunk_kda
+
+    return chunk_kda(q, k, v, _per_channel(log_decay, k), step_size, output_final_state=True)[0]
+
+
+def comba(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
+    from fla.ops.comba import chunk_comba
+
+    return chunk_comba(q, k, v, k, log_decay, step_size, output_final_state=True)[0]
+
+
+def gated_delta_product(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
+    """Two steps a token, the same pair twice."""
+    from fla.ops.gated_delta_product import chunk_gated_delta_product
+
+    k, v, step_size = (x.repeat_interleave(2, dim=1) for x in (k, v, step_size))
+    return chunk_gated_delta_product(q, k, v, log_decay, step_size, num_householder=2, output_final_state=True)[0]
+
+
+def mesa_net(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
+    """30 steps of conjugate gradients, ridge 1."""
+    from fla.ops.mesa_net import chunk_mesa_net
+
+    ridge = torch.ones(k.shape[2:], device=k.device)
+    return chunk_mesa_net(q, k, v, log_decay, step_size, ridge, output_final_state=True)[0]
+
+
+def momentum_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
+    from fla.ops.momentum_delta_rule import chunk_momentum_delta_rule
+
+    log_momentum = torch.full_like(step_size, -0.1)
+    return chunk_momentum_delta_rule(
+        q, k, v, log_decay, log_momentum, eta=step_size, output_final_state=True, use_qk_l2norm_in_kernel=False
+    )[0]
+
+
+OF_PRESETS = {
+    "linear": linear_attn,
+    "retnet": retention,
+    "gla": gla,
+    "mamba2": simple_gla,
+    "deltanet": delta_rule,
+    "gated_delta": gated_delta_rule,
+    "kda": kda,
+    "leaky_lms": comba,
+    "delta_product": gated_delta_product,
+    "mesa": mesa_net,
+    "titans": momentum_delta_rule,
+}
+
+
+def momentum_delta_formula(
+    q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_momentum: Tensor, log_decay: Tensor, chunk: int = 64
+) -> Tensor:
+    """models/regression/momentum.py's o for grad_batch 1 by fla's formula, in float32: the function beneath
+    chunk_momentum_delta_rule, which refuses float32 itself. Plain PyTorch, on any device.
+
+    Its coefficients are exp(.. - log of a cumulated momentum) times 1 - exp(..): the first grows without bound as the
+    momentum falls, the second cancels. scripts/momentum_accuracy.py prints what is left.
+    """
+    from fla.ops.momentum_delta_rule.naive import chunk_momentum_delta_rule_ref
+
+    gates = {"log_alpha": log_decay, "log_mu": log_momentum, "beta": torch.ones_like(step_size), "eta": step_size}
+    return chunk_momentum_delta_rule_ref(q, k, v, k, **gates, scale=1.0, chunk_size=chunk)[0]
+
+
+def transformers_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
+    """transformers' chunked gated delta rule in PyTorch."""
+    from transformers.models.qwen3_next import modeling_qwen3_next
+
+    function = modeling_qwen3_next.torch_chunk_gated_delta_rule
+    while hasattr(function, "__wrapped__"):  # the wrapper takes fla where it is installed, even without a GPU
+        function = function.__wrapped__
+    return function(q, k, v, log_decay, step_size, output_final_state=True)[0]
+
+
+def _per_channel(log_decay: Tensor, k: Tensor) -> Tensor:
+    return log_decay.unsqueeze(-1).expand(k.shape).contiguous()

@@ -1,0 +1,129 @@
+"""Operators timed side by side: interleaved, so that a busy neighbour slows all alike."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SECONDS = 120.0  # an operator that is slower than this, compilation included, is not repeated
+
+
+class Operator(NamedTuple):
+    """What is timed: function(*inputs), and its gradients by the inputs that want one and by parameters."""
+
+    function: Callable[..., Tensor]
+    inputs: list[Tensor]
+    parameters: tuple[Tensor, ...] = ()
+
+
+class Case(NamedTuple):
+    """Operators by name; the first is what the others are compared with. alike: they compute the same."""
+
+    operators: dict[str, Operator]
+    alike: bool = True
+
+
+def same(inputs: list[Tensor], functions: dict[str, Callable[..., Tensor]]) -> Case:
+    """Functions of the same inputs."""
+    return Case({name: Operator(function, inputs) for name, function in functions.items()})
+
+
+@dataclass
+class Row:
+    """One line of the table: medians in milliseconds, gigabytes, and ratio and error against the first of its size."""
+
+    size: str
+    name: str
+    forward_ms: float
+    both_ms: float
+    ratio: float | None = None
+    peak_gb: float | None = None
+    error: float | None = None
+
+    def __str__(self) -> str:
+        peak = f"{self.peak_gb:8.2f}" if self.peak_gb else " " * 8
+        error = "" if self.error is None else f"{self.error:8.0e}"
+        line = f"{self.size:44} {self.name:28} {self.forward_ms:11.2f} {self.both_ms:11.2f} {self.ratio:6.2f}"
+        return f"{line} {peak} {error}".rstrip()
+
+
+HEAD = f"{'size':44} {'operator':28} {'forward ms':>11} {'+ backward':>11} {'speed':>6} {'peak GB':>8} {'error':>8}"
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        models = [line for line in lines if line.startswith("model name")]
+        name = models[0].split(":")[1].strip() if models else name
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / 1e3
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def compare(size: str, case: Case, device: str, repeats: int) -> list[Row]:
+    """A row for every operator that is fast enough to repeat."""
+    outputs, peaks, works = {}, {}, {}
+    for name, (function, inputs, parameters) in case.operators.items():
+        wanted = [x for x in (*inputs, *parameters) if x is not None and x.requires_grad]
+
+        def forward(function=function, inputs=inputs) -> Tensor:
+            return function(*inputs)
+
+        def both(forward=forward, wanted=wanted) -> None:
+            o = forward()
+            torch.autograd.grad(o, wanted, _upstream(o), allow_unused=True)
+
+        begin = time.perf_counter()
+        outputs[name] = forward().detach().float()
+        both()  # compiles and tunes
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            both()
+            own = sum(x.numel() * x.element_size() for x in (*inputs, *parameters) if x is not None)
+            peaks[name] = (torch.cuda.max_memory_allocated() - held + own) / 1e9
+        if (took := time.perf_counter() - begin) > SECONDS:
+            print(f"{size}  {name}: {took:.0f} s before the first repeat, left out", file=sys.stderr)
+            continue
+        works[name] = (forward, both)
+    times = {name: ([], []) for name in works}
+    for _ in range(repeats):
+        for name, pair in works.items():
+            for work, record in zip(pair, times[name], strict=True):
+                record.append(seconds(work, device) * 1e3)
+    rows = [Row(size, name, *(round(statistics.median(r), 3) for r in records)) for name, records in times.items()]
+    for row in rows:
+        row.ratio, row.peak_gb = round(rows[0].both_ms / row.both_ms, 2), peaks.get(row.name)
+        if case.alike:
+            first = outputs[rows[0].name]
+            row.error = ((outputs[row.name] - first).abs().max() / first.abs().max()).item()
+    return rows
+
+
+def _upstream(o: Tensor) -> Tensor:
+    """The gradient that comes from above: no matter which, but dense, and no cheaper than a real one."""
+    return o.detach()
