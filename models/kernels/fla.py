@@ -9,11 +9,12 @@ always passed (fla's default is 1/sqrt(K), here the mixer scales the query).
 from __future__ import annotations
 
 import importlib.util
-import os
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from models.kernels import backend
 
 # The kernels sum decays over 64 tokens in float32, and a large one takes the digits of the small ones after it: with 7
 # documents in a chunk the error is 2e-5, with gates saturated at -1e4 it is 4e-3. exp(-32) = 1e-14 is nothing to
@@ -24,31 +25,11 @@ LEAST_LOG_DECAY = -32.0
 BROKEN_ON_HOPPER = ((3, 4, 0), (3, 7, 1))
 
 
-def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels on a CPU: slow, for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@cache
-def refusal(device_type: str) -> str | None:
-    """Why no kernel of fla can run on this kind of device, or None."""
-    for package, name in (("triton", "Triton"), ("fla", "flash-linear-attention")):
-        if importlib.util.find_spec(package) is None:
-            return f"{name} is not installed"
-    if device_type != "cuda" and not interpreting():
-        return f"Triton needs a GPU, this is {device_type}"
-    return None
-
-
 def refusal_linear(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why fla can't run linear attention here, or None if it can. dtype is that of q, k and v."""
-    if (reason := refusal(device.type)) is not None:
-        return reason
-    if interpreting() and dtype == torch.bfloat16:
-        return "Triton's interpreter keeps bfloat16 as integers and returns garbage"
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"fla computes in 16 or 32 bits, not {dtype}"
-    return None
+    if importlib.util.find_spec("fla") is None:
+        return "flash-linear-attention is not installed"
+    return backend.refusal(device, dtype)
 
 
 def route_linear(device: torch.device, decay_kind: str) -> str:

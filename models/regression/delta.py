@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.kernels import fla
+from models.kernels import fla, momentum
 from models.precision import wide, working_dtype
 from models.regression.chunks import short
 from models.regression.delta_chunks import ChunkedDelta
@@ -109,6 +109,27 @@ def chunked_delta(
     memory, chunk = first_memory(k, v, memory), short(min(chunk, 16) if per_channel else chunk, k.shape[1])
     o, memory = ChunkedDelta.apply(q, k, write_key, v, step_size, log_decay, memory, chunk, gradient_before_decay)
     return o.to(v.dtype), memory
+
+
+def kernel_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step_size: Tensor,
+    log_decay: Tensor | None = None,
+    memory: Tensor | None = None,
+    gradient_before_decay: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The same map by models/kernels/momentum, whose rule without momentum this is. Arguments and results as in
+    recurrent_delta, log_decay per head; q, k and v are cast to one dtype, v's.
+    """
+    matrices, source = first_memory(k, v, memory).unsqueeze(2), None
+    if gradient_before_decay and log_decay is not None:  # at the start of a document there is nothing to erase
+        token = torch.arange(q.shape[1], device=q.device) - 1
+        source = torch.where(log_decay[..., 0] < FORGET / 2, momentum.EMPTY, token)
+    rule = momentum.Rule(momentum=False, decayed=not gradient_before_decay)
+    o, matrices = momentum.momentum_delta(q, k, v, step_size, None, log_decay, matrices, source, rule)
+    return o, matrices.squeeze(2)
 
 
 def _decayed_share(s: Tensor) -> Tensor:
@@ -189,10 +210,15 @@ class Delta(Memory):
         if backend == "fla":
             form = fla.leaky_delta if self.gradient_before_decay else fla.gated_delta
             return form(q, k, v, step_size, log_decay, state)
+        if backend == "triton":
+            return kernel_delta(q, k, v, step_size, log_decay, state, **early)
         return chunked_delta(q, k, v, step_size, log_decay, state, self.tokens_at_once(v), **early)
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-        return {"fla": fla.refusal_gated_delta(device, dtype, self.key_dim, self.value_dim)}
+        found = {"fla": fla.refusal_gated_delta(device, dtype, self.key_dim, self.value_dim)}
+        return (
+            found if self.decay_kind == "channel" else found | {"triton": momentum.refusal(device, dtype, self.key_dim)}
+        )
 
     def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         if backend != "fla":

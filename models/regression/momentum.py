@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.kernels import momentum as kernels
 from models.precision import wide, working_dtype
 from models.regression.chunks import fades, from_chunks, into_chunks, short
 from models.regression.documents import forget_at_starts
@@ -173,6 +174,34 @@ def chunked_momentum(
     return from_chunks(o, k.shape[:3]).to(v.dtype), last_state(matrices, where.phase)
 
 
+def kernel_momentum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step_size: Tensor,
+    log_momentum: Tensor,
+    log_decay: Tensor | None = None,
+    state: State | None = None,
+    grad_batch: int = 1,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, State]:
+    """The same map by models/kernels/momentum, in chunks of its CHUNK. Arguments and results as in recurrent_momentum;
+    q, k and v are cast to one dtype, v's.
+    """
+    # mini-batches that are the chunks: no error of a chunk refers to another
+    together = grad_batch == kernels.CHUNK and state is None and segments is None
+    state = first_state(k, v, state, grad_batch)
+    where, source = references(k, state, grad_batch, segments), None
+    if grad_batch > 1 or segments is not None:
+        source = where.source.masked_fill(where.empty, kernels.EMPTY)
+    log_momentum = forget_at_starts(log_momentum, segments)
+    log_decay = forget_at_starts(log_decay, segments, like=step_size)
+    rule = kernels.Rule(carried=grad_batch > 1, solve=not together)
+    matrices = torch.stack(state.matrices, dim=2)
+    o, matrices = kernels.momentum_delta(q, k, v, step_size, log_momentum, log_decay, matrices, source, rule)
+    return o, last_state(matrices.unbind(2), where.phase)
+
+
 def mixtures(
     step_size: Tensor,
     log_momentum: Tensor,
@@ -253,9 +282,15 @@ class Momentum(Memory):
         segments: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
         given = (q, k, v, *self.gates(x), log_decay, state, self.grad_batch, segments)
-        if self.choose(v.device, v.dtype).backend == "recurrent" or k.shape[1] == 1:  # one token is the definition
+        backend = self.choose(v.device, v.dtype).backend
+        if backend == "recurrent" or k.shape[1] == 1:  # one token is the definition
             return recurrent_momentum(*given)
+        if backend == "triton":
+            return kernel_momentum(*given)
         return chunked_momentum(*given, self.tokens_at_once(v))
+
+    def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+        return {"triton": kernels.refusal(device, dtype, self.key_dim)}
 
     def forget(self, state: State, rows: Tensor) -> State:
         """The matrices of the given rows emptied, and their mini-batches ended."""

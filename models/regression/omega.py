@@ -182,6 +182,10 @@ class Omega(Momentum):
         keys, values = (torch.where(rows.view(-1, 1, 1, 1), 0.0, x) for x in state[1:])
         return State(super().forget(state.fitted, rows), keys, values)
 
+    def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+        """None: models/kernels/momentum has one write a token."""
+        return {}
+
     def flops_per_token(self, seq_len: int) -> int:
         """Predictions and writes for the whole window, one read, and the projections of the gates and weights."""
         pairs = (self.window - 1) * (4 * self.key_dim * self.value_dim) + 2 * self.window * self.hidden_size

@@ -15,11 +15,12 @@ from models.decay import NoDecay
 from models.features import Identity
 from models.kernels import fla
 from models.mixer import Mixer
-from models.regression.delta import chunked_delta
+from models.regression.delta import chunked_delta, kernel_delta
 from models.regression.kernel import Factor, parallel_intention
 from models.regression.local import Softmax
 from models.regression.local_polynomial import blocked_local_polynomial
 from models.regression.memory import Memory
+from models.regression.momentum import chunked_momentum, kernel_momentum
 from models.regression.pairs import Pairs, View
 from scripts.benchmarks import peers
 from scripts.benchmarks.timing import Case, Operator, same
@@ -40,6 +41,7 @@ def cases(device: str) -> dict[str, Callable[[], Case]]:
         } | memories(2, 256, 4, 32, device)
     return {
         "delta B8 T4096 H8 K128": lambda: delta_on_a_gpu(8, 4096, 8, 128),
+        "momentum B8 T4096 H8 K128": lambda: momentum(8, 4096, 8, 128),
         "softmax B8 T4096 H8 K128": lambda: softmax_layer(8, 4096, 8, 128, device, torch.bfloat16),
         "local linear B1 T8192 H8 K64": lambda: local_linear(1, 8192, 8, 64, device),
         "intention B4 T1024 H8 K64": lambda: intention(4, 1024, 8, 64, device),
@@ -55,6 +57,7 @@ def delta_on_a_gpu(*shape: int) -> Case:
     """All compute o = q S with the peers' scale, 1/sqrt(K)."""
     named = {
         "ours, by fla": lambda q, k, v, g, b: fla.gated_delta(q * q.shape[-1] ** -0.5, k, v, b, g)[0],
+        "ours, Triton": lambda q, k, v, g, b: kernel_delta(q * q.shape[-1] ** -0.5, k, v, b, g)[0],
         "ours, chunked": ours_delta,
         "fla chunk_kda": peers.kda,
         "SDPA (another model)": lambda q, k, v, g, b: F.scaled_dot_product_attention(
@@ -64,6 +67,30 @@ def delta_on_a_gpu(*shape: int) -> Case:
     if fla.route_gated_delta(torch.device("cuda")) == "chunk_gated_delta_rule":
         named = {"fla chunk_gated_delta_rule": peers.gated_delta_rule, **named}
     return same(draw(shape, torch.bfloat16, "cuda"), named)
+
+
+def momentum(*shape: int) -> Case:
+    """Titans' linear memory: the exact rule, with gradients at the start of a chunk, and without momentum; peers."""
+    q, k, v, log_decay, step_size = draw(shape, torch.bfloat16, "cuda")
+    log_momentum = F.logsigmoid(torch.randn(shape[:3], device="cuda")).requires_grad_()
+    step_size = step_size * (1 - log_momentum.exp())
+    given = [q, k, v, step_size.detach().requires_grad_(), log_momentum, log_decay]
+
+    def leaky(q: Tensor, k: Tensor, v: Tensor, b: Tensor, eta: Tensor, a: Tensor) -> Tensor:
+        return kernel_delta(q, k, v, b, a, gradient_before_decay=True)[0]
+
+    named = {
+        "ours, Triton": lambda *x: kernel_momentum(*x)[0],
+        "ours, chunked": lambda *x: chunked_momentum(*x, chunk=64)[0],
+        "ours, gradients per 64": lambda *x: kernel_momentum(*x, grad_batch=64)[0],
+        "ours, momentum 0": leaky,
+        "fla momentum_delta_rule": lambda q, k, v, b, eta, a: peers.momentum_delta_rule(q, k, v, a, b),
+        "fla gated_delta_rule": lambda q, k, v, b, eta, a: peers.gated_delta_rule(q, k, v, a, b),
+        "SDPA": lambda q, k, v, *_: F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True
+        ).transpose(1, 2),
+    }
+    return Case({name: Operator(function, given) for name, function in named.items()}, alike=False)
 
 
 def softmax_layer(B: int, T: int, H: int, K: int, device: str, dtype: torch.dtype) -> Case:

@@ -1,0 +1,32 @@
+"""Where Triton can run: what every kernel asks before its own limits."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels on a CPU: slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no Triton kernel can run here, or None if one can. dtype is that of q, k and v."""
+    if not _installed("triton"):
+        return "Triton is not installed"
+    if device.type != "cuda" and not interpreting():
+        return f"Triton needs a GPU, this is {device.type}"
+    if interpreting() and dtype == torch.bfloat16:
+        return "Triton's interpreter keeps bfloat16 as integers and returns garbage"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the kernels compute in 16 or 32 bits, not {dtype}"
+    return None
+
+
+@cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

@@ -1,0 +1,148 @@
+"""Titans' linear memory by kernels of our own: models/regression/momentum.py's chunked form in Triton.
+
+What a chunk needs is one triangular system and a few products with its coefficients; what one chunk hands to the next
+is a pair of matrices. So a call is three kernels forward, the middle one alone sequential,
+
+    coefficients    G, the inverse R of (I + K K^T * G_ref), and the vectors that go with the matrices
+    scan            U = R (V - diag(a) K M - diag(f) K S), and M, S from chunk to chunk
+    outputs         O = diag(a) Q M + diag(f) Q S + (Q K^T * G) U
+
+and five backward, after the first two again, so that nothing but the inputs is kept between the passes. The formulas
+and their gradients are those of momentum.py and mixtures.py; the shapes are written at every pointer.
+
+Precision: products of bf16 (or fp16) operands, summed in float32; matrices are float32 in the scans' registers and
+rounded where they are operands. float32 inputs are multiplied as sums of three TF32 products, which loses two bits.
+
+Launch configurations are chosen, not searched: docs/kernels.md says how and what they gave.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.kernels import backend
+
+CHUNK = 64
+EMPTY = 2**30  # a source: no memory, but zero
+
+
+class Rule(NamedTuple):
+    """Which of its parts a call has. momentum: S. carried: M_ref as one more matrix, in and out. solve: whether errors
+    refer to each other; not where every gradient of a chunk is taken at its first memory, which is then what comes out
+    as M_ref. decayed: gradients taken after the decay, at a_t M_{t-1}, which without momentum is the gated delta rule.
+    """
+
+    momentum: bool = True
+    carried: bool = False
+    solve: bool = True
+    decayed: bool = False
+
+    @property
+    def num_matrices(self) -> int:
+        return 1 + self.momentum + self.carried
+
+
+EXACT = Rule()
+
+
+def refusal(device: torch.device, dtype: torch.dtype, key_dim: int) -> str | None:
+    """Why these kernels can't run here, or None if they can. dtype is that of q, k and v."""
+    if (reason := backend.refusal(device, dtype)) is not None:
+        return reason
+    if key_dim > 256:
+        return f"a memory of keys {key_dim} wide does not fit on a multiprocessor; 256 does"
+    return None
+
+
+def momentum_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step_size: Tensor,
+    log_momentum: Tensor | None,
+    log_decay: Tensor | None,
+    matrices: Tensor,
+    source: Tensor | None = None,
+    rule: Rule = EXACT,
+) -> tuple[Tensor, Tensor]:
+    """momentum.py's map. q, k [B, T, H, K] and v [B, T, H, V] of one dtype; step_size, log_momentum, log_decay
+    [B, T, H]; matrices [B, H, n, K, V], what the call begins with; source [B, T]: the token of the call after which a
+    gradient is taken, -1 for the call's first memory, less for the reference carried into it, EMPTY for zero; None for
+    the token before. Returns o [B, T, H, V] and the matrices after the last token, float32.
+    """
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    gates = (None if x is None else x.float() for x in (step_size, log_momentum, log_decay))
+    source = None if source is None else source.int()
+    return _forward(q, k, v, *gates, matrices.float(), source, *rule)
+
+
+@torch.library.custom_op("ttr::momentum_delta", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step_size: Tensor,
+    log_momentum: Tensor | None,
+    log_decay: Tensor | None,
+    matrices: Tensor,
+    source: Tensor | None,
+    momentum: bool,
+    carried: bool,
+    solve: bool,
+    decayed: bool,
+) -> tuple[Tensor, Tensor]:
+    from models.kernels.momentum.launch import Launch
+
+    rule = Rule(momentum, carried, solve, decayed)
+    return Launch(q, k, v, step_size, log_momentum, log_decay, matrices, source, rule).forward()
+
+
+@_forward.register_fake
+def _(q, k, v, step_size, log_momentum, log_decay, matrices, source, *rule):
+    return torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(matrices)
+
+
+@torch.library.custom_op("ttr::momentum_delta_backward", mutates_args=())
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step_size: Tensor,
+    log_momentum: Tensor | None,
+    log_decay: Tensor | None,
+    matrices: Tensor,
+    source: Tensor | None,
+    momentum: bool,
+    carried: bool,
+    solve: bool,
+    decayed: bool,
+    do: Tensor,
+    dlast: Tensor,
+) -> list[Tensor]:
+    from models.kernels.momentum.launch import Launch
+
+    rule = Rule(momentum, carried, solve, decayed)
+    return Launch(q, k, v, step_size, log_momentum, log_decay, matrices, source, rule).backward(do, dlast)
+
+
+@_backward.register_fake
+def _(q, k, v, step_size, log_momentum, log_decay, matrices, source, momentum, carried, solve, decayed, do, dlast):
+    gates = [x for x in (step_size, log_momentum, log_decay) if x is not None]
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *gates, matrices)]
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:8])
+    ctx.rule = inputs[8:]
+
+
+def _gradients(ctx, do: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    found = iter(_backward(*inputs, *ctx.rule, do, dlast))
+    return (*(None if x is None else next(found) for x in inputs[:7]), *(None,) * 5)
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)

@@ -1,0 +1,205 @@
+"""The two scans over chunks, forward for the matrices and backward for their gradients: the only steps that wait for
+one another. A program has some columns of the values, for which every matrix is [K, BV] in its registers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from models.kernels.momentum import tiles
+from models.kernels.momentum.tiles import dot, of_matrix, of_square, of_tokens
+
+
+@triton.jit
+def scan(
+    k,  # [B, T, H, K]
+    v,  # [B, T, H, V]
+    R,  # [B H N, C, C]
+    vectors,  # [B H N, ROWS, C]
+    first,  # [B H, n, K, V]: M, S and R
+    U,  # out, [B, T, H, V]: the errors
+    states,  # out, [B H N, n, K, V]: what every chunk begins with
+    last,  # out, [B H, n, K, V]
+    T,
+    N,
+    H,
+    K,
+    V,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    CARRIED: tl.constexpr,
+    OUTSIDE: tl.constexpr,  # matrices of first and last: one more where the reference is the last chunk's first memory
+    SOLVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """U = R (V - diag(a) K M - diag(f) K S - diag(r) K R), and the matrices after it."""
+    first_v, bh = tl.program_id(0) * BV, tl.program_id(1)
+    n_matrices: tl.constexpr = 1 + MOMENTUM + CARRIED
+    t = tl.arange(0, C)
+    at_first, inside = of_matrix(first, bh * OUTSIDE, first_v, K, V, BK, BV)
+    memory = tl.load(at_first, mask=inside, other=0.0)
+    if MOMENTUM:
+        momentum = tl.load(at_first + K * V, mask=inside, other=0.0)
+    if CARRIED:
+        reference = tl.load(at_first + (n_matrices - 1) * K * V, mask=inside, other=0.0)
+    at_last, inside = of_matrix(last, bh * OUTSIDE, first_v, K, V, BK, BV)
+    for n in range(N):
+        chunk = bh * N + n
+        at_k, mask_k = of_tokens(k, bh, n, 0, T, H, K, C, BK)
+        keys = tl.load(at_k, mask=mask_k, other=0.0)
+        at_v, mask_v = of_tokens(v, bh, n, first_v, T, H, V, C, BV)
+        error = tl.load(at_v, mask=mask_v, other=0.0).to(tl.float32)
+        row = vectors + chunk.to(tl.int64) * tiles.ROWS * C
+        if SOLVE:
+            inverse = tl.load(of_square(R, chunk, C))
+            refer_a = tl.load(row + tiles.REFER_A * C + t)
+        write_m = tl.load(row + tiles.WRITE_M * C + t)
+        a = tl.load(row + tiles.A * C + C - 1)
+
+        at_states, inside = of_matrix(states, chunk * n_matrices, first_v, K, V, BK, BV)
+        operand = memory.to(keys.dtype)
+        tl.store(at_states, operand, mask=inside)
+        predicted = dot(keys, operand, PRECISION)
+        error -= refer_a[:, None] * predicted if SOLVE else predicted
+        if MOMENTUM:
+            operand = momentum.to(keys.dtype)
+            tl.store(at_states + K * V, operand, mask=inside)
+            if SOLVE:
+                error -= tl.load(row + tiles.REFER_F * C + t)[:, None] * dot(keys, operand, PRECISION)
+        if CARRIED:
+            operand = reference.to(keys.dtype)
+            tl.store(at_states + (n_matrices - 1) * K * V, operand, mask=inside)
+            error -= tl.load(row + tiles.REFER_R * C + t)[:, None] * dot(keys, operand, PRECISION)
+        if SOLVE:
+            error = dot(inverse, error.to(keys.dtype), PRECISION)
+        at_u, mask_v = of_tokens(U, bh, n, first_v, T, H, V, C, BV)
+        tl.store(at_u, error.to(keys.dtype), mask=mask_v)
+
+        if n_matrices < OUTSIDE and n == N - 1:
+            tl.store(at_last + n_matrices * K * V, memory, mask=inside)
+        written = tl.trans(keys)
+        if CARRIED:
+            reference *= tl.load(row + tiles.REFER_R * C + C - 1)
+            reference += tl.load(row + tiles.REFER_A * C + C - 1) * memory
+            if MOMENTUM:
+                reference += tl.load(row + tiles.REFER_F * C + C - 1) * momentum
+            write = tl.load(row + tiles.WRITE_R * C + t)
+            reference += dot(written, (write[:, None] * error).to(keys.dtype), PRECISION)
+        memory *= a
+        if MOMENTUM:
+            memory += tl.load(row + tiles.F * C + C - 1) * momentum
+            momentum *= tl.load(row + tiles.M * C + C - 1)
+            write = tl.load(row + tiles.WRITE_S * C + t)
+            momentum += dot(written, (write[:, None] * error).to(keys.dtype), PRECISION)
+        memory += dot(written, (write_m[:, None] * error).to(keys.dtype), PRECISION)
+    tl.store(at_last, memory, mask=inside)
+    if MOMENTUM:
+        tl.store(at_last + K * V, momentum, mask=inside)
+    if CARRIED:
+        tl.store(at_last + (n_matrices - 1) * K * V, reference, mask=inside)
+
+
+@triton.jit
+def scan_gradient(
+    q,  # [B, T, H, K]
+    k,  # [B, T, H, K]
+    R,  # [B H N, C, C]
+    vectors,  # [B H N, ROWS, C]
+    do,  # [B, T, H, V]
+    dU,  # [B, T, H, V]: of the errors, by the outputs of their own chunk
+    dlast,  # [B H, n, K, V]
+    E,  # out, [B, T, H, V]: the gradient by the right-hand side of the errors' system, which is the one by v
+    dstates,  # out, [B H N, n, K, V]: by what every chunk ends with
+    dfirst,  # out, [B H, n, K, V]
+    T,
+    N,
+    H,
+    K,
+    V,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    CARRIED: tl.constexpr,
+    OUTSIDE: tl.constexpr,
+    SOLVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Each line is the transpose of one of scan's, and of the outputs' O = diag(a) Q M + diag(f) Q S + ..."""
+    first_v, bh = tl.program_id(0) * BV, tl.program_id(1)
+    n_matrices: tl.constexpr = 1 + MOMENTUM + CARRIED
+    t = tl.arange(0, C)
+    at_last, inside = of_matrix(dlast, bh * OUTSIDE, first_v, K, V, BK, BV)
+    dmemory = tl.load(at_last, mask=inside, other=0.0)
+    if MOMENTUM:
+        dmomentum = tl.load(at_last + K * V, mask=inside, other=0.0)
+    if CARRIED:
+        dreference = tl.load(at_last + (n_matrices - 1) * K * V, mask=inside, other=0.0)
+    for i in range(N):
+        n = N - 1 - i
+        chunk = bh * N + n
+        at_k, mask_k = of_tokens(k, bh, n, 0, T, H, K, C, BK)
+        keys = tl.load(at_k, mask=mask_k, other=0.0)
+        at_q, mask_k = of_tokens(q, bh, n, 0, T, H, K, C, BK)
+        queries = tl.trans(tl.load(at_q, mask=mask_k, other=0.0))
+        at_v, mask_v = of_tokens(do, bh, n, first_v, T, H, V, C, BV)
+        doutput = tl.load(at_v, mask=mask_v, other=0.0).to(tl.float32)
+        at_u, mask_v = of_tokens(dU, bh, n, first_v, T, H, V, C, BV)
+        derror = tl.load(at_u, mask=mask_v, other=0.0).to(tl.float32)
+        row = vectors + chunk.to(tl.int64) * tiles.ROWS * C
+        if SOLVE:
+            inverse = tl.load(of_square(R, chunk, C))
+            refer_a = tl.load(row + tiles.REFER_A * C + t)
+        write_m = tl.load(row + tiles.WRITE_M * C + t)
+        a = tl.load(row + tiles.A * C + t)
+        a_last = tl.load(row + tiles.A * C + C - 1)
+
+        at_states, inside = of_matrix(dstates, chunk * n_matrices, first_v, K, V, BK, BV)
+        operand = dmemory.to(keys.dtype)
+        tl.store(at_states, operand, mask=inside)
+        derror += write_m[:, None] * dot(keys, operand, PRECISION)
+        if MOMENTUM:
+            f = tl.load(row + tiles.F * C + t)
+            operand = dmomentum.to(keys.dtype)
+            tl.store(at_states + K * V, operand, mask=inside)
+            derror += tl.load(row + tiles.WRITE_S * C + t)[:, None] * dot(keys, operand, PRECISION)
+        if CARRIED:
+            operand = dreference.to(keys.dtype)
+            tl.store(at_states + (n_matrices - 1) * K * V, operand, mask=inside)
+            derror += tl.load(row + tiles.WRITE_R * C + t)[:, None] * dot(keys, operand, PRECISION)
+        if SOLVE:
+            derror = dot(tl.trans(inverse), derror.to(keys.dtype), PRECISION)
+        at_e, mask_v = of_tokens(E, bh, n, first_v, T, H, V, C, BV)
+        tl.store(at_e, derror.to(keys.dtype), mask=mask_v)
+
+        erased = tl.trans(keys)
+        if MOMENTUM:
+            dmomentum *= tl.load(row + tiles.M * C + C - 1)
+            dmomentum += tl.load(row + tiles.F * C + C - 1) * dmemory
+            dmomentum += dot(queries, (f[:, None] * doutput).to(keys.dtype), PRECISION)
+            if SOLVE:
+                refer_f = tl.load(row + tiles.REFER_F * C + t)
+                dmomentum -= dot(erased, (refer_f[:, None] * derror).to(keys.dtype), PRECISION)
+        dmemory *= a_last
+        dmemory += dot(queries, (a[:, None] * doutput).to(keys.dtype), PRECISION)
+        seen = refer_a[:, None] * derror if SOLVE else derror
+        dmemory -= dot(erased, seen.to(keys.dtype), PRECISION)
+        if n_matrices < OUTSIDE and i == 0:
+            dmemory += tl.load(at_last + n_matrices * K * V, mask=inside, other=0.0)
+        if CARRIED:
+            dmemory += tl.load(row + tiles.REFER_A * C + C - 1) * dreference
+            if MOMENTUM:
+                dmomentum += tl.load(row + tiles.REFER_F * C + C - 1) * dreference
+            refer_r = tl.load(row + tiles.REFER_R * C + t)
+            dreference *= tl.load(row + tiles.REFER_R * C + C - 1)
+            dreference -= dot(erased, (refer_r[:, None] * derror).to(keys.dtype), PRECISION)
+    at, _ = of_matrix(dfirst, bh * OUTSIDE, first_v, K, V, BK, BV)
+    tl.store(at, dmemory, mask=inside)
+    if MOMENTUM:
+        tl.store(at + K * V, dmomentum, mask=inside)
+    if CARRIED:
+        tl.store(at + (n_matrices - 1) * K * V, dreference, mask=inside)
+    if n_matrices < OUTSIDE:
+        tl.store(at + n_matrices * K * V, tl.zeros([BK, BV], tl.float32), mask=inside)

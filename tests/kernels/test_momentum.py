@@ -1,0 +1,158 @@
+"""The momentum kernels against the recurrences in float64: every rule, its gradients, and gates at their ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.kernels import momentum
+from models.regression.delta import kernel_delta, recurrent_delta
+from models.regression.documents import forget_at_starts
+from models.regression.momentum import State, kernel_momentum, recurrent_momentum
+from tests.kernels.interpreter import run_interpreted
+
+CASES = {  # what differs from one head width of 16, 100 tokens, a decay, momenta of sigmoid(N(0, 1))
+    "exact": {},
+    "no decay": {"decay": None},
+    "documents": {"documents": 23},
+    "small gates": {"momentum": -12.0, "decay": 0.0},
+    "large gates": {"momentum": 8.0, "decay": 8.0},
+    "mini-batches of 4": {"grad_batch": 4},
+    "of 16, documents": {"grad_batch": 16, "documents": 23},
+    "longer than a chunk": {"grad_batch": 100, "T": 150},
+    "as long as a chunk": {"grad_batch": 64, "T": 150, "state": False},
+    "ragged": {"K": 20, "V": 40, "T": 70},
+    "leaky LMS": {"momentum": None, "early": True},
+    "leaky LMS, documents": {"momentum": None, "early": True, "documents": 23},
+    "delta rule": {"momentum": None, "documents": 23},
+    "delta rule, no decay": {"momentum": None, "decay": None},
+}
+WIDE = {"wide": {"K": 128, "V": 128, "T": 300}, "widest": {"K": 256, "V": 256, "T": 200}}
+
+
+def errors(
+    device: str,
+    dtype: torch.dtype,
+    K: int = 16,
+    V: int = 16,
+    T: int = 100,
+    momentum: float | None = 0.0,
+    decay: float | None = 3.0,
+    grad_batch: int = 1,
+    documents: int | None = None,
+    state: bool = True,
+    early: bool = False,
+) -> list[float]:
+    """Of outputs, last matrices and all gradients: the distance to the recurrence of the same rounded inputs, relative
+    to its length. momentum and decay: the mean of the gates' logits; None for none."""
+    B, H, g = 2, 2, torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(B, *shape, generator=g, dtype=torch.float64).to(device)
+
+    logit = normal(T, H) + (momentum or 0.0)
+    step_size = (-logit).sigmoid() * normal(T, H).sigmoid() / grad_batch
+    inputs = [x.to(dtype) for x in (normal(T, H, K), F.normalize(normal(T, H, K), dim=-1), normal(T, H, V))]
+    inputs += [step_size, F.logsigmoid(logit), None if decay is None else F.logsigmoid(normal(T, H) + decay)]
+    inputs += [0.1 * normal(H, K, V) for _ in range(3 if grad_batch > 1 else 2)] if state else []
+    segments = None if documents is None else (torch.arange(T, device=device) // documents).expand(B, T)
+
+    def call(form: str) -> list[torch.Tensor]:
+        exact = form == "exact"
+        own = [x if x is None else x.to(torch.float64 if exact else x.dtype).requires_grad_() for x in inputs]
+        if not exact:
+            own = own[:3] + [x if x is None else x.detach().float().requires_grad_() for x in own[3:]]
+        q, k, v, theta, log_momentum, log_decay, *matrices = own
+        if momentum is None:
+            gates = (theta, forget_at_starts(log_decay, segments, like=theta), matrices[0])
+            rule = recurrent_delta if exact else kernel_delta
+            o, last = rule(q, k, v, *gates, gradient_before_decay=early)
+            last = [last]
+        else:
+            phase = torch.full((B,), 3, device=device) if grad_batch > 1 else None
+            first = State(*matrices, *([phase] if phase is not None else [])) if matrices else None
+            rule = recurrent_momentum if exact else kernel_momentum
+            o, last = rule(q, k, v, theta, log_momentum, log_decay, first, grad_batch, segments)
+            last = last.matrices
+        generator = torch.Generator().manual_seed(1)
+        found = [o, *last]
+        weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in found]
+        total = sum((x * w).sum() for x, w in zip(found, weights, strict=True))
+        wanted = [x for x in own if x is not None]
+        gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+        return [*found, *(torch.zeros_like(x) if d is None else d for x, d in zip(wanted, gradients, strict=True))]
+
+    pairs = zip(call("kernel"), call("exact"), strict=True)
+    return [((a.double() - b).norm() / b.norm().clamp(min=1e-9)).item() for a, b in pairs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_kernels_are_the_recurrence(half):
+    """Through the interpreter, float32."""
+    code = """
+    import json, torch
+    from tests.kernels.test_momentum import CASES, errors
+    print("FOUND", json.dumps({name: max(errors("cpu", torch.float32, **CASES[name])) for name in %r}))
+    """
+    import json
+
+    names = list(CASES)[half::2]
+    found = json.loads(run_interpreted(textwrap.dedent(code % names)).split("FOUND")[1])
+    assert found.keys() == set(names) and all(error < 1e-5 for error in found.values()), found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", CASES | WIDE)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)], ids=["float32", "bf16"])
+def test_on_a_gpu(name, dtype, tolerance):
+    found = errors("cuda", dtype, **(CASES | WIDE)[name])
+    assert max(found) < tolerance, found
+
+
+GATES_AT_THEIR_ENDS = """
+import torch
+from models.regression.momentum import kernel_momentum
+
+def finite(device, dtype):
+    ends = torch.tensor([0.0, 1e-30, 1e-6, 0.5, 1 - 1e-6, 1.0], device=device)
+    T = 216
+    gates = torch.cartesian_prod(ends, ends, ends).view(1, T, 1, 3)
+    theta, momentum, decay = ((x if i else x * 0.5).clone().requires_grad_() for i, x in enumerate(gates.unbind(-1)))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, T, 1, 16, device=device).to(dtype).requires_grad_() for _ in range(3))
+    k_unit = torch.nn.functional.normalize(k.float(), dim=-1).to(dtype)
+    o, state = kernel_momentum(q, k_unit, v, theta, momentum.log(), decay.log())
+    gradients = torch.autograd.grad(o.float().sum(), [q, k, v, theta])
+    return all(x.isfinite().all().item() for x in (o, *state.matrices, *gradients))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_gates_of_zero_and_one_are_finite():
+    assert "True" in run_interpreted(GATES_AT_THEIR_ENDS + "\nprint(finite('cpu', torch.float32))")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gates_of_zero_and_one_are_finite_on_a_gpu():
+    scope: dict = {}
+    exec(GATES_AT_THEIR_ENDS, scope)
+    assert scope["finite"]("cuda", torch.float32) and scope["finite"]("cuda", torch.bfloat16)
+
+
+def test_what_it_refuses(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert "Triton" in momentum.refusal(cpu, torch.float32, 64)
+    if importlib.util.find_spec("triton") is not None:
+        assert momentum.refusal(cuda, torch.bfloat16, 256) is None
+        assert "256" in momentum.refusal(cuda, torch.bfloat16, 257)
+        assert "float64" in momentum.refusal(cuda, torch.float64, 64)
