@@ -51,6 +51,7 @@ class Regressor(nn.Module):
     needs_positive_features: bool = False  # whether phi(q) . phi(k) must not be negative
     decay_kind: str = "none"  # of the recipe's decay; mixer.py sets it
     pairs_per_token: int = 1  # n
+    on_request: ClassVar[tuple[str, ...]] = ("triton",)  # what auto leaves alone: not yet seen to train a model
 
     def __init__(self, sizes: Sizes, backend: str = "auto") -> None:
         super().__init__()
@@ -94,10 +95,12 @@ class Regressor(nn.Module):
                 raise ValueError(f"regressor.backend={self.backend} can't run {type(self).__name__} here: {refusal}")
         name, reasons = self.backend, ["as asked"]
         if name == "auto":
-            possible = [name for name, refusal in refusals.items() if refusal is None and device.type == "cuda"]
+            waiting = {name: "waits to be asked for" for name in refusals if name in self.on_request}
+            why_not = {name: why or waiting.get(name) for name, why in refusals.items() if why or name in waiting}
+            possible = [name for name in refusals if name not in why_not and device.type == "cuda"]
             name = possible[0] if possible else "torch"
-            why_not = [f"{name}: {refusal}" for name, refusal in refusals.items() if refusal is not None]
-            reasons = [] if possible else why_not if device.type == "cuda" else ["no GPU"] if refusals else []
+            said = [f"{name}: {why}" for name, why in why_not.items()]
+            reasons = [] if possible else said if device.type == "cuda" else ["no GPU"] if refusals else []
         return Choice(name, "; ".join(filter(None, [*reasons, self.route(name, device, dtype)])))
 
     def diagnostics(self) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ def coefficients(
     log_decay,  # [B, T, H]
     source,  # [B, T]
     G,  # out, [B H N, C, C]: how much of the write of token i is in the memory after token t
-    R,  # out, [B H N, C, C]: the inverse of the system of the errors
+    R,  # out, [B H N, C, C]: the inverse of the system of the errors, without its diagonal of ones
     vectors,  # out, [B H N, ROWS, C]
     T,
     N,
@@ -86,7 +86,7 @@ def coefficients(
         at, mask = of_tokens(k, bh, n, 0, T, H, K, C, BK)
         keys = tl.load(at, mask=mask, other=0.0)
         inverse = unit_inverse(dot(keys, tl.trans(keys), PRECISION) * refer, C, LOG_C, PRECISION)
-        tl.store(of_square(R, chunk, C), inverse.to(keys.dtype))
+        tl.store(of_square(R, chunk, C), tl.where(t[:, None] > t[None, :], inverse, 0.0).to(keys.dtype))
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from models.kernels.momentum.tiles import dot, of_matrix, of_square, of_tokens
 def scan(
     k,  # [B, T, H, K]
     v,  # [B, T, H, V]
-    R,  # [B H N, C, C]
+    R,  # [B H N, C, C]: without its ones
     vectors,  # [B H N, ROWS, C]
     first,  # [B H, n, K, V]: M, S and R
     U,  # out, [B, T, H, V]: the errors
@@ -73,7 +73,7 @@ def scan(
             tl.store(at_states + (n_matrices - 1) * K * V, operand, mask=inside)
             error -= tl.load(row + tiles.REFER_R * C + t)[:, None] * dot(keys, operand, PRECISION)
         if SOLVE:
-            error = dot(inverse, error.to(keys.dtype), PRECISION)
+            error += dot(inverse, error.to(keys.dtype), PRECISION)
         at_u, mask_v = of_tokens(U, bh, n, first_v, T, H, V, C, BV)
         tl.store(at_u, error.to(keys.dtype), mask=mask_v)
 
@@ -105,7 +105,7 @@ def scan(
 def scan_gradient(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
-    R,  # [B H N, C, C]
+    R,  # [B H N, C, C]: without its ones
     vectors,  # [B H N, ROWS, C]
     do,  # [B, T, H, V]
     dU,  # [B, T, H, V]: of the errors, by the outputs of their own chunk
@@ -170,7 +170,7 @@ def scan_gradient(
             tl.store(at_states + (n_matrices - 1) * K * V, operand, mask=inside)
             derror += tl.load(row + tiles.WRITE_R * C + t)[:, None] * dot(keys, operand, PRECISION)
         if SOLVE:
-            derror = dot(tl.trans(inverse), derror.to(keys.dtype), PRECISION)
+            derror += dot(tl.trans(inverse), derror.to(keys.dtype), PRECISION)
         at_e, mask_v = of_tokens(E, bh, n, first_v, T, H, V, C, BV)
         tl.store(at_e, derror.to(keys.dtype), mask=mask_v)
 
