@@ -1,17 +1,19 @@
 """A memory and attention in one layer (Titans, Behrouz et al. 2025, section 4): what was long ago, and what is near.
 
 Two mixers share the layer, each with a recipe of its own: a memory M, any of conf/mixer, and attention over a sliding
-window, which also sees persistent pairs (regression/sliding_window.py). Where they stand to each other (equations in
-parentheses):
+window, which also sees persistent pairs (regression/sliding_window.py). Where they stand to each other, with the
+paper's equations:
 
-    gate       o_t = y_t ⊗ m_t W_o ,    y = Attn(x) ,  m = M(x)                                             (26-28)
-    layer      o = Attn(M(x)) W_o                                                                           (29-31)
-    context    the memory writes into attention's context, and learns from what comes out           (21-25)
-               (memory_context.py)
+    gate       26-28   o = (y ⊗ m) W_o ,    y = Attn(x) ,    m = M(x)
+    layer      29-31   o = Attn(M(x)) W_o
+    context    21-25   attention sees what M recalls, and M learns what attention makes of it (memory_context.py)
 
-with y ⊗ m = norm(y) * sigma(norm(m)), each norm with a learned vector. The heads' outputs go from one to the other as
-they are, side by side, [B, T, H V]: a projection between them would only be followed by another, to the next one's
-queries, keys and values. W_o is the layer's.
+and y ⊗ m = norm(y) * sigma(norm(m)), each norm with a learned vector. What goes from one to the other are the heads'
+outputs as they are, side by side, [B, T, H V]: a projection between them would only be followed by another, to the next
+one's queries, keys and values. W_o is the layer's.
+
+The paper writes the persistent tokens into M as well, before the first of the sequence; here M begins as its recipe
+says.
 """
 
 from __future__ import annotations
@@ -33,11 +35,8 @@ class Product(nn.Module):
         kinds = {name: gate for name, gate in GATES.items() if gate is not None}
         if kind not in kinds:
             raise ValueError(f"product={kind} is not one of {', '.join(kinds)}")
-        self.gate, self.attention_norm, self.memory_norm = (
-            kinds[kind],
-            RMSNorm(width, norm_eps),
-            RMSNorm(width, norm_eps),
-        )
+        self.gate = kinds[kind]
+        self.attention_norm, self.memory_norm = RMSNorm(width, norm_eps), RMSNorm(width, norm_eps)
 
     def forward(self, y: Tensor, m: Tensor) -> Tensor:
         return self.attention_norm(y) * self.gate(self.memory_norm(m))
@@ -52,6 +51,16 @@ class MemoryAttention(nn.Module):
     memory: Mixer
     attention: Mixer
     output: nn.Linear
+
+    def build(self, name: str, recipe: Callable[..., Mixer], hidden_size: int, layer_index: int) -> Mixer:
+        """The mixer of this name, memory or attention, without its output projection. recipe: its constructor."""
+        kind = getattr(recipe, "func", None)
+        if not (isinstance(kind, type) and issubclass(kind, Mixer)):
+            raise ValueError(f"{name}={getattr(kind, '__name__', recipe)} must be a mixer with a regressor of its own")
+        mixer = recipe(hidden_size=hidden_size, layer_index=layer_index, output_projection=False)
+        if name == "memory":
+            mixer.regressor.function_class += f", {self.place}"
+        return mixer
 
     @property
     def regressor(self) -> nn.Module:
@@ -91,14 +100,6 @@ class MemoryAttention(nn.Module):
         return self.memory.state_size(seq_len) + self.attention.state_size(seq_len)
 
 
-def part(name: str, recipe: Callable[..., Mixer], hidden_size: int, layer_index: int) -> Mixer:
-    """The mixer called memory or attention, without its output projection. recipe: its constructor."""
-    kind = getattr(recipe, "func", None)
-    if not (isinstance(kind, type) and issubclass(kind, Mixer)):
-        raise ValueError(f"{name}={getattr(kind, '__name__', recipe)} is no mixer with one regressor; {name} must be")
-    return recipe(hidden_size=hidden_size, layer_index=layer_index, output_projection=False)
-
-
 def width(mixer: Mixer) -> int:
     """Of its heads side by side."""
     return mixer.num_heads * mixer.value_dim
@@ -130,8 +131,8 @@ class MemoryAsGate(MemoryAttention):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.attention = part("attention", attention, hidden_size, layer_index)
-        self.memory = part("memory", memory, hidden_size, layer_index)
+        self.attention = self.build("attention", attention, hidden_size, layer_index)
+        self.memory = self.build("memory", memory, hidden_size, layer_index)
         check_width("memory", self.memory, width(self.attention))
         self.product = Product(width(self.attention), product, norm_eps)
         self.output = nn.Linear(width(self.attention), hidden_size, bias=False)
@@ -152,8 +153,8 @@ class MemoryAsLayer(MemoryAttention):
         self, hidden_size: int, layer_index: int, memory: Callable[..., Mixer], attention: Callable[..., Mixer]
     ) -> None:
         super().__init__()
-        self.memory = part("memory", memory, hidden_size, layer_index)
-        self.attention = part("attention", attention, width(self.memory), layer_index)
+        self.memory = self.build("memory", memory, hidden_size, layer_index)
+        self.attention = self.build("attention", attention, width(self.memory), layer_index)
         self.output = nn.Linear(width(self.attention), hidden_size, bias=False)
 
     def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> tuple[Tensor, State]:

@@ -3,19 +3,19 @@ section 4.1, equations 21 to 25).
 
 A document falls into segments of L tokens, and attention keeps to the segment; what was before, the memory tells:
 
-        h_t = M_s(q_t) ,    q_t = x_t W_Q           M_s: the memory at the end of the segment before, 0 in the first
-        y_t = Attn(x_t ; p_1 .. p_N, h_s+1, x_s+1, .., h_t, x_t)      p: persistent pairs
-        M_t = M_{t-1} updated with y_t ,    m_t = M_t(y_t)
-        o_t = y_t ⊗ m_t W_o
+        h_t = M_s(x_t W_Q)                                      s: the last token of the segment before
+        y_t = Attn(x_t; p_1 .. p_N, h_s+1, x_s+1, .., h_t, x_t)       p: persistent pairs
+        M_t = M_t-1, updated with y_t
+        o_t = (y_t ⊗ M_t(y_t)) W_o
 
 Causality.  As printed, all h of a segment stand before its tokens, so that token i sees h_j, made of x_j, for j > i;
-            and M is read after the whole segment has been written. Here token i sees h_j for j <= i: with h_t just
-            before x_t, attention's own causal mask. And m_t is the memory's own causal read, with nothing after y_t.
+            and M is read after the whole segment has been written. Here token i sees h_j for j <= i, which is
+            attention's own mask where h_t stands just before x_t; and M_t(y_t) is the memory's own causal read.
 Segments.   For attention a segment is a document: nothing of the one before is seen, positions begin again.
 Update.     `memory_update: attention_output` is the above. M needs y, and y the M of the segment before: segments are
-            computed one after another, T / L steps of L tokens each. `input` is an approximation, x_t in place of y_t
-            and m_t = M_t(x_t): the memory no longer learns what attention has made of the tokens. It goes through the
-            segments alone, and attention sees all of them at once.
+            computed one after another, T / L steps of L tokens each. `input` is an approximation, M_t(x_t) after an
+            update with x_t: the memory no longer learns what attention has made of the tokens. It goes through the
+            segments alone, and attention through all of them at once.
 Others.     titans-pytorch has learned tokens for h, and no write of y. OpenTitans sees the future.
 
 Documents begin where they like, in every row at another token, and so do segments. `cut` lays the tokens out so that
@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.memory_attention import MemoryAttention, Product, check_width, part, width
+from models.memory_attention import MemoryAttention, Product, check_width, width
 from models.mixer import Mixer, State, positions_of
 from models.regression.regressor import Regressor
 
@@ -95,20 +95,21 @@ def cut(positions: Tensor, segment: int) -> Cut:
 
 def _spans(lengths: Tensor, last: Tensor, begins: Tensor) -> Iterator[Span]:
     """A segment's places, in pieces where rows end whose state others must not touch: at the end of the call, and where
-    the segment that a call goes on with ends. lengths [B, segments], last [B]: which is the row's last, begins [B]:
+    the segment ends that a call goes on with. lengths [B, segments], last [B]: which is the row's last, begins [B]:
     whether the first is whole.
     """
-    ends = [{longest} for longest in lengths.max(0).values.tolist()]
-    for row, (n, whole) in enumerate(zip(last.tolist(), begins.tolist(), strict=True)):
-        for m in {n} if whole else {0, n}:
-            ends[m].add(int(lengths[row, m]))
+    rows, stops = lengths.tolist(), [{size} for size in lengths.max(0).values.tolist()]
+    for row, n, whole in zip(rows, last.tolist(), begins.tolist(), strict=True):
+        stops[n].add(row[n])
+        if not whole:
+            stops[0].add(row[0])
     place = 0
-    for n, stops in enumerate(ends):
+    for n, pieces in enumerate(stops):
         taken = 0
-        for stop in sorted(stops):
-            active = lengths[:, n] > taken
-            opens = None if taken else active if n else begins
-            yield Span(slice(place, place + stop - taken), opens, None if active.all() else active)
+        for stop in sorted(pieces):
+            active = None if all(row[n] > taken for row in rows) else lengths[:, n] > taken
+            opens = None if taken else lengths[:, n] > 0 if n else begins
+            yield Span(slice(place, place + stop - taken), opens, active)
             place, taken = place + stop - taken, stop
 
 
@@ -157,8 +158,8 @@ class MemoryAsContext(MemoryAttention):
         if memory_update not in UPDATES:
             raise ValueError(f"memory_update={memory_update} is not one of {', '.join(UPDATES)}")
         self.segment, self.memory_update = segment, memory_update
-        self.attention = part("attention", attention, hidden_size, layer_index)
-        self.memory = part("memory", memory, hidden_size, layer_index)
+        self.attention = self.build("attention", attention, hidden_size, layer_index)
+        self.memory = self.build("memory", memory, hidden_size, layer_index)
         for name, mixer in (("attention", self.attention), ("memory", self.memory)):
             check_width(name, mixer, hidden_size)
             if mixer.state_size(1) < mixer.state_size(2**20):
@@ -180,7 +181,7 @@ class MemoryAsContext(MemoryAttention):
         position = segment = None
         held, before = Held(), torch.zeros_like(x[:, 0, 0], dtype=torch.long)
         if state is not None:
-            held, position, segment = state[0], state.position, state.segment
+            held, position, segment = state.memory, state.position, state.segment
             before = before if segment is None else segment
         if segments is None:
             documents = before.unsqueeze(1).expand(x.shape[:2])
@@ -200,7 +201,7 @@ class MemoryAsContext(MemoryAttention):
             memory, start, attention = old = self._begin(held, documents[:, places], begins)
             h = self._recall(x[:, places], positions[:, places], start)
             y, attention = self._attend(h, x[:, places], positions[:, places], attention)
-            m, memory = self.memory(y, memory, documents[:, places])
+            m, memory = self._learn(y, memory, documents[:, places])
             new = Held(memory, self._emptied(memory) if start is None else start, attention)
             held = choose(active, new, old)
             outputs.append(self.product(y, m))
@@ -214,7 +215,7 @@ class MemoryAsContext(MemoryAttention):
             tokens, document, position = (y[:, places] for y in filled)
             memory, start, attention = old = self._begin(held, document, begins)
             context.append(self._recall(tokens, position, start))
-            m, memory = self.memory(tokens, memory, document)
+            m, memory = self._learn(tokens, memory, document)
             held = choose(active, Held(memory, self._emptied(memory) if start is None else start), old)
             held = held._replace(attention=attention)
             read.append(m)
@@ -237,6 +238,11 @@ class MemoryAsContext(MemoryAttention):
 
     def _recall(self, x: Tensor, positions: Tensor, start: State | None) -> Tensor:
         return self.memory.recall(self.query(x), x, positions, start)
+
+    def _learn(self, y: Tensor, memory: State | None, documents: Tensor) -> tuple[Tensor, State]:
+        """The memory updated with y, and its reads. All tokens of a row are of one document, which it has entered."""
+        m, memory = self.memory(y, memory)
+        return m, memory._replace(segment=documents[:, 0])
 
     def _attend(self, h: Tensor, x: Tensor, positions: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Attention in which h_t stands before x_t and segments are documents, numbered as they come."""

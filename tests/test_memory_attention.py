@@ -253,7 +253,7 @@ def test_the_memory_is_swapped_by_override(preset, overrides, regressor):
         ("titans_mac", {"memory": "softmax"}, "memory.regressor=Softmax has a state that grows"),
         ("titans_mac", {"memory": "sliding_window"}, "memory.regressor=SlidingWindow can't be read without a write"),
         ("titans_mac", {"attention": "forgetting"}, "attention.regressor=Forgetting has a state that grows"),
-        ("titans_mag", {"memory": "titans_mal"}, "memory=MemoryAsLayer is no mixer with one regressor"),
+        ("titans_mag", {"memory": "titans_mal"}, "memory=MemoryAsLayer must be a mixer with a regressor"),
     ],
 )
 def test_mistakes_are_named(preset, changes, message):
