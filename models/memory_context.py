@@ -172,7 +172,7 @@ class MemoryAsContext(MemoryAttention):
                 f"memory.regressor={type(self.regressor).__name__} can't be read without a write, as memory as context "
                 "must be"
             )
-        self.query = nn.Linear(hidden_size, self.memory.num_heads * self.memory.key_dim, bias=False)
+        self.projection = nn.Linear(hidden_size, self.memory.num_heads * self.memory.key_dim, bias=False)
         self.product = Product(width(self.attention), product, norm_eps)
         self.output = nn.Linear(width(self.attention), hidden_size, bias=False)
 
@@ -237,7 +237,7 @@ class MemoryAsContext(MemoryAttention):
         return memory._replace(memory=self.regressor.forget(memory.memory, rows), tails=())
 
     def _recall(self, x: Tensor, positions: Tensor, start: State | None) -> Tensor:
-        return self.memory.recall(self.query(x), x, positions, start)
+        return self.memory.recall(self.projection(x), x, positions, start)
 
     def _learn(self, y: Tensor, memory: State | None, documents: Tensor) -> tuple[Tensor, State]:
         """The memory updated with y, and its reads. All tokens of a row are of one document, which it has entered."""
@@ -261,7 +261,7 @@ class MemoryAsContext(MemoryAttention):
             for count, tokens in ((whole, self.segment), (1, rest))
             if tokens
         )
-        products = 2 * (self.query.weight.numel() + self.output.weight.numel())
+        products = 2 * (self.projection.weight.numel() + self.output.weight.numel())
         recall = self.regressor.recall_flops_per_token() + self.features.flops_per_token() // 2
         return self.memory.flops_per_token(seq_len) + attention // seq_len + recall + products
 

@@ -15,7 +15,6 @@ from models.language_model import LanguageModel, LanguageModelConfig
 from models.memory_context import Held, cut
 from models.mixer import Mixer
 from models.regression.memory import Memory
-from models.training.optimizer import parameter_groups
 from tests.laws import test_laws as laws
 from tests.laws.presets import CHUNK, HEADS, HIDDEN, PRESETS, inputs, largest_difference, mixer, outcome, probe, recipe
 from tests.test_config import composed
@@ -81,7 +80,7 @@ def test_memory_as_context_is_the_loop(update, T):
     for t in range(T):
         if t % CHUNK == 0:
             start, context, positions = titans.M, [], []
-        h = titans.read(m.query(x[0, t]), start)
+        h = titans.read(m.projection(x[0, t]), start)
         context += [h, x[0, t]]
         positions += [len(positions), len(positions) + 1]
         y = softmax_read(m.attention, context, positions)
@@ -209,21 +208,6 @@ def test_the_state_never_grows():
     shapes = [[tuple(t.shape) for t in laws.tensors(m(inputs(1, T))[1])] for T in (1, CHUNK, 40)]
     assert shapes[0] == shapes[1] == shapes[2]
     assert isinstance(m(inputs(1, 3))[1].memory, Held)
-
-
-def test_every_matrix_between_layers_decays_and_no_gate():
-    """Of both mixers, as of any other."""
-    config = LanguageModelConfig(mixers={"main": recipe("titans_mac")}, pattern=["main"], hidden_size=HIDDEN)
-    model = LanguageModel(config)
-    decayed, rest = ({id(p) for p in group["params"]} for group in parameter_groups(model, 0.1))
-    m = model.blocks[0].mixer
-    assert {id(layer.weight) for layer in (m.query, m.output, m.memory.projection, m.attention.projection)} <= decayed
-    gates = (
-        m.memory.regressor.momentum.weight,
-        m.memory.decay.projection.weight,
-        m.attention.regressor.persistent_keys,
-    )
-    assert {id(p) for p in gates} <= rest
 
 
 @pytest.mark.parametrize("preset", TRIO)
