@@ -21,6 +21,7 @@ from data.batch import batch_arithmetic
 from data.tokenizer import Bytes
 from models.block import feed_forward
 from models.language_model import LanguageModelConfig
+from models.regression.regressor import Regressor
 
 MISSING = "???"
 
@@ -75,6 +76,7 @@ NUMBERS = {
     "model.mixers.*.conv_size": WHOLE,
     "model.mixers.*.rotary": POSITIVE._replace(optional=True),
     "model.mixers.*.regressor.window": COUNT_OR_NULL,
+    "model.mixers.*.segment": COUNT,
     "model.mixers.*.decay.step_range[[]*": POSITIVE,
     "optimizer.lr": POSITIVE,
     "optimizer.eps": POSITIVE,
@@ -279,7 +281,9 @@ def model_mistakes(config: dict[str, Any]) -> list[str]:
         # as models/language_model.py does, but without the other layers
         mixer = build(recipe, targets=("models.",), hidden_size=model.hidden_size, layer_index=0)
         feed_forward(model.feed_forward, model.hidden_size, mixer, model.feed_forward_size)
-        mixer.regressor.choose(where, dtype)
+        for part in mixer.modules():
+            if isinstance(part, Regressor):
+                part.choose(where, dtype)
 
     names = dict.fromkeys(model.pattern)
     return [s for name in names for s in refused(lambda name=name: construct(name), f"model.mixers.{name}: ")]

@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, D model width, H heads, G key-value heads, K key widt
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -73,6 +74,7 @@ class Mixer(nn.Module):
         sum (one in sum, for positive features; Schlag et al. 2021).
     output_norm: RMS norm of each head's output.
     output_gate: none | silu | sigmoid, of a projection of x.
+    output_projection: false leaves the heads side by side, [B, T, H V], to whoever projects them.
     decay, features, regressor: constructors, called with the sizes that they need.
     """
 
@@ -99,6 +101,7 @@ class Mixer(nn.Module):
         feature_norm: str = "none",
         output_norm: bool = False,
         output_gate: str = "none",
+        output_projection: bool = True,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -121,7 +124,7 @@ class Mixer(nn.Module):
         self.layer_index = layer_index
         self.num_heads, self.num_kv_heads, self.key_dim, self.value_dim = H, G, K, V
         self.activation, self.gate = ACTIVATIONS[activation], GATES[output_gate]
-        self.qk_norm, self.rotary, self.norm_eps = qk_norm, rotary, norm_eps
+        self.rotary, self.norm_eps = rotary, norm_eps
 
         sizes = Sizes(hidden_size, H, G, K, V)
         self.features = features(sizes)
@@ -136,10 +139,12 @@ class Mixer(nn.Module):
         self.shift = Shift(self.sizes[1]) if pairs == "shift" else None
         if qk_norm == "rms":
             self.q_norm, self.k_norm = RMSNorm(K, norm_eps), RMSNorm(K, norm_eps)
+        else:
+            self.q_norm = self.k_norm = partial(unit, eps=norm_eps) if qk_norm == "l2" else None
         same = feature_norm == qk_norm and isinstance(self.features, Identity)  # it is that long already
         self.feature_norm = None if same else FEATURE_NORMS[feature_norm]
         self.output_norm = RMSNorm(V, norm_eps) if output_norm else None
-        self.output = nn.Linear(H * V, hidden_size, bias=False)
+        self.output = nn.Linear(H * V, hidden_size, bias=False) if output_projection else None
 
     def _build_along(self, conv_size: int, conv_on: str) -> None:
         """What `_along` has parameters for."""
@@ -167,11 +172,11 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> tuple[Tensor, State]:
         if state is not None and segments is not None:
-            state = self._enter(state, segments[:, 0])
+            state = self.enter(state, segments[:, 0])
         tails, memory, turn = (None,) * (self.num_tails + 1), None, None
         if state is not None:
             tails, memory, turn = state.tails, state.memory, state.turn
-        positions = _positions(x, None if state is None else state.position, segments)
+        positions = positions_of(x, None if state is None else state.position, segments)
 
         pairs, gate = self._project(x)
         *tails, last_key = tails
@@ -183,27 +188,21 @@ class Mixer(nn.Module):
             y.unflatten(-1, (m, -1, width)).flatten(1, 2)  # [B, T, H, K], [B, T n, G, K], [B, T n, G, V]
             for y, m, width in ((q, 1, self.key_dim), (k, n, self.key_dim), (v, n, self.value_dim))
         )
-        q, k = self._normalise(q, k)
-        where = _each(positions, n)
-        if self.rotary is not None:
-            q, k = rotate(q, positions, self.rotary), rotate(k, where, self.rotary)
-        q, k = self.features(q, positions), self.features(k, where)
-        if self.feature_norm is not None:
-            q, k = self.feature_norm(q, self.norm_eps), self.feature_norm(k, self.norm_eps)
+        q, k = self._address(q, positions, self.q_norm), self._address(k, _each(positions, n), self.k_norm)
         log_decay = self.decay(x)
         if self.decay.kind == "signed":
             log_decay, turn = log_decay[0], _turns(log_decay[1], turn)
             q, k = q * turn.unsqueeze(-1), k * _each(turn, n).unsqueeze(-1)
 
         o, memory = self.regressor(x, q, k, v, log_decay, memory, segments)
-        if self.output_norm is not None:
-            o = self.output_norm(o)
-        o = o.flatten(-2).to(x.dtype)
+        o = self._read_out(o).to(x.dtype)
         if self.gate is not None:
             o = o * self.gate(gate)
+        if self.output is not None:
+            o = self.output(o)
         segment = segments[:, -1] if segments is not None else None if state is None else state.segment
         turn = None if turn is None else turn[:, -1]
-        return self.output(o), State(memory, (*tails, last_key), positions[:, -1] + 1, segment, turn)
+        return o, State(memory, (*tails, last_key), positions[:, -1] + 1, segment, turn)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """One product for everything that is linear in x: (q, k, v side by side, the gate)."""
@@ -224,14 +223,34 @@ class Mixer(nn.Module):
             q, k, v = (self.activation(y) for y in (q, k, v))
         return (q, k, v), (tail,)
 
-    def _normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        if self.qk_norm == "l2":
-            return unit(q, self.norm_eps), unit(k, self.norm_eps)
-        if self.qk_norm == "rms":
-            return self.q_norm(q), self.k_norm(k)
-        return q, k
+    def _address(self, x: Tensor, positions: Tensor, norm: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """Queries or keys as the memory is given them: their norm, rotary positions, features. x [B, T, H, K]."""
+        if norm is not None:
+            x = norm(x)
+        if self.rotary is not None:
+            x = rotate(x, positions, self.rotary)
+        x = self.features(x, positions)
+        return x if self.feature_norm is None else self.feature_norm(x, self.norm_eps)
 
-    def _enter(self, state: State, segment: Tensor) -> State:
+    def _read_out(self, o: Tensor) -> Tensor:
+        """[B, T, H, V] to [B, T, H V], each head at its norm."""
+        return (o if self.output_norm is None else self.output_norm(o)).flatten(-2)
+
+    def recall(self, q: Tensor, x: Tensor, positions: Tensor, state: State | None) -> Tensor:
+        """What the memory holds at queries from elsewhere, [B, T, H V]; it learns nothing. No tokens of its own, they
+        are not convolved, and nothing gates what is read.
+
+        q [B, T, H K], as a projection leaves them; x [B, T, D], what they were projected from; positions [B, T]; state:
+        after the last call, None for an empty memory.
+        """
+        q = (q if self.activation is None else self.activation(q)).unflatten(-1, (self.num_heads, self.key_dim))
+        q = self._address(q, positions, self.q_norm)
+        if state is not None and state.turn is not None:
+            q = q * state.turn[:, None, :, None]
+        o = self.regressor.recall(x, q, None if state is None else state.memory)
+        return self._read_out(o).to(x.dtype)
+
+    def enter(self, state: State, segment: Tensor) -> State:
         """The state as the first document of a call wants it: emptied in the rows where another document begins.
         Without segments, all is document 0.
         """
@@ -250,7 +269,7 @@ class Mixer(nn.Module):
         done element by element (convolution, norms, gates, activations) is left out, as is what a parallel form spends
         beyond the definition: MFU then can't be raised by wasting work.
         """
-        products = 2 * (self.projection.weight.numel() + self.output.weight.numel())
+        products = 2 * sum(layer.weight.numel() for layer in (self.projection, self.output) if layer is not None)
         parts = self.decay.flops_per_token() + self.features.flops_per_token()
         return products + parts + self.regressor.flops_per_token(seq_len)
 
@@ -260,7 +279,7 @@ class Mixer(nn.Module):
         return self.regressor.state_size(seq_len) + tails
 
 
-def _positions(x: Tensor, position: Tensor | None, segments: Tensor | None) -> Tensor:
+def positions_of(x: Tensor, position: Tensor | None, segments: Tensor | None) -> Tensor:
     """[B, T]: how many tokens of its own document came before each token."""
     B, T, _ = x.shape
     index = torch.arange(T, device=x.device).expand(B, T)

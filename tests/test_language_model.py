@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from models import loss
 from models.language_model import Cache, LanguageModel, LanguageModelConfig
-from tests.laws.presets import PRESETS, recipe
+from tests.laws.presets import PRESETS, change, recipe
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 
@@ -112,7 +113,7 @@ def test_loss_in_chunks_is_cross_entropy(size, monkeypatch):
 def test_blocks_have_equal_parameters(preset, hidden_size, heads):
     """12 D^2 within 1 % whatever the mixer."""
     with torch.device("meta"):
-        node = {**recipe(preset), "num_heads": heads}
+        node = change(deepcopy(recipe(preset)), num_heads=heads)
         config = LanguageModelConfig(hidden_size=hidden_size, num_layers=1, mixers={"main": node}, pattern=["main"])
         block = LanguageModel(config).blocks[0]
     assert sum(p.numel() for p in block.parameters()) == pytest.approx(12 * hidden_size**2, rel=0.01)

@@ -264,6 +264,25 @@ class LeastSquares(Memory):
         b = wide(self.write_weight(x)).sigmoid()
         if log_decay is not None and self.decay_cap is not None:
             log_decay = log_decay + torch.log1p((self.decay_cap - 1) * b.square())
+        return self._fit(x, q, k, v, b, log_decay, state, segments)
+
+    def recall(self, x: Tensor, q: Tensor, state: Moments | None) -> Tensor:
+        """The solve again, after pairs of weight zero."""
+        k, v = torch.zeros_like(q), q.new_zeros(*q.shape[:3], self.value_dim)
+        return self._fit(x, q, k, v, wide(v[..., 0]), None, state, None)[0]
+
+    def _fit(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        b: Tensor,
+        log_decay: Tensor | None,
+        state: Moments | None,
+        segments: Tensor | None,
+    ) -> tuple[Tensor, Moments]:
+        """What forward does once it knows the write weights b [B, T, H]."""
         recurrent, ridge = self.choose(v.device, v.dtype).backend == "recurrent", self._ridge(k)
         if self.solver_name == "rls":
             starts = None if segments is None else F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))

@@ -149,9 +149,13 @@ class Linear(Memory):
         if self.normalizer:  # z is the memory of a value that is always one
             v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
         o, memory = self._fit(q, k, v, forget_at_starts(log_decay, segments, like=v), state)
-        if self.normalizer:
-            o = o[..., :-1] / o[..., -1:].clamp(min=1e-6)
-        return o, memory
+        return self._normalised(o), memory
+
+    def recall(self, x: Tensor, q: Tensor, state: Any) -> Tensor:
+        return self._normalised(super().recall(x, q, state))
+
+    def _normalised(self, o: Tensor) -> Tensor:
+        return o[..., :-1] / o[..., -1:].clamp(min=1e-6) if self.normalizer else o
 
     def _fit(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, memory: Any) -> tuple[Tensor, Tensor]:
         backend = self.choose(v.device, v.dtype).backend
@@ -179,11 +183,8 @@ class Linear(Memory):
     def flops_per_token(self, seq_len: int) -> int:
         """Two products with the memory (write, read), and the weights' projection."""
         weights = 2 * self.hidden_size if self.write_weight is not None else 0
-        return self.num_heads * (4 * self.key_dim * self._columns + weights)
-
-    def state_size(self, seq_len: int) -> int:
-        return self.num_heads * self.key_dim * self._columns
+        return self.num_heads * (4 * self.key_dim * self.columns + weights)
 
     @property
-    def _columns(self) -> int:
+    def columns(self) -> int:
         return self.value_dim + self.normalizer

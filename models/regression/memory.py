@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,5 +41,21 @@ class Memory(Regressor):
         """The chunk for this device."""
         return self.chunk or (64 if v.is_cuda else 32)
 
+    def recall(self, x: Tensor, q: Tensor, state: Any) -> Tensor:
+        """q M, of a state that is M or calls it `memory`."""
+        memory = state if state is None or isinstance(state, Tensor) else state.memory
+        memory = first_memory(q, q.new_empty(1, 1, 1, self.columns), memory)
+        with torch.autocast(q.device.type, enabled=False):
+            o = q.transpose(1, 2).to(memory.dtype) @ memory
+        return o.transpose(1, 2).to(q.dtype)
+
+    def recall_flops_per_token(self) -> int:
+        return 2 * self.num_heads * self.key_dim * self.columns
+
     def state_size(self, seq_len: int) -> int:
-        return self.num_heads * self.key_dim * self.value_dim
+        return self.num_heads * self.key_dim * self.columns
+
+    @property
+    def columns(self) -> int:
+        """Of the matrix: what it holds for a key, the value and maybe more."""
+        return self.value_dim

@@ -178,6 +178,9 @@ class Omega(Momentum):
             return recurrent_omega(*given)
         return chunked_omega(*given, self.tokens_at_once(v))
 
+    def recall(self, x: Tensor, q: Tensor, state: State | None) -> Tensor:
+        return super().recall(x, q, None if state is None else state.fitted)
+
     def forget(self, state: State, rows: Tensor) -> State:
         keys, values = (torch.where(rows.view(-1, 1, 1, 1), 0.0, x) for x in state[1:])
         return State(super().forget(state.fitted, rows), keys, values)

@@ -72,6 +72,12 @@ class Regressor(nn.Module):
     ) -> tuple[Tensor, Any]:
         raise NotImplementedError
 
+    def recall(self, x: Tensor, q: Tensor, state: Any) -> Tensor:
+        """o [B, T, H, V]: what the memory that a call has left behind holds at q [B, T, H, K], the same for all tokens.
+        None is an empty memory. Not all regressors can.
+        """
+        raise NotImplementedError
+
     def forget(self, state: Any, rows: Tensor) -> Any:
         """The state with the memories of the given rows (bool [B]) emptied: their next token begins a document."""
         return torch.where(rows.view(-1, 1, 1, 1), 0.0, state)
@@ -109,6 +115,10 @@ class Regressor(nn.Module):
 
     def flops_per_token(self, seq_len: int) -> int:
         """Multiply-adds counted as two, forward only, of the definition (mixer.py adds the projections it owns)."""
+        raise NotImplementedError
+
+    def recall_flops_per_token(self) -> int:
+        """Of recall."""
         raise NotImplementedError
 
     def state_size(self, seq_len: int) -> int:

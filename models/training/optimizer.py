@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.language_model import LanguageModel
+from models.mixer import Mixer
 
 
 def parameter_groups(model: LanguageModel, weight_decay: float) -> list[dict[str, Any]]:
@@ -21,8 +22,8 @@ def parameter_groups(model: LanguageModel, weight_decay: float) -> list[dict[str
     memory is, not how large the weights are.
     """
     spared = {id(model.head.weight), id(model.embedding.weight)}
-    for block in model.blocks:
-        for part in (block.mixer.decay, block.mixer.features, block.mixer.regressor):
+    for mixer in (m for m in model.modules() if isinstance(m, Mixer)):
+        for part in (mixer.decay, mixer.features, mixer.regressor):
             spared.update(id(p) for p in part.parameters())
     decayed = {
         id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) not in spared

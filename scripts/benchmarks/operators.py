@@ -152,7 +152,9 @@ def half_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def memories(B: int, T: int, H: int, K: int, device: str) -> dict[str, Callable[[], Case]]:
     """Every preset with a memory of fixed size, beside the gated delta rule; on a GPU also fla's own operator."""
-    found = [p for p in PRESETS if issubclass(get_class(composed(p).model.mixers.main.regressor._target_), Memory)]
+    recipes = {name: composed(name).model.mixers.main for name in PRESETS}
+    own = {name: node.regressor for name, node in recipes.items() if "regressor" in node}  # not another preset's inside
+    found = [name for name, node in own.items() if issubclass(get_class(node._target_), Memory)]
     return {f"memory {name} B{B} T{T} H{H} K{K}": partial(memory, name, (B, T, H, K), device) for name in found}
 
 

@@ -33,32 +33,45 @@ DECAYS = {
 
 @cache
 def recipe(preset: str) -> dict[str, Any]:
-    """The preset as conf/mixer has it, for a model of HIDDEN and HEADS."""
+    """The preset as conf/mixer has it, for a model of HIDDEN and HEADS; a segment is a chunk."""
     schema.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(
             "train", [f"mixer@model.mixers.main={preset}", "name=law", "run_dir=none", f"model.num_heads={HEADS}"]
         )
+    if "segment" in cfg.model.mixers.main:
+        cfg.model.mixers.main.segment = CHUNK
     return OmegaConf.to_container(cfg.model.mixers.main, resolve=True)
 
 
-def mixer(preset: str, backend: str = "torch", dtype: torch.dtype = torch.float64, **settings: Any) -> Mixer:
-    """The preset's mixer with fixed random weights, in chunks of CHUNK tokens where it has chunks. settings such as
-    regressor__window=3 change the recipe."""
-    node = copy.deepcopy(recipe(preset))
-    chunked = issubclass(locate(node["regressor"]["_target_"]), Memory)
-    for name, value in {
-        "regressor__backend": backend,
-        **({"regressor__chunk": CHUNK} if chunked else {}),
-        **settings,
-    }.items():
+def parts(node: dict[str, Any]) -> list[dict[str, Any]]:
+    """The recipes in a recipe: a memory's and attention's, or itself."""
+    return [node[name] for name in ("memory", "attention") if name in node] or [node]
+
+
+def change(node: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """The recipe, in place, with settings such as num_heads=1, regressor__window=3 or attention__regressor__window=3.
+    Where a memory stands beside attention its regressor, decay and features are meant, and else both."""
+    for name, value in settings.items():
         *path, last = name.split("__")
-        target = node
-        for key in path:
-            target = target[key]
-        target[last] = value
+        first = [*path, last][0]
+        of_memory = first in ("regressor", "decay", "features")
+        for target in [node] if first in node else parts(node)[:1] if of_memory else parts(node):
+            for key in path:
+                target = target[key]
+            target[last] = value
+    return node
+
+
+def mixer(preset: str, backend: str = "torch", dtype: torch.dtype = torch.float64, **settings: Any) -> Mixer:
+    """The preset's mixer with fixed random weights, in chunks of CHUNK tokens where it has chunks; settings as in
+    `change`."""
+    node = copy.deepcopy(recipe(preset))
+    for each in parts(node):
+        chunked = issubclass(locate(each["regressor"]["_target_"]), Memory)
+        change(each, regressor__backend=backend, **({"regressor__chunk": CHUNK} if chunked else {}))
     torch.manual_seed(1)
-    return build(node, hidden_size=HIDDEN, layer_index=0).to(dtype)
+    return build(change(node, **settings), hidden_size=HIDDEN, layer_index=0).to(dtype)
 
 
 @cache
@@ -101,4 +114,5 @@ def probe(y: Tensor) -> Tensor:
 
 def largest_difference(a: list[Tensor], b: list[Tensor]) -> float:
     assert len(a) == len(b)
-    return max(((s - t).abs().max() / t.abs().max().clamp(min=1)).item() for s, t in zip(a, b, strict=True))
+    pairs = ((s, t) for s, t in zip(a, b, strict=True) if s.numel() or t.numel())
+    return max(((s - t).abs().max() / t.abs().max().clamp(min=1)).item() for s, t in pairs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch.utils.data import default_collate
@@ -9,7 +11,7 @@ from torch.utils.data import default_collate
 from data.synthetic import AssociativeRecall
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training.optimizer import adamw
-from tests.laws.presets import PRESETS, recipe
+from tests.laws.presets import PRESETS, change, recipe
 
 STEPS, BATCH, RATE = 200, 64, 1e-2
 CHANCE, MARGIN = 1 / 32, 0.9  # 32 values to choose from; 1 / 4 is what knowing the four of the sequence would give
@@ -24,7 +26,7 @@ def test_10_it_learns_to_recall(preset):
     """One layer suffices where a short convolution lets neighbours meet, so every preset is given one."""
     torch.manual_seed(0)
     task = AssociativeRecall(seq_len=32, num_pairs=4, vocab_size=64, power_a=1.0)
-    node = {**recipe(preset), "num_heads": 1, "conv_size": 4, **NARROW.get(preset, {})}
+    node = change(deepcopy(recipe(preset)), num_heads=1, conv_size=4, **NARROW.get(preset, {}))
     sizes = {"vocab_size": task.vocab_size, "hidden_size": 64, "num_layers": 1}
     model = LanguageModel(LanguageModelConfig(mixers={"main": node}, pattern=["main"], **sizes))
     optimizer = adamw(model, lr=RATE, weight_decay=0.0)

@@ -30,6 +30,19 @@ def softmax(call: Call) -> None:
     by_least_squares(call, call.q, lambda beta, q, k: (beta * k @ q).exp())
 
 
+@states("sliding_window")
+def sliding_window(call: Call) -> None:
+    """Softmax on the learned pairs and then the tokens', of which none is out of the window's reach here."""
+    r = call.regressor
+    for t in range(call.q.shape[1]):
+        k, v = torch.cat([r.persistent_keys, call.k[0, : t + 1]]), torch.cat([r.persistent_values, call.v[0, : t + 1]])
+        weights = (r.log_beta.exp() * torch.einsum("hk,ihk->ih", call.q[0, t], k)).exp()
+        for h in range(k.shape[1]):
+            root = weights[:, h].sqrt().unsqueeze(1)
+            m = torch.linalg.lstsq(root, root * v[:, h]).solution[0]
+            assert torch.allclose(call.o[0, t, h], m, atol=1e-10)
+
+
 @states("memory_mosaic")
 def memory_mosaic(call: Call) -> None:
     """Softmax on all pairs but the first, whose key was before the document; nothing where that is all there is."""
