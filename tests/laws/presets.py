@@ -50,6 +50,7 @@ def mixer(preset: str, backend: str = "torch", dtype: torch.dtype = torch.float6
     for name, value in {
         "regressor__backend": backend,
         **({"regressor__chunk": CHUNK} if chunked else {}),
+        **({"regressor__grad_batch": CHUNK} if node["regressor"].get("grad_batch", 1) > CHUNK else {}),
         **settings,
     }.items():
         *path, last = name.split("__")
