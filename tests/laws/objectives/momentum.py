@@ -6,7 +6,7 @@ from torch import Tensor
 from tests.laws.objectives import Call, states
 
 
-@states("titans")
+@states("titans", "titans_static")
 def last_pair(call: Call) -> None:
     descend(call, torch.ones(*call.k.shape[:3], 1, dtype=call.k.dtype))
 
