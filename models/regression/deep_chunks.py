@@ -8,17 +8,15 @@ Shapes: rows = B H, C chunk, in and out of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from models.regression.inner import Network
 from models.regression.mixtures import spread
-from models.regression.slots import Slots
 
 
 class Rows(NamedTuple):
@@ -95,32 +93,6 @@ def advance(
 
 
 @cache
-def _compiled(network: Network):
+def compiled(network: Network) -> Callable[..., tuple[Tensor, Fitted]]:
+    """`advance` for this network, by torch.compile."""
     return torch.compile(partial(advance, network), dynamic=False)
-
-
-def scan(
-    network: Network, rows: Rows, fitted: Fitted, slots: Slots, chunks: Sequence[Chunk], remat: int, compiled: bool
-) -> tuple[list[Tensor], Fitted]:
-    """All chunks, one after another: their outputs, and what is left. remat, compiled: as in chunked_deep."""
-    step = _compiled(network) if compiled else partial(advance, network)
-    heads = len(chunks[0].q) // len(slots.phase)
-    flags = [
-        [None] * slots.count if x is None else x.repeat_interleave(heads, 1)[..., None, None].unbind()
-        for x in (slots.batch, slots.document)
-    ]
-
-    def several(fitted: Fitted, first: int, last: int) -> tuple[list[Tensor], Fitted]:
-        outputs = []
-        for opens, begins, chunk in zip(*(x[first:last] for x in (*flags, chunks)), strict=True):
-            o, fitted = step(rows, fitted, opens, begins, chunk)
-            outputs.append(o)
-        return outputs, fitted
-
-    if not (remat and torch.is_grad_enabled()):
-        return several(fitted, 0, slots.count)
-    outputs = []
-    for n in range(0, slots.count, remat):
-        some, fitted = checkpoint(several, fitted, n, n + remat, use_reentrant=False, preserve_rng_state=False)
-        outputs += some
-    return outputs, fitted
