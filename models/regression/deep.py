@@ -297,6 +297,9 @@ class DeepMemory(Momentum):
         *others, last = self.start
         return (*others, last if self.rule is not None else last / self.grad_batch)
 
+    def tokens_at_once(self, v: Tensor) -> int:
+        return self.chunk or (self.grad_batch if self.rule is not None else super().tokens_at_once(v))
+
     def _begin(self) -> deep_batches.Start:
         return deep_batches.Start(self.beginning(), () if self.fades else self.beginning(), tuple(self.norm))
 
