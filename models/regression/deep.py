@@ -41,11 +41,13 @@ from models.regression.deep_chunks import Chunk, Fitted, Rows, advance, stack, u
 from models.regression.inner import ACTIVATIONS, LOSSES, Network
 from models.regression.inner_optimizers import INNER_OPTIMIZERS
 from models.regression.momentum import Momentum, of_gates
-from models.regression.slots import lay_out, positions, scan
+from models.regression.slots import in_turn, lay_out, positions, scan
 from models.sizes import Sizes
 
 OPTIMIZERS = ("momentum", "sgd", *INNER_OPTIMIZERS)
 FORGET_TO = ("start", "zero")
+
+AT_ONCE = 4  # chunks of one compiled call, which takes as long to begin as several small kernels take
 
 Weights = tuple[Tensor, ...]
 
@@ -176,10 +178,10 @@ def chunked_deep(
         chunks = [Chunk(*x) for x in zip(*columns, strict=True)]
         rows, state = start.rows(B, dtype), start.state(state, B, dtype, log_momentum is not None)
         M, S, R = ([x.flatten(0, 1) for x in part] for part in state[:3])
-        step = partial(deep_chunks.compiled(network) if compiled else partial(advance, network), rows)
+        steps = deep_chunks.compiled(network) if compiled else partial(in_turn, partial(advance, network))
         flags = (slots.flags(x, H) for x in (slots.batch, slots.document))
-        inputs = list(zip(*flags, chunks, strict=True))
-        outputs, fitted = scan(step, Fitted(stack(rows, M, S), R), inputs, remat)
+        inputs = list(zip([rows] * slots.count, *flags, chunks, strict=True))
+        outputs, fitted = scan(steps, Fitted(stack(rows, M, S), R), inputs, remat, AT_ONCE)
         M, S = unstack(rows, fitted.stacked)
         last = (tuple(x.unflatten(0, (B, H)) for x in part) for part in (M, S, fitted.references))
     o = from_chunks(torch.cat(outputs), (B, T if slots.place is None else slots.count * size, H))

@@ -23,7 +23,7 @@ from models.precision import working_dtype
 from models.regression.chunks import from_chunks, into_chunks, short
 from models.regression.inner import Network
 from models.regression.inner_optimizers import InnerOptimizer
-from models.regression.slots import lay_out, scan
+from models.regression.slots import in_turn, lay_out, scan
 
 Weights = tuple[Tensor, ...]
 
@@ -112,19 +112,18 @@ def deep_batches(
         learner = first if state is None else each(lambda x: x.to(dtype), state.learner)
         first, learner = (each(lambda x: x.flatten(0, 1), x) for x in (first, learner))
         base, norm = (tuple(x.to(dtype).repeat(B, 1, 1) for x in part) for part in start[1:])
-        step = partial(_compiled(rule) if compiled else partial(advance, rule), first, base, norm)
-        inputs = zip(slots.flags(slots.document, H), slots.flags(slots.ends, H), *columns, strict=True)
-        outputs, learner = scan(step, learner, list(inputs), remat)
+        step = _compiled(rule) if compiled else partial(advance, rule)
+        fixed = [(first, base, norm)] * slots.count
+        inputs = zip(fixed, slots.flags(slots.document, H), slots.flags(slots.ends, H), *columns, strict=True)
+        outputs, learner = scan(partial(in_turn, step), learner, list(inputs), remat)
     o = from_chunks(torch.cat(outputs), (B, T if slots.place is None else slots.count * size, H))
     return slots.empty(o).to(v.dtype), State(each(lambda x: x.unflatten(0, (B, H)), learner), slots.phase)
 
 
 def advance(
     rule: Rule,
-    first: Learner,
-    base: Weights,
-    norm: Weights,
     learner: Learner,
+    fixed: tuple[Learner, Weights, Weights],
     begins: Tensor | None,
     ends: Tensor | bool,
     q: Tensor,
@@ -133,9 +132,11 @@ def advance(
     step_size: Tensor,
     gates: Tensor,
 ) -> tuple[Tensor, Learner]:
-    """One chunk: o [rows, C, V], and the learner after it. begins, ends [rows, 1, 1]: whether it begins another
-    document (None: nowhere), and whether its mini-batch is over with it (True, False: for all).
+    """One chunk: o [rows, C, V], and the learner after it. fixed: what a document begins with, W and the norm. begins,
+    ends [rows, 1, 1]: whether it begins another document (None: nowhere), and whether its mini-batch is over with it
+    (True, False: for all).
     """
+    first, base, norm = fixed
     if begins is not None:
         learner = each(lambda new, now: torch.where(begins, new, now), first, learner)
     weights = [w.to(q.dtype) for w in learner.weights]

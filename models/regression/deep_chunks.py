@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from models.regression.inner import Network
 from models.regression.mixtures import spread
+from models.regression.slots import in_turn
 
 
 class Rows(NamedTuple):
@@ -60,7 +61,7 @@ def unstack(rows: Rows, stacked: Sequence[Tensor]) -> tuple[list[Tensor], list[T
 
 
 def advance(
-    network: Network, rows: Rows, fitted: Fitted, opens: Tensor | None, begins: Tensor | None, chunk: Chunk
+    network: Network, fitted: Fitted, rows: Rows, opens: Tensor | None, begins: Tensor | None, chunk: Chunk
 ) -> tuple[Tensor, Fitted]:
     """One chunk: o [rows, C, V], and what the next begins with. opens, begins [rows, 1, 1]: whether it begins a
     mini-batch (None: every row does), and another document (None: none does).
@@ -93,6 +94,10 @@ def advance(
 
 
 @cache
-def compiled(network: Network) -> Callable[..., tuple[Tensor, Fitted]]:
-    """`advance` for this network, by torch.compile."""
-    return torch.compile(partial(advance, network), dynamic=False)
+def compiled(network: Network) -> Callable[..., tuple[list[Tensor], Fitted]]:
+    """Some steps of this network in turn, by torch.compile."""
+
+    def steps(fitted: Fitted, inputs: Sequence[Sequence[Any]]) -> tuple[list[Tensor], Fitted]:
+        return in_turn(partial(advance, network), fitted, inputs)
+
+    return torch.compile(steps, dynamic=False)

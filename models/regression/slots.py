@@ -94,10 +94,26 @@ def lay_out(
     return Slots(place, empty.shape[1], size, batch, None if segments is None else document, ends, phase)
 
 
+Step = Callable[..., tuple[Tensor, Any]]
+
+
+def in_turn(step: Step, state: Any, inputs: Sequence[Sequence[Any]]) -> tuple[list[Tensor], Any]:
+    """step(state, *inputs[n]) -> (o, state), one after another: all o, and the last state."""
+    outputs = []
+    for x in inputs:
+        o, state = step(state, *x)
+        outputs.append(o)
+    return outputs, state
+
+
 def scan(
-    step: Callable[..., tuple[Tensor, Any]], state: Any, inputs: Sequence[Sequence[Any]], remat: int
+    steps: Callable[[Any, Sequence[Sequence[Any]]], tuple[list[Tensor], Any]],
+    state: Any,
+    inputs: Sequence[Sequence[Any]],
+    remat: int,
+    at_once: int = 1,
 ) -> tuple[list[Tensor], Any]:
-    """step(state, *inputs[n]) -> (o, state), one after another: all o, and the last state.
+    """The same by `steps`, which takes some of them, `at_once`, in a row; it may be compiled.
 
     remat: of so many steps together the backward pass computes once more what it needs, so that memory is needed for
     those and for the states between them (activation checkpointing); 0: never.
@@ -105,9 +121,9 @@ def scan(
 
     def several(state: Any, inputs: Sequence[Sequence[Any]]) -> tuple[list[Tensor], Any]:
         outputs = []
-        for x in inputs:
-            o, state = step(state, *x)
-            outputs.append(o)
+        for n in range(0, len(inputs), at_once):
+            some, state = steps(state, inputs[n : n + at_once])
+            outputs += some
         return outputs, state
 
     if not (remat and torch.is_grad_enabled()):

@@ -233,11 +233,12 @@ def test_plain_gradient_descent_and_other_losses_in_chunks(fades):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_the_step():
+@pytest.mark.parametrize("remat", [0, 2])
+def test_compiled_steps_are_the_steps(remat):
+    """Five slots, four in one call; with documents there are more."""
     start, inputs = draw(40)
-    settings = {"grad_batch": 8, "chunk": 8, "remat": 2}
-    exact = outcome(chunked_deep, Network(), start, inputs, segments=DOCUMENTS[:, :40], **settings)
-    found = outcome(chunked_deep, Network(), start, inputs, segments=DOCUMENTS[:, :40], compiled=True, **settings)
+    settings = {"grad_batch": 8, "chunk": 8, "remat": remat, "segments": DOCUMENTS[:, :40] if remat else None}
+    exact, found = (outcome(chunked_deep, Network(), start, inputs, compiled=x, **settings) for x in (False, True))
     assert largest_error(found, exact) < 1e-10
 
 

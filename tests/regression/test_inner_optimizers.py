@@ -128,6 +128,15 @@ def test_every_form_is_the_same(optimizer, documents):
             assert (x - y).norm() <= 1e-10 * y.norm(), (chunk, splits)
 
 
+@pytest.mark.slow
+def test_a_compiled_step_is_the_step(monkeypatch):
+    memory, inputs = drawn("muon")
+    exact = outcome(memory, inputs)
+    monkeypatch.setattr("models.regression.deep.compiles", lambda device: True)
+    for x, y in zip(outcome(memory, inputs), exact, strict=True):
+        assert (x - y).norm() <= 1e-10 * y.norm()
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("inner_loss", ["l2", "huber"])
 def test_the_inner_loss_falls(optimizer, inner_loss):
