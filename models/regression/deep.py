@@ -16,7 +16,8 @@ Forgetting. W = M_0, `forget_to: start`: what fades is what the sequence has tau
 Mini-batch. Another b is another model, and a model is best with the one that it was trained with (TNT, Li et al. 2025):
             b is no choice of speed. It is what makes the layer parallel, though: no form of the rule with b = 1 is.
 Stability.  As in momentum.py theta = (1 - eta) theta' / b, and inner.py's limit holds the step of a token to what a
-            matrix with keys of length one would make of it.
+            matrix with keys of length one would make of it. Nothing diverges then, whatever the gates; with three
+            layers and more, b = 1 and theta' = 1, reads have been seen to overshoot fifteenfold for a while.
 Exactness.  The dual form equals the recurrence up to rounding, whatever the chunk, gradients included.
 Others.     titans-pytorch sums the gradients of a chunk, with gates pooled over it, at weights that it holds for every
             chunk; by default all at M_0, so that no gradient of chunk 3 knows of chunk 1. fla 0.6.0 has no deep memory.
@@ -228,43 +229,36 @@ class DeepMemory(Momentum):
         remat: int = 8,
     ) -> None:
         super().__init__(sizes, backend, chunk, grad_batch)
-        for name, value, allowed in (
-            ("activation", activation, ACTIVATIONS),
-            ("inner_loss", inner_loss, LOSSES),
-            ("inner_optimizer", inner_optimizer, OPTIMIZERS),
-            ("forget_to", forget_to, FORGET_TO),
-        ):
-            if value not in allowed:
-                raise ValueError(f"regressor.{name}={value} is not one of {', '.join(allowed)}")
+        _check_choice("activation", activation, ACTIVATIONS)
+        _check_choice("inner_loss", inner_loss, LOSSES)
+        _check_choice("inner_optimizer", inner_optimizer, OPTIMIZERS)
+        _check_choice("forget_to", forget_to, FORGET_TO)
         (_, H, _, K, V), inner = sizes, round(expansion * sizes.key_dim)
-        if not 1 <= depth <= 4:
-            raise ValueError(f"regressor.depth={depth} must be 1, 2, 3 or 4")
-        if inner < 1:
-            raise ValueError(f"regressor.expansion={expansion} leaves an inner width of {inner}; it must be positive")
         if residual and K != V:
             raise ValueError(
                 f"regressor.residual=true adds keys of width {K} to values of width {V}; only false is possible"
             )
-        if p < 1 or delta <= 0:
-            raise ValueError(f"regressor.p={p} must be at least 1, and regressor.delta={delta} positive")
-        if remat < 0:
-            raise ValueError(f"regressor.remat={remat} is no number of chunks; a positive integer, or 0 for never")
+        for name, value, holds, says in (
+            ("depth", depth, 1 <= depth <= 4, "1, 2, 3 or 4"),
+            ("expansion", expansion, inner >= 1, f"at least 1 / {K}, for an inner width of one"),
+            ("p", p, p >= 1, "at least 1"),
+            ("delta", delta, delta > 0, "positive"),
+            ("remat", remat, remat >= 0, "a number of chunks, or 0 for never"),
+        ):
+            if not holds:
+                raise ValueError(f"regressor.{name}={value} must be {says}")
         self.remat, self.fades, self.function_class = remat, forget_to == "zero", f"MLP of {depth} layers"
         self.network = Network(activation, residual, inner_loss, {"lp": p, "huber": delta}.get(inner_loss, 0.0))
-        widths = [K, *[inner] * (depth - 1), V]
         optimizer = INNER_OPTIMIZERS.get(inner_optimizer)
         self.rule = None if optimizer is None else deep_batches.Rule(self.network, optimizer)
-        scales = [1.0, *[inner**-0.5] * (depth - 1)]
-        if self.rule is None:
-            scales[-1] = 0.0
-        self.start = nn.ParameterList(
-            s * torch.randn(H, n, m) for s, (n, m) in zip(scales, pairwise(widths), strict=True)
-        )
+        widths, scales = [K, *[inner] * (depth - 1), V], [1.0, *[inner**-0.5] * (depth - 1)]
+        scales[-1] *= self.rule is not None
+        shapes = pairwise(widths)
+        self.start = nn.ParameterList(s * torch.randn(H, n, m) for s, (n, m) in zip(scales, shapes, strict=True))
         self.norm = nn.ParameterList([torch.ones(H, 1, V), torch.zeros(H, 1, V)] if layer_norm else [])
         if inner_optimizer != "momentum":
-            self.fit = "gradient step" if inner_optimizer == "sgd" else f"{inner_optimizer} step for {grad_batch} pairs"
-        if (optimizer is not None and not optimizer.has_momentum) or inner_optimizer == "sgd":
-            self.momentum = None
+            self.fit = "gradient step" if self.rule is None else f"{inner_optimizer} step for {grad_batch} pairs"
+            self.momentum = self.momentum if optimizer is not None and optimizer.has_momentum else None
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.momentum is not None and self.rule is None:
@@ -312,14 +306,9 @@ class DeepMemory(Momentum):
         """The memories of the given rows back at the start, and their mini-batches ended."""
         if self.rule is not None:
             return deep_batches.forget(self.rule, self._begin(), state, rows)
-        rows, first = (
-            rows.view(-1, 1, 1, 1),
-            [w.to(m.dtype) for w, m in zip(self.beginning(), state.weights, strict=True)],
-        )
-        M, R = (tuple(torch.where(rows, *x) for x in zip(first, part, strict=True)) for part in state[:3:2])
-        return State(
-            M, tuple(s.masked_fill(rows, 0.0) for s in state.momenta), R, state.phase.masked_fill(rows.flatten(), 0)
-        )
+        start = Start(self.beginning(), self.fades)
+        first = start.state(None, len(rows), state.weights[0].dtype, bool(state.momenta))
+        return deep_batches.restart(first, state, rows)
 
     def flops_per_token(self, seq_len: int) -> int:
         """With every weight three products (predict, write, read), with all but the first layer's one more (errors
@@ -337,6 +326,11 @@ class DeepMemory(Momentum):
         if self.rule is not None:
             return deep_batches.size(self.rule, self.start)
         return (2 if self.momentum is None else 3) * sum(w.numel() for w in self.start)
+
+
+def _check_choice(name: str, value: str, allowed: Any) -> None:
+    if value not in allowed:
+        raise ValueError(f"regressor.{name}={value} is not one of {', '.join(allowed)}")
 
 
 def compiles(device: torch.device) -> bool:

@@ -12,6 +12,7 @@ Shapes: as in deep_chunks.py; n of theta 1, or one for each layer.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -100,6 +101,12 @@ def deep_batches(
     chunked_deep. Products are in the dtype of q, k and v, all else in float32 at least.
     """
     (B, T, H), dtype = k.shape[:3], working_dtype(q, k, v)
+    if state is None and 1 < T <= grad_batch and torch.is_grad_enabled():
+        warnings.warn(
+            f"regressor.grad_batch={grad_batch}: a memory that steps at the end of a mini-batch learns nothing from a "
+            f"sequence of {T} tokens, and what sets its steps gets no gradient",
+            stacklevel=2,
+        )
     products = dtype if chunk == 1 else torch.promote_types(q.dtype, torch.promote_types(k.dtype, v.dtype))
     size = 1 if chunk == 1 else min(short(chunk, T), grad_batch)
     slots = lay_out(k, size, grad_batch, None if state is None else state.phase, segments)
@@ -174,9 +181,13 @@ def _lengths(W: Tensor) -> Tensor:
 
 def forget(rule: Rule, start: Start, state: State, rows: Tensor) -> State:
     """The state with the memories of the given rows (bool [B]) as a document begins with them."""
-    first = beginner(rule, start, len(rows), state.learner.sums.dtype)
-    learner = each(lambda new, now: torch.where(rows.view(-1, 1, 1, 1), new, now), first, state.learner)
-    return State(learner, state.phase.masked_fill(rows, 0))
+    first = State(beginner(rule, start, len(rows), state.learner.sums.dtype), torch.zeros_like(state.phase))
+    return restart(first, state, rows)
+
+
+def restart(first: Any, state: Any, rows: Tensor) -> Any:
+    """A state, all of whose tensors have a row for each sequence, with some of its rows from another."""
+    return each(lambda new, now: torch.where(rows.view(-1, *[1] * (now.ndim - 1)), new, now), first, state)
 
 
 def flops_of_steps(rule: Rule, weights: Iterable[Tensor], count: int) -> int:
@@ -201,5 +212,5 @@ def each(function: Callable[..., Tensor], *trees: Any) -> Any:
     """The function of every tensor of a tree of (named) tuples, or of those at the same place in several."""
     if isinstance(trees[0], Tensor):
         return function(*trees)
-    parts = [each(function, *x) for x in zip(*trees, strict=True)]
-    return Learner(*parts) if isinstance(trees[0], Learner) else tuple(parts)
+    parts, kind = [each(function, *x) for x in zip(*trees, strict=True)], type(trees[0])
+    return kind(*parts) if hasattr(kind, "_fields") else tuple(parts)

@@ -309,7 +309,7 @@ def test_no_gates_let_it_diverge(depth, grad_batch, momentum):
     "setting, says",
     [
         ({"depth": 5}, "regressor.depth=5 must be 1, 2, 3 or 4"),
-        ({"expansion": 0}, "regressor.expansion=0 leaves an inner width of 0"),
+        ({"expansion": 0}, "regressor.expansion=0 must be at least 1 / 32"),
         ({"grad_batch": 0}, "regressor.grad_batch=0"),
         ({"activation": "relu"}, "regressor.activation=relu is not one of silu, gelu"),
         ({"inner_loss": "l1"}, "regressor.inner_loss=l1 is not one of l2, huber, lp, dot"),
