@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from conf import schema
-from models.features import DPFP, ELU, CosFormer, Cosine, Hedgehog, Performer, Polynomial, Rebased, ReLU, Taylor
+from models.features import DPFP, ELU, MLP, CosFormer, Cosine, Hedgehog, Performer, Polynomial, Rebased, ReLU, Taylor
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.sizes import Sizes
 from models.training.summary import summary
@@ -268,6 +268,7 @@ def test_too_wide_is_refused_with_what_would_do():
         (Cosine, {"inverse_temperature": "hot"}),
         (DPFP, {"order": 2 * K}),
         (ReLU, {"power": 0}),
+        (MLP, {"expansion": 0}),
         (CosFormer, {"length": 0}),
     ],
 )

@@ -8,6 +8,7 @@ head belongs to the key head; queries of a group share it.
 
     kernel                      maps                                positive
     its own                     ReLU, ELU, DPFP, Hedgehog           yes
+    its own, learned            MLP                                 with relu
     its own, of the distance    CosFormer                           up to `length` tokens
     (c + b q.k)^p               Polynomial, Rebased (c = 0)         where p is even
     sum_{j<=p} (b q.k)^j / j!   Taylor                              where p is even
@@ -20,7 +21,7 @@ temperature, sharpens the kernel: phi sees sqrt(b) x. It is a number, or "learne
 """
 
 from models.features.base import FeatureMap
-from models.features.coordinates import DPFP, ELU, CosFormer, Hedgehog, Identity, ReLU
+from models.features.coordinates import DPFP, ELU, MLP, CosFormer, Hedgehog, Identity, ReLU
 from models.features.landmarks import Nystrom
 from models.features.monomials import Polynomial, Rebased, Taylor
 from models.features.random import Cosine, Performer
@@ -28,6 +29,7 @@ from models.features.random import Cosine, Performer
 __all__ = [
     "DPFP",
     "ELU",
+    "MLP",
     "CosFormer",
     "Cosine",
     "FeatureMap",

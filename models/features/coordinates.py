@@ -1,14 +1,17 @@
-"""Maps that rectify: cheap and positive, but for the identity. Their kernels are their own."""
+"""Maps that rectify: cheap, and positive but for the identity and the layer. Their kernels are their own."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.features.base import FeatureMap, at_least_one, product
 from models.sizes import Sizes
+
+LAYERS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
 class Identity(FeatureMap):
@@ -104,6 +107,30 @@ class Hedgehog(FeatureMap):
     def phi(self, x: Tensor, positions: Tensor) -> Tensor:
         y = product(self.weight, x)
         return torch.cat([y, -y], dim=-1).softmax(-1)
+
+    def flops_per_token(self) -> int:
+        return 2 * self.num_heads * self.weight[0].numel()
+
+
+class MLP(FeatureMap):
+    """phi(x) = s(W x), W [width, K] learned for every head: the first layer of a network, of which a memory that is
+    linear in phi then learns the last one within the sequence, by whatever rule it has (compare regression/deep.py,
+    where both layers learn there).
+
+    expansion: the width over K.  activation: silu | gelu | relu.  Rows of W are normal with variance 1 at the start,
+    so that keys of length one see the activation bend.
+    """
+
+    def __init__(self, sizes: Sizes, expansion: int = 4, activation: str = "silu") -> None:
+        super().__init__(at_least_one("expansion", expansion) * sizes.key_dim)
+        if activation not in LAYERS:
+            raise ValueError(f"features.activation={activation} is not one of {', '.join(LAYERS)}")
+        self.activation, self.positive = LAYERS[activation], activation == "relu"
+        self.num_heads = sizes.num_heads + sizes.num_kv_heads
+        self.weight = nn.Parameter(torch.randn(sizes.num_kv_heads, self.width, sizes.key_dim))
+
+    def phi(self, x: Tensor, positions: Tensor) -> Tensor:
+        return self.activation(product(self.weight, x))
 
     def flops_per_token(self) -> int:
         return 2 * self.num_heads * self.weight[0].numel()

@@ -55,7 +55,7 @@ class _Scan(torch.autograd.Function):
         (M, K, V), (rows, n) = (len(k), k.shape[-1], v.shape[-1]), first.shape[:2]
         with torch.autocast(q.device.type, enabled=False):
             R = unit_inverse(torch.bmm(k, k.mT).mul_(refer_writes))
-            W, Z = torch.bmm(R, _spread(k, refer)), _spread(k, carry_writes.mT)
+            W, Z = torch.bmm(R, spread(k, refer)), spread(k, carry_writes.mT)
             U = torch.bmm(R, v)
             X = k.new_empty(M + rows, n * K, V)  # before every chunk, and after the last
             X[:rows] = first.flatten(1, 2)
@@ -65,7 +65,7 @@ class _Scan(torch.autograd.Function):
                 X[there] = _mix(carry[here], X[here])
                 X[there].baddbmm_(Z[here].mT, U[here])
             seen = X[:M, : read.shape[-1] * K]
-            o = torch.bmm(_spread(q, read), seen).baddbmm_(torch.bmm(q, k.mT).mul_(read_writes), U)
+            o = torch.bmm(spread(q, read), seen).baddbmm_(torch.bmm(q, k.mT).mul_(read_writes), U)
         ctx.save_for_backward(q, k, read, read_writes, refer, refer_writes, carry, carry_writes, R, W, U, X)
         return o, X[M:].clone().view_as(first)
 
@@ -79,9 +79,9 @@ class _Scan(torch.autograd.Function):
         M, rows, width = len(k), len(dlast), read.shape[-1] * k.shape[-1]
         with torch.autocast(q.device.type, enabled=False):
             qk, kk = torch.bmm(q, k.mT), torch.bmm(k, k.mT)
-            Z, dU = _spread(k, carry_writes.mT), torch.bmm((qk * read_writes).mT, do)
+            Z, dU = spread(k, carry_writes.mT), torch.bmm((qk * read_writes).mT, do)
             dX = torch.zeros_like(X)
-            torch.bmm(_spread(q, read).mT, do, out=dX[:M, :width])
+            torch.bmm(spread(q, read).mT, do, out=dX[:M, :width])
             dX[M:] = dlast.flatten(1, 2)
             for i in reversed(range(0, M, rows)):
                 here, there = slice(i, i + rows), slice(i + rows, i + 2 * rows)
@@ -106,13 +106,13 @@ class _Scan(torch.autograd.Function):
         return dq, dk, E, dread, dread_writes, drefer, drefer_writes, dcarry, dcarry_writes.mT, dfirst
 
 
-def _spread(x: Tensor, c: Tensor) -> Tensor:
+def spread(x: Tensor, c: Tensor) -> Tensor:
     """c (x) x: rows of x [M, W, K] times each of their n numbers c [M, W, n], side by side: [M, W, n K]."""
     return (c.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
 
 
 def _gather(gradient: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients by x and by c from the one by _spread(x, c)."""
+    """The gradients by x and by c from the one by spread(x, c)."""
     gradient = gradient.unflatten(-1, (c.shape[-1], -1))
     return (gradient * c.unsqueeze(-1)).sum(-2), (gradient @ x.unsqueeze(-1)).squeeze(-1)
 

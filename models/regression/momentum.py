@@ -216,19 +216,34 @@ def mixtures(
     """
     real = into_chunks(torch.ones_like(step_size), chunk, dtype)  # 0 where the last chunk is filled up
     theta, log_momentum, log_decay = (into_chunks(x, chunk, dtype) for x in (step_size, log_momentum, log_decay))
-    theta, n = theta.mT, 3 if with_reference else 2
-    decay, momentum = fades(real, log_decay), fades(real, log_momentum)
-    a, eta = (x.within.expand(len(real), -1, -1) for x in (decay, momentum))
-    # what fills the last chunk fades nothing, and must not add the momentum to the memory once more
-    summed = product(a, torch.cat([momentum.start, eta], dim=-1) * real)
-    read = Mixture(torch.cat([decay.start, summed[..., :1]], dim=-1), summed[..., 1:] * theta)
+    n, (read, carry) = 3 if with_reference else 2, of_gates(real, theta, log_momentum, log_decay)
     carried, first, token = _places(where, chunk, step_size.shape[2], dtype).split([1, 1, chunk], dim=-1)
     at_token = product(token, torch.cat([*read], dim=-1))
     at_first = torch.cat([first, torch.zeros_like(first), carried][:n], dim=-1)
     refer = Mixture(F.pad(at_token[..., :2], (0, n - 2)) + at_first, at_token[..., 2:])
-    states = [F.pad(read.states[:, -1], (0, n - 2)), F.pad(momentum.start[:, -1], (1, n - 2)), refer.states[:, -1]]
-    writes = [read.writes[:, -1], (eta * theta)[:, -1], refer.writes[:, -1]]
-    return read, refer, Mixture(torch.stack(states[:n], dim=1), torch.stack(writes[:n], dim=1))
+    if with_reference:
+        states = torch.cat([F.pad(carry.states, (0, 1)), refer.states[:, -1:]], dim=1)
+        carry = Mixture(states, torch.cat([carry.writes, refer.writes[:, -1:]], dim=1))
+    return read, refer, carry
+
+
+def of_gates(
+    real: Tensor, theta: Tensor, log_momentum: Tensor | None, log_decay: Tensor | None
+) -> tuple[Mixture, Mixture]:
+    """What the tokens of a chunk read, and what it carries on, M and S; without momentum M alone. Gates in chunks
+    [M, C, 1], all 0 where no token is; so is `real`, which is 1 elsewhere.
+    """
+    decay = fades(real, log_decay)
+    if log_momentum is None:
+        writes = decay.within * theta.mT
+        return Mixture(decay.start, writes), Mixture(decay.start[:, -1:], writes[:, -1:])
+    momentum = fades(real, log_momentum)
+    a, eta = (x.within.expand(len(real), -1, -1) for x in (decay, momentum))
+    # where no token is nothing fades, and the momentum must not be added to the memory once more
+    summed = product(a, torch.cat([momentum.start, eta], dim=-1) * real)
+    read = Mixture(torch.cat([decay.start, summed[..., :1]], dim=-1), summed[..., 1:] * theta.mT)
+    states = torch.stack([read.states[:, -1], F.pad(momentum.start[:, -1], (1, 0))], dim=1)
+    return read, Mixture(states, torch.stack([read.writes[:, -1], (eta * theta.mT)[:, -1]], dim=1))
 
 
 def _places(where: References, chunk: int, heads: int, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.language_model import LanguageModel
 from models.mixer import Mixer
+from models.regression.inner_optimizers import orthogonal
 
 
 def parameter_groups(model: LanguageModel, weight_decay: float) -> list[dict[str, Any]]:
@@ -106,16 +107,3 @@ class MuonAdamW(torch.optim.AdamW):
                     update = distribute_tensor(update.to(p.dtype), p.device_mesh, p.placements)
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * length)
                 p.grad = None
-
-
-def orthogonal(G: Tensor) -> Tensor:
-    """U V^T, nearly, of G = U S V^T [..., rows, columns]: five steps of X <- a X + (b A + c A^2) X, A = X X^T, with
-    Jordan's coefficients, which bring singular values between 0.01 and 1 into about (0.7, 1.2). bfloat16 on a GPU."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.bfloat16() if G.is_cuda else G
-    X = X.mT if G.shape[-2] > G.shape[-1] else X
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
-        A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    return (X.mT if G.shape[-2] > G.shape[-1] else X).to(G.dtype)

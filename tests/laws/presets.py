@@ -69,7 +69,9 @@ def mixer(preset: str, backend: str = "torch", dtype: torch.dtype = torch.float6
     node = copy.deepcopy(recipe(preset))
     for each in parts(node):
         chunked = issubclass(locate(each["regressor"]["_target_"]), Memory)
+        large = each["regressor"].get("grad_batch", 1) > CHUNK
         change(each, regressor__backend=backend, **({"regressor__chunk": CHUNK} if chunked else {}))
+        change(each, **({"regressor__grad_batch": CHUNK} if large else {}))
     torch.manual_seed(1)
     return build(change(node, **settings), hidden_size=HIDDEN, layer_index=0).to(dtype)
 

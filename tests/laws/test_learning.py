@@ -16,8 +16,8 @@ from tests.laws.presets import PRESETS, change, recipe
 STEPS, BATCH, RATE = 200, 64, 1e-2
 CHANCE, MARGIN = 1 / 32, 0.9  # 32 values to choose from; 1 / 4 is what knowing the four of the sequence would give
 
-# A system for every query costs the third power of the keys' width.
-NARROW = {"local_linear": {"key_dim": 16}, "local_quadratic": {"key_dim": 16}}
+# A system for every query costs the third power of the keys' width; the start of a deep memory has parameters.
+NARROW = {"local_linear": {"key_dim": 16}, "local_quadratic": {"key_dim": 16}, "titans_mlp": {"key_dim": 32}}
 
 
 @pytest.mark.slow

@@ -1,0 +1,160 @@
+"""LaCT: a network that learns from large chunks, and attention to what is in them (Zhang et al. 2025).
+
+Problem.    Fit f(x) = (s(x W_0) * x W_2) W_1, s = SiLU, to the pairs of the past by the loss -f(k) . v, in few large
+            steps: small ones leave a GPU idle, and a large fast weight needs large products.
+Solution.   Apply, then update. All tokens of a chunk of b read the weights that the chunks before it have made,
+                m_t = f(q_t) ,
+            and with learning rates eta of their own for each matrix, and the chunk's mean momentum mu, it then makes
+                B <- mu B - sum_i eta_i d(-f(k_i) . v_i)/dW ,    W <- (W + orthogonal(B)) |W_0| / |W + orthogonal(B)| ,
+            by Muon's five Newton-Schulz steps, the columns of W held to the lengths that they have at the start, which
+            is learned for each head. Since Muon undoes the scale of B, the rates only weigh the tokens of a chunk
+            against each other. What a chunk has not told the weights yet, softmax attention in a sliding window of the
+            last w tokens knows, from the same queries, keys and values:
+                o_t = g_t norm(m_t) + attention_t ,    g = silu(x W_g) .
+State.      The weights, the gradients of a chunk so far, B, and the window's pairs.
+Exactness.  Every form is the same up to rounding: within a chunk tokens only add up.
+Here.       The shell makes q, k and v, and attention gets those that the network gets: after SiLU, of length one, and
+            turned by their positions. In the published layer attention has them before SiLU, behind an RMS norm, and
+            the network after a learned scale and offset for every channel; attention has more heads than the network,
+            as many here; starts of W_0 and W_2 may be of low rank, plus I / 2, and have full rank here. Newton-Schulz
+            steps are Jordan's (the published code has other coefficients). Documents and decoding are new: the
+            published code ignores cu_seqlens, and has no state of the network to go on from.
+
+Shapes: B batch, T tokens, H heads, K and V widths of keys and values, C tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.norm import RMSNorm
+from models.precision import wide
+from models.regression import deep_batches
+from models.regression.deep import compiles
+from models.regression.inner import ACTIVATIONS, NORM_EPS
+from models.regression.inner_optimizers import INNER_OPTIMIZERS
+from models.regression.local import Softmax
+from models.regression.memory import Memory
+from models.regression.pairs import Pairs
+from models.sizes import Sizes
+
+BASE_RATE = 1e-3  # of the learning rates, at the start
+
+
+@dataclass(frozen=True)
+class SwiGLU:
+    """f above and the errors of its loss, as inner.Network has them; weights in the order W_0, W_2, W_1."""
+
+    def read(self, products: Sequence[Callable[[Tensor], Tensor]], q: Tensor, norm: Sequence[Tensor] = ()) -> Tensor:
+        gate, up, down = products
+        return down((F.silu(wide(gate(q))) * up(q)).to(q.dtype))
+
+    def errors(
+        self, weights: Sequence[Tensor], k: Tensor, v: Tensor, norm: Sequence[Tensor] = ()
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        gate, up, down = weights
+        opened, slope = ACTIVATIONS["silu"](wide(k @ gate))
+        through, error = wide(k @ up), wide(v @ down.mT)
+        errors = [error * through * slope, error * opened, v]
+        return [k, k, (opened * through).to(k.dtype)], [e.to(k.dtype) for e in errors]
+
+
+class State(NamedTuple):
+    """fitted: of the network. pairs: of the window."""
+
+    fitted: deep_batches.State
+    pairs: Pairs
+
+
+class LaCT(Memory):
+    """The layer above.
+
+    grad_batch: b, a part of the model.  window: w, of attention.  expansion: the network's inner width over K.
+    chunk: tokens at once, a choice of memory only; None for a whole mini-batch.  remat: as in slots.scan.
+    """
+
+    accepts_decay = ("none",)
+    function_class, fit = "SwiGLU, constant around q", "muon step for a chunk"
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        backend: str = "auto",
+        chunk: int | None = None,
+        grad_batch: int = 2048,
+        window: int = 2048,
+        expansion: float = 1.0,
+        remat: int = 1,
+    ) -> None:
+        super().__init__(sizes, backend, chunk)
+        if grad_batch < 1:
+            raise ValueError(f"regressor.grad_batch={grad_batch} is no number of tokens; a positive integer")
+        if remat < 0:
+            raise ValueError(f"regressor.remat={remat} is no number of chunks; a positive integer, or 0 for never")
+        D, H, _, K, V = sizes
+        if (inner := round(expansion * K)) < 1:
+            raise ValueError(f"regressor.expansion={expansion} leaves an inner width of {inner}; it must be positive")
+        self.attention = Softmax(sizes, backend, window=window)
+        self.rule = deep_batches.Rule(SwiGLU(), INNER_OPTIMIZERS["muon"], normed=True)
+        self.grad_batch, self.remat = grad_batch, remat
+        self.start = nn.ParameterList(
+            torch.randn(H, n, m) / math.sqrt(n) for n, m in ((K, inner), (K, inner), (inner, V))
+        )
+        self.rates, self.momentum, self.scale = nn.Linear(D, 3 * H), nn.Linear(D, H), nn.Linear(D, H)
+        nn.init.constant_(self.rates.bias, math.log(math.expm1(BASE_RATE)))  # the inverse of softplus
+        self.norm = RMSNorm(V, NORM_EPS)
+
+    def tokens_at_once(self, v: Tensor) -> int:
+        return self.chunk or self.grad_batch
+
+    def forward(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None = None,
+        state: State | None = None,
+        segments: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        fitted, pairs = (None, None) if state is None else state
+        rates = F.softplus(wide(self.rates(x))).unflatten(-1, (-1, 3))
+        momentum = wide(self.momentum(x)).sigmoid()
+        gates = torch.stack([torch.zeros_like(momentum), torch.ones_like(momentum), momentum], dim=-1) / self.grad_batch
+        definition = self.choose(v.device, v.dtype).backend == "recurrent" or k.shape[1] == 1
+        speed = (1,) if definition else (self.tokens_at_once(v), self.remat, compiles(v.device))
+        given = (q, k, v, rates, gates, fitted, self.grad_batch, segments)
+        read, fitted = deep_batches.deep_batches(self.rule, self._begin(), *given, *speed)
+        local, pairs = self.attention(x, q, k, v, None, pairs, segments)
+        o = F.silu(wide(self.scale(x))).unsqueeze(-1) * wide(self.norm(read)) + local
+        return o.to(v.dtype), State(fitted, pairs)
+
+    def _begin(self) -> deep_batches.Start:
+        return deep_batches.Start(tuple(self.start))
+
+    def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+        return "a compiled step" if backend == "torch" and compiles(device) else ""
+
+    def forget(self, state: State, rows: Tensor) -> State:
+        fitted = deep_batches.forget(self.rule, self._begin(), state.fitted, rows)
+        return State(fitted, self.attention.forget(state.pairs, rows))
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Three products with every weight: keys through two and, since the loss needs no prediction, errors back
+        through the third; a write and a read of each. The projections of rates, momenta and scales, Muon's products at
+        the end of each chunk, and attention.
+        """
+        weights = sum(w.numel() for w in self.start)
+        steps = deep_batches.flops_of_steps(self.rule, self.start, seq_len // self.grad_batch) // seq_len
+        gates = 10 * self.num_heads * self.hidden_size
+        return 6 * weights + gates + steps + self.attention.flops_per_token(seq_len)
+
+    def state_size(self, seq_len: int) -> int:
+        return deep_batches.size(self.rule, self.start) + self.attention.state_size(seq_len)

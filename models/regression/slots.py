@@ -1,0 +1,136 @@
+"""Mini-batches of documents, side by side.
+
+The tokens of a document fall into mini-batches of b, from its first one on. A memory that is no matrix has to go
+through them one after another, many sequences at once, while their documents begin where they like. So tokens are laid
+out in slots: each holds C places for consecutive tokens of one mini-batch, and slot n of every row is computed at once.
+Where nothing is known of documents that is how they lie already; else rows have slots that are partly or wholly empty.
+
+Shapes: B batch, T tokens, C places of a slot, N slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+class Slots(NamedTuple):
+    """place [B, T]: of each token, among the N C of its row; None where token t has place t. count: N. batch [N, B]:
+    in which slots a mini-batch begins, document [N, B]: and a document that is not the state's; None where a mini-batch
+    begins in every slot, or no document in any. ends: for each slot [B], where a mini-batch is over with it; True or
+    False for all rows. phase [B]: how many tokens the last mini-batch has, 0 where the next
+    token begins one.
+    """
+
+    place: Tensor | None
+    count: int
+    size: int
+    batch: Tensor | None
+    document: Tensor | None
+    ends: list[Tensor | bool]
+    phase: Tensor
+
+    def fill(self, x: Tensor) -> Tensor:
+        """[B, T, *] of tokens to [B, N C, *] of places, zeros in the empty ones."""
+        if self.place is None:
+            return x
+        index = self.place.view(*self.place.shape, *[1] * (x.ndim - 2)).expand_as(x)
+        return x.new_zeros(len(x), self.count * self.size, *x.shape[2:]).scatter(1, index, x)
+
+    def empty(self, x: Tensor) -> Tensor:
+        """The way back."""
+        if self.place is None:
+            return x
+        index = self.place.view(*self.place.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
+        return x.gather(1, index)
+
+    def flags(self, x: Tensor | list[Tensor | bool] | None, heads: int) -> list[Tensor | bool | None]:
+        """batch, document or ends for each slot, for rows of B times heads: [rows, 1, 1], or what says so for all."""
+        rows = [None] * self.count if x is None else x
+        return [r.repeat_interleave(heads).view(-1, 1, 1) if isinstance(r, Tensor) else r for r in rows]
+
+
+def positions(tokens: Tensor, phase: Tensor | None, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """For tokens [B, T, ...]: how many of their document came before, or for the document that the call begins with, of
+    its mini-batch; and which tokens begin another document, [B, T] both. phase [B]: of the state, None for 0.
+    """
+    B, T = tokens.shape[:2]
+    index = torch.arange(T, device=tokens.device).expand(B, T)
+    begins = torch.zeros_like(index, dtype=torch.bool)
+    if segments is not None:
+        begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
+    start = torch.where(begins, index, 0).cummax(1).values
+    if phase is None:
+        return index - start, begins
+    return torch.where(start == 0, index + phase.unsqueeze(1), index - start), begins
+
+
+def lay_out(
+    tokens: Tensor, size: int, grad_batch: int, phase: Tensor | None = None, segments: Tensor | None = None
+) -> Slots:
+    """The slots of tokens [B, T, ...], of `size` tokens, for mini-batches of grad_batch."""
+    (B, T), device = tokens.shape[:2], tokens.device
+    if phase is None and segments is None and (grad_batch % size == 0 or size >= T):
+        count, end = -(-T // size), torch.full((B,), T % grad_batch, device=device)
+        opens = (torch.arange(count, device=device) * size % grad_batch == 0).unsqueeze(1).expand(-1, B)
+        ends = [min((n + 1) * size, T) % grad_batch == 0 for n in range(count)]
+        return Slots(None, count, size, None if grad_batch == size else opens, None, ends, end)
+    position, document = positions(tokens, phase, segments)
+    within = position % grad_batch
+    opens = within % size == 0
+    opens[:, 0] = True
+    slot, index = opens.cumsum(1) - 1, torch.arange(T, device=device).expand(B, T)
+    place = slot * size + index - torch.where(opens, index, 0).cummax(1).values
+    empty = torch.zeros(B, int(slot[:, -1].max()) + 1, dtype=torch.long, device=device)
+    flags = ((within == 0) & opens, document & opens, within == grad_batch - 1)
+    batch, document, ends = (empty.scatter_add(1, slot, x.long()).bool().T for x in flags)
+    ends = [row if some else False for row, some in zip(ends, ends.any(1).tolist(), strict=True)]
+    phase = (within[:, -1] + 1) % grad_batch
+    return Slots(place, empty.shape[1], size, batch, None if segments is None else document, ends, phase)
+
+
+Step = Callable[..., tuple[Tensor, Any]]
+
+
+def in_turn(step: Step, state: Any, inputs: Sequence[Sequence[Any]]) -> tuple[list[Tensor], Any]:
+    """step(state, *inputs[n]) -> (o, state), one after another: all o, and the last state."""
+    outputs = []
+    for x in inputs:
+        o, state = step(state, *x)
+        outputs.append(o)
+    return outputs, state
+
+
+def scan(
+    steps: Callable[[Any, Sequence[Sequence[Any]]], tuple[list[Tensor], Any]],
+    state: Any,
+    inputs: Sequence[Sequence[Any]],
+    remat: int,
+    at_once: int = 1,
+) -> tuple[list[Tensor], Any]:
+    """The same by `steps`, which takes some of them, `at_once`, in a row; it may be compiled.
+
+    remat: of so many steps together the backward pass computes once more what it needs, so that memory is needed for
+    those and for the states between them (activation checkpointing); 0: never.
+    """
+
+    def several(state: Any, inputs: Sequence[Sequence[Any]]) -> tuple[list[Tensor], Any]:
+        outputs = []
+        for n in range(0, len(inputs), at_once):
+            some, state = steps(state, inputs[n : n + at_once])
+            outputs += some
+        return outputs, state
+
+    if not (remat and torch.is_grad_enabled()):
+        return several(state, inputs)
+    outputs = []
+    for n in range(0, len(inputs), remat):
+        given = inputs[n : n + remat]
+        some, state = checkpoint(several, state, given, use_reentrant=False, preserve_rng_state=False)
+        outputs += some
+    return outputs, state
