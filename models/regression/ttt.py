@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.kernels import ttt as triton_ttt
 from models.precision import wide, working_dtype
 from models.regression.chunks import from_chunks, into_chunks
 from models.regression.inner_model import Norm, Weights, apply, gelu, gradients, layers
@@ -92,11 +93,11 @@ def recurrent_ttt(
         weights, zeros = call.weights, tuple(torch.zeros_like(w) for w in call.weights)
         total = zeros
         for t in range(call.q.shape[1]):
-            query, key, value = (x[:, t].flatten(0, 1).unsqueeze(1) for x in (call.q, call.k, call.v))  # [M, 1, K]
+            eta = call.steps[:, t].masked_fill(place[:, t : t + 1] < 0, 0.0).view(-1, 1, 1)
+            query, key, value = (x[:, t].to(eta.dtype).flatten(0, 1).unsqueeze(1) for x in (call.q, call.k, call.v))
             if call.batches.fresh is not None:
                 begins = (place[:, t] == 0) & call.batches.fresh.gather(1, batch[:, t : t + 1]).squeeze(1)
                 weights, total = where(begins, call.start, weights), where(begins, zeros, total)
-            eta = call.steps[:, t].masked_fill(place[:, t : t + 1] < 0, 0.0).view(-1, 1, 1)
             pairs = gradients(key, value, weights, call.norm)
             written = [g for x, e in pairs for g in (product(x.mT, eta * e), eta * e)]
             total = tuple(s + g for s, g in zip(total, written, strict=True))
@@ -128,7 +129,7 @@ def dual_ttt(
     """
     call = _enter(q, k, v, step_size, token_size, start, norm, state, segments)
     (B, L, H), b, aligned = call.k.shape[:3], len(token_size), segments is None and state is None
-    dtype, steps = call.k.dtype, call.steps
+    dtype, steps = call.steps.dtype, call.steps
     pairs = (call.q, call.k, call.v)
     with torch.autocast(q.device.type, enabled=False):
         if not aligned:
@@ -156,6 +157,27 @@ def dual_ttt(
             where = (batch * b + place).clamp(min=0) + len(Q) * b * torch.arange(B, device=batch.device).unsqueeze(1)
             o = _select(o, where.flatten(), B)
     return _leave(o[:, :L], weights, call, v.dtype)
+
+
+def kernel_ttt(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step_size: Tensor,
+    token_size: Tensor,
+    start: Weights,
+    norm: Norm,
+    state: State | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, State]:
+    """The same map by our Triton kernels. Arguments and results as in recurrent_ttt."""
+    call = _enter(q, k, v, step_size, token_size, start, norm, state, segments)
+    sizes = [w.shape[1:] for w in start]
+    first, learned = (torch.cat([w.flatten(1) for w in x], dim=1) for x in (call.weights, start))
+    given = (call.q, call.k, call.v, call.steps, call.token_size, learned, first.unflatten(0, (-1, call.heads)), *norm)
+    o, last = triton_ttt.scan(*given, call.batches)
+    parts = last.flatten(0, 1).split([size.numel() for size in sizes], dim=1)
+    return _leave(o, tuple(x.unflatten(1, size) for x, size in zip(parts, sizes, strict=True)), call, v.dtype)
 
 
 def _mini_batch_steps(
@@ -187,7 +209,7 @@ def _mini_batch_steps(
 
 class _Call(NamedTuple):
     """What the forms compute with: q, k, v [B, L, H, K] and steps [B, L, H] with the tokens kept from the call before
-    in front, weights and start [M, *, *], all in the working dtype.
+    in front; all but q, k, v in the working dtype, weights, start and norm for the M rows.
     """
 
     q: Tensor
@@ -215,15 +237,15 @@ def _enter(
     segments: Tensor | None,
 ) -> _Call:
     (B, _, H), dtype, kept = k.shape[:3], working_dtype(q, k, v), 0
-    q, k, v, step_size, token_size = (x.to(dtype) for x in (q, k, v, step_size, token_size))
+    step_size, token_size = step_size.to(dtype), token_size.to(dtype)
     start = tuple(w.to(dtype).repeat(B, 1, 1) for w in start)
     norm = Norm(*(x.to(dtype).repeat(B, 1).unsqueeze(1) for x in norm))
     weights, phase = start, None
     if state is not None:
-        weights, phase, kept = tuple(w.flatten(0, 1) for w in state.weights), state.phase, len(token_size) - 1
+        weights, phase, kept = tuple(w.to(dtype).flatten(0, 1) for w in state.weights), state.phase, len(token_size) - 1
         q = F.pad(q, (0, 0, 0, 0, kept, 0))
         k, v, step_size = (
-            torch.cat([x.to(dtype), y], dim=1) for x, y in zip(state[1:4], (k, v, step_size), strict=True)
+            torch.cat([x.to(y.dtype), y], dim=1) for x, y in zip(state[1:4], (k, v, step_size), strict=True)
         )
     batches = mini_batches(k, len(token_size), kept, phase, segments)
     return _Call(q, k, v, step_size, token_size, start, norm, weights, batches, kept, H)
@@ -314,9 +336,16 @@ class TTT(Regressor):
     ) -> tuple[Tensor, Any]:
         norm = Norm(self.norm_weight, self.norm_bias)
         given = (q, k, v, self.steps(x), self.token_size(), tuple(self.start), norm, state, segments)
-        if self.choose(v.device, v.dtype).backend == "recurrent":
+        backend = self.choose(v.device, v.dtype).backend
+        if backend == "recurrent":
             return recurrent_ttt(*given)
+        if backend == "triton":
+            return kernel_ttt(*given)
         return dual_ttt(*given, self.remat)
+
+    def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+        given = (device, dtype, self.inner_model, self.key_dim, self.grad_batch)
+        return {"triton": triton_ttt.refusal(*given)}
 
     def forget(self, state: State, rows: Tensor) -> State:
         """The given rows back at the learned start, without tokens."""
