@@ -1,6 +1,6 @@
 """Test-time training by our own Triton kernels (ttt_linear.py, ttt_mlp.py): what they can do here, and the call.
 
-The products round float32 to TF32 on a GPU; sums, norms and weights are float32.
+Products take their operands in the dtype of q, k and v, float32 as TF32 on a GPU; sums, norms and weights are float32.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def refusal(device: torch.device, dtype: torch.dtype, inner_model: str, key_dim:
         return f"Triton needs a GPU, this is {device.type}"
     if interpreting() and dtype == torch.bfloat16:
         return "Triton's interpreter keeps bfloat16 as integers and returns garbage"
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the kernels compute in 32 bits, not {dtype}"
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"the kernels take bfloat16 and float32, not {dtype}"
     if grad_batch != MINI_BATCH:
         return f"the kernels take mini-batches of {MINI_BATCH}, not regressor.grad_batch={grad_batch}"
     if key_dim not in WIDTHS[inner_model]:
@@ -153,13 +153,8 @@ def _sizes(q: Tensor, first: Tensor, group: Tensor, fresh: Tensor | None, inner_
 
     _, L, H, K = q.shape
     sizes = {"L": L, "H": H, "N": first.shape[1] - 1, "G": group.shape[1] - 1, "C": MINI_BATCH, "K": K}
-    return {
-        **sizes,
-        "DOCUMENTS": fresh is not None,
-        "EPS": EPS,
-        "num_warps": WARPS[inner_model],
-        "num_stages": 1,
-    }
+    sizes |= {"DOCUMENTS": fresh is not None, "EPS": EPS, "num_warps": WARPS[inner_model], "num_stages": 1}
+    return sizes
 
 
 def _keep(ctx, inputs, output):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.kernels.ttt_parts import gradient_backward, load, project, standardise, tokens
+from models.kernels.ttt_parts import dot, gradient_backward, load, project, standardise, tokens
 
 
 @triton.jit
@@ -30,6 +30,7 @@ def linear_forward(
     row = tl.program_id(0).to(tl.int64)
     batch, head, P = row // H, row % H, K * K + K
     place, key = tl.arange(0, C), tl.arange(0, K)
+    TYPE: tl.constexpr = q.dtype.element_ty
     matrix, bias = key[:, None] * K + key[None, :], K * K + key
     lower = place[:, None] >= place[None, :]
     gamma, beta = tl.load(gammas + head * K + key)[None, :], tl.load(betas + head * K + key)[None, :]
@@ -49,15 +50,15 @@ def linear_forward(
             x = load(k, batch, head, token, real, L, H, K)
             target = load(v, batch, head, token, real, L, H, K) - x
             eta = tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)[:, None]
-            y, scale = standardise(tl.dot(x, W) + b[None, :], K, EPS)
+            y, scale = standardise(dot(x, W, TYPE) + b[None, :], K, EPS)
             u = eta * project(gamma * (gamma * y + beta - target), y, scale, K)
-            A = tl.where(lower, tl.dot(query, tl.trans(x)) + 1.0, 0.0)
-            z = tl.dot(query, W) + b[None, :] - c * tl.dot(A, u)
+            A = tl.where(lower, dot(query, tl.trans(x), TYPE) + 1.0, 0.0)
+            z = dot(query, W, TYPE) + b[None, :] - c * dot(A, u, TYPE)
             y, scale = standardise(z, K, EPS)
             out = query + gamma * y + beta
             tl.store(tokens(o, batch, head, token, L, H, K), out.to(o.dtype.element_ty), mask=real[:, None])
             size = tl.where(end - begin == C, last_c, 0.0)
-            W -= size * tl.dot(tl.trans(x), u)
+            W -= size * dot(tl.trans(x), u, TYPE)
             b -= size * tl.sum(u, 0)
     tl.store(last + row * P + matrix, W)
     tl.store(last + row * P + bias, b)
@@ -73,6 +74,7 @@ def linear_backward(
     row = tl.program_id(0).to(tl.int64)
     batch, head, P = row // H, row % H, K * K + K
     place, key = tl.arange(0, C), tl.arange(0, K)
+    TYPE: tl.constexpr = q.dtype.element_ty
     matrix, bias = key[:, None] * K + key[None, :], K * K + key
     lower = place[:, None] >= place[None, :]
     gamma, beta = tl.load(gammas + head * K + key)[None, :], tl.load(betas + head * K + key)[None, :]
@@ -102,10 +104,10 @@ def linear_backward(
             x = load(k, batch, head, token, real, L, H, K)
             target = load(v, batch, head, token, real, L, H, K) - x
             eta = tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)[:, None]
-            y, scale = standardise(tl.dot(x, W) + b[None, :], K, EPS)
+            y, scale = standardise(dot(x, W, TYPE) + b[None, :], K, EPS)
             u = eta * project(gamma * (gamma * y + beta - target), y, scale, K)
             size = tl.where(end - begin == C, last_c, 0.0)
-            W -= size * tl.dot(tl.trans(x), u)
+            W -= size * dot(tl.trans(x), u, TYPE)
             b -= size * tl.sum(u, 0)
         tl.debug_barrier()
         for j in range(n0, n1):
@@ -126,30 +128,29 @@ def linear_backward(
             eta = tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)[:, None]
             size = tl.where(end - begin == C, last_c, 0.0)
 
-            y, scale = standardise(tl.dot(x, W) + b[None, :], K, EPS)
+            y, scale = standardise(dot(x, W, TYPE) + b[None, :], K, EPS)
             gradient = project(gamma * (gamma * y + beta - target), y, scale, K)
             u = eta * gradient
-            A = tl.where(lower, tl.dot(query, tl.trans(x)) + 1.0, 0.0)
-            Au = tl.dot(A, u)
-            y_read, scale_read = standardise(tl.dot(query, W) + b[None, :] - c * Au, K, EPS)
+            A = tl.where(lower, dot(query, tl.trans(x), TYPE) + 1.0, 0.0)
+            y_read, scale_read = standardise(dot(query, W, TYPE) + b[None, :] - c * dot(A, u, TYPE), K, EPS)
 
             dgamma += dout * y_read
             dbeta += dout
             dz_read = project(dout * gamma, y_read, scale_read, K)
-            dc -= tl.sum(Au * dz_read, 1)
-            dAu = -c * dz_read
-            dA = tl.where(lower, tl.dot(dAu, tl.trans(u)), 0.0)
-            moved = tl.dot(x, dW) + db[None, :]
+            pulls = dot(dz_read, tl.trans(u), TYPE)
+            dc -= tl.sum(A * pulls, 1)
+            dA = tl.where(lower, -c * pulls, 0.0)
+            moved = dot(x, dW, TYPE) + db[None, :]
             dlast_c -= tl.where(end - begin == C, tl.sum(moved * u, 1), 0.0)
-            du = tl.dot(tl.trans(A), dAu) - size * moved
-            dx = tl.dot(tl.trans(dA), query) - size * tl.dot(u, tl.trans(dW))
-            dquery = dout + tl.dot(dz_read, tl.trans(W)) + tl.dot(dA, x)
+            du = dot(tl.trans(A), -c * dz_read, TYPE) - size * moved
+            dx = dot(tl.trans(dA), query, TYPE) - size * dot(u, tl.trans(dW), TYPE)
+            dquery = dout + dot(dz_read, tl.trans(W), TYPE) + dot(dA, x, TYPE)
             deta = tl.sum(du * gradient, 1)
             dz, dtarget, more_gamma, more_beta = gradient_backward(eta * du, y, scale, gradient, target, gamma, beta, K)
             dgamma += more_gamma
             dbeta += more_beta
-            dx += tl.dot(dz, tl.trans(W)) - dtarget
-            dW += tl.dot(tl.trans(query), dz_read) + tl.dot(tl.trans(x), dz)
+            dx += dot(dz, tl.trans(W), TYPE) - dtarget
+            dW += dot(tl.trans(query), dz_read, TYPE) + dot(tl.trans(x), dz, TYPE)
             db += tl.sum(dz_read + dz, 0)
 
             rows = real[:, None]

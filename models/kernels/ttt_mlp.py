@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.kernels.ttt_parts import gradient_backward, load, project, standardise, tokens
+from models.kernels.ttt_parts import dot, gradient_backward, load, project, standardise, tokens
 
 
 @triton.jit
@@ -50,37 +50,40 @@ def _places(K: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def _errors(here, x, target, eta, gamma, beta, K: tl.constexpr, F: tl.constexpr, EPS: tl.constexpr):
+def _errors(here, x, target, eta, gamma, beta, K: tl.constexpr, F: tl.constexpr, EPS: tl.constexpr, TYPE: tl.constexpr):
     """u of both layers, for the weights at `here`, and what they are made of."""
     W1, b1, W2, b2 = _places(K, F)
-    middle, slope, curve = _gelu(tl.dot(x, tl.load(here + W1)) + tl.load(here + b1))
-    W2 = tl.load(here + W2)
-    y, scale = standardise(tl.dot(middle, W2) + tl.load(here + b2), K, EPS)
+    middle, slope, curve = _gelu(dot(x, tl.load(here + W1), TYPE) + tl.load(here + b1))
+    middle, W2 = middle.to(TYPE), tl.load(here + W2).to(TYPE)
+    y, scale = standardise(dot(middle, W2, TYPE) + tl.load(here + b2), K, EPS)
     gradient = project(gamma * (gamma * y + beta - target), y, scale, K)
-    back = tl.dot(eta * gradient, tl.trans(W2))
+    back = dot(eta * gradient, tl.trans(W2), TYPE)
     return back * slope, eta * gradient, middle, slope, curve, y, scale, gradient, back
 
 
 @triton.jit
-def _read(here, query, x, middle, u1, u2, c, lower, K: tl.constexpr, F: tl.constexpr, EPS: tl.constexpr):
+def _read(
+    here, query, x, middle, u1, u2, c, lower, K: tl.constexpr, F: tl.constexpr, EPS: tl.constexpr, TYPE: tl.constexpr
+):
     """LN before gamma and beta, and what it is made of."""
     W1, b1, W2, b2 = _places(K, F)
-    A1 = tl.where(lower, tl.dot(query, tl.trans(x)) + 1.0, 0.0)
-    Au1 = tl.dot(A1, u1)
-    read, slope, _ = _gelu(tl.dot(query, tl.load(here + W1)) + tl.load(here + b1) - c * Au1)
-    A2 = tl.where(lower, tl.dot(read, tl.trans(middle)) + 1.0, 0.0)
-    Au2 = tl.dot(A2, u2)
-    y, scale = standardise(tl.dot(read, tl.load(here + W2)) + tl.load(here + b2) - c * Au2, K, EPS)
-    return y, scale, read, slope, A1, Au1, A2, Au2
+    A1 = tl.where(lower, dot(query, tl.trans(x), TYPE) + 1.0, 0.0)
+    z1 = dot(query, tl.load(here + W1), TYPE) + tl.load(here + b1) - c * dot(A1, u1, TYPE)
+    read, slope, _ = _gelu(z1)
+    read = read.to(TYPE)
+    A2 = tl.where(lower, dot(read, tl.trans(middle), TYPE) + 1.0, 0.0)
+    z2 = dot(read, tl.load(here + W2), TYPE) + tl.load(here + b2) - c * dot(A2, u2, TYPE)
+    y, scale = standardise(z2, K, EPS)
+    return y, scale, read, slope, A1, A2
 
 
 @triton.jit
-def _move(here, there, x, middle, u1, u2, size, K: tl.constexpr, F: tl.constexpr):
+def _move(here, there, x, middle, u1, u2, size, K: tl.constexpr, F: tl.constexpr, TYPE: tl.constexpr):
     """The weights after the mini-batch, written to `there`."""
     W1, b1, W2, b2 = _places(K, F)
-    tl.store(there + W1, tl.load(here + W1) - size * tl.dot(tl.trans(x), u1))
+    tl.store(there + W1, tl.load(here + W1) - size * dot(tl.trans(x), u1, TYPE))
     tl.store(there + b1, tl.load(here + b1) - size * tl.sum(u1, 0)[None, :])
-    tl.store(there + W2, tl.load(here + W2) - size * tl.dot(tl.trans(middle), u2))
+    tl.store(there + W2, tl.load(here + W2) - size * dot(tl.trans(middle), u2, TYPE))
     tl.store(there + b2, tl.load(here + b2) - size * tl.sum(u2, 0)[None, :])
 
 
@@ -91,6 +94,7 @@ def mlp_forward(
 ):  # fmt: skip
     """`last` comes in as a copy of `init`."""
     F: tl.constexpr = 4 * K
+    TYPE: tl.constexpr = q.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     batch, head, P = row // H, row % H, 2 * K * F + F + K
     place, key = tl.arange(0, C), tl.arange(0, K)
@@ -113,12 +117,12 @@ def mlp_forward(
             x = load(k, batch, head, token, real, L, H, K)
             target = load(v, batch, head, token, real, L, H, K) - x
             eta = tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)[:, None]
-            u1, u2, middle, _, _, _, _, _, _ = _errors(here, x, target, eta, gamma, beta, K, F, EPS)
-            y, _, _, _, _, _, _, _ = _read(here, query, x, middle, u1, u2, c, lower, K, F, EPS)
+            u1, u2, middle, _, _, _, _, _, _ = _errors(here, x, target, eta, gamma, beta, K, F, EPS, TYPE)
+            y, _, _, _, _, _ = _read(here, query, x, middle, u1, u2, c, lower, K, F, EPS, TYPE)
             out = query + gamma * y + beta
             tl.store(tokens(o, batch, head, token, L, H, K), out.to(o.dtype.element_ty), mask=real[:, None])
             tl.debug_barrier()
-            _move(here, here, x, middle, u1, u2, tl.where(end - begin == C, last_c, 0.0), K, F)
+            _move(here, here, x, middle, u1, u2, tl.where(end - begin == C, last_c, 0.0), K, F, TYPE)
             tl.debug_barrier()
 
 
@@ -130,6 +134,7 @@ def mlp_backward(
 ):  # fmt: skip
     """The transpose of every line above. `dinit` comes in as a copy of `dlast`, dstart as zeros."""
     F: tl.constexpr = 4 * K
+    TYPE: tl.constexpr = q.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     batch, head, P = row // H, row % H, 2 * K * F + F + K
     place, key = tl.arange(0, C), tl.arange(0, K)
@@ -160,9 +165,9 @@ def mlp_backward(
                 x = load(k, batch, head, token, real, L, H, K)
                 target = load(v, batch, head, token, real, L, H, K) - x
                 eta = tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)[:, None]
-                u1, u2, middle, _, _, _, _, _, _ = _errors(here, x, target, eta, gamma, beta, K, F, EPS)
+                u1, u2, middle, _, _, _, _, _, _ = _errors(here, x, target, eta, gamma, beta, K, F, EPS, TYPE)
                 # a full mini-batch lies between two that do not begin a document, so that no two meet
-                _move(here, scratch + (end // C) % GROUP * P, x, middle, u1, u2, last_c, K, F)
+                _move(here, scratch + (end // C) % GROUP * P, x, middle, u1, u2, last_c, K, F, TYPE)
                 tl.debug_barrier()
         for j in range(n0, n1):
             n = n1 - 1 - (j - n0)
@@ -179,56 +184,68 @@ def mlp_backward(
             eta = tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)[:, None]
             size = tl.where(end - begin == C, last_c, 0.0)
             u1, u2, middle, slope, curve, y, scale, gradient, back = _errors(
-                here, x, target, eta, gamma, beta, K, F, EPS
+                here, x, target, eta, gamma, beta, K, F, EPS, TYPE
             )
-            y_read, scale_read, read, slope_read, A1, Au1, A2, Au2 = _read(
-                here, query, x, middle, u1, u2, c, lower, K, F, EPS
+            y_read, scale_read, read, slope_read, A1, A2 = _read(
+                here, query, x, middle, u1, u2, c, lower, K, F, EPS, TYPE
             )
 
+            tl.debug_barrier()  # this and the next keep loads where they are: registers are short
             dgamma += dout * y_read
             dbeta += dout
             dz2_read = project(dout * gamma, y_read, scale_read, K)
-            dAu2 = -c * dz2_read
-            dA2 = tl.where(lower, tl.dot(dAu2, tl.trans(u2)), 0.0)
-            W2, dW2 = tl.load(here + at_W2), tl.load(dhere + at_W2)
-            dz1_read = (tl.dot(dz2_read, tl.trans(W2)) + tl.dot(dA2, middle)) * slope_read
-            moved2 = tl.dot(middle, dW2) + tl.load(dhere + at_b2)
-            du2 = tl.dot(tl.trans(A2), dAu2) - size * moved2
-            dmiddle = tl.dot(tl.trans(dA2), read) - size * tl.dot(u2, tl.trans(dW2))
+            pulls = dot(dz2_read, tl.trans(u2), TYPE)
+            dc -= tl.sum(A2 * pulls, 1)
+            dA = tl.where(lower, -c * pulls, 0.0)
+            dz1_read = dot(dz2_read, tl.trans(tl.load(here + at_W2)), TYPE) + dot(dA, middle, TYPE)
+            dz1_read *= slope_read
+            dmiddle = dot(tl.trans(dA), read, TYPE)
+            tl.debug_barrier()
+            W = tl.load(dhere + at_W2).to(TYPE)
+            moved = dot(middle, W, TYPE) + tl.load(dhere + at_b2)
+            dlast_c -= tl.where(end - begin == C, tl.sum(moved * u2, 1), 0.0)
+            du2 = dot(tl.trans(A2), -c * dz2_read, TYPE) - size * moved
+            dmiddle -= size * dot(u2, tl.trans(W), TYPE)
+            tl.debug_barrier()
+            pulls = dot(dz1_read, tl.trans(u1), TYPE)
+            dc -= tl.sum(A1 * pulls, 1)
+            dA = tl.where(lower, -c * pulls, 0.0)
+            dquery = dout + dot(dz1_read, tl.trans(tl.load(here + at_W1)), TYPE) + dot(dA, x, TYPE)
+            tl.debug_barrier()
+            W = tl.load(dhere + at_W1).to(TYPE)
+            moved = dot(x, W, TYPE) + tl.load(dhere + at_b1)
+            dlast_c -= tl.where(end - begin == C, tl.sum(moved * u1, 1), 0.0)
+            dback = dot(tl.trans(A1), -c * dz1_read, TYPE) - size * moved
+            dx = dot(tl.trans(dA), query, TYPE) - size * dot(u1, tl.trans(W), TYPE)
+            tl.debug_barrier()
+            tl.store(dhere + at_W1, tl.load(dhere + at_W1) + dot(tl.trans(query), dz1_read, TYPE))
+            tl.store(dhere + at_b1, tl.load(dhere + at_b1) + tl.sum(dz1_read, 0)[None, :])
+            tl.debug_barrier()
 
-            dAu1 = -c * dz1_read
-            dA1 = tl.where(lower, tl.dot(dAu1, tl.trans(u1)), 0.0)
-            W1, dW1 = tl.load(here + at_W1), tl.load(dhere + at_W1)
-            dquery = dout + tl.dot(dz1_read, tl.trans(W1)) + tl.dot(dA1, x)
-            moved1 = tl.dot(x, dW1) + tl.load(dhere + at_b1)
-            du1 = tl.dot(tl.trans(A1), dAu1) - size * moved1
-            dx = tl.dot(tl.trans(dA1), query) - size * tl.dot(u1, tl.trans(dW1))
-            dc -= tl.sum(Au2 * dz2_read, 1) + tl.sum(Au1 * dz1_read, 1)
-            dlast_c -= tl.where(end - begin == C, tl.sum(moved2 * u2, 1) + tl.sum(moved1 * u1, 1), 0.0)
-
-            dback = du1 * slope
-            du2 += tl.dot(dback, W2)
+            dz1 = dmiddle * slope + dback * back * curve
+            dback = (dback * slope).to(TYPE)
+            W = tl.load(here + at_W2).to(TYPE)
+            du2 += dot(dback, W, TYPE)
             dz2, dtarget, more_gamma, more_beta = gradient_backward(
                 eta * du2, y, scale, gradient, target, gamma, beta, K
             )
             dgamma += more_gamma
             dbeta += more_beta
-            dz1 = (dmiddle + tl.dot(dz2, tl.trans(W2))) * slope + du1 * back * curve
-            dx += tl.dot(dz1, tl.trans(W1)) - dtarget
-
+            dz1 += dot(dz2, tl.trans(W), TYPE) * slope
+            tl.debug_barrier()
+            dx += dot(dz1, tl.trans(tl.load(here + at_W1)), TYPE) - dtarget
             rows = real[:, None]
             tl.store(tokens(dq, batch, head, token, L, H, K), dquery.to(dq.dtype.element_ty), mask=rows)
             tl.store(tokens(dk, batch, head, token, L, H, K), dx.to(dk.dtype.element_ty), mask=rows)
             tl.store(tokens(dv, batch, head, token, L, H, K), dtarget.to(dv.dtype.element_ty), mask=rows)
             tl.store(dsteps + (batch * L + token) * H + head, tl.sum(du2 * gradient, 1), mask=real)
-
-            db1, db2 = tl.load(dhere + at_b1), tl.load(dhere + at_b2)
             tl.debug_barrier()
-            dW2 += tl.dot(tl.trans(read), dz2_read) + tl.dot(tl.trans(dback), u2) + tl.dot(tl.trans(middle), dz2)
-            tl.store(dhere + at_W2, dW2)
-            tl.store(dhere + at_b2, db2 + tl.sum(dz2_read + dz2, 0)[None, :])
-            tl.store(dhere + at_W1, dW1 + tl.dot(tl.trans(query), dz1_read) + tl.dot(tl.trans(x), dz1))
-            tl.store(dhere + at_b1, db1 + tl.sum(dz1_read + dz1, 0)[None, :])
+            tl.store(dhere + at_W1, tl.load(dhere + at_W1) + dot(tl.trans(x), dz1, TYPE))
+            tl.store(dhere + at_b1, tl.load(dhere + at_b1) + tl.sum(dz1, 0)[None, :])
+            tl.debug_barrier()
+            W = dot(tl.trans(read), dz2_read, TYPE) + dot(tl.trans(dback), u2, TYPE) + dot(tl.trans(middle), dz2, TYPE)
+            tl.store(dhere + at_W2, tl.load(dhere + at_W2) + W)
+            tl.store(dhere + at_b2, tl.load(dhere + at_b2) + tl.sum(dz2_read + dz2, 0)[None, :])
             tl.debug_barrier()
             if DOCUMENTS:  # noqa: SIM102
                 if tl.load(fresh + batch * N + n) != 0:  # what comes before is another document

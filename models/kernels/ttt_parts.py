@@ -1,9 +1,16 @@
-"""What the kernels of test-time training share: the layer norm and its gradients, and loading tokens. Rows are of K."""
+"""What the kernels of test-time training share: products, the layer norm and its gradients, and
+loading tokens. Rows are of K."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def dot(x, y, TYPE: tl.constexpr):
+    """x y of numbers rounded to TYPE, that of q, k and v, summed in float32. (float32 is rounded to TF32 on a GPU.)"""
+    return tl.dot(x.to(TYPE), y.to(TYPE))
 
 
 @triton.jit
