@@ -16,7 +16,6 @@ from models.regression.mini_batches import MiniBatches
 MINI_BATCH = 16  # the smallest that Triton's products take, and the paper's
 WIDTHS = {"linear": (16, 32, 64, 128), "mlp": (16, 32, 64)}  # of keys; wider ones' weights do not fit on chip
 GROUP = {"linear": 8, "mlp": 16}  # mini-batches from one that is kept to the next
-WARPS = {"linear": 4, "mlp": 8}
 
 
 def refusal(device: torch.device, dtype: torch.dtype, inner_model: str, key_dim: int, grad_batch: int) -> str | None:
@@ -153,18 +152,27 @@ def _sizes(q: Tensor, first: Tensor, group: Tensor, fresh: Tensor | None, inner_
 
     _, L, H, K = q.shape
     sizes = {"L": L, "H": H, "N": first.shape[1] - 1, "G": group.shape[1] - 1, "C": MINI_BATCH, "K": K}
-    sizes |= {"DOCUMENTS": fresh is not None, "EPS": EPS, "num_warps": WARPS[inner_model], "num_stages": 1}
+    sizes |= {
+        "DOCUMENTS": fresh is not None,
+        "EPS": EPS,
+        "num_warps": 4 if inner_model == "linear" and K <= 64 else 8,
+        "num_stages": 1,
+    }
     return sizes
 
 
 def _keep(ctx, inputs, output):
     q, k, v, steps, sizes, start, _, gamma, beta, first, group, fresh, ctx.inner_model = inputs
     ctx.save_for_backward(q, k, v, steps, sizes, start, gamma, beta, first, group, fresh, output[2])
+    ctx.set_materialize_grads(False)  # no zeros for what is kept, which is large
 
 
 def _backward(ctx, do, dlast, _):
     *given, kept = ctx.saved_tensors
-    found = ttt_scan_backward(do.contiguous(), dlast.contiguous(), *given, kept, ctx.inner_model)
+    v, init = given[2], kept[:, :, 0]
+    do = torch.zeros_like(v) if do is None else do.contiguous()
+    dlast = torch.zeros_like(init) if dlast is None else dlast.contiguous()
+    found = ttt_scan_backward(do, dlast, *given, kept, ctx.inner_model)
     dq, dk, dv, dsteps, dsizes, dstart, dinit, dgamma, dbeta = found
     shared = (dsizes.sum((0, 1)), dstart.sum(0), dinit, dgamma.sum(0), dbeta.sum(0))
     return dq, dk, dv, dsteps, *shared, None, None, None, None

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from models.regression.mixtures import product
 
@@ -41,11 +42,37 @@ def standardise(z: Tensor) -> tuple[Tensor, Tensor]:
     return z * scale, scale
 
 
+def project(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """The gradient by z of y, scale = standardise(z), from the one by y: less what moving mean and variance undo."""
+    return scale * (x - x.mean(-1, keepdim=True) - y * (x * y).mean(-1, keepdim=True))
+
+
 def norm_gradient(z: Tensor, target: Tensor, norm: Norm) -> Tensor:
-    """d/dz 1/2 ||target - LN(z)||^2: the gradient by the standardised z, less what moving mean and variance undo."""
-    y, scale = standardise(z)
-    g = norm.weight * (norm.weight * y + norm.bias - target)
-    return scale * (g - g.mean(-1, keepdim=True) - y * (g * y).mean(-1, keepdim=True))
+    """d/dz 1/2 ||target - LN(z)||^2."""
+    return _NormGradient.apply(z, target, *norm)
+
+
+class _NormGradient(torch.autograd.Function):
+    """Its own gradient is written out as well: a mini-batch is small, and every operation that it takes counts."""
+
+    @staticmethod
+    def forward(ctx, z, target, weight, bias):
+        y, scale = standardise(z)
+        error = weight * y + bias - target
+        gradient = project(weight * error, y, scale)
+        ctx.save_for_backward(y, scale, error, gradient, weight)
+        return gradient
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, p):
+        y, scale, error, gradient, weight = ctx.saved_tensors
+        g, dg = weight * error, project(p, y, scale)
+        derror = weight * dg
+        dy = weight * derror - scale * (p * (g * y).mean(-1, keepdim=True) + g * (p * y).mean(-1, keepdim=True))
+        dz = project(dy, y, scale) - scale * y * (p * gradient).mean(-1, keepdim=True)
+        dweight = dg * (error + weight * y)
+        return dz, -derror, dweight.sum_to_size(weight.shape), derror.sum_to_size(weight.shape)
 
 
 def gelu(z: Tensor) -> Tensor:
@@ -53,10 +80,36 @@ def gelu(z: Tensor) -> Tensor:
 
 
 def gelu_slope(z: Tensor) -> Tensor:
-    """d/dz gelu(z), which has a derivative itself."""
-    c, d = math.sqrt(2 / math.pi), 0.044715
-    tanh = torch.tanh(c * (z + d * z**3))
-    return 0.5 * (1 + tanh) + 0.5 * c * z * (1 - tanh.square()) * (1 + 3 * d * z.square())
+    """d/dz gelu(z)."""
+    return _Slope.apply(z)
+
+
+class _Slope(torch.autograd.Function):
+    """gelu(z) = z S, S = sigmoid(2 c (z + d z^3)), has the slope S + z S' and the curvature 2 S' + z S''."""
+
+    C, D = math.sqrt(2 / math.pi), 0.044715
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        S, dS, _ = _Slope.sigmoid(z)
+        return S + z * dS
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (z,) = ctx.saved_tensors
+        S, dS, speed = _Slope.sigmoid(z)
+        ddS = dS * (1 - 2 * S) * speed + S * (1 - S) * (12 * _Slope.C * _Slope.D) * z
+        return gradient * (2 * dS + z * ddS)
+
+    @staticmethod
+    def sigmoid(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """S, S', and the derivative of what S is the sigmoid of."""
+        square = z.square()
+        S = torch.sigmoid(2 * _Slope.C * z * (1 + _Slope.D * square))
+        speed = 2 * _Slope.C * (1 + 3 * _Slope.D * square)
+        return S, S * (1 - S) * speed, speed
 
 
 def layers(weights: Weights) -> list[tuple[Tensor, Tensor]]:

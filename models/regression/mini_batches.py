@@ -48,11 +48,14 @@ class MiniBatches(NamedTuple):
         return (length - self.first.masked_fill(self.first >= length, 0).amax(1)) % self.size
 
 
-def mini_batches(like: Tensor, size: int, kept: int, phase: Tensor | None, segments: Tensor | None) -> MiniBatches:
+def mini_batches(
+    like: Tensor, size: int, kept: int, phase: Tensor | None, segments: Tensor | None, counted: bool = True
+) -> MiniBatches:
     """For L tokens, like [B, L, ...], of which the first `kept` are of previous calls, and of those the last phase [B]
     of the present mini-batch. segments [B, L - kept].
 
-    With documents the number of mini-batches depends on the data, and on a GPU reading it waits for all before it.
+    With documents their number N depends on the data, and on a GPU counting them waits for all that comes before. Not
+    counted, N is L, which is as many as there can be.
     """
     B, L = like.shape[:2]
     index = torch.arange(L, device=like.device)
@@ -63,6 +66,6 @@ def mini_batches(like: Tensor, size: int, kept: int, phase: Tensor | None, segme
     starts = F.pad(segments[:, 1:] != segments[:, :-1], (kept + 1, 0))
     document = torch.where(starts, index, begin).cummax(1).values
     opens = (index >= begin) & ((index - document) % size == 0)
-    first = torch.where(opens, index, L).sort(1).values[:, : int(opens.sum(1).max())]
+    first = torch.where(opens, index, L).sort(1).values[:, : int(opens.sum(1).max()) if counted else L]
     fresh = starts.gather(1, first.clamp(max=L - 1)) & (first < L)
     return MiniBatches(F.pad(first, (0, 1), value=L), fresh, size)

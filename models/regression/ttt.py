@@ -171,7 +171,7 @@ def kernel_ttt(
     segments: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """The same map by our Triton kernels. Arguments and results as in recurrent_ttt."""
-    call = _enter(q, k, v, step_size, token_size, start, norm, state, segments)
+    call = _enter(q, k, v, step_size, token_size, start, norm, state, segments, counted=False)
     sizes = [w.shape[1:] for w in start]
     first, learned = (torch.cat([w.flatten(1) for w in x], dim=1) for x in (call.weights, start))
     given = (call.q, call.k, call.v, call.steps, call.token_size, learned, first.unflatten(0, (-1, call.heads)), *norm)
@@ -193,14 +193,15 @@ def _mini_batch_steps(
 ) -> tuple[Tensor, Weights]:
     """Some mini-batches, one after the other: z of their queries [N, M, b, V], and the weights after them."""
     outputs = []
-    for n in range(len(Q)):
+    each = zip(*(x.unbind() for x in (Q, K, V, reads, ends)), strict=True)  # the gradient of x[n] is as large as x
+    for n, (x, key, value, read, end) in enumerate(each):
         if fresh is not None:
             weights = tuple(torch.where(fresh[n], s, w) for s, w in zip(start, weights, strict=True))
-        pairs, x, moved = gradients(K[n], V[n], weights, norm), Q[n], []
+        pairs, moved = gradients(key, value, weights, norm), []
         for i, ((W, b), (X, E)) in enumerate(zip(layers(weights), pairs, strict=True)):
             x = gelu(x) if i else x
-            x = product(x, W) + b - product(reads[n] * (product(x, X.mT) + 1), E)
-            written = ends[n] * E
+            x = product(x, W) + b - product(read * (product(x, X.mT) + 1), E)
+            written = end * E
             moved += [W - product(X.mT, written), b - written.sum(1, keepdim=True)]
         weights = tuple(moved)
         outputs.append(x)
@@ -235,6 +236,7 @@ def _enter(
     norm: Norm,
     state: State | None,
     segments: Tensor | None,
+    counted: bool = True,
 ) -> _Call:
     (B, _, H), dtype, kept = k.shape[:3], working_dtype(q, k, v), 0
     step_size, token_size = step_size.to(dtype), token_size.to(dtype)
@@ -247,7 +249,7 @@ def _enter(
         k, v, step_size = (
             torch.cat([x.to(y.dtype), y], dim=1) for x, y in zip(state[1:4], (k, v, step_size), strict=True)
         )
-    batches = mini_batches(k, len(token_size), kept, phase, segments)
+    batches = mini_batches(k, len(token_size), kept, phase, segments, counted)
     return _Call(q, k, v, step_size, token_size, start, norm, weights, batches, kept, H)
 
 

@@ -18,23 +18,23 @@ from models.regression.ttt import TTT, State, dual_ttt, recurrent_ttt
 from models.sizes import Sizes
 
 B, T, H, K = 2, 75, 2, 6
-SHAPES = {"linear": [(K, K)], "mlp": [(K, 4 * K), (4 * K, K)]}
 DOCUMENTS = torch.stack([torch.arange(T) // 9, (torch.arange(T) > 20).long() + (torch.arange(T) > 60)])
 Form = Callable[..., tuple[Tensor, State]]
-every_model = pytest.mark.parametrize("inner_model", SHAPES)
+every_model = pytest.mark.parametrize("inner_model", ["linear", "mlp"])
 
 
-def draw(inner_model: str, grad_batch: int = 16, tokens: int = T) -> list[Tensor]:
+def draw(inner_model: str, grad_batch: int = 16, width: int = K) -> list[Tensor]:
     """q, k, v, step_size, token_size, gamma, beta, and the weights W_0, b_0, .. of each layer, float64."""
-    g = torch.Generator().manual_seed(0)
+    g, K = torch.Generator().manual_seed(0), width
+    widths = {"linear": (K, K), "mlp": (K, 4 * K, K)}[inner_model]
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    pairs = [normal(B, tokens, H, K) for _ in range(3)]
-    sizes = [normal(B, tokens, H).sigmoid() / K, 1 / torch.arange(1, grad_batch + 1).double() + 0.1]
+    pairs = [normal(B, T, H, K) for _ in range(3)]
+    sizes = [normal(B, T, H).sigmoid() / K, 1 / torch.arange(1, grad_batch + 1).double() + 0.1]
     norm = [1 + 0.3 * normal(H, K), 0.3 * normal(H, K)]
-    weights = [w for a, b in SHAPES[inner_model] for w in (0.3 * normal(H, a, b), 0.3 * normal(H, 1, b))]
+    weights = [w for a, b in pairwise(widths) for w in (0.3 * normal(H, a, b), 0.3 * normal(H, 1, b))]
     return [*pairs, *sizes, *norm, *weights]
 
 
@@ -52,11 +52,11 @@ def in_calls(form: Form, inputs: list[Tensor], splits: tuple[int, ...] = (), seg
 
 def outcome(form: Form, inputs: list[Tensor], dtype: torch.dtype = torch.float64, **given) -> list[Tensor]:
     """The output, the last state, and the gradients of a fixed function of both to all inputs."""
-    leaves = [x.to(dtype).requires_grad_() for x in inputs]
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
     o, state = in_calls(form, leaves, **given)
     held = [o, *state.weights, state.keys, state.values, state.steps]
     g = torch.Generator().manual_seed(1)
-    loss = sum((x * torch.randn(x.shape, generator=g, dtype=torch.float64)).sum() for x in held)
+    loss = sum((x * torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.device)).sum() for x in held)
     return [*held, *torch.autograd.grad(loss, leaves)]
 
 
@@ -84,6 +84,7 @@ def test_the_slope_of_gelu_is_autograds():
     z = torch.linspace(-30, 30, 1001, dtype=torch.float64, requires_grad=True)
     (exact,) = torch.autograd.grad(gelu(z).sum(), z)
     assert (gelu_slope(z) - exact).abs().max() < 1e-14
+    assert torch.autograd.gradcheck(gelu_slope, z[400:600:7].detach().requires_grad_())
 
 
 @every_model
