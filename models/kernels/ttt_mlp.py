@@ -16,7 +16,7 @@ from models.kernels.ttt_parts import dot, gradient_backward, load, project, stan
 
 @triton.jit
 def _gelu(z):
-    """z S with S = sigmoid(2 w), w = c (z + d z^3), and its first and second derivative."""
+    """z S, S = sigmoid(2 c (z + d z^3)), and its first and second derivative. Numbers: 2 c, d, 3 d and 12 c d."""
     S = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
     dw = 1.5957691216057308 * (1 + 0.134145 * z * z)
     dS = S * (1 - S) * dw

@@ -1,5 +1,4 @@
-"""What the kernels of test-time training share: products, the layer norm and its gradients, and
-loading tokens. Rows are of K."""
+"""What the kernels of test-time training share: products, the layer norm and its gradients, tokens. Rows are of K."""
 
 from __future__ import annotations
 

@@ -31,11 +31,23 @@ class MiniBatches(NamedTuple):
         """[B, N]: those of b tokens, after which the memory moves on."""
         return self.first.diff(dim=1) == self.size
 
-    def tokens(self) -> tuple[Tensor, Tensor]:
-        """[B, N b]: the token in each place, and whether there is one. Others repeat one that was before."""
-        token = self.first[:, :-1, None] + torch.arange(self.size, device=self.first.device)
-        end = self.first[:, 1:, None]
-        return torch.minimum(token, end - 1).flatten(1), (token < end).flatten(1)
+    @property
+    def real(self) -> Tensor:
+        """[B, N b]: the places that have a token."""
+        return (self._tokens < self.first[:, 1:, None]).flatten(1)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[B, L, ...] to [B, N b, ...], a mini-batch after the other; places without a token repeat one before."""
+        return _select(x, torch.minimum(self._tokens, self.first[:, 1:, None] - 1).flatten(1))
+
+    def scatter(self, x: Tensor, length: int) -> Tensor:
+        """The way back, [B, N b, ...] to [B, L, ...]; of no meaning before the first mini-batch."""
+        batch, place = self.places(length)
+        return _select(x, (batch * self.size + place).clamp(min=0))
+
+    @property
+    def _tokens(self) -> Tensor:
+        return self.first[:, :-1, None] + torch.arange(self.size, device=self.first.device)
 
     def places(self, length: int) -> tuple[Tensor, Tensor]:
         """[B, L]: of each token its mini-batch and its place there, which is negative before the first."""
@@ -69,3 +81,10 @@ def mini_batches(
     first = torch.where(opens, index, L).sort(1).values[:, : int(opens.sum(1).max()) if counted else L]
     fresh = starts.gather(1, first.clamp(max=L - 1)) & (first < L)
     return MiniBatches(F.pad(first, (0, 1), value=L), fresh, size)
+
+
+def _select(x: Tensor, index: Tensor) -> Tensor:
+    """The rows index [B, *] of x [B, T, ...]: [B, *, ...]."""
+    B, T = x.shape[:2]
+    index = index + T * torch.arange(B, device=index.device).unsqueeze(1)
+    return x.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, (B, -1))

@@ -128,20 +128,19 @@ def dual_ttt(
     between such groups; None keeps all: of a mini-batch its weights and some ten times its activations.
     """
     call = _enter(q, k, v, step_size, token_size, start, norm, state, segments)
-    (B, L, H), b, aligned = call.k.shape[:3], len(token_size), segments is None and state is None
-    dtype, steps = call.steps.dtype, call.steps
-    pairs = (call.q, call.k, call.v)
+    (B, L, H), b, batches = call.k.shape[:3], len(token_size), call.batches
+    aligned = segments is None and state is None
+    pairs, steps, dtype = (call.q, call.k, call.v), call.steps, call.steps.dtype
     with torch.autocast(q.device.type, enabled=False):
         if not aligned:
-            token, real = call.batches.tokens()
-            flat = (token + L * torch.arange(B, device=token.device).unsqueeze(1)).flatten()
-            pairs = tuple(_select(x, flat, B) for x in pairs)
-            steps = _select(steps, flat, B).masked_fill(~real.unsqueeze(-1), 0.0)
+            pairs, steps = map(batches.gather, pairs), batches.gather(steps) * batches.real.unsqueeze(-1)
         Q, K, V, steps = (into_chunks(x, b, dtype).unflatten(0, (-1, B * H)) for x in (*pairs, steps))  # [N, M, b, *]
         reads = (call.token_size.unsqueeze(1) * steps.mT).tril()  # c_p eta_j of t >= j
-        complete = call.batches.complete.T.repeat_interleave(H, 1)[..., None, None]
+        complete, fresh = (
+            None if x is None else x.T.repeat_interleave(H, 1)[..., None, None]
+            for x in (batches.complete, batches.fresh)
+        )
         ends = call.token_size[-1] * steps * complete  # what a mini-batch writes, if it is over
-        fresh = None if call.batches.fresh is None else call.batches.fresh.T.repeat_interleave(H, 1)[..., None, None]
         weights, outputs = call.weights, []
         for a in range(0, len(Q), remat or len(Q)):
             group = [None if x is None else x[a : a + (remat or len(Q))] for x in (Q, K, V, reads, ends, fresh)]
@@ -152,11 +151,8 @@ def dual_ttt(
                 z, weights = checkpoint(_mini_batch_steps, *given, use_reentrant=False, preserve_rng_state=False)
             outputs.append(z)
         o = from_chunks((Q + call.norm(torch.cat(outputs))).flatten(0, 1), (B, len(Q) * b, H))
-        if not aligned:
-            batch, place = call.batches.places(L)
-            where = (batch * b + place).clamp(min=0) + len(Q) * b * torch.arange(B, device=batch.device).unsqueeze(1)
-            o = _select(o, where.flatten(), B)
-    return _leave(o[:, :L], weights, call, v.dtype)
+        o = o[:, :L] if aligned else batches.scatter(o, L)
+    return _leave(o, weights, call, v.dtype)
 
 
 def kernel_ttt(
@@ -264,11 +260,6 @@ def _leave(o: Tensor, weights: Weights, call: _Call, dtype: torch.dtype) -> tupl
         pending.append(x.masked_fill(~lasting.view(B, kept, *[1] * (x.ndim - 2)), 0.0))
     weights = tuple(w.unflatten(0, (B, call.heads)) for w in weights)
     return o[:, call.kept :].to(dtype), State(weights, *pending, phase)
-
-
-def _select(x: Tensor, index: Tensor, B: int) -> Tensor:
-    """Rows of x [B, T, ...], counted through all T of all B: [B, *, ...]."""
-    return x.flatten(0, 1).index_select(0, index).unflatten(0, (B, -1))
 
 
 class TTT(Regressor):
