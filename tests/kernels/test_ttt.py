@@ -1,0 +1,62 @@
+"""Our kernels of test-time training equal the definition: natively on a GPU, by Triton's interpreter on a CPU (float32;
+it can't do bfloat16)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from models.kernels.ttt import refusal
+from models.regression.ttt import TTT, dual_ttt, kernel_ttt
+from models.sizes import Sizes
+from tests.kernels.interpreter import run_interpreted
+from tests.regression.test_ttt import DOCUMENTS, draw, largest_error, outcome
+
+CALLS = ((), (1, 32, 67))
+
+
+def errors(inner_model: str, device: str = "cpu", width: int = 16) -> list[float]:
+    """Of outputs, the last state and every gradient, with and without documents, in one call and in several."""
+    inputs = [x.float().to(device) for x in draw(inner_model, width=width)]
+    found = []
+    for segments in (None, DOCUMENTS.to(device)):
+        exact = outcome(dual_ttt, inputs, segments=segments)
+        for splits in CALLS:
+            ours = outcome(kernel_ttt, inputs, torch.float32, splits=splits, segments=segments)
+            found.append(largest_error(ours, exact))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inner_model", ["linear", "mlp"])
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_kernels_are_the_dual_form_interpreted(inner_model):
+    code = (
+        f"import json\nfrom tests.kernels.test_ttt import errors\nprint('FOUND', json.dumps(errors({inner_model!r})))"
+    )
+    found = json.loads(run_interpreted(code).split("FOUND")[1])
+    assert len(found) == 2 * len(CALLS) and max(found) < 1e-5, found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "inner_model, width", [("linear", 16), ("linear", 64), ("linear", 128), ("mlp", 16), ("mlp", 64)]
+)
+def test_kernels_are_the_dual_form(inner_model, width):
+    found = errors(inner_model, "cuda", width)
+    assert max(found) < 2e-2, found  # tensor cores round float32 to TF32
+
+
+def test_refusals_say_why(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    assert refusal(cuda, torch.bfloat16, "mlp", 64, 16) is None
+    assert "128" in refusal(cuda, torch.bfloat16, "mlp", 128, 16)
+    assert "grad_batch=8" in refusal(cuda, torch.bfloat16, "linear", 64, 8)
+    assert "float64" in refusal(cuda, torch.float64, "linear", 64, 16)
+    with pytest.raises(ValueError, match=r"regressor\.backend=triton can't run TTT here: Triton needs a GPU"):
+        TTT(Sizes(12, 2, 2, 16, 16), backend="triton").choose(torch.device("cpu"), torch.float32)
