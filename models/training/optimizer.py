@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.language_model import LanguageModel
 from models.mixer import Mixer
-from models.regression.inner_optimizers import orthogonal
+from models.orthogonal import orthogonal
 
 
 def parameter_groups(model: LanguageModel, weight_decay: float) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models.kernels.ttt import refusal
-from models.regression.ttt import TTT, dual_ttt, kernel_ttt
+from models.regression.ttt.layer import TTT, dual_ttt, kernel_ttt
 from models.sizes import Sizes
 from tests.kernels.interpreter import run_interpreted
 from tests.regression.test_ttt import DOCUMENTS, draw, largest_error, outcome

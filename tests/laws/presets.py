@@ -69,7 +69,7 @@ def mixer(preset: str, backend: str = "torch", dtype: torch.dtype = torch.float6
     node = copy.deepcopy(recipe(preset))
     for each in parts(node):
         chunked = issubclass(locate(each["regressor"]["_target_"]), Memory)
-        large = each["regressor"].get("grad_batch", 1) > CHUNK
+        large = each["regressor"].get("grad_batch", 1) > 2 * CHUNK
         change(each, regressor__backend=backend, **({"regressor__chunk": CHUNK} if chunked else {}))
         change(each, **({"regressor__grad_batch": CHUNK} if large else {}))
     torch.manual_seed(1)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from models.regression.deep import DeepMemory, Start, chunked_deep, recurrent_deep
-from models.regression.inner import SMOOTH, Network
+from models.regression.deep.mlp import DeepMemory, Start, chunked_deep, recurrent_deep
+from models.regression.deep.network import SMOOTH, Network
 from models.regression.momentum import State as MatrixState
 from models.regression.momentum import recurrent_momentum
 from models.sizes import Sizes

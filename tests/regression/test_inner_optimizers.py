@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.orthogonal import orthogonal
 from models.regression.deep import DeepMemory
-from models.regression.inner_optimizers import INNER_OPTIMIZERS, Shampoo, orthogonal
+from models.regression.deep.optimizers import INNER_OPTIMIZERS, Shampoo
 from models.sizes import Sizes
 from tests.regression.test_deep import DOCUMENTS
 
@@ -132,7 +133,7 @@ def test_every_form_is_the_same(optimizer, documents):
 def test_a_compiled_step_is_the_step(monkeypatch):
     memory, inputs = drawn("muon")
     exact = outcome(memory, inputs)
-    monkeypatch.setattr("models.regression.deep.compiles", lambda device: True)
+    monkeypatch.setattr("models.regression.deep.mlp.compiles", lambda device: True)
     for x, y in zip(outcome(memory, inputs), exact, strict=True):
         assert (x - y).norm() <= 1e-10 * y.norm()
 

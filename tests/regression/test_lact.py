@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.regression.lact import LaCT, SwiGLU
+from models.regression.deep.lact import LaCT, SwiGLU
 from models.sizes import Sizes
 from tests.regression.test_deep import DOCUMENTS
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.regression.inner_model import Norm, apply, gelu, gelu_slope, gradients, norm_gradient
-from models.regression.ttt import TTT, State, dual_ttt, recurrent_ttt
+from models.regression.ttt.inner_model import Norm, apply, gelu, gelu_slope, gradients, norm_gradient
+from models.regression.ttt.layer import TTT, State, dual_ttt, recurrent_ttt
 from models.sizes import Sizes
 
 B, T, H, K = 2, 75, 2, 6

@@ -79,7 +79,7 @@ def momentum_delta(
     return _forward(q, k, v, *gates, matrices.float(), source, *rule)
 
 
-@torch.library.custom_op("ttr::momentum_delta", mutates_args=())
+@torch.library.custom_op("test_time_regression::momentum_delta", mutates_args=())
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -105,7 +105,7 @@ def _(q, k, v, step_size, log_momentum, log_decay, matrices, source, *rule):
     return torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(matrices)
 
 
-@torch.library.custom_op("ttr::momentum_delta_backward", mutates_args=())
+@torch.library.custom_op("test_time_regression::momentum_delta_backward", mutates_args=())
 def _backward(
     q: Tensor,
     k: Tensor,

@@ -6,7 +6,9 @@ from torch import Tensor
 from tests.laws.objectives import Call, states
 
 
-@states("titans", "titans_static", "titans_mac", "titans_mag", "titans_mal")  # whose memory is this one, of other tokens
+@states(
+    "titans", "titans_static", "titans_mac", "titans_mag", "titans_mal"
+)  # whose memory is this one, of other tokens
 def last_pair(call: Call) -> None:
     descend(call, torch.ones(*call.k.shape[:3], 1, dtype=call.k.dtype))
 

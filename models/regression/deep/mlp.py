@@ -1,7 +1,7 @@
 """Deep memories: an MLP that learns within the sequence.
 
 Problem.    momentum.py's, gradient descent with momentum and weight decay on l_t(M) = 1/2 ||v_t - f_M(k_t)||^2 or
-            another loss, for an f that is a network of weights M = (W_1, ..., W_L) (inner.py).
+            another loss, for an f that is a network of weights M = (W_1, ..., W_L) (network.py).
 Solution.   For every weight, with S its momentum and one eta, theta and a per head and token,
                 S_t = eta_t S_{t-1} - theta_t dl_t/dM (R_t) ,    M_t = W + a_t (M_{t-1} - W) + S_t ,
                 o_t = f(q_t) with the weights M_t .
@@ -15,7 +15,7 @@ Forgetting. W = M_0, `forget_to: start`: what fades is what the sequence has tau
             the two are one.
 Mini-batch. Another b is another model, and a model is best with the one that it was trained with (TNT, Li et al. 2025):
             b is no choice of speed. It is what makes the layer parallel, though: no form of the rule with b = 1 is.
-Stability.  As in momentum.py theta = (1 - eta) theta' / b, and inner.py's limit holds the step of a token to what a
+Stability.  As in momentum.py theta = (1 - eta) theta' / b, and network.py's limit holds the step of a token to what a
             matrix with keys of length one would make of it. Nothing diverges then, whatever the gates; with three
             layers and more, b = 1 and theta' = 1, reads have been seen to overshoot fifteenfold for a while.
 Exactness.  The dual form equals the recurrence up to rounding, whatever the chunk, gradients included.
@@ -36,13 +36,13 @@ import torch
 from torch import Tensor, nn
 
 from models.precision import wide, working_dtype
-from models.regression import deep_batches, deep_chunks
 from models.regression.chunks import from_chunks, into_chunks, short
-from models.regression.deep_chunks import Chunk, Fitted, Rows, advance, stack, unstack
-from models.regression.inner import ACTIVATIONS, LOSSES, Network
-from models.regression.inner_optimizers import INNER_OPTIMIZERS
+from models.regression.deep import batches, chunks
+from models.regression.deep.chunks import Chunk, Fitted, Rows, advance, stack, unstack
+from models.regression.deep.network import ACTIVATIONS, LOSSES, Network
+from models.regression.deep.optimizers import INNER_OPTIMIZERS
+from models.regression.deep.slots import in_turn, lay_out, positions, scan
 from models.regression.momentum import Momentum, of_gates
-from models.regression.slots import in_turn, lay_out, positions, scan
 from models.sizes import Sizes
 
 OPTIMIZERS = ("momentum", "sgd", *INNER_OPTIMIZERS)
@@ -176,12 +176,12 @@ def chunked_deep(
         given = (torch.ones_like(step_size), step_size, log_momentum, log_decay)
         read, carry = of_gates(*(None if x is None else into_chunks(slots.fill(x), size, dtype) for x in given))
         columns = (x.unflatten(0, (slots.count, B * H)).unbind() for x in (*pairs, *read, *carry))
-        chunks = [Chunk(*x) for x in zip(*columns, strict=True)]
+        each = [Chunk(*x) for x in zip(*columns, strict=True)]
         rows, state = start.rows(B, dtype), start.state(state, B, dtype, log_momentum is not None)
         M, S, R = ([x.flatten(0, 1) for x in part] for part in state[:3])
-        steps = deep_chunks.compiled(network) if compiled else partial(in_turn, partial(advance, network))
+        steps = chunks.compiled(network) if compiled else partial(in_turn, partial(advance, network))
         flags = (slots.flags(x, H) for x in (slots.batch, slots.document))
-        inputs = list(zip([rows] * slots.count, *flags, chunks, strict=True))
+        inputs = list(zip([rows] * slots.count, *flags, each, strict=True))
         outputs, fitted = scan(steps, Fitted(stack(rows, M, S), R), inputs, remat, AT_ONCE)
         M, S = unstack(rows, fitted.stacked)
         last = (tuple(x.unflatten(0, (B, H)) for x in part) for part in (M, S, fitted.references))
@@ -204,7 +204,7 @@ class DeepMemory(Momentum):
     residual: f(x) + x, for K = V.  layer_norm: of what is added to x, with learned scale and shift.
     inner_loss: l2 | huber | lp | dot, of which lp has the power `p` and huber the width `delta`.
     inner_optimizer: momentum | sgd, which has no S | sign | adam | shampoo | muon, which step at the end of a mini-
-        batch, by the mean of its theta' (deep_batches.py); muon has the mean of eta for a momentum.
+        batch, by the mean of its theta' (batches.py); muon has the mean of eta for a momentum.
     grad_batch: b, a part of the model.  forget_to: start | zero.  remat: as in chunked_deep, a choice of memory.
     """
 
@@ -250,7 +250,7 @@ class DeepMemory(Momentum):
         self.remat, self.fades, self.function_class = remat, forget_to == "zero", f"MLP of {depth} layers"
         self.network = Network(activation, residual, inner_loss, {"lp": p, "huber": delta}.get(inner_loss, 0.0))
         optimizer = INNER_OPTIMIZERS.get(inner_optimizer)
-        self.rule = None if optimizer is None else deep_batches.Rule(self.network, optimizer)
+        self.rule = None if optimizer is None else batches.Rule(self.network, optimizer)
         widths, scales = [K, *[inner] * (depth - 1), V], [1.0, *[inner**-0.5] * (depth - 1)]
         scales[-1] *= self.rule is not None
         shapes = pairwise(widths)
@@ -283,7 +283,7 @@ class DeepMemory(Momentum):
             nothing = torch.zeros_like(step_size)
             gates = [nothing if y is None else y for y in (log_decay, step_size, momentum)]
             given = (q, k, v, step_size.unsqueeze(-1), torch.stack(gates, dim=-1), state, self.grad_batch, segments)
-            return deep_batches.deep_batches(self.rule, self._begin(), *given, *(() if definition else speed))
+            return batches.deep_batches(self.rule, self._begin(), *given, *(() if definition else speed))
         start = Start(self.beginning(), self.fades, tuple(self.norm))
         given = (self.network, start, q, k, v, step_size, momentum, log_decay, state, self.grad_batch, segments)
         return recurrent_deep(*given) if definition else chunked_deep(*given, *speed)
@@ -296,8 +296,12 @@ class DeepMemory(Momentum):
     def tokens_at_once(self, v: Tensor) -> int:
         return self.chunk or (self.grad_batch if self.rule is not None else super().tokens_at_once(v))
 
-    def _begin(self) -> deep_batches.Start:
-        return deep_batches.Start(self.beginning(), () if self.fades else self.beginning(), tuple(self.norm))
+    def _begin(self) -> batches.Start:
+        return batches.Start(self.beginning(), () if self.fades else self.beginning(), tuple(self.norm))
+
+    def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+        """None: models/kernels/momentum has matrices."""
+        return {}
 
     def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         return "a compiled step" if backend == "torch" and compiles(device) else ""
@@ -305,10 +309,10 @@ class DeepMemory(Momentum):
     def forget(self, state: Any, rows: Tensor) -> Any:
         """The memories of the given rows back at the start, and their mini-batches ended."""
         if self.rule is not None:
-            return deep_batches.forget(self.rule, self._begin(), state, rows)
+            return batches.forget(self.rule, self._begin(), state, rows)
         start = Start(self.beginning(), self.fades)
         first = start.state(None, len(rows), state.weights[0].dtype, bool(state.momenta))
-        return deep_batches.restart(first, state, rows)
+        return batches.restart(first, state, rows)
 
     def flops_per_token(self, seq_len: int) -> int:
         """With every weight three products (predict, write, read), with all but the first layer's one more (errors
@@ -319,12 +323,12 @@ class DeepMemory(Momentum):
         flops = 2 * self.num_heads * (4 * weights - self.start[0][0].numel() + gates * self.hidden_size)
         if self.rule is None:
             return flops
-        return flops + deep_batches.flops_of_steps(self.rule, self.start, seq_len // self.grad_batch) // seq_len
+        return flops + batches.flops_of_steps(self.rule, self.start, seq_len // self.grad_batch) // seq_len
 
     def state_size(self, seq_len: int) -> int:
-        """M, R, and S where there is one; or what deep_batches.Learner has."""
+        """M, R, and S where there is one; or what batches.Learner has."""
         if self.rule is not None:
-            return deep_batches.size(self.rule, self.start)
+            return batches.size(self.rule, self.start)
         return (2 if self.momentum is None else 3) * sum(w.numel() for w in self.start)
 
 

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from models.orthogonal import orthogonal
+
 TINY = 1e-12  # below every sum of squares that matters, above float32's smallest
 
 
@@ -111,16 +113,3 @@ class Muon(InnerOptimizer):
 
 
 INNER_OPTIMIZERS = {"sign": Sign(), "adam": Adam(), "shampoo": Shampoo(), "muon": Muon()}
-
-
-def orthogonal(G: Tensor) -> Tensor:
-    """U V^T, nearly, of G = U S V^T [..., rows, columns]: five steps of X <- a X + (b A + c A^2) X, A = X X^T, with
-    Jordan's coefficients, which bring singular values between 0.01 and 1 into about (0.7, 1.2). bfloat16 on a GPU."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.bfloat16() if G.is_cuda else G
-    X = X.mT if G.shape[-2] > G.shape[-1] else X
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
-        A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    return (X.mT if G.shape[-2] > G.shape[-1] else X).to(G.dtype)

@@ -1,6 +1,6 @@
 """Triton kernels of TTT-MLP: one program a head of a sequence, mini-batch by mini-batch.
 
-As ttt_linear.py, with two layers: what is said there of a layer holds for each, with inputs X = k and gelu(Z_1). A
+As linear.py, with two layers: what is said there of a layer holds for each, with inputs X = k and gelu(Z_1). A
 head's weights are packed as [W_1 b_1 W_2 b_2], P numbers, and too many for registers: they stay in `last`, where every
 mini-batch moves them on, and going back their gradients in `dinit`. The L2 cache holds both. Other threads read what a
 thread has written there, hence the barriers.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.kernels.ttt_parts import dot, gradient_backward, load, project, standardise, tokens
+from models.kernels.ttt.parts import dot, gradient_backward, load, project, standardise, tokens
 
 
 @triton.jit

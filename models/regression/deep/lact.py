@@ -36,10 +36,10 @@ from torch import Tensor, nn
 
 from models.norm import RMSNorm
 from models.precision import wide
-from models.regression import deep_batches
-from models.regression.deep import compiles
-from models.regression.inner import ACTIVATIONS, NORM_EPS
-from models.regression.inner_optimizers import INNER_OPTIMIZERS
+from models.regression.deep import batches
+from models.regression.deep.mlp import compiles
+from models.regression.deep.network import ACTIVATIONS, NORM_EPS
+from models.regression.deep.optimizers import INNER_OPTIMIZERS
 from models.regression.local import Softmax
 from models.regression.memory import Memory
 from models.regression.pairs import Pairs
@@ -50,7 +50,7 @@ BASE_RATE = 1e-3  # of the learning rates, at the start
 
 @dataclass(frozen=True)
 class SwiGLU:
-    """f above and the errors of its loss, as inner.Network has them; weights in the order W_0, W_2, W_1."""
+    """f above and the errors of its loss, as network.Network has them; weights in the order W_0, W_2, W_1."""
 
     def read(self, products: Sequence[Callable[[Tensor], Tensor]], q: Tensor, norm: Sequence[Tensor] = ()) -> Tensor:
         gate, up, down = products
@@ -69,7 +69,7 @@ class SwiGLU:
 class State(NamedTuple):
     """fitted: of the network. pairs: of the window."""
 
-    fitted: deep_batches.State
+    fitted: batches.State
     pairs: Pairs
 
 
@@ -102,7 +102,7 @@ class LaCT(Memory):
         if (inner := round(expansion * K)) < 1:
             raise ValueError(f"regressor.expansion={expansion} leaves an inner width of {inner}; it must be positive")
         self.attention = Softmax(sizes, backend, window=window)
-        self.rule = deep_batches.Rule(SwiGLU(), INNER_OPTIMIZERS["muon"], normed=True)
+        self.rule = batches.Rule(SwiGLU(), INNER_OPTIMIZERS["muon"], normed=True)
         self.grad_batch, self.remat = grad_batch, remat
         self.start = nn.ParameterList(
             torch.randn(H, n, m) / math.sqrt(n) for n, m in ((K, inner), (K, inner), (inner, V))
@@ -131,19 +131,19 @@ class LaCT(Memory):
         definition = self.choose(v.device, v.dtype).backend == "recurrent" or k.shape[1] == 1
         speed = (1,) if definition else (self.tokens_at_once(v), self.remat, compiles(v.device))
         given = (q, k, v, rates, gates, fitted, self.grad_batch, segments)
-        read, fitted = deep_batches.deep_batches(self.rule, self._begin(), *given, *speed)
+        read, fitted = batches.deep_batches(self.rule, self._begin(), *given, *speed)
         local, pairs = self.attention(x, q, k, v, None, pairs, segments)
         o = F.silu(wide(self.scale(x))).unsqueeze(-1) * wide(self.norm(read)) + local
         return o.to(v.dtype), State(fitted, pairs)
 
-    def _begin(self) -> deep_batches.Start:
-        return deep_batches.Start(tuple(self.start))
+    def _begin(self) -> batches.Start:
+        return batches.Start(tuple(self.start))
 
     def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         return "a compiled step" if backend == "torch" and compiles(device) else ""
 
     def forget(self, state: State, rows: Tensor) -> State:
-        fitted = deep_batches.forget(self.rule, self._begin(), state.fitted, rows)
+        fitted = batches.forget(self.rule, self._begin(), state.fitted, rows)
         return State(fitted, self.attention.forget(state.pairs, rows))
 
     def flops_per_token(self, seq_len: int) -> int:
@@ -152,9 +152,9 @@ class LaCT(Memory):
         the end of each chunk, and attention.
         """
         weights = sum(w.numel() for w in self.start)
-        steps = deep_batches.flops_of_steps(self.rule, self.start, seq_len // self.grad_batch) // seq_len
+        steps = batches.flops_of_steps(self.rule, self.start, seq_len // self.grad_batch) // seq_len
         gates = 10 * self.num_heads * self.hidden_size
         return 6 * weights + gates + steps + self.attention.flops_per_token(seq_len)
 
     def state_size(self, seq_len: int) -> int:
-        return deep_batches.size(self.rule, self.start) + self.attention.state_size(seq_len)
+        return batches.size(self.rule, self.start) + self.attention.state_size(seq_len)

@@ -1,17 +1,19 @@
-"""Test-time training by our own Triton kernels (ttt_linear.py, ttt_mlp.py): what they can do here, and the call.
+"""Test-time training by our own Triton kernels (linear.py, mlp.py): what they can do here, and the call.
 
 Products take their operands in the dtype of q, k and v, float32 as TF32 on a GPU; sums, norms and weights are float32.
 """
 
 from __future__ import annotations
 
-import importlib.util
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from models.kernels.fla import interpreting
-from models.regression.mini_batches import MiniBatches
+from models.kernels import backend
+
+if TYPE_CHECKING:
+    from models.regression.ttt.mini_batches import MiniBatches
 
 MINI_BATCH = 16  # the smallest that Triton's products take, and the paper's
 WIDTHS = {"linear": (16, 32, 64, 128), "mlp": (16, 32, 64)}  # of keys; wider ones' weights do not fit on chip
@@ -20,14 +22,10 @@ GROUP = {"linear": 8, "mlp": 16}  # mini-batches from one that is kept to the ne
 
 def refusal(device: torch.device, dtype: torch.dtype, inner_model: str, key_dim: int, grad_batch: int) -> str | None:
     """Why the kernels can't run here, or None if they can. dtype is that of q, k and v."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if device.type != "cuda" and not interpreting():
-        return f"Triton needs a GPU, this is {device.type}"
-    if interpreting() and dtype == torch.bfloat16:
-        return "Triton's interpreter keeps bfloat16 as integers and returns garbage"
-    if dtype not in (torch.bfloat16, torch.float32):
-        return f"the kernels take bfloat16 and float32, not {dtype}"
+    if (reason := backend.refusal(device, dtype)) is not None:
+        return reason
+    if dtype == torch.float16:
+        return "the kernels take bfloat16 and float32, not float16"
     if grad_batch != MINI_BATCH:
         return f"the kernels take mini-batches of {MINI_BATCH}, not regressor.grad_batch={grad_batch}"
     if key_dim not in WIDTHS[inner_model]:
@@ -83,8 +81,8 @@ def ttt_scan(
     inner_model: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the last weights, and those kept for the backward pass [B, H, G, P]."""
-    from models.kernels.ttt_linear import linear_forward
-    from models.kernels.ttt_mlp import mlp_forward
+    from models.kernels.ttt.linear import linear_forward
+    from models.kernels.ttt.mlp import mlp_forward
 
     (B, _, H, _), G = q.shape, group.shape[1] - 1
     o, last = torch.empty_like(v), init.clone()
@@ -122,8 +120,8 @@ def ttt_scan_backward(
     inner_model: str,
 ) -> list[Tensor]:
     """The gradients by q, k, v, steps, sizes, start, init, gamma and beta; by what heads or rows share, of each row."""
-    from models.kernels.ttt_linear import linear_backward
-    from models.kernels.ttt_mlp import mlp_backward
+    from models.kernels.ttt.linear import linear_backward
+    from models.kernels.ttt.mlp import mlp_backward
 
     B, _, H, K = q.shape
     dq, dk, dv, dsteps = (torch.zeros_like(x) for x in (q, k, v, steps))  # tokens before the first are in no mini-batch
@@ -148,7 +146,7 @@ def _(do, dlast, q, k, v, steps, sizes, start, gamma, beta, first, group, fresh,
 
 
 def _sizes(q: Tensor, first: Tensor, group: Tensor, fresh: Tensor | None, inner_model: str) -> dict[str, object]:
-    from models.regression.inner_model import EPS
+    from models.regression.ttt.inner_model import EPS
 
     _, L, H, K = q.shape
     sizes = {"L": L, "H": H, "N": first.shape[1] - 1, "G": group.shape[1] - 1, "C": MINI_BATCH, "K": K}

@@ -1,4 +1,4 @@
-"""Deep memories in chunks: the dual form of deep.py, one chunk of every sequence at a time.
+"""Deep memories in chunks: the dual form of mlp.py, one chunk of every sequence at a time.
 
 What fades of a layer, N = M - W, and its momentum S lie one above the other, X [rows, n in, out] with n = 2 (1 without
 momentum): a query's input y scaled by n numbers each reads both in one product, and so do the inputs that write.
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.regression.inner import Network
+from models.regression.deep.network import Network
+from models.regression.deep.slots import in_turn
 from models.regression.mixtures import spread
-from models.regression.slots import in_turn
 
 
 class Rows(NamedTuple):

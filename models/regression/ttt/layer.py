@@ -38,10 +38,10 @@ from torch.utils.checkpoint import checkpoint
 from models.kernels import ttt as triton_ttt
 from models.precision import wide, working_dtype
 from models.regression.chunks import from_chunks, into_chunks
-from models.regression.inner_model import Norm, Weights, apply, gelu, gradients, layers
-from models.regression.mini_batches import MiniBatches, mini_batches
 from models.regression.mixtures import product
 from models.regression.regressor import Regressor
+from models.regression.ttt.inner_model import Norm, Weights, apply, gelu, gradients, layers
+from models.regression.ttt.mini_batches import MiniBatches, mini_batches
 from models.sizes import Sizes
 
 HIDDEN = 4  # F / K

@@ -1,4 +1,4 @@
-"""Deep memories that step at the end of a mini-batch, with any optimiser (inner_optimizers.py).
+"""Deep memories that step at the end of a mini-batch, with any optimiser (optimizers.py).
 
         D = sum_{i in the mini-batch} theta_i X_i^T E_i ,    M <- W + A (M - W) + r U(D)  at its end,
 
@@ -7,7 +7,7 @@ that it began with, o_t = f(q_t), and what one of them writes the others never s
 learns nothing. How many tokens are computed at once then makes no difference but of speed; one at a time they are the
 definition.
 
-Shapes: as in deep_chunks.py; n of theta 1, or one for each layer.
+Shapes: as in chunks.py; n of theta 1, or one for each layer.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from models.precision import working_dtype
 from models.regression.chunks import from_chunks, into_chunks, short
-from models.regression.inner import Network
-from models.regression.inner_optimizers import InnerOptimizer
-from models.regression.slots import in_turn, lay_out, scan
+from models.regression.deep.network import Network
+from models.regression.deep.optimizers import InnerOptimizer
+from models.regression.deep.slots import in_turn, lay_out, scan
 
 Weights = tuple[Tensor, ...]
 
