@@ -15,12 +15,19 @@ from models.language_model import LanguageModel, LanguageModelConfig
 from models.memory_context import Held, cut
 from models.mixer import Mixer
 from models.regression.memory import Memory
+from models.regression.regressor import Regressor
 from tests.laws import test_laws as laws
 from tests.laws.presets import CHUNK, HEADS, HIDDEN, PRESETS, inputs, largest_difference, mixer, outcome, probe, recipe
 from tests.test_config import composed
 
 TRIO = ("titans_mac", "titans_mag", "titans_mal")
-MEMORIES = [p for p in PRESETS if p not in TRIO and isinstance(mixer(p).regressor, Memory)]
+
+
+def has_recall(regressor: Regressor) -> bool:
+    return isinstance(regressor, Memory) and type(regressor).recall is not Regressor.recall
+
+
+MEMORIES = [p for p in PRESETS if p not in TRIO and has_recall(mixer(p).regressor)]
 
 
 def rotated(x: Tensor, position: int) -> Tensor:

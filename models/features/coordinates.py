@@ -114,7 +114,7 @@ class Hedgehog(FeatureMap):
 
 class MLP(FeatureMap):
     """phi(x) = s(W x), W [width, K] learned for every head: the first layer of a network, of which a memory that is
-    linear in phi then learns the last one within the sequence, by whatever rule it has (compare regression/deep.py,
+    linear in phi then learns the last one within the sequence, by whatever rule it has (compare regression/deep/mlp.py,
     where both layers learn there).
 
     expansion: the width over K.  activation: silu | gelu | relu.  Rows of W are normal with variance 1 at the start,

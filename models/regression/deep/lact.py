@@ -43,6 +43,7 @@ from models.regression.deep.optimizers import INNER_OPTIMIZERS
 from models.regression.local import Softmax
 from models.regression.memory import Memory
 from models.regression.pairs import Pairs
+from models.regression.regressor import Regressor
 from models.sizes import Sizes
 
 BASE_RATE = 1e-3  # of the learning rates, at the start
@@ -81,6 +82,7 @@ class LaCT(Memory):
     """
 
     accepts_decay = ("none",)
+    recall = Regressor.recall  # none: what it reads is half attention's
     function_class, fit = "SwiGLU, constant around q", "muon step for a chunk"
 
     def __init__(

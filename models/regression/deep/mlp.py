@@ -299,6 +299,21 @@ class DeepMemory(Momentum):
     def _begin(self) -> batches.Start:
         return batches.Start(self.beginning(), () if self.fades else self.beginning(), tuple(self.norm))
 
+    def recall(self, x: Tensor, q: Tensor, state: Any) -> Tensor:
+        dtype = working_dtype(q)
+        if self.rule is not None:
+            first = batches.beginner(self.rule, self._begin(), len(q), dtype)
+            weights = (first if state is None else state.learner).weights
+        else:
+            weights = Start(self.beginning()).state(state, len(q), dtype, momentum=False).weights
+        with torch.autocast(q.device.type, enabled=False):
+            products = [partial(torch.matmul, other=w) for w in weights]
+            o = self.network.read(products, q.transpose(1, 2).to(dtype), tuple(self.norm))
+        return o.transpose(1, 2).to(q.dtype)
+
+    def recall_flops_per_token(self) -> int:
+        return 2 * sum(w.numel() for w in self.start)
+
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
         """None: models/kernels/momentum has matrices."""
         return {}

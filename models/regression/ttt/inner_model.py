@@ -2,8 +2,8 @@
 
 f(x) = x + LN(z(x)) ,    z(x) = x W + b    or    z(x) = gelu(x W_1 + b_1) W_2 + b_2 ,    and so on,
 
-with the loss 1/2 ||v - f(k)||^2. What is written out here is the gradient that the memory descends along (ttt.py); all
-of it can be differentiated once more, as training the layers around the memory asks for.
+with the loss 1/2 ||v - f(k)||^2. What is written out here is the gradient that the memory descends along (layer.py);
+all of it can be differentiated once more, as training the layers around the memory asks for.
 
 Shapes: M rows of a batch, each with models of its own; b tokens, K key width, which is V, F hidden width.
 """
