@@ -29,15 +29,21 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@cache
-def refusal(device_type: str) -> str | None:
-    """Why no kernel of fla can run on this kind of device, or None."""
-    for package, name in (("triton", "Triton"), ("fla", "flash-linear-attention")):
-        if importlib.util.find_spec(package) is None:
-            return f"{name} is not installed"
+def refusal_triton(device_type: str) -> str | None:
+    """Why no Triton kernel can run on this kind of device, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
     if device_type != "cuda" and not interpreting():
         return f"Triton needs a GPU, this is {device_type}"
     return None
+
+
+@cache
+def refusal(device_type: str) -> str | None:
+    """Why no kernel of fla can run on this kind of device, or None."""
+    if importlib.util.find_spec("fla") is None:
+        return "flash-linear-attention is not installed"
+    return refusal_triton(device_type)
 
 
 def refusal_linear(device: torch.device, dtype: torch.dtype) -> str | None:

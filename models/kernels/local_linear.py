@@ -1,0 +1,188 @@
+"""Local linear attention as a flash kernel: memory linear in T, forward and backward.
+
+The problem and its solution are in models/regression/local_polynomial.py, here of order 1: with w_i = softmax_i(beta
+q . k_i), m = sum_i w_i k_i, x_i = k_i - m, C = sum_i w_i x_i x_i^T and A = C + lambda I, every query has
+                u = A^-1 (q - m) ,    o = sum_i w_i f_i v_i ,    f_i = 1 + x_i . u .
+Forward.    Passes over the keys: one for log sums and m; one for each product with C that conjugate gradients want for
+            a block of queries; one for o. Kept are m, u and the log sums.
+Backward.   With a_i = do . v_i the gradient by u is du = sum_i w_i a_i x_i, and z = A^-1 du, once more by conjugate
+            gradients, is all that the solution's gradient needs: du . d(A^-1 b) = z . (db - dA u). With h_i = x_i . z,
+            what depends on w, m, k, q and lambda is then
+                F = sum_i w_i f_i a_i + z . (q - m) - sum_i w_i h_i (x_i . u) - lambda z . u .
+            As sum_i w_i x_i = 0, dF/dm = -(a u + z) with a = sum_i w_i a_i, and with e_i = a_i - a - h_i
+                dv_i = sum_t w_i f_i do ,          dk_i = sum_t w_i (e_i u - f_i z) + ds_i beta q ,
+                ds_i = w_i (e_i f_i - c) ,         dq = z + beta sum_i ds_i k_i ,
+                d beta = q . sum_i ds_i k_i ,      d lambda = -z . u ,            c = sum_i w_i e_i f_i .
+            Three kinds of passes over the keys (du, the products with C, dq) and one over the queries (dk, dv).
+Cost.       A pass of products with C is four products of T x S x K, where softmax has two in all. Keys of length one
+            want two or three passes at lambda = 0.1, sqrt(1 + 1 / lambda) at worst.
+Precision.  bfloat16 products, or TF32 for float32 and for float16, which it holds exactly; all sums, m, u and z are
+            float32. Float32 keys are rounded to TF32 first, so that it is one system that is solved, of keys that are
+            5e-4 off. A rounded weight is another weight, eps off, and C another C, as much off relative to itself; so
+            the solutions are eps off, eps = 2e-3 or 5e-4, whatever lambda is, and solved to eps / 2. The outputs are
+            wrong by a few eps of sum_i w_i |f_i v_i|. (A diagonal preconditioner would take another product. Keys of
+            length one that positions have turned know no axes.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.kernels.fla import interpreting, refusal_triton
+
+WIDEST = 128
+# Of queries and keys at a time: BM, BN, num_warps, num_stages; by kernel, by the larger of K and V, by bytes of a key.
+Launch = tuple[int, int, int, int]
+QUERIES: dict[tuple[int, int], Launch] = {
+    (64, 2): (64, 64, 4, 2),
+    (64, 4): (64, 64, 4, 2),
+    (128, 2): (64, 64, 8, 2),
+    (128, 4): (64, 32, 8, 2),
+}
+KEYS: dict[tuple[int, int], Launch] = {
+    (64, 2): (32, 64, 4, 2),
+    (64, 4): (32, 64, 4, 2),
+    (128, 2): (32, 64, 8, 2),
+    (128, 4): (32, 32, 8, 2),
+}
+INTERPRETED: Launch = (32, 32, 4, 1)
+
+
+def refusal(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
+    """Why the kernels can't run here, or None if they can. dtype is that of q, k and v."""
+    if (reason := refusal_triton(device.type)) is not None:
+        return reason
+    if interpreting() and dtype == torch.bfloat16:
+        return "Triton's interpreter keeps bfloat16 as integers and returns garbage"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the kernels compute in 16 or 32 bits, not {dtype}"
+    if max(key_dim, value_dim) > WIDEST:
+        return f"the kernels keep whole keys and values in registers, up to {WIDEST} wide, not {key_dim}, {value_dim}"
+    return None
+
+
+def local_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    ridge: Tensor,
+    start: Tensor | None = None,
+    past: int = 0,
+    window: int | None = None,
+) -> Tensor:
+    """q [B, T, H, K]; k [B, S, G, K], v [B, S, G, V] with S = past + T; beta, ridge [H]; start [B or 1, T], past and
+    window: pairs.View, start never falling along a row. Returns o [B, T, H, V] in the dtype of v, to which q and k are
+    cast; gradients of q, k, v, beta and ridge, once.
+    """
+    if start is not None:
+        start = start.to(torch.int32).expand(q.shape[0], -1).contiguous()
+    dtype = torch.float32 if v.dtype == torch.float16 else v.dtype
+    q, k, v_ = (x.to(dtype).contiguous() for x in (q, k, v))
+    return forward(q, k, v_, beta.float(), ridge.float(), start, past, window)[0].to(v.dtype)
+
+
+@torch.library.custom_op("ttr::local_linear", mutates_args=())
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, ridge: Tensor, start: Tensor | None, past: int, window: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o and, for the backward, m [B, T, H, K], u [B, T, H, K] and the log sums [B, H, T]. All tensors contiguous."""
+    from models.kernels.local_linear_kernels import forward_kernel
+
+    results = _results(q, k, v, beta, ridge, start, past, window)
+    numbers, settings, (BM, _) = _launch(QUERIES, q, v, start, past, window)
+    grid = (q.shape[0] * q.shape[2], -(-q.shape[1] // BM))
+    forward_kernel[grid](q, _keys(k), v, beta, ridge, start, *results, *numbers, _tolerance(k), **settings)
+    return results
+
+
+@forward.register_fake
+def _results(q, k, v, beta, ridge, start, past, window):
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    sizes = (B, T, H, K), (B, T, H, K), (B, H, T)
+    return q.new_empty(B, T, H, V), *(q.new_empty(size, dtype=torch.float32) for size in sizes)
+
+
+@torch.library.custom_op("ttr::local_linear_backward", mutates_args=())
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    ridge: Tensor,
+    start: Tensor | None,
+    mean: Tensor,
+    u: Tensor,
+    level: Tensor,
+    past: int,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients by q, k, v, beta and ridge."""
+    from models.kernels.local_linear_kernels import backward_keys_kernel, backward_queries_kernel
+
+    (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    z, each = torch.empty_like(u), level.new_empty(5, B, H, T)
+    keys, per_number, tolerance = _keys(k), B * H * T, _tolerance(k)
+
+    numbers, settings, (BM, _) = _launch(QUERIES, q, v, start, past, window)
+    backward_queries_kernel[B * H, -(-T // BM)](
+        q, keys, v, beta, ridge, start, mean, u, level, do, dq, z, each, *numbers, per_number, tolerance, **settings
+    )
+    stop = None
+    if start is not None:
+        index = torch.arange(S, dtype=start.dtype, device=start.device).expand(B, -1)
+        stop = torch.searchsorted(start, index.contiguous(), right=True, out_int32=True)
+    numbers, settings, (_, BN) = _launch(KEYS, q, v, start, past, window)
+    backward_keys_kernel[B * G, -(-S // BN)](
+        q, keys, v, beta, start, stop, u, z, level, do, each, dk, dv, *numbers, per_number, **settings
+    )
+    return dq, dk, dv, each[3].sum((0, 2)), each[4].sum((0, 2))
+
+
+@backward.register_fake
+def _(do, q, k, v, beta, ridge, *rest):
+    return tuple(torch.empty_like(x) for x in (q, k, v, beta, ridge))
+
+
+def _keep(ctx, inputs, output) -> None:
+    *tensors, ctx.past, ctx.window = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, do: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    return *backward(do.contiguous(), *ctx.saved_tensors, ctx.past, ctx.window), None, None, None
+
+
+forward.register_autograd(_gradients, setup_context=_keep)
+
+
+def _launch(
+    launches: dict[tuple[int, int], Launch], q: Tensor, v: Tensor, start: Tensor | None, past: int, window: int | None
+) -> tuple[tuple[int, ...], dict[str, int | bool | str], tuple[int, int]]:
+    """What the kernels are told of the sizes: numbers, and what they are compiled for."""
+    (T, H, K), (S, G, V) = q.shape[1:], v.shape[1:]
+    widest = 64 if max(K, V) <= 64 else WIDEST
+    BM, BN, num_warps, num_stages = INTERPRETED if interpreting() else launches[widest, v.element_size()]
+    settings = {
+        **{"H": H, "G": G, "K": K, "V": V, "BM": BM, "BN": BN},
+        **{name: max(16, 1 << (width - 1).bit_length()) for name, width in (("BK", K), ("BV", V))},
+        **{"DOCUMENTS": start is not None, "PRECISION": "ieee" if interpreting() else "tf32"},
+        **{"num_warps": num_warps, "num_stages": num_stages},
+    }
+    return (T, S, past, past + T if window is None else window), settings, (BM, BN)
+
+
+def _keys(k: Tensor) -> Tensor:
+    """The keys as all products read them."""
+    if k.dtype != torch.float32 or interpreting():
+        return k
+    return ((k.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+
+def _tolerance(k: Tensor) -> float:
+    """Half of what a product's operand is off, relative to it."""
+    return 1e-6 if interpreting() else 2.0**-10 if k.dtype == torch.bfloat16 else 2.0**-12
