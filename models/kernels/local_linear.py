@@ -32,21 +32,32 @@ from torch import Tensor
 from models.kernels.fla import interpreting, refusal_triton
 
 WIDEST = 128
-# Of queries and keys at a time: BM, BN, num_warps, num_stages; by kernel, by the larger of K and V, by bytes of a key.
+SHARED = 166_912  # bytes of shared memory that keys or values wider than 64 want
+LEAST_TRITON_ON_BLACKWELL = (3, 9)  # 3.7.1 fails to compile the kernels for compute capability 10
+
+# BM queries, BN keys at a time, num_warps, num_stages; by the larger of K and V, up to 64 or to 128, and by the dtype.
+# Chosen so that two programs fit on a multiprocessor of an H100 and the loops over keys spill no registers.
 Launch = tuple[int, int, int, int]
-QUERIES: dict[tuple[int, int], Launch] = {
-    (64, 2): (64, 64, 4, 2),
-    (64, 4): (64, 64, 4, 2),
-    (128, 2): (64, 64, 8, 2),
-    (128, 4): (64, 32, 8, 2),
+Launches = dict[tuple[int, torch.dtype], Launch]
+FORWARD: Launches = {
+    (64, torch.bfloat16): (64, 64, 4, 3),
+    (64, torch.float32): (64, 64, 4, 2),
+    (128, torch.bfloat16): (64, 64, 4, 2),
+    (128, torch.float32): (64, 32, 8, 2),
 }
-KEYS: dict[tuple[int, int], Launch] = {
-    (64, 2): (32, 64, 4, 2),
-    (64, 4): (32, 64, 4, 2),
-    (128, 2): (32, 64, 8, 2),
-    (128, 4): (32, 32, 8, 2),
+BACKWARD_QUERIES: Launches = {
+    (64, torch.bfloat16): (64, 64, 4, 3),
+    (64, torch.float32): (64, 32, 4, 2),
+    (128, torch.bfloat16): (64, 32, 4, 2),
+    (128, torch.float32): (32, 32, 4, 2),
 }
-INTERPRETED: Launch = (32, 32, 4, 1)
+BACKWARD_KEYS: Launches = {
+    (64, torch.bfloat16): (32, 64, 4, 3),
+    (64, torch.float32): (32, 128, 8, 2),
+    (128, torch.bfloat16): (32, 128, 8, 2),
+    (128, torch.float32): (16, 64, 4, 2),
+}
+INTERPRETED: Launch = (64, 64, 4, 1)
 
 
 def refusal(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
@@ -58,7 +69,24 @@ def refusal(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: i
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels compute in 16 or 32 bits, not {dtype}"
     if max(key_dim, value_dim) > WIDEST:
-        return f"the kernels keep whole keys and values in registers, up to {WIDEST} wide, not {key_dim}, {value_dim}"
+        return f"the kernels hold whole keys and values, up to {WIDEST} wide, not {key_dim} and {value_dim}"
+    return _refusal_of_gpu(device, max(key_dim, value_dim)) if device.type == "cuda" else None
+
+
+def _refusal_of_gpu(device: torch.device, width: int) -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major < 8:
+        return f"TF32 and bfloat16 products want compute capability 8, this GPU has {properties.major}"
+    if properties.major == 10:
+        import triton
+
+        if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON_ON_BLACKWELL:
+            return f"Triton {triton.__version__} can't compile the kernels for this GPU, 3.9 can"
+    if width > 64 and properties.shared_memory_per_block_optin < SHARED:
+        has, wants = properties.shared_memory_per_block_optin >> 10, SHARED >> 10
+        return f"keys or values {width} wide want {wants} KB of shared memory, this GPU has {has}"
     return None
 
 
@@ -91,9 +119,9 @@ def forward(
     from models.kernels.local_linear_kernels import forward_kernel
 
     results = _results(q, k, v, beta, ridge, start, past, window)
-    numbers, settings, (BM, _) = _launch(QUERIES, q, v, start, past, window)
+    numbers, settings, (BM, _) = _launch(FORWARD, q, v, start, past, window)
     grid = (q.shape[0] * q.shape[2], -(-q.shape[1] // BM))
-    forward_kernel[grid](q, _keys(k), v, beta, ridge, start, *results, *numbers, _tolerance(k), **settings)
+    forward_kernel[grid](q, _keys(k), v, beta, ridge, start, *results, *numbers, _rounding(k.dtype)[1], **settings)
     return results
 
 
@@ -125,9 +153,9 @@ def backward(
     (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     z, each = torch.empty_like(u), level.new_empty(5, B, H, T)
-    keys, per_number, tolerance = _keys(k), B * H * T, _tolerance(k)
+    keys, per_number, tolerance = _keys(k), B * H * T, _rounding(k.dtype)[1]
 
-    numbers, settings, (BM, _) = _launch(QUERIES, q, v, start, past, window)
+    numbers, settings, (BM, _) = _launch(BACKWARD_QUERIES, q, v, start, past, window)
     backward_queries_kernel[B * H, -(-T // BM)](
         q, keys, v, beta, ridge, start, mean, u, level, do, dq, z, each, *numbers, per_number, tolerance, **settings
     )
@@ -135,7 +163,7 @@ def backward(
     if start is not None:
         index = torch.arange(S, dtype=start.dtype, device=start.device).expand(B, -1)
         stop = torch.searchsorted(start, index.contiguous(), right=True, out_int32=True)
-    numbers, settings, (_, BN) = _launch(KEYS, q, v, start, past, window)
+    numbers, settings, (_, BN) = _launch(BACKWARD_KEYS, q, v, start, past, window)
     backward_keys_kernel[B * G, -(-S // BN)](
         q, keys, v, beta, start, stop, u, z, level, do, each, dk, dv, *numbers, per_number, **settings
     )
@@ -161,28 +189,30 @@ forward.register_autograd(_gradients, setup_context=_keep)
 
 
 def _launch(
-    launches: dict[tuple[int, int], Launch], q: Tensor, v: Tensor, start: Tensor | None, past: int, window: int | None
+    launches: Launches, q: Tensor, v: Tensor, start: Tensor | None, past: int, window: int | None
 ) -> tuple[tuple[int, ...], dict[str, int | bool | str], tuple[int, int]]:
     """What the kernels are told of the sizes: numbers, and what they are compiled for."""
     (T, H, K), (S, G, V) = q.shape[1:], v.shape[1:]
     widest = 64 if max(K, V) <= 64 else WIDEST
-    BM, BN, num_warps, num_stages = INTERPRETED if interpreting() else launches[widest, v.element_size()]
+    BM, BN, num_warps, num_stages = INTERPRETED if interpreting() else launches[widest, v.dtype]
     settings = {
         **{"H": H, "G": G, "K": K, "V": V, "BM": BM, "BN": BN},
         **{name: max(16, 1 << (width - 1).bit_length()) for name, width in (("BK", K), ("BV", V))},
-        **{"DOCUMENTS": start is not None, "PRECISION": "ieee" if interpreting() else "tf32"},
+        **{"DOCUMENTS": start is not None, "PRECISION": _rounding(v.dtype)[0]},
         **{"num_warps": num_warps, "num_stages": num_stages},
     }
     return (T, S, past, past + T if window is None else window), settings, (BM, BN)
 
 
 def _keys(k: Tensor) -> Tensor:
-    """The keys as all products read them."""
-    if k.dtype != torch.float32 or interpreting():
+    """The keys as every product reads them."""
+    if k.dtype != torch.float32 or _rounding(k.dtype)[0] == "ieee":
         return k
     return ((k.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
 
 
-def _tolerance(k: Tensor) -> float:
-    """Half of what a product's operand is off, relative to it."""
-    return 1e-6 if interpreting() else 2.0**-10 if k.dtype == torch.bfloat16 else 2.0**-12
+def _rounding(dtype: torch.dtype) -> tuple[str, float]:
+    """The precision of products of this dtype, and the tolerance of a solve: half of how far their operands are off."""
+    if interpreting():
+        return "ieee", 1e-6
+    return "tf32", 2.0**-10 if dtype == torch.bfloat16 else 2.0**-12

@@ -26,10 +26,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def rounded(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """float32 x as the products take it. TF32 by hand: tensor cores cut off what they don't read."""
     if tl.bfloat16 == DTYPE:
-        return x.to(DTYPE)
-    if PRECISION == "tf32":
-        return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return x
+        y = x.to(DTYPE)
+    elif PRECISION == "tf32":
+        y = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        y = x
+    return y
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from torch import Tensor
 from models.decay import NoDecay
 from models.features import Identity
 from models.kernels import fla
+from models.kernels import local_linear as kernels
 from models.mixer import Mixer
 from models.regression.delta import chunked_delta
 from models.regression.kernel import Factor, parallel_intention
@@ -92,7 +93,7 @@ def softmax_layer(B: int, T: int, H: int, K: int, device: str, dtype: torch.dtyp
 
 
 def local_linear(B: int, T: int, H: int, K: int, device: str) -> Case:
-    """Both solvers, float32; on a GPU beside softmax in bf16, which is another model and no more than a yardstick."""
+    """Both solvers, float32; on a GPU our kernels too, and softmax in bf16: another model, a yardstick."""
     q, k, v = draw((B, T, H, K), torch.float32, device)[:3]
     beta, ridge = torch.full((H,), K**0.5, device=device), torch.full((H,), 0.1, device=device)
 
@@ -103,8 +104,18 @@ def local_linear(B: int, T: int, H: int, K: int, device: str) -> Case:
 
         return operator
 
+    def triton(dtype: torch.dtype) -> Callable[..., Tensor]:
+        def operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.to(dtype) for x in (F.normalize(q, dim=-1), k, v))
+            return kernels.local_linear(q, k, v, beta, ridge).float()
+
+        return operator
+
     named = {"ours, Cholesky": ours(K), "ours, conjugate gradients": ours(0)}
-    return same([q, k, v], named | ({"SDPA bf16 (another model)": half_softmax} if device == "cuda" else {}))
+    if device == "cuda":
+        named |= {"ours, Triton TF32": triton(torch.float32), "ours, Triton bf16": triton(torch.bfloat16)}
+        named["SDPA bf16 (another model)"] = half_softmax
+    return same([q, k, v], named)
 
 
 def intention(B: int, T: int, H: int, K: int, device: str) -> Case:
