@@ -115,7 +115,8 @@ def local_linear(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, ridge: Tensor, start: Tensor | None, past: int, window: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o and, for the backward, m [B, T, H, K], u [B, T, H, K] and the log sums [B, H, T]. All tensors contiguous."""
+    """o and, for the backward, m [B, T, H, K], u in two parts [2, B, T, H, K] and the log sums [B, H, T]. All tensors
+    contiguous."""
     from models.kernels.local_linear_kernels import forward_kernel
 
     results = _results(q, k, v, beta, ridge, start, past, window)
@@ -128,8 +129,8 @@ def forward(
 @forward.register_fake
 def _results(q, k, v, beta, ridge, start, past, window):
     (B, T, H, K), V = q.shape, v.shape[-1]
-    sizes = (B, T, H, K), (B, T, H, K), (B, H, T)
-    return q.new_empty(B, T, H, V), *(q.new_empty(size, dtype=torch.float32) for size in sizes)
+    mean, level = (q.new_empty(size, dtype=torch.float32) for size in ((B, T, H, K), (B, H, T)))
+    return q.new_empty(B, T, H, V), mean, q.new_empty(2, B, T, H, K), level
 
 
 @torch.library.custom_op("ttr::local_linear_backward", mutates_args=())
@@ -153,11 +154,11 @@ def backward(
     (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     z, each = torch.empty_like(u), level.new_empty(5, B, H, T)
-    keys, per_number, tolerance = _keys(k), B * H * T, _rounding(k.dtype)[1]
+    keys, tolerance = _keys(k), _rounding(k.dtype)[1]
 
     numbers, settings, (BM, _) = _launch(BACKWARD_QUERIES, q, v, start, past, window)
     backward_queries_kernel[B * H, -(-T // BM)](
-        q, keys, v, beta, ridge, start, mean, u, level, do, dq, z, each, *numbers, per_number, tolerance, **settings
+        q, keys, v, beta, ridge, start, mean, u, level, do, dq, z, each, *numbers, tolerance, **settings
     )
     stop = None
     if start is not None:
@@ -165,7 +166,7 @@ def backward(
         stop = torch.searchsorted(start, index.contiguous(), right=True, out_int32=True)
     numbers, settings, (_, BN) = _launch(BACKWARD_KEYS, q, v, start, past, window)
     backward_keys_kernel[B * G, -(-S // BN)](
-        q, keys, v, beta, start, stop, u, z, level, do, each, dk, dv, *numbers, per_number, **settings
+        q, keys, v, beta, start, stop, u, z, level, do, each, dk, dv, *numbers, **settings
     )
     return dq, dk, dv, each[3].sum((0, 2)), each[4].sum((0, 2))
 
