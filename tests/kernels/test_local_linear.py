@@ -87,32 +87,23 @@ def test_the_formulas_of_the_backward():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_the_kernels_are_the_definition_interpreted():
-    """In blocks of 16 queries and keys."""
+    """In blocks of 16 queries and keys. Then with operands rounded to TF32, which the kernels do themselves: at a tiny
+    ridge that costs the outputs no more than its eps, and of the gradients only those that are differences of terms as
+    large as 1 / ridge."""
     code = """
     from tests.kernels.test_local_linear import *
     kernels.INTERPRETED = (16, 16, 4, 1)
-    print("FOUND", json.dumps({name: errors(**case) for name, case in CASES.items()}))
-    """
-    found = json.loads(run_interpreted(textwrap.dedent(code)).split("FOUND")[1])
-    assert found.keys() == CASES.keys()
-    for name, case in found.items():
-        assert all(error < (1e-4 if "ridge" in CASES[name] else 1e-5) for error in case.values()), (name, case)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_rounded_operands_cost_their_rounding():
-    """TF32, which the kernels round to themselves: a tiny ridge makes the outputs no worse, and of the gradients only
-    those of keys and ridge, which are differences of terms as large as 1 / ridge."""
-    code = """
-    from tests.kernels.test_local_linear import *
+    exact = {name: errors(**case) for name, case in CASES.items()}
     kernels._rounding = lambda dtype: ("tf32", 2.0**-12)
-    print("FOUND", json.dumps([errors(T=64, ridge=ridge) for ridge in (0.1, 1e-3)]))
+    print("FOUND", json.dumps([exact, errors(T=64), errors(T=64, ridge=1e-3)]))
     """
-    found = json.loads(run_interpreted(textwrap.dedent(code)).split("FOUND")[1])
-    assert all(1e-5 < error < 2e-3 for error in found[0].values()), found
-    assert all(1e-5 < found[1][name] < 2e-3 for name in ("o", "q", "v", "beta")), found
-    assert all(found[1][name] < 2e-2 for name in ("k", "ridge")), found
+    exact, rounded, tiny = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
+    assert exact.keys() == CASES.keys()
+    for name, case in exact.items():
+        assert all(error < (1e-4 if "ridge" in CASES[name] else 1e-5) for error in case.values()), (name, case)
+    assert all(1e-5 < error < 2e-3 for error in rounded.values()), rounded
+    assert all(1e-5 < tiny[name] < 2e-3 for name in ("o", "q", "v")), tiny
+    assert all(tiny[name] < 2e-2 for name in ("k", "beta", "ridge")), tiny
 
 
 @pytest.mark.slow
@@ -128,7 +119,7 @@ def test_a_graph_is_not_broken():
     compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
     print("FOUND", (gradient(compiled) - gradient(m)).abs().max().item())
     """
-    assert float(run_interpreted(textwrap.dedent(code)).split("FOUND")[1]) < 1e-6
+    assert float(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1]) < 1e-6
 
 
 @pytest.mark.gpu
@@ -137,13 +128,14 @@ def test_a_graph_is_not_broken():
 @pytest.mark.parametrize("case", [c for c in CASES if c != "a tiny ridge"])
 @pytest.mark.parametrize(
     "dtype, tolerance",
-    [(torch.float32, 5e-3), (torch.float16, 5e-3), (torch.bfloat16, 3e-2)],
+    [(torch.float32, 3e-3), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)],
     ids=["float32", "float16", "bf16"],
 )
 def test_the_kernels_are_the_definition(dtype, tolerance, case, K, V):
     sizes = CASES[case] | {"K": K, "V": V, "T": CASES[case]["T"] * 5, "past": CASES[case].get("past", 0) * 5}
     found = errors(**sizes, dtype=dtype, device="cuda")
-    assert all(error < tolerance for error in found.values()), found
+    allowed = {name: tolerance * (4 if name in ("beta", "ridge") else 1) for name in NAMES}  # sums that may cancel
+    assert all(error < allowed[name] for name, error in found.items()), found
 
 
 def test_refusals_say_why(monkeypatch):
