@@ -13,6 +13,7 @@ Decay.      c_i = gamma_1 ... gamma_i, counted from the start of the document: o
             counts more than 1 / LEAST times as much as the first.
 State.      The keys, L and U: the next token adds a row to L. It grows with T^2.
 Exactness.  Exact. T^3 / 3 multiply-adds for the factor and T^2 numbers of memory: for a thousand tokens, not for ten.
+            A sequence that begins in a call has a backward of its own, by L^-1 and products alone.
 
 Shapes: B batch, T tokens, S tokens in the cache, N = S + T, H heads, K key width, V value width.
 """
@@ -105,9 +106,9 @@ class _Solved(torch.autograd.Function):
 
     With P = tril(kappa(Q, K) M^T), O = P U and U = M V:
                 dP = tril(dO U^T) ,   dU = P^T dO ,   dV = M^T dU ,   dkappa(Q, K) = dP M .
-    K = M^-1 M^-T gives d tr(M K M^T) = 0, whence dK = -M^T Psi M / 2 with Psi the symmetric matrix that has the lower
-    triangle of dP^T P + dU U^T. Of log kappa = beta (z . k - |z|^2 / 2 - |k|^2 / 2) for the rows z = [k, q] and with
-    E = dkappa kappa,
+    From M K M^T = I, dM M^-1 is -M dK M^T below the diagonal and half of it there, so that the gradient by K is
+    -M^T Psi M / 2 with Psi the symmetric matrix that has the lower triangle of dP^T P + dU U^T. Of log kappa
+    = beta (z . k - |z|^2 / 2 - |k|^2 / 2) for the rows z = [k, q], with E = dkappa kappa,
                 dz = beta (E k - sum_j E z) ,   dk = beta (E^T z - sum_i E k) ,   dbeta = sum E log kappa / beta .
     """
 
@@ -119,7 +120,7 @@ class _Solved(torch.autograd.Function):
         z = torch.cat([k, q], dim=-2)
         kernels = _log_kernel(z, k, beta).clamp_(max=0.0).exp_()
         if view.start is None:
-            kernels[..., :T, :].tril_(), kernels[..., T:, :].tril_()
+            kernels.unflatten(-2, (2, T)).tril_()
         else:
             hidden = ~view.visible(slice(0, T), slice(0, T), k.device).unsqueeze(1)
             kernels.unflatten(-2, (2, T)).masked_fill_(hidden.unsqueeze(2), 0.0)
