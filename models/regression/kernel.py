@@ -13,6 +13,7 @@ Decay.      c_i = gamma_1 ... gamma_i, counted from the start of the document: o
             counts more than 1 / LEAST times as much as the first.
 State.      The keys, L and U: the next token adds a row to L. It grows with T^2.
 Exactness.  Exact. T^3 / 3 multiply-adds for the factor and T^2 numbers of memory: for a thousand tokens, not for ten.
+            A sequence that begins in a call has a backward of its own, by L^-1 and products alone.
 
 Shapes: B batch, T tokens, S tokens in the cache, N = S + T, H heads, K key width, V value width.
 """
@@ -23,7 +24,9 @@ import math
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from models.precision import wide, working_dtype
 from models.regression.local import of_heads, squared_distance
@@ -73,25 +76,104 @@ def recurrent_intention(
 def parallel_intention(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, ridge: Tensor, view: View, factor: Factor
 ) -> tuple[Tensor, Factor]:
-    """The same, all T rows at once: with the factor L of the S pairs before,
+    """The same, all T rows at once, where there are no pairs before with a backward of its own. With the factor L of S:
 
     [[ K_SS, K_ST ], [ K_TS, K_TT ]] + ridge = [[ L, 0 ], [ R, L' ]] [[ L, 0 ], [ R, L' ]]^T ,
     R = K_TS L^-T ,   L' L'^T = K_TT + ridge - R R^T ,   U' = L'^-1 (V - R U) .
     """
     T, S, beta = q.shape[1], view.past, of_heads(beta)
+    if S == 0 and T > 1:
+        o, L, U = _Solved.apply(*(x.transpose(1, 2) for x in (q, k, v)), beta, ridge.transpose(1, 2), view)
+        return o.transpose(1, 2), factor._replace(k=k, L=L, U=U)
     q, v, keys = q.transpose(1, 2), v.transpose(1, 2), torch.cat([factor.k, k], dim=1).transpose(1, 2)
     visible = view.visible(slice(0, T), slice(0, S + T), q.device).unsqueeze(1)
     K = gaussian(keys[:, :, S:], keys, beta).masked_fill(~visible, 0.0)  # the lower triangle
     R = torch.linalg.solve_triangular(factor.L, K[..., :S].mT, upper=False).mT
     corner = K[..., S:] + K[..., S:].tril(-1).mT + ridge.transpose(1, 2).diag_embed()
     below = torch.linalg.cholesky(corner - R @ R.mT)
-    L = torch.cat([nn.functional.pad(factor.L, (0, T)), torch.cat([R, below], dim=-1)], dim=-2)
+    L = torch.cat([F.pad(factor.L, (0, T)), torch.cat([R, below], dim=-1)], dim=-2)
     U = torch.cat([factor.U, torch.linalg.solve_triangular(below, v - R @ factor.U, upper=False)], dim=-2)
 
     kappa = gaussian(q, keys, beta).masked_fill(~visible, 0.0)
     X = torch.linalg.solve_triangular(L, kappa.mT, upper=False).mT
     o = X.masked_fill(~visible, 0.0) @ U
     return o.transpose(1, 2), factor._replace(k=keys.transpose(1, 2), L=L, U=U)
+
+
+class _Solved(torch.autograd.Function):
+    """O, L and U of a sequence without a past, [B, H, T, *], by products with M = L^-1: T x T systems are solved once,
+    and every pass over T x T that autograd would make to differentiate the solves, the factor and the kernel is saved.
+
+    With P = tril(kappa(Q, K) M^T), O = P U and U = M V:
+                dP = tril(dO U^T) ,   dU = P^T dO ,   dV = M^T dU ,   dkappa(Q, K) = dP M .
+    From M K M^T = I, dM M^-1 is -M dK M^T below the diagonal and half of it there, so that the gradient by K is
+    -M^T Psi M / 2 with Psi the symmetric matrix that has the lower triangle of dP^T P + dU U^T. Of log kappa
+    = beta (z . k - |z|^2 / 2 - |k|^2 / 2) for the rows z = [k, q], with E = dkappa kappa,
+                dz = beta (E k - sum_j E z) ,   dk = beta (E^T z - sum_i E k) ,   dbeta = sum E log kappa / beta .
+    """
+
+    @staticmethod
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, ridge: Tensor, view: View
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        T = k.shape[-2]
+        z = torch.cat([k, q], dim=-2)
+        kernels = _log_kernel(z, k, beta).clamp_(max=0.0).exp_()
+        if view.start is None:
+            kernels.unflatten(-2, (2, T)).tril_()
+        else:
+            hidden = ~view.visible(slice(0, T), slice(0, T), k.device).unsqueeze(1)
+            kernels.unflatten(-2, (2, T)).masked_fill_(hidden.unsqueeze(2), 0.0)
+        L = torch.linalg.cholesky(kernels[..., :T, :] + ridge.diag_embed())
+        M = inverse_of_triangle(L)
+        P, U = (kernels[..., T:, :] @ M.mT).tril_(), M @ v
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z, k, beta, kernels, M, P, U)
+        return P @ U, L, U
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do: Tensor | None, dL: Tensor | None, dU: Tensor | None) -> tuple[Tensor | None, ...]:
+        z, k, beta, kernels, M, P, U = ctx.saved_tensors
+        T = k.shape[-2]
+        do = torch.zeros_like(U) if do is None else do
+        dP, dU = (do @ U.mT).tril_(), P.mT @ do + (0 if dU is None else dU)
+        psi = (dP.mT @ P).add_(dU @ U.mT)
+        if dL is not None:
+            psi -= inverse_of_triangle(M).mT @ dL
+        psi = psi.tril_() + psi.tril(-1).mT
+        E = torch.cat([psi, dP], dim=-2) @ M
+        E[..., :T, :] = M.mT @ E[..., :T, :].neg()
+        d_ridge = E[..., :T, :].diagonal(dim1=-2, dim2=-1) / 2
+        E *= kernels  # of kappa(K, K), whose gradient is twice that, the lower triangle
+        z_, k_ = (F.pad(x, (0, 1), value=1.0) for x in (z, k))
+        dz, dk = E @ k_, E.mT @ z_
+        of_z, of_k = dz[..., -1:] * z, dk[..., -1:] * k
+        dz, dk = dz[..., :-1] - of_z, dk[..., :-1] - of_k
+        d_beta = ((dz + of_z / 2) * z).sum((0, 2, 3)) - (of_k * k).sum((0, 2, 3)) / 2
+        dz, dk = beta * dz, beta * dk
+        return dz[..., T:, :], dk + dz[..., :T, :], M.mT @ dU, of_heads(d_beta), d_ridge, None
+
+
+def _log_kernel(q: Tensor, k: Tensor, beta: Tensor) -> Tensor:
+    """-beta |q - k|^2 / 2 [..., T, S] as one product, of [beta q, -beta |q|^2 / 2, 1] and [k, 1, -beta |k|^2 / 2]."""
+    of_q, of_k = (-beta / 2 * x.square().sum(-1, keepdim=True) for x in (q, k))
+    return torch.cat([beta * q, of_q, torch.ones_like(of_q)], -1) @ torch.cat([k, torch.ones_like(of_k), of_k], -1).mT
+
+
+def inverse_of_triangle(L: Tensor, width: int = 64) -> Tensor:
+    """L^-1 of lower triangles [..., T, T], by products but for blocks of `width` on the diagonal:
+    [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]].
+    """
+    T = L.shape[-1]
+    if width >= T:
+        return torch.linalg.solve_triangular(L, torch.eye(T, dtype=L.dtype, device=L.device), upper=False)
+    half = -(-T // (2 * width)) * width
+    A, C = inverse_of_triangle(L[..., :half, :half], width), inverse_of_triangle(L[..., half:, half:], width)
+    M = torch.zeros_like(L)
+    M[..., :half, :half], M[..., half:, half:] = A, C
+    M[..., half:, :half] = -(C @ (L[..., half:, :half] @ A))
+    return M
 
 
 class Intention(Nonparametric):

@@ -18,7 +18,8 @@ Order 2.    phi(k) has the products k_a k_b as well, all of them or the squares 
             about the origin; about the query, with k - q for k, it would take moments of order four for each.
 Parallax.   Spare the solve and learn u, a projection of x: amortised local linear attention (2026).
 Exactness.  Both forms solve every query's problem, the blocked one by Cholesky or, for wide phi, by conjugate gradients
-            to a tolerance. Gradients are those of the solution, by one more solve and not through the solver.
+            to a tolerance. Gradients are those of the solution, by one more solve and not through the solver. For p = 1
+            kernels/local_linear.py does so without holding a block's weights, rounded as it says.
 
 Shapes: as in pairs.py; F features in phi.
 """
@@ -32,6 +33,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from models.kernels import local_linear as kernels
 from models.precision import wide, working_dtype
 from models.regression.local import kernel_weights, of_heads
 from models.regression.pairs import Nonparametric, Pairs, View, by_head, in_blocks
@@ -243,6 +245,11 @@ class LocalPolynomial(Nonparametric):
         else:
             raise ValueError(f"regressor.ridge={ridge!r} must be 'learned' or a positive number")
 
+    def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+        if self.order == 2:
+            return {}
+        return {"triton": kernels.refusal(device, dtype, self.key_dim, self.value_dim)}
+
     def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         if backend != "torch":
             return ""
@@ -265,8 +272,11 @@ class LocalPolynomial(Nonparametric):
         segments: Tensor | None = None,
     ) -> tuple[Tensor, Pairs]:
         pairs, view = self.gather(k, v, log_decay, state, segments)
-        arguments = (q, pairs, self.beta(q), self.ridge(q), view, self.order, self.cross_terms)
-        if self.choose(q.device, q.dtype).backend == "recurrent":
+        backend, beta, ridge = self.choose(q.device, q.dtype).backend, self.beta(q), self.ridge(q)
+        arguments = (q, pairs, beta, ridge, view, self.order, self.cross_terms)
+        if backend == "triton":
+            o = kernels.local_linear(q, pairs.k, pairs.v, beta, ridge, view.start, view.past, view.window)
+        elif backend == "recurrent":
             o = recurrent_local_polynomial(*arguments)
         else:
             o = blocked_local_polynomial(*arguments, self.queries_at_once(q))

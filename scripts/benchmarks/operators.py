@@ -14,10 +14,11 @@ from torch import Tensor
 from models.decay import NoDecay
 from models.features import Identity
 from models.kernels import fla
+from models.kernels import local_linear as kernels
 from models.mixer import Mixer
 from models.regression.delta import chunked_delta, kernel_delta
-from models.regression.kernel import Factor, parallel_intention
-from models.regression.local import Softmax
+from models.regression.kernel import Factor, gaussian, parallel_intention
+from models.regression.local import Softmax, of_heads
 from models.regression.local_polynomial import blocked_local_polynomial
 from models.regression.memory import Memory
 from models.regression.momentum import chunked_momentum, kernel_momentum
@@ -38,6 +39,7 @@ def cases(device: str) -> dict[str, Callable[[], Case]]:
             "delta B16 T256 H4 K32": lambda: delta_on_a_cpu(16, 256, 4, 32),
             "softmax B4 T1024 H4 K64": lambda: softmax_layer(4, 1024, 4, 64, device, torch.float32),
             "local linear B1 T512 H2 K32": lambda: local_linear(1, 512, 2, 32, device),
+            "intention B1 T128 H2 K32": lambda: intention(1, 128, 2, 32, device, solved_apart=True),
         } | memories(2, 256, 4, 32, device)
     return {
         "delta B8 T4096 H8 K128": lambda: delta_on_a_gpu(8, 4096, 8, 128),
@@ -45,6 +47,7 @@ def cases(device: str) -> dict[str, Callable[[], Case]]:
         "softmax B8 T4096 H8 K128": lambda: softmax_layer(8, 4096, 8, 128, device, torch.bfloat16),
         "local linear B1 T8192 H8 K64": lambda: local_linear(1, 8192, 8, 64, device),
         "intention B4 T1024 H8 K64": lambda: intention(4, 1024, 8, 64, device),
+        "intention B1 T256 H2 K64": lambda: intention(1, 256, 2, 64, device, solved_apart=True),
     } | memories(8, 4096, 8, 128, device)
 
 
@@ -119,7 +122,7 @@ def softmax_layer(B: int, T: int, H: int, K: int, device: str, dtype: torch.dtyp
 
 
 def local_linear(B: int, T: int, H: int, K: int, device: str) -> Case:
-    """Both solvers, float32; on a GPU beside softmax in bf16, which is another model and no more than a yardstick."""
+    """Both solvers, float32; on a GPU our kernels too, and softmax in bf16: another model, a yardstick."""
     q, k, v = draw((B, T, H, K), torch.float32, device)[:3]
     beta, ridge = torch.full((H,), K**0.5, device=device), torch.full((H,), 0.1, device=device)
 
@@ -130,11 +133,22 @@ def local_linear(B: int, T: int, H: int, K: int, device: str) -> Case:
 
         return operator
 
+    def triton(dtype: torch.dtype) -> Callable[..., Tensor]:
+        def operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.to(dtype) for x in (F.normalize(q, dim=-1), k, v))
+            return kernels.local_linear(q, k, v, beta, ridge).float()
+
+        return operator
+
     named = {"ours, Cholesky": ours(K), "ours, conjugate gradients": ours(0)}
-    return same([q, k, v], named | ({"SDPA bf16 (another model)": half_softmax} if device == "cuda" else {}))
+    if device == "cuda":
+        named |= {"ours, Triton TF32": triton(torch.float32), "ours, Triton bf16": triton(torch.bfloat16)}
+        named["SDPA bf16 (another model)"] = half_softmax
+    return same([q, k, v], named)
 
 
-def intention(B: int, T: int, H: int, K: int, device: str) -> Case:
+def intention(B: int, T: int, H: int, K: int, device: str, solved_apart: bool = False) -> Case:
+    """solved_apart: beside the systems of all T queries, solved one by one in a batch, which takes T^3 numbers."""
     q, k, v = draw((B, T, H, K), torch.float32, device)[:3]
     beta, ridge = torch.full((H,), K**0.5, device=device), torch.full((B, T, H), 0.1, device=device)
     empty = (k.new_empty(B, 0, H, K), k.new_empty(B, H, 0, 0), k.new_empty(B, H, 0, K), k.new_zeros(B, H))
@@ -142,7 +156,18 @@ def intention(B: int, T: int, H: int, K: int, device: str) -> Case:
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return parallel_intention(F.normalize(q, dim=-1), k, v, beta, ridge, View(), Factor(*empty))[0]
 
-    return same([q, k, v], {"ours, one Cholesky": ours, "SDPA bf16 (another model)": half_softmax})
+    def apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (F.normalize(q, dim=-1), k, v))
+        seen = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        kernel = gaussian(k, k, of_heads(beta)).unsqueeze(2) * (
+            seen.unsqueeze(1) & seen.unsqueeze(2)
+        )  # [B, H, T, T, T]
+        L = torch.linalg.cholesky(kernel + 0.1 * torch.eye(T, device=device))
+        kappa = gaussian(q, k, of_heads(beta)) * seen
+        return (torch.cholesky_solve(kappa.unsqueeze(-1), L).mT @ v.unsqueeze(2)).squeeze(-2).transpose(1, 2)
+
+    named = {"ours, one Cholesky": ours, "SDPA bf16 (another model)": half_softmax}
+    return same([q, k, v], {"ours, one Cholesky": ours, "T separate solves": apart} if solved_apart else named)
 
 
 def half_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -21,9 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def run_interpreted(code: str, timeout: float = 300) -> str:
-    """Runs Python code in a child process where fla's kernels are interpreted; returns what it printed."""
-    program = "from tests.kernels.interpreter import prepare\nprepare()\n" + code
+def run_interpreted(code: str, timeout: float = 300, fla: bool = True) -> str:
+    """Runs Python code in a child process where kernels are interpreted, fla's too or only ours, which need no
+    preparation; returns what it printed."""
+    program = ("from tests.kernels.interpreter import prepare\nprepare()\n" if fla else "") + code
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "2"},

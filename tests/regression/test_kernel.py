@@ -58,6 +58,15 @@ def test_documents_calls_and_decays(decay):
     assert largest_difference(outcome(m, x, (3, 7, 8), segments, memory=False), truth) < 1e-10
 
 
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_backward_of_its_own_is_autograds(documents):
+    """One call, by the inverse of the factor, and a call after another, where autograd differentiates the solves;
+    through the outputs and the factor, over several blocks of the inverse."""
+    x, m = inputs(1, 150), mixer("intention")
+    segments = torch.repeat_interleave(torch.arange(3), torch.tensor([70, 1, 79])).expand(1, -1) if documents else None
+    assert largest_difference(outcome(m, x, (), segments), outcome(m, x, (1,), segments)) < 1e-10
+
+
 def test_forgetting_stops_where_systems_would_be_singular():
     """float32, a decay that forgets everything within a few tokens, and keys that repeat: finite."""
     x = inputs(1, 8, torch.float32).repeat(1, 40, 1)

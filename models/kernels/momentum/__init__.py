@@ -97,7 +97,8 @@ def _forward(
     from models.kernels.momentum.launch import Launch
 
     rule = Rule(momentum, carried, solve, decayed)
-    return Launch(q, k, v, step_size, log_momentum, log_decay, matrices, source, rule).forward()
+    with torch.cuda.device_of(q):
+        return Launch(q, k, v, step_size, log_momentum, log_decay, matrices, source, rule).forward()
 
 
 @_forward.register_fake
@@ -125,7 +126,8 @@ def _backward(
     from models.kernels.momentum.launch import Launch
 
     rule = Rule(momentum, carried, solve, decayed)
-    return Launch(q, k, v, step_size, log_momentum, log_decay, matrices, source, rule).backward(do, dlast)
+    with torch.cuda.device_of(q):
+        return Launch(q, k, v, step_size, log_momentum, log_decay, matrices, source, rule).backward(do, dlast)
 
 
 @_backward.register_fake

@@ -88,10 +88,11 @@ def ttt_scan(
     o, last = torch.empty_like(v), init.clone()
     kept = init.new_empty(B, H, G, init.shape[-1])
     kernel = {"linear": linear_forward, "mlp": mlp_forward}[inner_model]
-    kernel[(B * H,)](
-        q, k, v, steps, sizes, start, init, gamma, beta, first, group, fresh, o, last, kept,
-        **_sizes(q, first, group, fresh, inner_model),
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        kernel[(B * H,)](
+            q, k, v, steps, sizes, start, init, gamma, beta, first, group, fresh, o, last, kept,
+            **_sizes(q, first, group, fresh, inner_model),
+        )  # fmt: skip
     return o, last, kept
 
 
@@ -129,11 +130,12 @@ def ttt_scan_backward(
     dsizes, dgamma, dbeta = (steps.new_empty(B, H, n) for n in (len(sizes), K, K))
     scratch = kept.new_empty(B, H, GROUP[inner_model], kept.shape[-1])
     kernel = {"linear": linear_backward, "mlp": mlp_backward}[inner_model]
-    kernel[(B * H,)](
-        q, k, v, steps, sizes, start, gamma, beta, first, group, fresh, kept, do, dlast,
-        dq, dk, dv, dsteps, dsizes, dstart, dinit, dgamma, dbeta, scratch,
-        **_sizes(q, first, group, fresh, inner_model), GROUP=GROUP[inner_model],
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        kernel[(B * H,)](
+            q, k, v, steps, sizes, start, gamma, beta, first, group, fresh, kept, do, dlast,
+            dq, dk, dv, dsteps, dsizes, dstart, dinit, dgamma, dbeta, scratch,
+            **_sizes(q, first, group, fresh, inner_model), GROUP=GROUP[inner_model],
+        )  # fmt: skip
     return [dq, dk, dv, dsteps, dsizes, dstart, dinit, dgamma, dbeta]
 
 
