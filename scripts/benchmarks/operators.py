@@ -23,6 +23,8 @@ from models.regression.local_polynomial import blocked_local_polynomial
 from models.regression.memory import Memory
 from models.regression.momentum import chunked_momentum, kernel_momentum
 from models.regression.pairs import Pairs, View
+from models.regression.ttt import TTT
+from models.sizes import Sizes
 from scripts.benchmarks import peers
 from scripts.benchmarks.timing import Case, Operator, same
 from scripts.recipes import PRESETS, composed, mixer_of
@@ -48,6 +50,9 @@ def cases(device: str) -> dict[str, Callable[[], Case]]:
         "local linear B1 T8192 H8 K64": lambda: local_linear(1, 8192, 8, 64, device),
         "intention B4 T1024 H8 K64": lambda: intention(4, 1024, 8, 64, device),
         "intention B1 T256 H2 K64": lambda: intention(1, 256, 2, 64, device, solved_apart=True),
+        "ttt_linear B8 T4096 H8 K64": lambda: ttt(8, 4096, 8, 64, "linear"),
+        "ttt_mlp B8 T4096 H8 K64": lambda: ttt(8, 4096, 8, 64, "mlp"),
+        "deep memory B8 T4096 H8 K64": lambda: deep_memory(8, 4096, 8, 64, device),
     } | memories(8, 4096, 8, 128, device)
 
 
@@ -173,6 +178,45 @@ def intention(B: int, T: int, H: int, K: int, device: str, solved_apart: bool = 
 def half_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.bfloat16().transpose(1, 2) for x in (F.normalize(q, dim=-1), k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=q.shape[-1] ** 0.5).transpose(1, 2).float()
+
+
+def ttt(B: int, T: int, H: int, K: int, inner_model: str) -> Case:
+    """Our kernels and the PyTorch form; for the linear one also fla's, of another function with as many products."""
+    inputs, x = draw((B, T, H, K), torch.bfloat16, "cuda")[:3], torch.randn(B, T, H * K, device="cuda")
+
+    def by(backend: str) -> Operator:
+        torch.manual_seed(0)
+        module = TTT(Sizes(H * K, H, H, K, K), backend, inner_model).to("cuda")
+        return Operator(lambda q, k, v: module(x, q, k, v)[0], inputs, tuple(module.parameters()))
+
+    operators = {"ours, Triton": by("triton"), "ours, mini-batches": by("torch")}
+    if inner_model == "linear":
+        operators["fla, ttt_linear"] = Operator(peers.ttt_linear, inputs)
+    return Case(operators, alike=False)
+
+
+def deep_memory(B: int, T: int, H: int, K: int, device: str) -> Case:
+    """The whole layer, projections included, with the gradients of all parameters."""
+    x = torch.randn(B, T, H * K, device=device).requires_grad_()
+    sizes = f"model.num_heads={H}", f"model.hidden_size={H * K}"
+
+    def layer(preset: str, *settings: str) -> Operator:
+        torch.manual_seed(0)
+        settings = [f"model.mixers.main.regressor.{setting}" for setting in settings]
+        mixer = mixer_of(composed(preset, *sizes, *settings)).to(device)
+
+        def function(x: Tensor) -> Tensor:
+            with half(device):
+                return mixer(x)[0]
+
+        return Operator(function, [x], tuple(mixer.parameters()))
+
+    operators = {
+        "titans_mlp, nothing twice": layer("titans_mlp", "remat=0"),
+        "titans_mlp": layer("titans_mlp"),
+        "lact, chunks of 1024": layer("lact", "grad_batch=1024", "window=1024"),
+    }
+    return Case(operators, alike=False)
 
 
 def memories(B: int, T: int, H: int, K: int, device: str) -> dict[str, Callable[[], Case]]:

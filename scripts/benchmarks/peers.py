@@ -83,6 +83,16 @@ def momentum_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step
     )[0]
 
 
+def ttt_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Another function than the published layer's: models/regression/ttt/layer.py, Others."""
+    from fla.ops.ttt import chunk_ttt_linear
+
+    H, V = v.shape[2:]
+    weight, bias = torch.ones(H, V, device=v.device, dtype=v.dtype), torch.zeros(H, V, device=v.device, dtype=v.dtype)
+    step_size = torch.full((*v.shape[:3], 1), 1 / V, device=v.device, dtype=v.dtype)
+    return chunk_ttt_linear(q, k, v, weight, bias, step_size, chunk_size=16, output_final_state=True)[0]
+
+
 OF_PRESETS = {
     "linear": linear_attn,
     "retnet": retention,
