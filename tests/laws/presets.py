@@ -67,10 +67,12 @@ def mixer(preset: str, backend: str = "torch", dtype: torch.dtype = torch.float6
     """The preset's mixer with fixed random weights, in chunks of CHUNK tokens where it has chunks; settings as in
     `change`."""
     node = copy.deepcopy(recipe(preset))
+    plain = backend in ("torch", "recurrent")
     for each in parts(node):
+        own = backend if plain or each is parts(node)[0] else "torch"  # of a memory and attention, the memory's
         chunked = issubclass(locate(each["regressor"]["_target_"]), Memory)
         large = each["regressor"].get("grad_batch", 1) > 2 * CHUNK
-        change(each, regressor__backend=backend, **({"regressor__chunk": CHUNK} if chunked else {}))
+        change(each, regressor__backend=own, **({"regressor__chunk": CHUNK} if chunked else {}))
         change(each, **({"regressor__grad_batch": CHUNK} if large else {}))
     torch.manual_seed(1)
     return build(change(node, **settings), hidden_size=HIDDEN, layer_index=0).to(dtype)
