@@ -1,4 +1,4 @@
-"""README says what is so: its commands compose, its files exist, its length stays readable."""
+"""README and docs say what is so: its commands compose, its files exist, its length stays readable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.conftest import ROOT
 from tests.test_config import CONF, composed
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line.strip() for line in README.splitlines() if "train.py " in line and line.startswith("    ")]
+PAGES = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+COMMANDS = [line.strip() for line in PAGES.splitlines() if "train.py " in line and line.startswith("    ")]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -33,7 +34,7 @@ def test_there_are_commands():
 
 
 def test_named_files_exist():
-    for path in re.findall(r"\b(?:models|conf|tests|scripts|data)/[\w/]+\.\w+\b", README):
+    for path in re.findall(r"\b(?:models|conf|tests|scripts|data)/[\w/]+\.\w+\b", PAGES):
         if "NAME" not in path:
             assert (ROOT / path).exists(), path
 
