@@ -91,8 +91,8 @@ class Regressor(nn.Module):
         return ""
 
     def choose(self, device: torch.device, dtype: torch.dtype) -> Choice:
-        """The backend for this device and compute dtype. `auto` takes the first accelerator that is right here, else
-        `torch`; one that was named outright and can't run is a ValueError that says why.
+        """The backend for this device and compute dtype. `auto` takes the first accelerator that is right here and
+        not `on_request`, else `torch`; one that was named outright and can't run is a ValueError that says why.
         """
         refusals = self.accelerators(device, dtype)
         if self.backend not in ("auto", "torch", "recurrent"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import textwrap
 
 import pytest
@@ -14,6 +15,7 @@ from models.regression.delta import kernel_delta, recurrent_delta
 from models.regression.documents import forget_at_starts
 from models.regression.momentum import State, kernel_momentum, recurrent_momentum
 from tests.kernels.interpreter import run_interpreted
+from tests.laws.presets import mixer
 
 CASES = {  # what differs from one head width of 16, 100 tokens, a decay, momenta of sigmoid(N(0, 1))
     "exact": {},
@@ -100,10 +102,8 @@ def test_kernels_are_the_recurrence(half):
     from tests.kernels.test_momentum import CASES, errors
     print("FOUND", json.dumps({name: max(errors("cpu", torch.float32, **CASES[name])) for name in %r}))
     """
-    import json
-
     names = list(CASES)[half::2]
-    found = json.loads(run_interpreted(textwrap.dedent(code % names)).split("FOUND")[1])
+    found = json.loads(run_interpreted(textwrap.dedent(code % names), fla=False).split("FOUND")[1])
     assert found.keys() == set(names) and all(error < 1e-5 for error in found.values()), found
 
 
@@ -116,36 +116,42 @@ def test_on_a_gpu(name, dtype, tolerance):
     assert max(found) < tolerance, found
 
 
-GATES_AT_THEIR_ENDS = """
-import torch
-from models.regression.momentum import kernel_momentum
-
-def finite(device, dtype):
+def finite(device: str, dtype: torch.dtype) -> bool:
+    """Whether outputs, memories and gradients are, for all triples of gates in this list, zero and one among them."""
     ends = torch.tensor([0.0, 1e-30, 1e-6, 0.5, 1 - 1e-6, 1.0], device=device)
-    T = 216
-    gates = torch.cartesian_prod(ends, ends, ends).view(1, T, 1, 3)
-    theta, momentum, decay = ((x if i else x * 0.5).clone().requires_grad_() for i, x in enumerate(gates.unbind(-1)))
+    theta, momentum, decay = torch.cartesian_prod(ends, ends, ends).view(1, -1, 1, 3).unbind(-1)
+    gates = [x.clone().requires_grad_() for x in (theta / 2, momentum.log(), decay.log())]
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, T, 1, 16, device=device).to(dtype).requires_grad_() for _ in range(3))
-    k_unit = torch.nn.functional.normalize(k.float(), dim=-1).to(dtype)
-    o, state = kernel_momentum(q, k_unit, v, theta, momentum.log(), decay.log())
-    gradients = torch.autograd.grad(o.float().sum(), [q, k, v, theta])
+    q, k, v = (torch.randn(*theta.shape, 16, device=device) for _ in range(3))
+    pairs = [x.to(dtype).requires_grad_() for x in (q, F.normalize(k, dim=-1), v)]
+    o, state = kernel_momentum(*pairs, *gates)
+    gradients = torch.autograd.grad(o.float().sum(), [*pairs, *gates])
     return all(x.isfinite().all().item() for x in (o, *state.matrices, *gradients))
-"""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_gates_of_zero_and_one_are_finite():
-    assert "True" in run_interpreted(GATES_AT_THEIR_ENDS + "\nprint(finite('cpu', torch.float32))")
+    code = "import torch\nfrom tests.kernels.test_momentum import finite\nprint(finite('cpu', torch.float32))"
+    assert "True" in run_interpreted(code, fla=False)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_gates_of_zero_and_one_are_finite_on_a_gpu():
-    scope: dict = {}
-    exec(GATES_AT_THEIR_ENDS, scope)
-    assert scope["finite"]("cuda", torch.float32) and scope["finite"]("cuda", torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gates_of_zero_and_one_are_finite_on_a_gpu(dtype):
+    assert finite("cuda", dtype)
+
+
+def test_auto_leaves_it_alone_and_only_its_own_rules_can_ask(monkeypatch):
+    monkeypatch.setattr(momentum, "refusal", lambda *_: None)
+    cuda = torch.device("cuda")
+    choice = mixer("titans", "auto").regressor.choose(cuda, torch.bfloat16)
+    assert choice.backend == "torch" and "triton: waits to be asked for" in choice.reason
+    assert mixer("titans", "triton").regressor.choose(cuda, torch.bfloat16).backend == "triton"
+    for preset in ("omega", "titans_mlp", "kda"):
+        with pytest.raises(ValueError, match="has no such kernel"):
+            mixer(preset, "triton").regressor.choose(cuda, torch.bfloat16)
 
 
 def test_what_it_refuses(monkeypatch):

@@ -26,7 +26,7 @@ KERNELS = (
 
 
 class Configuration(NamedTuple):
-    """BV: columns of the values that a program has; warps and stages as Triton's."""
+    """BV: columns of the values that a program has, 0 for a kernel without values; warps and stages as Triton's."""
 
     BV: int
     num_warps: int
@@ -39,7 +39,7 @@ class Configuration(NamedTuple):
 
 def configurations(width: int, half: bool) -> dict[str, Configuration]:
     """By kernel, for keys up to 64, 128 or 256 wide."""
-    if not half:  # three products for one, of operands twice as large; 8 warps are miscompiled (Triton 3.7.1)
+    if not half:  # three products for one, of operands twice as large. With 8 warps: an illegal memory access
         few = Configuration(32 if width <= 64 else 16, 4, 1)
         return dict.fromkeys(KERNELS, few)
     wide, narrow = width > 128, width <= 64

@@ -46,12 +46,16 @@ class InnerOptimizer:
 
 
 class Sign(InnerOptimizer):
+    """sign(D) / sqrt(in out), with the gradient of D / |D|."""
+
     def direction(self, D: Tensor, history: Sequence[Tensor], eta: Tensor) -> tuple[Tensor, list[Tensor]]:
         seen = D * (D.square().sum((-2, -1), keepdim=True) + TINY).rsqrt()
         return seen + (D.sign() / (D.shape[-2] * D.shape[-1]) ** 0.5 - seen).detach(), []
 
 
 class Adam(InnerOptimizer):
+    """m^ / (sqrt(v^) + eps) / sqrt(in out); the history is m, v and the number of steps."""
+
     betas, eps = (0.9, 0.95), 1e-6
 
     def shapes(self, n: int, m: int) -> list[tuple[int, int]]:
@@ -98,6 +102,8 @@ class Shampoo(InnerOptimizer):
 
 
 class Muon(InnerOptimizer):
+    """U V^T of B = eta B + D; the history is B."""
+
     has_momentum = True
 
     def shapes(self, n: int, m: int) -> list[tuple[int, int]]:
