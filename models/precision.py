@@ -1,14 +1,31 @@
-"""Which numbers must not be rounded to the compute dtype: gates, decays, step sizes, memories, norms and sums."""
+"""Which numbers must not be rounded to the compute dtype: gates, decays, step sizes, memories, norms and sums; and
+which need more digits than those."""
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 def wide(x: Tensor) -> Tensor:
     """x in float32 at least: half precision is widened, float32 and float64 stay what they are."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return x.float() if x.dtype in HALF else x
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype in which a memory is computed from these: float64 where one of them is, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def doubled_dtype(device: torch.device, *dtypes: torch.dtype) -> torch.dtype:
+    """The dtype for what squares the condition number of numbers in these, as normal equations do: twice their digits.
+
+    Float64 where one of them is; float32 where one has 16 bits, or autocast computes in 16 bits; else float64, but on
+    MPS float32, since it has no float64.
+    """
+    if torch.float64 in dtypes:
+        return torch.float64
+    half = any(dtype in HALF for dtype in dtypes) or torch.is_autocast_enabled(device.type)
+    return torch.float32 if half or device.type == "mps" else torch.float64

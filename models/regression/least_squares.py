@@ -15,10 +15,14 @@ Members.    Mesa (MesaNet, von Oswald et al. 2025, section 3): a static ridge, b
             (models/features) make it regression in them.
 Decay.      One per head. With one per channel, H_t = diag(gamma) H_{t-1} + ... is not symmetric and minimises nothing;
             with a negative one, weights of a least-squares problem would be.
-Exactness.  The chunked form solves to a tolerance that is near rounding by default. The gradient is that of the exact
-            solution. Decoding uses the same solver from the same start as training.
-            Moments in float32 know the fit to the condition number's rounding, whatever the solver: one pair 2048 times
-            over, ridge 1, no decay, b = 1 is 1e-3 off; with gamma at its cap of 0.9975 it is 9e-5.
+Exactness.  Normal equations square the condition number of their pairs, so moments, solve and read have twice the
+            digits of q, k and v: float64 for float32, float32 for 16 bits (moments.py). One key 2048 times over with
+            the same value or with others, b = 1, no decay, ridge 0.25 then costs float32 3e-6 in outputs and all
+            gradients, and bf16 no more than rounding them; moments in float32 know that fit to 1e-2, whatever the
+            solver. MPS has no float64: pairs in float32 have moments in float32 there, and the table that is printed
+            before the first step says so.
+            The chunked form solves to a tolerance that follows from those digits (solvers.py). The gradient is that of
+            the exact solution. Decoding uses the same solver from the same start as training.
             fla 0.6's chunk_mesa_net is not used. It rounds q, k and the solutions to float16 and G to bfloat16; it adds
             1e-5 to denominators, so that its fixed number of steps ends at an error of 1e-4 to 1e-2 whatever that
             number; and it trains from x = 0 but decodes from x = q / diag, which agree only when both have converged.
@@ -35,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.precision import wide, working_dtype
+from models.precision import doubled_dtype, wide
 from models.regression.chunks import fades, from_chunks, into_chunks, short
 from models.regression.documents import forget_at_starts
 from models.regression.memory import Memory
@@ -81,11 +85,11 @@ def recurrent_least_squares(
 
     q, k: [B, T, H, K].  v: [B, T, H, V].  write_weight: [B, T, H], b above.  log_decay: [B, T, H], natural log of
     gamma, <= 0, or None for 1.  moments: None for zeros.  mix: [B, T, H], alpha above, or None for 1.
-    Returns o [B, T, H, V] in the dtype of v, and the moments after the last token. Computed in float32 at least.
+    Returns o [B, T, H, V] in the dtype of v, and the moments after the last token, in whose dtype all is computed.
     """
-    dtype = working_dtype(q, k, v)
-    out_dtype, (q, k, v, b) = v.dtype, (x.to(dtype) for x in (q, k, v, write_weight))
-    H, G, _ = first_moments(k, v, moments)
+    H, G, _ = first_moments(q, k, v, moments)
+    out_dtype, dtype = v.dtype, H.dtype
+    q, k, v, b = (x.to(dtype) for x in (q, k, v, write_weight))
     decay = None if log_decay is None else log_decay.to(dtype).exp()
     outputs = []
     with torch.autocast(q.device.type, enabled=False):
@@ -125,8 +129,9 @@ def chunked_least_squares(
     Arguments and results as in recurrent_least_squares, and the Solution, [B, T, H, *], for what it tells about the
     solver. Where ridge.size is None the solver is least_norm.
     """
-    first = first_moments(k, v, moments)
+    first = first_moments(q, k, v, moments)
     (B, T, H, K), dtype = k.shape, first.keys.dtype
+    pairs = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     chunk = 1 if T == 1 else short(chunk, T)
     with torch.autocast(q.device.type, enabled=False):
         q, k, values, b, log_decay, mix = (
@@ -144,7 +149,7 @@ def chunked_least_squares(
             size = (
                 size * _norm(A.squared_norms()) if ridge.scaled else size.expand(H, K).repeat(len(k) // H, 1)[:, None]
             )
-            found = solve(A._replace(ridge=size), q, solver)
+            found = solve(A._replace(ridge=size), q, solver, pairs)
         query = _mixed(q, found.x, None if mix is None else mix.squeeze(-1))
         o = torch.bmm(query, G) * start + torch.bmm(torch.bmm(query, k.mT) * weights, values)
         found = Solution(*(None if x is None else from_chunks(x, (B, T, H)) for x in found))
@@ -177,7 +182,8 @@ class LeastSquares(Memory):
     ridge: Lambda. "learned" is one per head and channel, 0.25 + softplus(.), 1 at the start; a number is the same for
         all. 0 is the limit of no ridge, the pseudo-inverse, which takes a direct solver.
     scaled_ridge: the ridge, then a number, times the norm of H_t.
-    tolerance: the relative residual at which conjugate_gradients and chebyshev stop; None is near rounding.
+    tolerance: the relative residual at which conjugate_gradients and chebyshev stop; None is what the digits of the
+        pairs deserve (solvers.py, default_tolerance).
     max_steps: and the most steps they take; None for as many as the tolerance needs. The gradient is right where they
         converged.
     decay_cap: with a decay, gamma <- gamma (1 - (1 - decay_cap) b^2), so that one token over and over does not pile up
@@ -303,7 +309,7 @@ class LeastSquares(Memory):
             return Ridge(self.FLOOR + F.softplus(wide(self.ridge)))
         if self.fixed_ridge == 0:
             return Ridge(None)
-        size = torch.full((), self.fixed_ridge, dtype=working_dtype(k), device=k.device)
+        size = torch.full((), self.fixed_ridge, dtype=doubled_dtype(k.device, k.dtype), device=k.device)
         return Ridge(size, True) if self.scaled_ridge else Ridge(size.expand(self.num_heads, self.key_dim))
 
     def diagnostics(self) -> dict[str, Tensor]:
@@ -319,7 +325,9 @@ class LeastSquares(Memory):
         return forget(state, rows)
 
     def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-        return self.solver_name if backend == "torch" else ""
+        moments = str(doubled_dtype(device, dtype)).removeprefix("torch.")
+        why = ": MPS has no float64" if device.type == "mps" and dtype is torch.float32 else ""
+        return ", ".join([*([self.solver_name] if backend == "torch" else []), f"moments in {moments}{why}"])
 
     def flops_per_token(self, seq_len: int) -> int:
         """Two writes, a read, and the projections. The solve is not counted: what it takes depends on the solver and,

@@ -1,18 +1,22 @@
-"""What least squares keeps of the past: the second moments of keys, and of keys with values."""
+"""What least squares keeps of the past: the second moments of keys, and of keys with values.
+
+Normal equations square the condition number of their pairs, so moments, and all that is computed with them, have twice
+the digits of the pairs: float64 for float32 and float64, float32 for 16 bits (doubled_dtype in models/precision.py).
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from models.precision import working_dtype
-from models.regression.memory import first_memory
+from models.precision import doubled_dtype
 
 
 class Moments(NamedTuple):
-    """The state: H [B, H, K, K] and G [B, H, K, V]; and where the ridge fades (recursive.py) the logarithm of what is
-    left of it, [B, H].
+    """The state, in moment_dtype: H [B, H, K, K] and G [B, H, K, V]; and where the ridge fades (recursive.py) the
+    logarithm of what is left of it, [B, H].
     """
 
     keys: Tensor
@@ -20,10 +24,18 @@ class Moments(NamedTuple):
     log_ridge: Tensor | None = None
 
 
-def first_moments(k: Tensor, v: Tensor, moments: Moments | None) -> Moments:
-    """The moments to begin with, zeros for None, in float32 at least. k [B, T, H, K], v [B, T, H, V]."""
-    keys, pairs, log_ridge = moments or (None, None, None)
-    return Moments(first_memory(k, k, keys).to(working_dtype(k, v)), first_memory(k, v, pairs), log_ridge)
+def moment_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """In which moments of these are kept and solved."""
+    return doubled_dtype(k.device, q.dtype, k.dtype, v.dtype)
+
+
+def first_moments(q: Tensor, k: Tensor, v: Tensor, moments: Moments | None) -> Moments:
+    """The moments to begin with, zeros for None, in moment_dtype. q, k [B, T, H, K], v [B, T, H, V]."""
+    dtype = moment_dtype(q, k, v)
+    if moments is not None:
+        return Moments(*(x if x is None else x.to(dtype) for x in moments))
+    B, _, H, K = k.shape
+    return Moments(*(torch.zeros(B, H, K, X, dtype=dtype, device=k.device) for X in (K, v.shape[-1])))
 
 
 def forget(moments: Moments, rows: Tensor) -> Moments:

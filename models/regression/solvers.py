@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-# Numbers in the matrices that a direct solver holds at a time: 64 MiB of float32
+# Numbers in the matrices that a direct solver holds at a time: 128 MiB of float64
 AT_ONCE = 1 << 24
 
 # Steps of conjugate gradients on a GPU between two looks at whether all tokens are done: looking waits for the device.
@@ -90,22 +90,34 @@ class Solution(NamedTuple):
     residual: Tensor | None = None
 
 
-Solver = Callable[[Normal, Tensor], Solution]
+# (A, b, the dtype that the pairs came in): A and b have twice its digits, and the solution need not use them all.
+Solver = Callable[[Normal, Tensor, torch.dtype], Solution]
 
 
-def default_tolerance(dtype: torch.dtype) -> float:
-    """The relative residual to stop at: 100 times the rounding, 1.2e-5 in float32 and 2.2e-14 in float64."""
-    return 100 * torch.finfo(dtype).eps
+def default_tolerance(dtype: torch.dtype, pairs: torch.dtype, condition: float = 1e4) -> float:
+    """The relative residual to stop at, of a solve in `dtype` for `pairs` and condition numbers up to `condition`:
+    1.2e-9 in float64 for pairs in float32, 2.2e-14 for pairs in float64, and 1.2e-5 in float32.
+
+    With r what is left of b, an output is off by r A^-1 G = r S: by the residual, whatever the condition. A gradient
+    db = A^-1 dx is off by r A^-1 too, but may be as small as dx / |A|, so that its error is up to the condition number
+    times the residual: 100 roundings of the pairs, or of float32 for those in 16 bits, are spread over it. Less than
+    100 roundings of `dtype` would not be reached.
+    """
+    rounding = torch.finfo(torch.promote_types(pairs, torch.float32)).eps
+    return 100 * max(torch.finfo(dtype).eps, rounding / condition)
 
 
-def conjugate_gradients(A: Normal, b: Tensor, tolerance: float | None = None, max_steps: int | None = None) -> Solution:
+def conjugate_gradients(
+    A: Normal, b: Tensor, pairs: torch.dtype, tolerance: float | None = None, max_steps: int | None = None
+) -> Solution:
     """Hestenes and Stiefel (1952), from x = b / diag(A) as MesaNet starts (algorithm 1).
 
     A token stops where its |b - x A| <= tolerance |b| and stays as it is, whatever others do: outputs depend neither on
     what else is in the batch nor on how a sequence is split into calls. Tokens that have not stopped after max_steps
-    are left where they are. None: default_tolerance; 2 K steps, where exact arithmetic needs K.
+    are left where they are. None: default_tolerance, for 2048 equal keys and a ridge of 0.2; 2 K steps, where exact
+    arithmetic needs K.
     """
-    tolerance, max_steps = tolerance or default_tolerance(b.dtype), max_steps or 2 * b.shape[-1]
+    tolerance, max_steps = tolerance or default_tolerance(b.dtype, pairs), max_steps or 2 * b.shape[-1]
     look = 1 if b.device.type == "cpu" else LOOK_EVERY
     b, size = _scaled(b)
     length = _dot(b, b)
@@ -129,7 +141,12 @@ def conjugate_gradients(A: Normal, b: Tensor, tolerance: float | None = None, ma
 
 
 def chebyshev(
-    A: Normal, b: Tensor, scale: float, tolerance: float | None = None, max_steps: int | None = None
+    A: Normal,
+    b: Tensor,
+    pairs: torch.dtype,
+    scale: float,
+    tolerance: float | None = None,
+    max_steps: int | None = None,
 ) -> Solution:
     """Chebyshev's semi-iteration (Golub and Varga 1961) for ridge_t = a N_t with N_t >= ||H_t||, a = scale (Gated
     KalmaNet, Peng et al. 2025).
@@ -137,10 +154,10 @@ def chebyshev(
     All eigenvalues lie in [a N, (1 + a) N], so the condition number is at most (1 + a) / a (51 for a = .02) and nothing
     has to be measured: no inner products, the same steps for all tokens. In n steps
         |b - x A| <= 2 / (c^n + c^-n) |b| ,    c = (sqrt(kappa) + 1) / (sqrt(kappa) - 1) ,
-    so n follows from the tolerance: 43 for float32, where rounding leaves 3e-5, and 114 for float64; the paper's 30
-    leave 4e-4. max_steps ends it earlier.
+    so n follows from the tolerance, which knows kappa. For a = .02 it is 57 for pairs in float32 (2.3e-7), 114 for
+    float64, and 43 for 16 bits, where rounding leaves 3e-5; the paper's 30 leave 4e-4. max_steps ends it earlier.
     """
-    steps = chebyshev_steps(scale, tolerance or default_tolerance(b.dtype))
+    steps = chebyshev_steps(scale, tolerance or default_tolerance(b.dtype, pairs, (1 + scale) / scale))
     steps = min(steps, max_steps or steps)
     b, size = _scaled(b)
     center = A.ridge * (1 + 0.5 / scale)
@@ -161,9 +178,10 @@ def chebyshev_steps(scale: float, tolerance: float) -> int:
     return math.ceil(math.log(2 / tolerance) / math.log((root + 1) / (root - 1)))
 
 
-def cholesky(A: Normal, b: Tensor) -> Solution:
-    """Exact to rounding, K^3 / 3 multiply-adds a token. Where rounding has made a matrix indefinite, a ridge of K times
-    the rounding of its largest entry is added, with a warning; if that does not help, torch's error."""
+def cholesky(A: Normal, b: Tensor, pairs: torch.dtype) -> Solution:
+    """Exact to rounding, whatever the pairs, K^3 / 3 multiply-adds a token. Where rounding has made a matrix
+    indefinite, a ridge of K times the rounding of its largest entry is added, with a warning; if that does not help,
+    torch's error."""
     x = torch.empty_like(b)
     for rows, few in A.few():
         H = few.matrices()
@@ -198,17 +216,17 @@ def pseudo_inverse(H: Tensor) -> Tensor:
 
 
 @torch.compiler.disable  # how many steps it takes depends on the data
-def solve(A: Normal, b: Tensor, solver: Solver) -> Solution:
+def solve(A: Normal, b: Tensor, solver: Solver, pairs: torch.dtype) -> Solution:
     """x_t = b_t A_t^-1 by `solver`, with the gradient above, by `solver` too."""
-    return Solution(*_Solve.apply(solver, b, *A))
+    return Solution(*_Solve.apply(solver, pairs, b, *A))
 
 
 class _Solve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, solver, b, *parts):
-        found = solver(Normal(*parts), b)
+    def forward(ctx, solver, pairs, b, *parts):
+        found = solver(Normal(*parts), b, pairs)
         ctx.save_for_backward(found.x, *parts)
-        ctx.solver = solver
+        ctx.solver, ctx.pairs = solver, pairs
         ctx.mark_non_differentiable(*(report for report in found[1:] if report is not None))
         return tuple(found)
 
@@ -218,14 +236,14 @@ class _Solve(torch.autograd.Function):
         """Of -db . (x A) with x and db held fixed, by each part of A."""
         x, k, W, start, first, ridge = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            db = ctx.solver(Normal(k, W, start, first, ridge), dx).x
+            db = ctx.solver(Normal(k, W, start, first, ridge), dx, ctx.pairs).x
             e, xk = db.neg(), torch.bmm(x, k.mT)
             ek = torch.bmm(e, k.mT)
             dk = torch.bmm((xk * W).mT, e).baddbmm_((ek * W).mT, x)
             dstart = _dot(torch.bmm(x, first), e)
             dfirst = torch.bmm((x * start).mT, e)
             dridge = (x * e).sum_to_size(ridge.shape)
-        return None, db, dk, xk.mul_(ek), dstart, dfirst, dridge
+        return None, None, db, dk, xk.mul_(ek), dstart, dfirst, dridge
 
 
 def _scaled(b: Tensor) -> tuple[Tensor, Tensor]:
