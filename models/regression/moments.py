@@ -1,7 +1,8 @@
 """What least squares keeps of the past: the second moments of keys, and of keys with values.
 
 Normal equations square the condition number of their pairs, so moments, and all that is computed with them, have twice
-the digits of the pairs: float64 for float32 and float64, float32 for 16 bits (doubled_dtype in models/precision.py).
+the digits of the pairs: float64 for float32, float32 for 16 bits (doubled_dtype in models/precision.py). Pairs in
+float64 have moments in float64.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from models.precision import doubled_dtype
 
 
 class Moments(NamedTuple):
-    """The state, in moment_dtype: H [B, H, K, K] and G [B, H, K, V]; and where the ridge fades (recursive.py) the
-    logarithm of what is left of it, [B, H].
+    """The state: H [B, H, K, K] and G [B, H, K, V]; and where the ridge fades (recursive.py) the logarithm of what is
+    left of it, [B, H]. float64 where q, k and v are float32.
     """
 
     keys: Tensor
@@ -24,14 +25,9 @@ class Moments(NamedTuple):
     log_ridge: Tensor | None = None
 
 
-def moment_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
-    """In which moments of these are kept and solved."""
-    return doubled_dtype(k.device, q.dtype, k.dtype, v.dtype)
-
-
 def first_moments(q: Tensor, k: Tensor, v: Tensor, moments: Moments | None) -> Moments:
-    """The moments to begin with, zeros for None, in moment_dtype. q, k [B, T, H, K], v [B, T, H, V]."""
-    dtype = moment_dtype(q, k, v)
+    """The moments to begin with, zeros for None, with twice the digits of q, k [B, T, H, K] and v [B, T, H, V]."""
+    dtype = doubled_dtype(k.device, q.dtype, k.dtype, v.dtype)
     if moments is not None:
         return Moments(*(x if x is None else x.to(dtype) for x in moments))
     B, _, H, K = k.shape
