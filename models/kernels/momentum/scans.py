@@ -1,5 +1,10 @@
 """The two scans over chunks, forward for the matrices and backward for their gradients: the only steps that wait for
-one another. A program has some columns of the values, for which every matrix is [K, BV] in its registers."""
+one another. A program has some columns of the values, for which every matrix is [K, BV] in its registers.
+
+A matrix is multiplied first and stored then. The other way about Triton puts the barrier of the store's shuffle between
+the write of the operand to shared memory and the fence that lets the tensor cores see it, where one must follow: a warp
+could then read what another had not made visible. (Configurations that were wrong by a third, or ended in an illegal
+access, have been right since.)"""
 
 from __future__ import annotations
 
@@ -60,18 +65,18 @@ def scan(
 
         at_states, inside = of_matrix(states, chunk * n_matrices, first_v, K, V, BK, BV)
         operand = memory.to(keys.dtype)
-        tl.store(at_states, operand, mask=inside)
         predicted = dot(keys, operand, PRECISION)
         error -= refer_a[:, None] * predicted if SOLVE else predicted
+        tl.store(at_states, operand, mask=inside)
         if MOMENTUM:
             operand = momentum.to(keys.dtype)
-            tl.store(at_states + K * V, operand, mask=inside)
             if SOLVE:
                 error -= tl.load(row + tiles.REFER_F * C + t)[:, None] * dot(keys, operand, PRECISION)
+            tl.store(at_states + K * V, operand, mask=inside)
         if CARRIED:
             operand = reference.to(keys.dtype)
-            tl.store(at_states + (n_matrices - 1) * K * V, operand, mask=inside)
             error -= tl.load(row + tiles.REFER_R * C + t)[:, None] * dot(keys, operand, PRECISION)
+            tl.store(at_states + (n_matrices - 1) * K * V, operand, mask=inside)
         if SOLVE:
             error += dot(inverse, error.to(keys.dtype), PRECISION)
         at_u, mask_v = of_tokens(U, bh, n, first_v, T, H, V, C, BV)
@@ -158,17 +163,17 @@ def scan_gradient(
 
         at_states, inside = of_matrix(dstates, chunk * n_matrices, first_v, K, V, BK, BV)
         operand = dmemory.to(keys.dtype)
-        tl.store(at_states, operand, mask=inside)
         derror += write_m[:, None] * dot(keys, operand, PRECISION)
+        tl.store(at_states, operand, mask=inside)
         if MOMENTUM:
             f = tl.load(row + tiles.F * C + t)
             operand = dmomentum.to(keys.dtype)
-            tl.store(at_states + K * V, operand, mask=inside)
             derror += tl.load(row + tiles.WRITE_S * C + t)[:, None] * dot(keys, operand, PRECISION)
+            tl.store(at_states + K * V, operand, mask=inside)
         if CARRIED:
             operand = dreference.to(keys.dtype)
-            tl.store(at_states + (n_matrices - 1) * K * V, operand, mask=inside)
             derror += tl.load(row + tiles.WRITE_R * C + t)[:, None] * dot(keys, operand, PRECISION)
+            tl.store(at_states + (n_matrices - 1) * K * V, operand, mask=inside)
         if SOLVE:
             derror += dot(tl.trans(inverse), derror.to(keys.dtype), PRECISION)
         at_e, mask_v = of_tokens(E, bh, n, first_v, T, H, V, C, BV)
