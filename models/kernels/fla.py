@@ -67,6 +67,8 @@ def refusal_gated_delta(device: torch.device, dtype: torch.dtype, key_dim: int, 
         return reason
     if key_dim > 256:
         return f"fla's kernels take keys up to 256 wide, not {key_dim}"
+    if device.type == "cuda" and dtype == torch.float32 and key_dim > 64:
+        return f"in float32 fla's kernels want more shared memory than an H100 has for keys {key_dim} wide; 64 fit"
     return None
 
 
@@ -108,6 +110,19 @@ def gated_delta(
     return chunk_kda(q, k, v, log_decay.expand_as(k).contiguous(), step_size, **options)
 
 
+def refusal_leaky_delta(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
+    """Why fla can't run the delta rule with the gradient before the decay here, or None if it can.
+
+    On an H100 (fla 0.6.0, Triton 3.7.1, keys of 16, 300 tokens) chunk_comba in bfloat16 is wrong by a third and then
+    ends in an illegal memory access; in float32 it is right.
+    """
+    if (reason := refusal_gated_delta(device, dtype, key_dim, value_dim)) is not None:
+        return reason
+    if dtype != torch.float32 and _broken_on_hopper(device) is None:
+        return "fla's chunk_comba is wrong in 16 bits, and right in float32"
+    return None
+
+
 def route_leaky_delta(device: torch.device) -> str:
     """The kernel `leaky_delta` calls here, and why where it is not the obvious one."""
     if (broken := _broken_on_hopper(device)) is not None:
@@ -135,7 +150,7 @@ def leaky_delta(
 
 def refusal_write_key(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
     """Why fla can't run the delta rule with a write key of its own here, or None if it can."""
-    if (reason := refusal_gated_delta(device, dtype, key_dim, value_dim)) is not None:
+    if (reason := refusal_leaky_delta(device, dtype, key_dim, value_dim)) is not None:
         return reason
     broken = _broken_on_hopper(device)
     return broken and f"{broken} gets the gradient of chunk_comba wrong"

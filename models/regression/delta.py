@@ -215,10 +215,10 @@ class Delta(Memory):
         return chunked_delta(q, k, v, step_size, log_decay, state, self.tokens_at_once(v), **early)
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-        found = {"fla": fla.refusal_gated_delta(device, dtype, self.key_dim, self.value_dim)}
-        return (
-            found if self.decay_kind == "channel" else found | {"triton": momentum.refusal(device, dtype, self.key_dim)}
-        )
+        shape = device, dtype, self.key_dim, self.value_dim
+        early = self.gradient_before_decay and self.decay_kind != "none"
+        found = {"fla": (fla.refusal_leaky_delta if early else fla.refusal_gated_delta)(*shape)}
+        return found if self.decay_kind == "channel" else found | {"triton": momentum.refusal(*shape)}
 
     def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         if backend != "fla":

@@ -305,7 +305,7 @@ class Momentum(Memory):
         return chunked_momentum(*given, self.tokens_at_once(v))
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-        return {"triton": kernels.refusal(device, dtype, self.key_dim)}
+        return {"triton": kernels.refusal(device, dtype, self.key_dim, self.value_dim)}
 
     def forget(self, state: State, rows: Tensor) -> State:
         """The matrices of the given rows emptied, and their mini-batches ended."""

@@ -148,11 +148,13 @@ class Sample(Callback):
         task = trainer.datamodule.task
         if task.tokenizer is None or trainer.global_rank or trainer.interrupted or module.device_mesh is not None:
             return
-        prompt = task.validation_samples()[0]["input_ids"][: self.num_prompt_tokens].to(module.device)
-        model = module.model.eval()
-        devices = [module.device] if module.device.type == "cuda" else []
+        device = trainer.strategy.root_device  # from which Lightning has taken the model by now
+        prompt = task.validation_samples()[0]["input_ids"][: self.num_prompt_tokens].to(device)
+        model = module.model.to(device).eval()
+        devices = [device] if device.type == "cuda" else []
         # not compiled: a token at a time is another shape, and soon over
-        with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
+        eager, precision = torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context()
+        with torch.random.fork_rng(devices=devices), eager, precision:
             torch.manual_seed(0)
             ids = model.generate(
                 prompt.unsqueeze(0),

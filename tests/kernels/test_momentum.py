@@ -143,12 +143,11 @@ def test_gates_of_zero_and_one_are_finite_on_a_gpu(dtype):
     assert finite("cuda", dtype)
 
 
-def test_auto_leaves_it_alone_and_only_its_own_rules_can_ask(monkeypatch):
+def test_auto_takes_it_and_only_its_own_rules_can_ask(monkeypatch):
     monkeypatch.setattr(momentum, "refusal", lambda *_: None)
     cuda = torch.device("cuda")
-    choice = mixer("titans", "auto").regressor.choose(cuda, torch.bfloat16)
-    assert choice.backend == "torch" and "triton: waits to be asked for" in choice.reason
-    assert mixer("titans", "triton").regressor.choose(cuda, torch.bfloat16).backend == "triton"
+    for backend in ("auto", "triton"):
+        assert mixer("titans", backend).regressor.choose(cuda, torch.bfloat16).backend == "triton"
     for preset in ("omega", "titans_mlp", "kda"):
         with pytest.raises(ValueError, match="has no such kernel"):
             mixer(preset, "triton").regressor.choose(cuda, torch.bfloat16)
@@ -157,8 +156,10 @@ def test_auto_leaves_it_alone_and_only_its_own_rules_can_ask(monkeypatch):
 def test_what_it_refuses(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert "Triton" in momentum.refusal(cpu, torch.float32, 64)
+    assert "Triton" in momentum.refusal(cpu, torch.float32, 64, 64)
     if importlib.util.find_spec("triton") is not None:
-        assert momentum.refusal(cuda, torch.bfloat16, 256) is None
-        assert "256" in momentum.refusal(cuda, torch.bfloat16, 257)
-        assert "float64" in momentum.refusal(cuda, torch.float64, 64)
+        assert momentum.refusal(cuda, torch.bfloat16, 256, 64) is None
+        assert "256" in momentum.refusal(cuda, torch.bfloat16, 257, 64)
+        assert "values of 64" in momentum.refusal(cuda, torch.bfloat16, 96, 16)
+        assert momentum.refusal(cuda, torch.float32, 96, 16) is None
+        assert "float64" in momentum.refusal(cuda, torch.float64, 64, 64)

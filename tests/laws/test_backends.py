@@ -61,5 +61,7 @@ def test_8_interpreted_kernels_equal_the_pytorch_form(half):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-2), (torch.bfloat16, 5e-2)], ids=["float32", "bf16"])
 def test_8_kernels_equal_the_pytorch_form(preset, backend, dtype, tolerance):
     """Within what the products' rounding gives: TF32 on a GPU of today, and bf16 of everything around the kernel."""
+    if why := mixer(preset, key_dim=16, value_dim=16).regressor.accelerators(torch.device("cuda"), dtype)[backend]:
+        pytest.skip(f"refused: {why}")
     found = errors(preset, backend, "cuda", dtype, T=300)
     assert max(found) < tolerance, found

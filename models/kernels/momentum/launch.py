@@ -25,11 +25,6 @@ KERNELS = (
 )
 
 
-# On an H100 Triton 3.6 and 3.7.1 get `outputs` wrong by half of its length for keys 128 wide and 16 columns in 16
-# bits. No other kernel was seen to, and none is better off with so few.
-LEAST_COLUMNS = 32
-
-
 class Configuration(NamedTuple):
     """BV: columns of the values that a program has, 0 for a kernel without values; warps and stages as Triton's."""
 
@@ -80,9 +75,9 @@ class Launch:
         self.rule, (self.B, self.T, self.H, self.K), self.V = rule, q.shape, v.shape[-1]
         self.N, self.BH = triton.cdiv(self.T, CHUNK), self.B * self.H
         self.width = max(16, triton.next_power_of_2(self.K))
-        self.half = v.dtype != torch.float32
-        self.configurations = configurations(self.width, self.half)
-        self.precision = {"PRECISION": "tf32" if self.half else "tf32x3"}
+        half = v.dtype != torch.float32
+        self.configurations = configurations(self.width, half)
+        self.precision = {"PRECISION": "tf32" if half else "tf32x3"}
         self.sizes = (self.T, self.N, self.H, self.K, self.V)
         self.chunk = {"C": CHUNK, "BK": self.width}
         self.matrices_of = {"MOMENTUM": rule.momentum, "CARRIED": rule.carried and rule.solve}
@@ -93,7 +88,7 @@ class Launch:
     def columns(self, kernel: str) -> tuple[dict[str, int], int]:
         """A kernel's options, and how many programs share the values."""
         found = self.configurations[kernel]
-        BV = min(found.BV, max(LEAST_COLUMNS if self.half else 16, triton.next_power_of_2(self.V)))
+        BV = min(found.BV, max(16, triton.next_power_of_2(self.V)))
         return {"BV": BV, **found.options}, triton.cdiv(self.V, BV)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
