@@ -8,6 +8,7 @@ runs/NAME/config.yaml        what was asked for, every value resolved
           model/             when finished: save_pretrained's folder, with the tokenizer
           result.json        when finished: the last validation
           .lock              held by the process that trains here
+          .ranks/            what each of several processes is doing (watchdog.py)
 """
 
 from __future__ import annotations

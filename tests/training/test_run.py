@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models.language_model  # noqa: F401, tells transformers of it
 from models.training.logger import CsvLogger, read_metrics
+from models.training.preemption import UNFINISHED
+from scripts.faults import differences, state
 from tests.conftest import ROOT
 
 SMALL = [
@@ -51,8 +55,6 @@ def undisturbed(tmp_path_factory, cache):
 
 
 def start(runs, cache, *overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    import os
-
     environment = os.environ | {"RUNS": str(runs), "TTR_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, "train.py", *SMALL, *overrides]
     pipe = subprocess.PIPE
@@ -177,3 +179,28 @@ def test_wandb_offline_needs_no_account(tmp_path, cache):
     said, _ = start(tmp_path, cache, "logger=wandb", "debug=one_batch").communicate(timeout=240)
     assert "finished" in said, said
     assert list(tmp_path.glob("**/wandb/offline-run-*"))
+
+
+@pytest.mark.slow
+def test_a_suspended_rank_is_named_and_the_same_command_goes_on(tmp_path, cache):
+    """One of two processes is suspended in the middle: the other says so and ends, and leaves none behind."""
+    split = ("trainer.devices=2", "strategy=ddp", "micro_batch=4", "guard.timeout=15")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    said, _ = start(whole, cache, *split).communicate(timeout=240)
+    assert "finished" in said, said
+    process = start(broken, cache, *split)
+    metrics = broken / "run" / "metrics.csv"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 8):
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (other,) = [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(other, signal.SIGSTOP)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == UNFINISHED, said
+    assert "rank 0 of 2 has made no progress for 1" in said, said
+    assert re.search(r"Rank 1 has not been heard of for \d+ s, it is suspended or gone; it was \w+", said), said
+    with pytest.raises(ProcessLookupError):
+        os.kill(other, 0)
+    said, _ = start(broken, cache, *split).communicate(timeout=240)
+    assert "finished" in said, said
+    assert not differences(state(whole / "run"), state(broken / "run"))
