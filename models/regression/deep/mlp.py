@@ -35,10 +35,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.kernels import deep as kernels
 from models.precision import wide, working_dtype
 from models.regression.chunks import from_chunks, into_chunks, short
 from models.regression.deep import batches, chunks
 from models.regression.deep.chunks import Chunk, Fitted, Rows, advance, stack, unstack
+from models.regression.deep.documents import kernel_deep
 from models.regression.deep.network import ACTIVATIONS, LOSSES, Network
 from models.regression.deep.optimizers import INNER_OPTIMIZERS
 from models.regression.deep.slots import in_turn, lay_out, positions, scan
@@ -277,7 +279,8 @@ class DeepMemory(Momentum):
         segments: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
         speed = (self.tokens_at_once(v), self.remat, compiles(v.device))
-        definition = self.choose(v.device, v.dtype).backend == "recurrent" or k.shape[1] == 1  # one token is that
+        backend = self.choose(v.device, v.dtype).backend
+        definition = backend == "recurrent" or k.shape[1] == 1  # one token is that
         step_size, momentum = self.gates(x)
         if self.rule is not None:
             nothing = torch.zeros_like(step_size)
@@ -286,7 +289,9 @@ class DeepMemory(Momentum):
             return batches.deep_batches(self.rule, self._begin(), *given, *(() if definition else speed))
         start = Start(self.beginning(), self.fades, tuple(self.norm))
         given = (self.network, start, q, k, v, step_size, momentum, log_decay, state, self.grad_batch, segments)
-        return recurrent_deep(*given) if definition else chunked_deep(*given, *speed)
+        if definition:
+            return recurrent_deep(*given)
+        return kernel_deep(*given[1:]) if backend == "triton" else chunked_deep(*given, *speed)
 
     def beginning(self) -> Weights:
         """M_0 of every layer."""
@@ -315,8 +320,20 @@ class DeepMemory(Momentum):
         return 2 * sum(w.numel() for w in self.start)
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-        """None: models/kernels/momentum has matrices."""
-        return {}
+        """models/kernels/deep, for the preset's rule and network."""
+        for name, has, takes in (
+            ("depth", len(self.start), 2),
+            ("activation", self.network.activation, "silu"),
+            ("residual", self.network.residual, False),
+            ("layer_norm", len(self.norm) > 0, False),
+            ("inner_loss", self.network.loss, "l2"),
+        ):
+            if has != takes:
+                return {"triton": f"the kernels take regressor.{name}={str(takes).lower()}, not {str(has).lower()}"}
+        if self.rule is not None:
+            return {"triton": "the kernels take regressor.inner_optimizer=momentum or sgd"}
+        widths = (self.key_dim, self.start[0].shape[-1], self.value_dim)
+        return {"triton": kernels.refusal(device, dtype, self.grad_batch, widths)}
 
     def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         return "a compiled step" if backend == "torch" and compiles(device) else ""

@@ -1,0 +1,156 @@
+"""Titans' deep memory by kernels of our own: models/regression/deep/chunks.py for an MLP of two layers, in Triton.
+
+A mini-batch takes its gradients at the memory before it, so that mini-batches go one after another, and all else waits
+for none: a call is two kernels forward, the first one alone sequential,
+
+    scan        X_2, E_1 and E_2 of a mini-batch from N and S before it, and N and S after it
+    outputs     what its queries read, from all of these
+
+and two more backward, the last one sequential, after the scan again, so that nothing but the inputs is kept between the
+passes. A program of a scan has one document of one head.
+
+Precision: products of bf16 operands, summed in float32; N, S and their gradients are float32 in the scans and rounded
+where they are operands, as what one kernel leaves to another is. float32 inputs are multiplied as sums of three TF32
+products.
+
+docs/kernels.md says what was expected and what happened.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from models.kernels import backend
+
+if TYPE_CHECKING:
+    from models.regression.mixtures import Mixture
+
+MINI_BATCHES = (16, 32, 64)
+WIDTHS = (16, 32, 64)  # of keys and values
+INNER = (16, 32, 64, 128, 256)  # of the hidden layer
+
+
+def refusal(device: torch.device, dtype: torch.dtype, grad_batch: int, widths: tuple[int, int, int]) -> str | None:
+    """Why these kernels can't run here, or None if they can. dtype is that of q, k and v; widths those of keys, of the
+    hidden layer and of values.
+    """
+    if (reason := backend.refusal(device, dtype)) is not None:
+        return reason
+    if dtype == torch.float16:
+        return "the kernels take bfloat16 and float32, not float16"
+    K, inner, V = widths
+    for what, value, allowed in (
+        ("mini-batches of", grad_batch, MINI_BATCHES),
+        ("keys of width", K, WIDTHS),
+        ("values of width", V, WIDTHS),
+        ("a hidden layer of", inner, INNER),
+    ):
+        if value not in allowed:
+            return f"the kernels take {what} {', '.join(map(str, allowed))}, not {value}"
+    return None
+
+
+def deep_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    read: Mixture,
+    carry: Mixture,
+    begin: Tensor,
+    base: Tensor | None,
+    reference: Tensor | None,
+    runs: Tensor,
+    heads: int,
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All mini-batches of a call. In chunks of C, as models/regression/chunks.py lays them out, M = N B H: q, k [M, C,
+    K] and v [M, C, V] of one dtype; read and carry as momentum.of_gates states them, n = 2 matrices with a momentum, 1
+    without. runs [P, 4], of a document: its row of the batch, its first mini-batch, the one after its last, and the
+    last that has tokens. Weights are packed, W_1 [K, F] and W_2 [F, V] one after the other, PAIR numbers: begin [P H, n
+    PAIR], N and S before a document; base [H, PAIR], W, or None for 0; reference [B H, PAIR], R of the first mini-batch
+    of every row, or None for W + N. rows: B H.
+
+    Returns o [M, C, V]; N and S after each document [P H, n PAIR]; N at the last mini-batch of it that has tokens [P H,
+    PAIR].
+    """
+    weights = (None if x is None else x.float() for x in (begin, base, reference))
+    return _forward(q.to(v.dtype), k.to(v.dtype), v, *(x.float() for x in (*read, *carry)), *weights, runs, heads, rows)
+
+
+@torch.library.custom_op("test_time_regression::deep_scan", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    read: Tensor,
+    read_writes: Tensor,
+    carry: Tensor,
+    carry_writes: Tensor,
+    begin: Tensor,
+    base: Tensor | None,
+    reference: Tensor | None,
+    runs: Tensor,
+    heads: int,
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from models.kernels.deep.launch import Launch
+
+    gates = (read, read_writes, carry, carry_writes)
+    with torch.cuda.device_of(q):
+        return Launch(q, k, v, *gates, begin, base, reference, runs, heads, rows).forward()
+
+
+@_forward.register_fake
+def _(q, k, v, read, read_writes, carry, carry_writes, begin, base, reference, runs, heads, rows):
+    held = begin.new_empty(len(begin), begin.shape[-1] // read.shape[-1])
+    return (*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, begin)), held)
+
+
+@torch.library.custom_op("test_time_regression::deep_scan_backward", mutates_args=())
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    read: Tensor,
+    read_writes: Tensor,
+    carry: Tensor,
+    carry_writes: Tensor,
+    begin: Tensor,
+    base: Tensor | None,
+    reference: Tensor | None,
+    runs: Tensor,
+    heads: int,
+    rows: int,
+    do: Tensor,
+    dlast: Tensor,
+    dheld: Tensor,
+) -> list[Tensor]:
+    from models.kernels.deep.launch import Launch
+
+    gates = (read, read_writes, carry, carry_writes)
+    with torch.cuda.device_of(q):
+        launch = Launch(q, k, v, *gates, begin, base, reference, runs, heads, rows)
+        return launch.backward(do, dlast, dheld)
+
+
+@_backward.register_fake
+def _(q, k, v, read, read_writes, carry, carry_writes, begin, base, reference, *_):
+    given = (q, k, v, read, read_writes, carry, carry_writes, begin, base, reference)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given if x is not None]
+
+
+def _keep(ctx, inputs, output) -> None:
+    *tensors, ctx.heads, ctx.rows = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, do: Tensor, dlast: Tensor, dheld: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    found = iter(_backward(*inputs, ctx.heads, ctx.rows, do, dlast, dheld))
+    return (*(None if x is None else next(found) for x in inputs[:10]), None, None, None)
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)
