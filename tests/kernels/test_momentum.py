@@ -148,7 +148,7 @@ def test_auto_takes_it_and_only_its_own_rules_can_ask(monkeypatch):
     cuda = torch.device("cuda")
     for backend in ("auto", "triton"):
         assert mixer("titans", backend).regressor.choose(cuda, torch.bfloat16).backend == "triton"
-    for preset in ("omega", "titans_mlp", "kda"):
+    for preset in ("omega", "kda"):
         with pytest.raises(ValueError, match="has no such kernel"):
             mixer(preset, "triton").regressor.choose(cuda, torch.bfloat16)
 

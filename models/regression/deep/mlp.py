@@ -211,6 +211,7 @@ class DeepMemory(Momentum):
     """
 
     fit = "gradient step, momentum"
+    on_request = ("triton",)
 
     def __init__(
         self,
