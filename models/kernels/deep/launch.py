@@ -5,11 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from models.kernels.deep.gradient import scan_gradient
 from models.kernels.deep.outputs import outputs, outputs_gradient
-from models.kernels.deep.scans import scan, scan_gradient
+from models.kernels.deep.scans import scan
 from models.regression.deep.network import NOTHING
 
-WARPS = {"scan": 8, "outputs": 8, "outputs_gradient": 8, "scan_gradient": 8}
+CONFIGURATIONS = {  # BF, and warps
+    "scan": (64, 8),
+    "outputs": (64, 8),
+    "outputs_gradient": (64, 8),
+    "scan_gradient": (64, 8),
+}
 
 
 class Launch:
@@ -34,8 +40,10 @@ class Launch:
         given = (q, k, v, read, read_writes, carry, carry_writes, begin, base, reference, runs)
         self.q, self.k, self.v, self.read, self.read_writes, *rest = (x if x is None else x.contiguous() for x in given)
         self.carry, self.carry_writes, self.begin, self.base, self.reference, self.runs = rest
+        self.fades = base is None
         # where there is none kernels get an address that they do not read
-        self.rounded = self.q if base is None else self.base.to(q.dtype)
+        self.rounded = self.q if self.fades else self.base.to(q.dtype)
+        self.base = self.carry if self.fades else self.base
         self.heads, self.rows, (self.M, C, K), V = heads, rows, q.shape, v.shape[-1]
         n = read.shape[-1]
         self.pair = begin.shape[-1] // n
@@ -45,7 +53,7 @@ class Launch:
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """o, N and S after every document, and N at its last mini-batch."""
-        states, last, held, *errors = self._scan()
+        last, held, states, _, *errors = self._scan()
         o = torch.empty_like(self.v)
         outputs[(self.M,)](
             self.q, self.k, self.read, self.read_writes, self.rounded, states, *errors, o, self.heads,
@@ -54,46 +62,48 @@ class Launch:
         return o, last, held
 
     def backward(self, do: Tensor, dlast: Tensor, dheld: Tensor) -> list[Tensor]:
-        """The gradients by all inputs but runs; by what documents share, of each one."""
-        states, _, _, hidden, errors1, errors2 = self._scan()
+        """The gradients by all inputs but runs."""
+        _, _, states, references, *errors = self._scan()
         do, dheld, dfirst = do.contiguous(), dheld.contiguous(), dlast.clone(memory_format=torch.contiguous_format)
         dq, dkeys, dk, dv, dread, dread_writes, dcarry, dcarry_writes = (
             torch.empty_like(x)
             for x in (self.q, *[self.k] * 2, self.v, self.read, self.read_writes, self.carry, self.carry_writes)
         )
-        inner, dinner, dhidden, derrors1 = (torch.empty_like(hidden) for _ in range(4))
-        derrors2 = torch.empty_like(errors2)
+        inner, dinner, dhidden, derrors1 = (torch.empty_like(errors[0]) for _ in range(4))
+        derrors2 = torch.empty_like(self.v)
         outputs_gradient[(self.M,)](
-            self.q, self.k, self.read, self.read_writes, self.rounded, states, hidden, errors1, errors2, do,
+            self.q, self.k, self.read, self.read_writes, self.rounded, states, *errors, do,
             inner, dinner, dq, dkeys, dhidden, derrors1, derrors2, dread, dread_writes, self.heads,
             **self._options("outputs_gradient"),
         )  # fmt: skip
-        dbase = dheld if self.base is None else torch.zeros_like(dheld)
+        dbase = dheld if self.fades else torch.zeros_like(dheld)
         dreference = None if self.reference is None else torch.empty_like(self.reference)
+        scratch = self.q.new_empty(len(dfirst), *inner.shape[1:])
         scan_gradient[(len(dfirst),)](
-            self.q, self.k, self.v, self.read, self.carry, self.carry_writes, self.base, self.reference, self.runs,
-            states, errors1, errors2, inner, dinner, do, dhidden, derrors1, derrors2, dkeys, dheld, dfirst, dbase,
+            self.q, self.k, self.read, self.carry, self.carry_writes, self.runs, states, references, *errors,
+            inner, dinner, do, dhidden, derrors1, derrors2, dkeys, dheld, dfirst, dbase, scratch,
             dreference, dk, dv, dcarry, dcarry_writes, self.rows, self.heads,
             **self._options("scan_gradient"), **self.scans,
         )  # fmt: skip
         found = [dq, dk, dv, dread, dread_writes, dcarry, dcarry_writes, dfirst]
-        if self.base is not None:
+        if not self.fades:
             found.append(dbase.unflatten(0, (-1, self.heads)).sum(0))
         return found if dreference is None else [*found, dreference]
 
     def _scan(self) -> tuple[Tensor, ...]:
-        """What every mini-batch begins with, N and S after every document, N at its last mini-batch, X_2, E_1, E_2."""
+        """N and S after every document, N at its last mini-batch; N and S, R, X_2, E_1, E_2 and the limits of all."""
         C, F = self.shared["C"], self.shared["F"]
-        states, last = self.q.new_empty(self.M, self.begin.shape[-1]), self.begin.clone()
+        last, new = self.begin.clone(), self.q.new_empty
         held = last.new_empty(len(last), self.pair)
-        hidden, errors1 = (self.q.new_empty(self.M, C, F) for _ in range(2))
-        errors2 = torch.empty_like(self.v)
+        states, references = new(self.M, self.begin.shape[-1]), new(self.M, self.pair)
+        errors = new(self.M, C, F), new(self.M, C, F), torch.empty_like(self.v), last.new_empty(self.M, 3, C)
         scan[(len(last),)](
             self.k, self.v, self.carry, self.carry_writes, self.base, self.reference, self.runs,
-            last, held, states, hidden, errors1, errors2, self.rows, self.heads,
+            last, held, states, references, *errors, self.rows, self.heads,
             **self._options("scan"), **self.scans,
         )  # fmt: skip
-        return states, last, held, hidden, errors1, errors2
+        return last, held, states, references, *errors
 
     def _options(self, kernel: str) -> dict[str, object]:
-        return {**self.shared, "num_warps": WARPS[kernel]}
+        tile, warps = CONFIGURATIONS[kernel]
+        return {**self.shared, "BF": min(tile, self.shared["F"]), "num_warps": warps}

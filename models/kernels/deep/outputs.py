@@ -1,22 +1,25 @@
-"""What the queries read, and its gradients: every chunk for itself, all at once."""
+"""What the queries read, and its gradients: every chunk for itself, all at once, tile by tile of the hidden layer.
+
+    z = y W + diag(A) y N + diag(f) y S + ((y X^T) * G) E    for both layers, with E what is written of the errors.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from models.kernels.deep.tiles import column, dot, first, second, silu, tile
+from models.kernels.deep.tiles import dot, row_sum, scaled, silu, tile
 
 
 @triton.jit
-def _read(y, attend, e, at, base, read_m, read_s, PAIR: tl.constexpr, MOMENTUM: tl.constexpr, BASE: tl.constexpr,
-          PRECISION: tl.constexpr):  # fmt: skip
-    """What a layer makes of its input y: y W + diag(A) y N + diag(f) y S + ((y X^T) * G) E."""
-    z = dot(attend, e, PRECISION) + read_m * dot(y, tl.load(at), PRECISION)
+def _first_layer(query, attend, u, at, base, read_m, read_s, PAIR: tl.constexpr, MOMENTUM: tl.constexpr,
+                 BASE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """z of a tile of the hidden layer, with attend = (y X^T) * G."""
+    z = dot(attend, u, PRECISION) + read_m * dot(query, tl.load(at), PRECISION)
     if MOMENTUM:
-        z += read_s * dot(y, tl.load(at + PAIR), PRECISION)
+        z += read_s * dot(query, tl.load(at + PAIR), PRECISION)
     if BASE:
-        z += dot(y, tl.load(base), PRECISION)
+        z += dot(query, tl.load(base), PRECISION)
     return z
 
 
@@ -27,16 +30,18 @@ def outputs(
     read,  # [N B H, C, n]: A and f
     read_writes,  # [N B H, C, C]: G
     base,  # [H, PAIR], in the dtype of q
-    states,  # [N B H, n PAIR]
+    states,  # [N B H, SIZE]
     hidden,  # [N B H, C, F]: X_2
     errors1,  # [N B H, C, F]
     errors2,  # [N B H, C, V]
+    limits,  # [N B H, 3, C]
     o,  # out, [N B H, C, V]
     H,
     C: tl.constexpr,
     K: tl.constexpr,
     F: tl.constexpr,
     V: tl.constexpr,
+    BF: tl.constexpr,
     MOMENTUM: tl.constexpr,
     BASE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -47,49 +52,35 @@ def outputs(
     n_parts: tl.constexpr = 1 + MOMENTUM
     SIZE: tl.constexpr = n_parts * PAIR
     TYPE: tl.constexpr = q.dtype.element_ty
-    read_m = tl.load(column(read, chunk, 0, C, n_parts))
+    t = tl.arange(0, C)
+    at_read = read + chunk * (C * n_parts) + t[:, None] * n_parts
+    read_m = tl.load(at_read)
     read_s = read_m
     if MOMENTUM:
-        read_s = tl.load(column(read, chunk, 1, C, n_parts))
-    query, key, G = (
-        tl.load(tile(q, chunk, C, K)),
-        tl.load(tile(k, chunk, C, K)),
-        tl.load(tile(read_writes, chunk, C, C)),
-    )
+        read_s = tl.load(at_read + 1)
+    share = tl.load(limits + chunk * (3 * C) + t)[:, None]
+    query, key = tl.load(tile(q, chunk * (C * K), C, K, K)), tl.load(tile(k, chunk * (C * K), C, K, K))
+    G = tl.load(tile(read_writes, chunk * (C * C), C, C, C))
     attend = (dot(query, tl.trans(key), PRECISION) * G).to(TYPE)
-    e = tl.load(tile(errors1, chunk, C, F))
-    at, at_base = first(states, chunk, K, F, SIZE), first(base, head, K, F, PAIR)
-    z = _read(query, attend, e, at, at_base, read_m, read_s, PAIR, MOMENTUM, BASE, PRECISION)
-    y, _ = silu(z)
-    y = y.to(TYPE)
-    attend = (dot(y, tl.trans(tl.load(tile(hidden, chunk, C, F))), PRECISION) * G).to(TYPE)
-    e = tl.load(tile(errors2, chunk, C, V))
-    at, at_base = second(states, chunk, K, F, V, SIZE), second(base, head, K, F, V, PAIR)
-    z = _read(y, attend, e, at, at_base, read_m, read_s, PAIR, MOMENTUM, BASE, PRECISION)
-    tl.store(tile(o, chunk, C, V), z.to(TYPE))
-
-
-@triton.jit
-def _unread(y, x, e, dz, scores, G, at, base, read_m, read_s, PAIR: tl.constexpr, MOMENTUM: tl.constexpr,
-            BASE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """From the gradient dz by what a layer makes of y, with scores = y X^T: those by y, X, E, A, f and G."""
-    dattend = dot(dz, tl.trans(e), PRECISION)
-    dG = dattend * scores
-    dscores = (dattend * G).to(y.dtype)
-    dx = dot(tl.trans(dscores), y, PRECISION)
-    de = dot(tl.trans((scores * G).to(y.dtype)), dz, PRECISION)
-    dy = dot(dscores, x, PRECISION)
-    seen = dot(dz, tl.trans(tl.load(at)), PRECISION)
-    dread_m = tl.sum(y.to(tl.float32) * seen, 1)[:, None]
-    dread_s = dread_m
-    dy += read_m * seen
+    scores, z = tl.zeros([C, C], tl.float32), tl.zeros([C, V], tl.float32)
+    z_m, z_s = tl.zeros([C, V], tl.float32), tl.zeros([C, V], tl.float32)
+    for j in range(0, F // BF):
+        u1 = scaled(share, tl.load(tile(errors1, chunk * (C * F) + j * BF, C, BF, F)))
+        at, at_base = tile(states, chunk * SIZE + j * BF, K, BF, F), tile(base, head * PAIR + j * BF, K, BF, F)
+        y, _ = silu(_first_layer(query, attend, u1, at, at_base, read_m, read_s, PAIR, MOMENTUM, BASE, PRECISION))
+        y, second = y.to(TYPE), K * F + j * BF * V
+        scores += dot(y, tl.trans(tl.load(tile(hidden, chunk * (C * F) + j * BF, C, BF, F))), PRECISION)
+        at = tile(states, chunk * SIZE + second, BF, V, V)
+        z_m += dot(y, tl.load(at), PRECISION)
+        if MOMENTUM:
+            z_s += dot(y, tl.load(at + PAIR), PRECISION)
+        if BASE:
+            z += dot(y, tl.load(tile(base, head * PAIR + second, BF, V, V)), PRECISION)
+    u2 = scaled(share, tl.load(tile(errors2, chunk * (C * V), C, V, V)))
+    z += read_m * z_m + dot((scores * G).to(TYPE), u2, PRECISION)
     if MOMENTUM:
-        seen = dot(dz, tl.trans(tl.load(at + PAIR)), PRECISION)
-        dread_s = tl.sum(y.to(tl.float32) * seen, 1)[:, None]
-        dy += read_s * seen
-    if BASE:
-        dy += dot(dz, tl.trans(tl.load(base)), PRECISION)
-    return dy, dx, de, dread_m, dread_s, dG
+        z += read_s * z_s
+    tl.store(tile(o, chunk * (C * V), C, V, V), z.to(TYPE))
 
 
 @triton.jit
@@ -99,18 +90,19 @@ def outputs_gradient(
     read,  # [N B H, C, n]
     read_writes,  # [N B H, C, C]
     base,  # [H, PAIR], in the dtype of q
-    states,  # [N B H, n PAIR]
+    states,  # [N B H, SIZE]
     hidden,  # [N B H, C, F]
     errors1,  # [N B H, C, F]
     errors2,  # [N B H, C, V]
+    limits,  # [N B H, 3, C]
     do,  # [N B H, C, V]
-    inner,  # out, [N B H, C, F]: what the queries put to the second layer
-    dinner,  # out, [N B H, C, F]: the gradient by what they got of the first
+    inner,  # out, [N B H, C, F]: y of the second layer
+    dinner,  # out, [N B H, C, F]: the gradient by z of the first
     dq,  # out, [N B H, C, K]
-    dkeys,  # out, [N B H, C, K]: by k, of the outputs
+    dkeys,  # out, [N B H, C, K]
     dhidden,  # out, [N B H, C, F]
-    derrors1,  # out, [N B H, C, F]
-    derrors2,  # out, [N B H, C, V]
+    derrors1,  # out, [N B H, C, F]: by what is written of E_1
+    derrors2,  # out, [N B H, C, V]: and of E_2
     dread,  # out, [N B H, C, n]
     dread_writes,  # out, [N B H, C, C]
     H,
@@ -118,6 +110,7 @@ def outputs_gradient(
     K: tl.constexpr,
     F: tl.constexpr,
     V: tl.constexpr,
+    BF: tl.constexpr,
     MOMENTUM: tl.constexpr,
     BASE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -128,40 +121,66 @@ def outputs_gradient(
     n_parts: tl.constexpr = 1 + MOMENTUM
     SIZE: tl.constexpr = n_parts * PAIR
     TYPE: tl.constexpr = q.dtype.element_ty
-    read_m = tl.load(column(read, chunk, 0, C, n_parts))
+    t = tl.arange(0, C)
+    at_read = chunk * (C * n_parts) + t[:, None] * n_parts
+    read_m = tl.load(read + at_read)
     read_s = read_m
     if MOMENTUM:
-        read_s = tl.load(column(read, chunk, 1, C, n_parts))
-    query, key, G = (
-        tl.load(tile(q, chunk, C, K)),
-        tl.load(tile(k, chunk, C, K)),
-        tl.load(tile(read_writes, chunk, C, C)),
-    )
-    at1, base1 = first(states, chunk, K, F, SIZE), first(base, head, K, F, PAIR)
-    at2, base2 = second(states, chunk, K, F, V, SIZE), second(base, head, K, F, V, PAIR)
-    e1 = tl.load(tile(errors1, chunk, C, F))
-    scores = dot(query, tl.trans(key), PRECISION)
-    attend = (scores * G).to(TYPE)
-    y, slope = silu(_read(query, attend, e1, at1, base1, read_m, read_s, PAIR, MOMENTUM, BASE, PRECISION))
-    y = y.to(TYPE)
-    tl.store(tile(inner, chunk, C, F), y)
+        read_s = tl.load(read + at_read + 1)
+    share = tl.load(limits + chunk * (3 * C) + t)[:, None]
+    query, key = tl.load(tile(q, chunk * (C * K), C, K, K)), tl.load(tile(k, chunk * (C * K), C, K, K))
+    G = tl.load(tile(read_writes, chunk * (C * C), C, C, C))
+    scores1, scores2 = dot(query, tl.trans(key), PRECISION), tl.zeros([C, C], tl.float32)
+    attend = (scores1 * G).to(TYPE)
+    for j in range(0, F // BF):
+        u1 = scaled(share, tl.load(tile(errors1, chunk * (C * F) + j * BF, C, BF, F)))
+        at, at_base = tile(states, chunk * SIZE + j * BF, K, BF, F), tile(base, head * PAIR + j * BF, K, BF, F)
+        y, _ = silu(_first_layer(query, attend, u1, at, at_base, read_m, read_s, PAIR, MOMENTUM, BASE, PRECISION))
+        y = y.to(TYPE)
+        tl.store(tile(inner, chunk * (C * F) + j * BF, C, BF, F), y)
+        scores2 += dot(y, tl.trans(tl.load(tile(hidden, chunk * (C * F) + j * BF, C, BF, F))), PRECISION)
+    u2 = scaled(share, tl.load(tile(errors2, chunk * (C * V), C, V, V)))
+    doutput = tl.load(tile(do, chunk * (C * V), C, V, V))
+    dattend = dot(doutput, tl.trans(u2), PRECISION)
+    dG, dscores = dattend * scores2, (dattend * G).to(TYPE)
+    du2 = dot(tl.trans((scores2 * G).to(TYPE)), doutput, PRECISION)
+    tl.store(tile(derrors2, chunk * (C * V), C, V, V), du2.to(TYPE))
 
-    x, e2, dz = tl.load(tile(hidden, chunk, C, F)), tl.load(tile(errors2, chunk, C, V)), tl.load(tile(do, chunk, C, V))
-    scores2 = dot(y, tl.trans(x), PRECISION)
-    dy, dx, de, dread_m, dread_s, dG = _unread(
-        y, x, e2, dz, scores2, G, at2, base2, read_m, read_s, PAIR, MOMENTUM, BASE, PRECISION
-    )
-    tl.store(tile(dhidden, chunk, C, F), dx.to(TYPE))
-    tl.store(tile(derrors2, chunk, C, V), de.to(TYPE))
-    dz = (dy * slope).to(TYPE)
-    tl.store(tile(dinner, chunk, C, F), dz)
-    dquery, dkey, de, more_m, more_s, more_G = _unread(
-        query, key, e1, dz, scores, G, at1, base1, read_m, read_s, PAIR, MOMENTUM, BASE, PRECISION
-    )
-    tl.store(tile(derrors1, chunk, C, F), de.to(TYPE))
-    tl.store(tile(dq, chunk, C, K), dquery.to(TYPE))
-    tl.store(tile(dkeys, chunk, C, K), dkey.to(TYPE))
-    tl.store(tile(dread_writes, chunk, C, C), dG + more_G)
-    tl.store(column(dread, chunk, 0, C, n_parts), dread_m + more_m)
+    dread_m, dread_s, dattend = tl.zeros([C, 1], tl.float32), tl.zeros([C, 1], tl.float32), tl.zeros_like(dattend)
+    seen_m, seen_s = tl.zeros([C, K], tl.float32), tl.zeros([C, K], tl.float32)
+    dquery = tl.zeros([C, K], tl.float32)
+    for j in range(0, F // BF):
+        second, of_tile = K * F + j * BF * V, chunk * (C * F) + j * BF
+        u1 = scaled(share, tl.load(tile(errors1, of_tile, C, BF, F)))
+        at1, base1 = tile(states, chunk * SIZE + j * BF, K, BF, F), tile(base, head * PAIR + j * BF, K, BF, F)
+        z = _first_layer(query, attend, u1, at1, base1, read_m, read_s, PAIR, MOMENTUM, BASE, PRECISION)
+        y, slope = silu(z)
+        at = tile(states, chunk * SIZE + second, BF, V, V)
+        seen = dot(doutput, tl.trans(tl.load(at)), PRECISION)
+        dread_m += row_sum(y * seen)
+        dy = read_m * seen + dot(dscores, tl.load(tile(hidden, of_tile, C, BF, F)), PRECISION)
+        if MOMENTUM:
+            seen = dot(doutput, tl.trans(tl.load(at + PAIR)), PRECISION)
+            dread_s += row_sum(y * seen)
+            dy += read_s * seen
+        if BASE:
+            dy += dot(doutput, tl.trans(tl.load(tile(base, head * PAIR + second, BF, V, V))), PRECISION)
+        tl.store(tile(dhidden, of_tile, C, BF, F), dot(tl.trans(dscores), y.to(TYPE), PRECISION).to(TYPE))
+        dz = (dy * slope).to(TYPE)
+        tl.store(tile(dinner, of_tile, C, BF, F), dz)
+        tl.store(tile(derrors1, of_tile, C, BF, F), dot(tl.trans(attend), dz, PRECISION).to(TYPE))
+        dattend += dot(dz, tl.trans(u1), PRECISION)
+        seen_m += dot(dz, tl.trans(tl.load(at1)), PRECISION)
+        if MOMENTUM:
+            seen_s += dot(dz, tl.trans(tl.load(at1 + PAIR)), PRECISION)
+        if BASE:
+            dquery += dot(dz, tl.trans(tl.load(base1)), PRECISION)
+    tl.store(tile(dread_writes, chunk * (C * C), C, C, C), dG + dattend * scores1)
+    dscores = (dattend * G).to(TYPE)
+    tl.store(tile(dkeys, chunk * (C * K), C, K, K), dot(tl.trans(dscores), query, PRECISION).to(TYPE))
+    dquery += read_m * seen_m + dot(dscores, key, PRECISION)
+    tl.store(dread + at_read, dread_m + row_sum(query.to(tl.float32) * seen_m))
     if MOMENTUM:
-        tl.store(column(dread, chunk, 1, C, n_parts), dread_s + more_s)
+        dquery += read_s * seen_s
+        tl.store(dread + at_read + 1, dread_s + row_sum(query.to(tl.float32) * seen_s))
+    tl.store(tile(dq, chunk * (C * K), C, K, K), dquery.to(TYPE))

@@ -1,8 +1,8 @@
-"""What the kernels of deep memories share: where tiles lie, the activation, and the errors of a chunk.
+"""What the kernels of deep memories share: where tiles lie, and the activation.
 
-Triton code. `chunk` is one of [N B H]; C tokens, K and V widths of keys and values, F of the hidden layer. The weights
-of a network are packed, W_1 [K, F] and then W_2 [F, V], PAIR numbers; a state is N of both, and S of both after it.
-Tiles are float32 unless they are operands of a product, which have the dtype of q, k and v.
+Triton code. `chunk` is one of [N B H]; C tokens, K and V widths of keys and values, F of the hidden layer, of which a
+tile has BF. The weights of a network are packed, W_1 [K, F] and then W_2 [F, V], PAIR numbers; a state is N of both, and
+S of both after it, SIZE. Tiles are float32 unless they are operands of a product, which have the dtype of q, k and v.
 """
 
 from __future__ import annotations
@@ -17,27 +17,9 @@ def dot(x, y, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def tile(pointer, index, R: tl.constexpr, X: tl.constexpr):
-    """Addresses [R, X] of matrix `index` (int64) of [*, R, X]."""
-    return pointer + index * (R * X) + tl.arange(0, R)[:, None] * X + tl.arange(0, X)[None, :]
-
-
-@triton.jit
-def second(pointer, index, K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, SIZE: tl.constexpr):
-    """Addresses [F, V] of the second layer of packed weights `index`, of SIZE numbers each."""
-    return pointer + index * SIZE + K * F + tl.arange(0, F)[:, None] * V + tl.arange(0, V)[None, :]
-
-
-@triton.jit
-def first(pointer, index, K: tl.constexpr, F: tl.constexpr, SIZE: tl.constexpr):
-    """Addresses [K, F] of the first."""
-    return pointer + index * SIZE + tl.arange(0, K)[:, None] * F + tl.arange(0, F)[None, :]
-
-
-@triton.jit
-def column(pointer, chunk, i, C: tl.constexpr, N: tl.constexpr):
-    """Addresses [C, 1] of column i of [*, C, N]."""
-    return pointer + chunk * (C * N) + tl.arange(0, C)[:, None] * N + i
+def tile(pointer, offset, R: tl.constexpr, X: tl.constexpr, STRIDE: tl.constexpr):
+    """Addresses [R, X] from `offset` (int64), rows STRIDE apart."""
+    return pointer + offset + tl.arange(0, R)[:, None] * STRIDE + tl.arange(0, X)[None, :]
 
 
 @triton.jit
@@ -55,28 +37,18 @@ def silu_curve(z):
 
 
 @triton.jit
+def row_sum(x):
+    return tl.sum(x, 1)[:, None]
+
+
+@triton.jit
 def square(x):
-    return tl.sum(x * x, 1)[:, None]
+    """|x|^2 of rows [C, 1]."""
+    x = x.to(tl.float32)
+    return row_sum(x * x)
 
 
 @triton.jit
-def errors(key, value, R1, R2, PRECISION: tl.constexpr):
-    """z, X_2 and slope of the hidden layer, the error e at the prediction, rounded too, and what it is before the
-    hidden layer's slope: all of them without the limit."""
-    z = dot(key, R1, PRECISION)
-    x, slope = silu(z)
-    x = x.to(key.dtype)
-    e = value.to(tl.float32) - dot(x, R2, PRECISION)
-    rounded = e.to(key.dtype)
-    return z, x, slope, e, rounded, dot(rounded, tl.trans(R2), PRECISION)
-
-
-@triton.jit
-def limit(key, x, e1, e, NOTHING: tl.constexpr):
-    """The share of the errors that a step of size one may write, [C, 1], and what it is made of: |k|^2, |X_2|^2, the
-    |e|^2 of both layers, the sum that is held, and the denominator."""
-    keys, hidden = square(key.to(tl.float32)), square(x.to(tl.float32))
-    size1, size = square(e1), square(e)
-    moved = keys * size1 + hidden * size
-    most = tl.maximum(size, moved) + NOTHING
-    return (size + NOTHING) / most, keys, hidden, size1, size, moved, most
+def scaled(c, x):
+    """Rows of an operand times c [C, 1], an operand again."""
+    return (c * x.to(tl.float32)).to(x.dtype)
