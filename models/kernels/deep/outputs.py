@@ -1,6 +1,6 @@
 """What the queries read, and its gradients: every chunk for itself, all at once, tile by tile of the hidden layer.
 
-    z = y W + diag(A) y N + diag(f) y S + ((y X^T) * G) E    for both layers, with E what is written of the errors.
+z = y W + diag(A) y N + diag(f) y S + ((y X^T) * G) E    for both layers, with E what is written of the errors.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def _begin(at, base, there, reference, given, TYPE: tl.constexpr, BASE: tl.const
 @triton.jit
 def _move(at, base, state, following, goes_on, held, is_held, written, e, write_m, write_s, kept_m, kept_s, carried,
           PAIR: tl.constexpr, MOMENTUM: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """N <- A N + f S + X^T diag(c) E and S <- m S + X^T diag(c') E of a tile at `at`, with written = X^T. What they were
+    """N <- A N + f S + X^T diag(c) E and S <- m S + X^T diag(c') E of a tile at `at`, written = X^T. What they were
     goes to `state`, and the R that the next mini-batch has to `following`."""
     N = tl.load(at)
     tl.store(state, N.to(e.dtype))

@@ -1,8 +1,8 @@
 """What the kernels of deep memories share: where tiles lie, and the activation.
 
 Triton code. `chunk` is one of [N B H]; C tokens, K and V widths of keys and values, F of the hidden layer, of which a
-tile has BF. The weights of a network are packed, W_1 [K, F] and then W_2 [F, V], PAIR numbers; a state is N of both, and
-S of both after it, SIZE. Tiles are float32 unless they are operands of a product, which have the dtype of q, k and v.
+tile has BF. The weights of a network are packed, W_1 [K, F] and then W_2 [F, V], PAIR numbers; a state is N of both,
+and S of both after it, SIZE. Tiles are float32 unless they are operands of a product, which have the dtype of q, k, v.
 """
 
 from __future__ import annotations

@@ -1,0 +1,69 @@
+"""Titans' deep memory by our kernels: outputs and every gradient of the layer, each relative to its own length, with a
+start that has something in all of its layers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import textwrap
+
+import pytest
+import torch
+
+from models.kernels import deep
+from tests.kernels.interpreter import run_interpreted
+from tests.laws.presets import inputs, mixer, outcome
+
+SHAPES = {"narrow": (2, 16, 16), "wide": (1, 64, 64)}  # heads, keys and values, mini-batch; the hidden layer has 4 K
+
+
+def errors(device: str, shape: str, T: int = 150) -> list[float]:
+    """Of the Triton form, to the PyTorch form, with and without documents."""
+    heads, width, grad_batch = SHAPES[shape]
+    sizes = {"num_heads": heads, "key_dim": width, "value_dim": width, "regressor__grad_batch": grad_batch}
+    x, found = inputs(2, T, torch.float32).to(device), []
+    for segments in (None, (torch.arange(T, device=device) // 40).expand(2, -1)):
+        pair = []
+        for backend in ("triton", "torch"):
+            layer = mixer("titans_mlp", backend, torch.float32, **sizes)
+            torch.manual_seed(3)
+            with torch.no_grad():
+                for weight in layer.regressor.start:
+                    weight += 0.3 * torch.randn_like(weight)
+            pair.append(outcome(layer.to(device), x, segments=segments, memory=False))
+        found += [((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in zip(*pair, strict=True)]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_interpreted_kernels_are_the_pytorch_form(shape):
+    code = """
+    import json
+    from tests.kernels.test_deep import errors
+    print("FOUND", json.dumps(errors("cpu", %r)))
+    """
+    found = json.loads(run_interpreted(textwrap.dedent(code % shape), fla=False).split("FOUND")[1])
+    assert max(found) < 1e-5, found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_a_gpu(shape):
+    """float32 in products of three TF32."""
+    found = errors("cuda", shape, T=1000)
+    assert max(found) < 1e-3, found
+
+
+def test_what_they_refuse(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cuda = torch.device("cuda")
+    assert "Triton" in deep.refusal(torch.device("cpu"), torch.float32, 64, (64, 256, 64))
+    if importlib.util.find_spec("triton") is not None:
+        assert deep.refusal(cuda, torch.bfloat16, 64, (64, 256, 64)) is None
+        assert "128" in deep.refusal(cuda, torch.bfloat16, 64, (128, 512, 128))
+        assert "mini-batches of 16, 32, 64, not 8" in deep.refusal(cuda, torch.bfloat16, 8, (64, 256, 64))
+    regressor = mixer("titans_mlp", "auto", regressor__depth=3).regressor
+    assert "depth=2" in regressor.accelerators(cuda, torch.bfloat16)["triton"]
