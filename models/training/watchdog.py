@@ -97,9 +97,12 @@ class Watchdog(Callback):
 
     def _word(self, rank: int) -> str:
         path, own = self.words / str(rank), self.words / str(self.rank)
-        if not (path.exists() and own.exists()):
+        try:  # whatever is wrong with the directory, this process must come to its end
+            silent, (idle, doing) = own.stat().st_mtime - path.stat().st_mtime, path.read_text().split(" ", 1)
+        except FileNotFoundError:
             return f"Rank {rank} has never been heard of"
-        silent, (idle, doing) = own.stat().st_mtime - path.stat().st_mtime, path.read_text().split(" ", 1)
+        except (OSError, ValueError) as error:
+            return f"What rank {rank} was doing can't be read: {error}"
         if silent > 3 * self._pause:
             return f"Rank {rank} has not been heard of for {silent:.0f} s, it is suspended or gone; it was {doing}"
         return f"Rank {rank} has made no progress for {idle} s; it was {doing}"

@@ -85,3 +85,15 @@ def test_routes(monkeypatch):
 def test_importing_the_models_does_not_import_fla():
     code = "import sys, models.regression.delta; assert not {'fla', 'triton'} & {m.split('.')[0] for m in sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_what_is_wrong_on_a_gpu_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(fla, "_broken_on_hopper", lambda device: None)
+    cuda, wide = torch.device("cuda"), (96, 64)
+    assert fla.refusal_gated_delta(cuda, torch.bfloat16, *wide) is None
+    assert "shared memory" in fla.refusal_gated_delta(cuda, torch.float32, *wide)
+    for refusal in (fla.refusal_leaky_delta, fla.refusal_write_key):
+        assert "chunk_comba" in refusal(cuda, torch.bfloat16, 64, 64)
+        assert refusal(cuda, torch.float32, 64, 64) is None

@@ -388,6 +388,20 @@ def test_the_watchdog_names_who_hangs_and_where(tmp_path, monkeypatch, capfd):
         Watchdog(0)
 
 
+def test_what_is_left_of_other_ranks_words_does_not_stop_the_watchdog(tmp_path):
+    watchdog = Watchdog(10)
+    watchdog.rank, watchdog.world_size, watchdog.words = 0, 4, tmp_path / ".ranks"
+    assert watchdog._word(1) == "Rank 1 has never been heard of"
+    watchdog.now("computing step 3")
+    watchdog._leave_word(12.0)
+    (watchdog.words / "1").write_text("7 waiting for its data loader")
+    (watchdog.words / "2").write_text("")
+    os.utime(watchdog.words / "1")
+    said = watchdog._others()
+    assert "Rank 1 has made no progress for 7 s; it was waiting for its data loader. " in said
+    assert "What rank 2 was doing can't be read: " in said and "Rank 3 has never been heard of. " in said
+
+
 class Broken(Logger):
     def __init__(self, where):
         super().__init__()

@@ -211,7 +211,7 @@ class DeepMemory(Momentum):
     """
 
     fit = "gradient step, momentum"
-    on_request = ("triton",)
+    on_request = ("triton",)  # models/kernels/deep
 
     def __init__(
         self,
