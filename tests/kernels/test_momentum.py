@@ -27,6 +27,7 @@ CASES = {  # what differs from one head width of 16, 100 tokens, a decay, moment
     "of 16, documents": {"grad_batch": 16, "documents": 23},
     "longer than a chunk": {"grad_batch": 100, "T": 150},
     "as long as a chunk": {"grad_batch": 64, "T": 150, "state": False},
+    "aligned keys": {"aligned": 2.0},
     "ragged": {"K": 20, "V": 40, "T": 70},
     "leaky LMS": {"momentum": None, "early": True},
     "leaky LMS, documents": {"momentum": None, "early": True, "documents": 23},
@@ -48,6 +49,7 @@ def errors(
     documents: int | None = None,
     state: bool = True,
     early: bool = False,
+    aligned: float = 0.0,
 ) -> list[float]:
     """Of outputs, last matrices and all gradients: the distance to the recurrence of the same rounded inputs, relative
     to its length. momentum and decay: the mean of the gates' logits; None for none."""
@@ -58,7 +60,8 @@ def errors(
 
     logit = normal(T, H) + (momentum or 0.0)
     step_size = (-logit).sigmoid() * normal(T, H).sigmoid() / grad_batch
-    inputs = [x.to(dtype) for x in (normal(T, H, K), F.normalize(normal(T, H, K), dim=-1), normal(T, H, V))]
+    keys = F.normalize(normal(T, H, K) + aligned, dim=-1)
+    inputs = [x.to(dtype) for x in (normal(T, H, K), keys, normal(T, H, V))]
     inputs += [step_size, F.logsigmoid(logit), None if decay is None else F.logsigmoid(normal(T, H) + decay)]
     inputs += [0.1 * normal(H, K, V) for _ in range(3 if grad_batch > 1 else 2)] if state else []
     segments = None if documents is None else (torch.arange(T, device=device) // documents).expand(B, T)

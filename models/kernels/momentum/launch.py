@@ -97,7 +97,7 @@ class Launch:
     def run_scan(self) -> tuple[Tensor, ...]:
         """G, R, vectors, U, states and the last matrices."""
         G = self.new(self.BH * self.N, CHUNK, CHUNK)
-        R = self.new(self.BH * self.N, CHUNK, CHUNK, dtype=self.v.dtype) if self.rule.solve else G
+        R = self.new(self.BH * self.N, CHUNK, CHUNK) if self.rule.solve else G
         vectors = self.new(self.BH * self.N, ROWS, CHUNK)
         coefficients[self.N, self.BH](
             self.k,

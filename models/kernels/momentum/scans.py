@@ -78,7 +78,7 @@ def scan(
             error -= tl.load(row + tiles.REFER_R * C + t)[:, None] * dot(keys, operand, PRECISION)
             tl.store(at_states + (n_matrices - 1) * K * V, operand, mask=inside)
         if SOLVE:
-            error += dot(inverse, error.to(keys.dtype), PRECISION)
+            error += dot(inverse, error, PRECISION)
         at_u, mask_v = of_tokens(U, bh, n, first_v, T, H, V, C, BV)
         tl.store(at_u, error.to(keys.dtype), mask=mask_v)
 
@@ -175,7 +175,7 @@ def scan_gradient(
             derror += tl.load(row + tiles.WRITE_R * C + t)[:, None] * dot(keys, operand, PRECISION)
             tl.store(at_states + (n_matrices - 1) * K * V, operand, mask=inside)
         if SOLVE:
-            derror += dot(tl.trans(inverse), derror.to(keys.dtype), PRECISION)
+            derror += dot(tl.trans(inverse), derror, PRECISION)
         at_e, mask_v = of_tokens(E, bh, n, first_v, T, H, V, C, BV)
         tl.store(at_e, derror.to(keys.dtype), mask=mask_v)
 

@@ -23,7 +23,15 @@ ROWS = 9
 
 
 @triton.jit
+def rounded(x):
+    """To the 11 digits of TF32: tensor cores cut the rest off, whose sums are then too small."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def dot(x, y, PRECISION: tl.constexpr):
+    if PRECISION == "tf32" and x.dtype == tl.float32:
+        x, y = rounded(x), rounded(y)
     return tl.dot(x, y, input_precision=PRECISION)
 
 
