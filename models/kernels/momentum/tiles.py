@@ -23,16 +23,19 @@ ROWS = 9
 
 
 @triton.jit
-def rounded(x):
-    """To the 11 digits of TF32: tensor cores cut the rest off, whose sums are then too small."""
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+def dot(x, y, PRECISION: tl.constexpr):
+    return tl.dot(x, y, input_precision=PRECISION)
 
 
 @triton.jit
-def dot(x, y, PRECISION: tl.constexpr):
-    if PRECISION == "tf32" and x.dtype == tl.float32:
-        x, y = rounded(x), rounded(y)
-    return tl.dot(x, y, input_precision=PRECISION)
+def long_dot(x, y, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """x y of float32 tiles for operands of TYPE, 16 bits: of x = high + low, y the same, all products but the smallest.
+    (With eight warps a product of TF32 operands ends in an illegal memory access.)"""
+    if TYPE == tl.float32:
+        return dot(x, y, PRECISION)
+    high, y_high = x.to(TYPE), y.to(TYPE)
+    low, y_low = (x - high.to(tl.float32)).to(TYPE), (y - y_high.to(tl.float32)).to(TYPE)
+    return dot(high, y_low, PRECISION) + dot(low, y_high, PRECISION) + dot(high, y_high, PRECISION)
 
 
 @triton.jit
