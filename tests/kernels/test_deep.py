@@ -14,18 +14,18 @@ from models.kernels import deep
 from tests.kernels.interpreter import run_interpreted
 from tests.laws.presets import inputs, mixer, outcome
 
-SHAPES = {"narrow": (2, 16, 16), "wide": (1, 64, 64)}  # heads, keys and values, mini-batch; the hidden layer has 4 K
+SHAPES = {"narrow": (2, 16, 16), "middle": (1, 32, 64), "wide": (1, 64, 64)}  # heads, keys and values, mini-batch
 
 
-def errors(device: str, shape: str, T: int = 150) -> list[float]:
+def errors(device: str, shape: str, T: int = 150, dtype: torch.dtype = torch.float32) -> list[float]:
     """Of the Triton form, to the PyTorch form, with and without documents."""
     heads, width, grad_batch = SHAPES[shape]
     sizes = {"num_heads": heads, "key_dim": width, "value_dim": width, "regressor__grad_batch": grad_batch}
-    x, found = inputs(2, T, torch.float32).to(device), []
+    x, found = inputs(2, T, dtype).to(device), []
     for segments in (None, (torch.arange(T, device=device) // 40).expand(2, -1)):
         pair = []
         for backend in ("triton", "torch"):
-            layer = mixer("titans_mlp", backend, torch.float32, **sizes)
+            layer = mixer("titans_mlp", backend, dtype, **sizes)
             torch.manual_seed(3)
             with torch.no_grad():
                 for weight in layer.regressor.start:
@@ -36,7 +36,7 @@ def errors(device: str, shape: str, T: int = 150) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["narrow", "wide"])
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_interpreted_kernels_are_the_pytorch_form(shape):
     code = """
@@ -50,11 +50,14 @@ def test_interpreted_kernels_are_the_pytorch_form(shape):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("shape", SHAPES)
-def test_on_a_gpu(shape):
-    """float32 in products of three TF32."""
-    found = errors("cuda", shape, T=1000)
-    assert max(found) < 1e-3, found
+@pytest.mark.parametrize(
+    "shape, dtype, tolerance",
+    [("narrow", torch.float32, 1e-3), ("middle", torch.float32, 1e-3), ("wide", torch.bfloat16, 3e-2)],
+)
+def test_on_a_gpu(shape, dtype, tolerance):
+    """float32 in products of three TF32; in bf16 both forms round."""
+    found = errors("cuda", shape, T=1000, dtype=dtype)
+    assert max(found) < tolerance, found
 
 
 def test_what_they_refuse(monkeypatch):
@@ -64,6 +67,7 @@ def test_what_they_refuse(monkeypatch):
     if importlib.util.find_spec("triton") is not None:
         assert deep.refusal(cuda, torch.bfloat16, 64, (64, 256, 64)) is None
         assert "128" in deep.refusal(cuda, torch.bfloat16, 64, (128, 512, 128))
+        assert "float32" in deep.refusal(cuda, torch.float32, 64, (64, 256, 64))
         assert "mini-batches of 16, 32, 64, not 8" in deep.refusal(cuda, torch.bfloat16, 8, (64, 256, 64))
     regressor = mixer("titans_mlp", "auto", regressor__depth=3).regressor
     assert "depth=2" in regressor.accelerators(cuda, torch.bfloat16)["triton"]

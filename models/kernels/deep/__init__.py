@@ -50,6 +50,8 @@ def refusal(device: torch.device, dtype: torch.dtype, grad_batch: int, widths: t
     ):
         if value not in allowed:
             return f"the kernels take {what} {', '.join(map(str, allowed))}, not {value}"
+    if device.type == "cuda" and dtype == torch.float32 and grad_batch * max(K, V) > 2048:
+        return f"in float32 mini-batches of {grad_batch} of vectors of {max(K, V)} do not fit on a multiprocessor"
     return None
 
 

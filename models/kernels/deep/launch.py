@@ -10,12 +10,13 @@ from models.kernels.deep.outputs import outputs, outputs_gradient
 from models.kernels.deep.scans import scan
 from models.regression.deep.network import NOTHING
 
-CONFIGURATIONS = {  # BF, and warps
-    "scan": (64, 8),
-    "outputs": (64, 8),
-    "outputs_gradient": (64, 8),
-    "scan_gradient": (64, 8),
+HALF = {  # BF, warps and stages, in 16 bits
+    "scan": (64, 8, 1),
+    "outputs": (64, 8, 1),
+    "outputs_gradient": (64, 8, 1),
+    "scan_gradient": (64, 8, 1),
 }
+WHOLE = (16, 4, 1)  # in float32, of operands twice as large
 
 
 class Launch:
@@ -48,7 +49,7 @@ class Launch:
         n = read.shape[-1]
         self.pair = begin.shape[-1] // n
         self.shared = {"C": C, "K": K, "F": self.pair // (K + V), "V": V, "MOMENTUM": n == 2, "BASE": base is not None}
-        self.shared |= {"PRECISION": "tf32" if q.dtype != torch.float32 else "tf32x3", "num_stages": 1}
+        self.shared |= {"PRECISION": "tf32" if q.dtype != torch.float32 else "tf32x3"}
         self.scans = {"REFERENCE": reference is not None, "NOTHING": NOTHING}
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,5 +106,5 @@ class Launch:
         return last, held, states, references, *errors
 
     def _options(self, kernel: str) -> dict[str, object]:
-        tile, warps = CONFIGURATIONS[kernel]
-        return {**self.shared, "BF": min(tile, self.shared["F"]), "num_warps": warps}
+        tile, warps, stages = HALF[kernel] if self.q.dtype != torch.float32 else WHOLE
+        return {**self.shared, "BF": min(tile, self.shared["F"]), "num_warps": warps, "num_stages": stages}
