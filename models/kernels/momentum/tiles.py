@@ -31,7 +31,7 @@ def dot(x, y, PRECISION: tl.constexpr):
 def long_dot(x, y, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """x y of float32 tiles for operands of TYPE, 16 bits: of x = high + low, y the same, all products but the smallest.
     (With eight warps a product of TF32 operands ends in an illegal memory access.)"""
-    if TYPE == tl.float32:
+    if TYPE.is_fp32():
         return dot(x, y, PRECISION)
     high, y_high = x.to(TYPE), y.to(TYPE)
     low, y_low = (x - high.to(tl.float32)).to(TYPE), (y - y_high.to(tl.float32)).to(TYPE)
