@@ -85,7 +85,7 @@ def coefficients(
                 tl.store(out + tiles.REFER_F * C, tl.sum(chosen * f[None, :], 1))
         at, mask = of_tokens(k, bh, n, 0, T, H, K, C, BK)
         keys = tl.load(at, mask=mask, other=0.0)
-        inverse = unit_inverse(dot(keys, tl.trans(keys), PRECISION) * refer, C, LOG_C, "tf32x3")
+        inverse = unit_inverse(dot(keys, tl.trans(keys), PRECISION) * refer, C, LOG_C, PRECISION)
         tl.store(of_square(R, chunk, C), tl.where(t[:, None] > t[None, :], inverse, 0.0))
 
 
