@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from hydra.utils import get_class
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.decay import NoDecay
 from models.features import Identity
@@ -26,7 +27,7 @@ from models.regression.pairs import Pairs, View
 from models.regression.ttt import TTT
 from models.sizes import Sizes
 from scripts.benchmarks import peers
-from scripts.benchmarks.timing import Case, Operator, same
+from scripts.benchmarks.timing import Case, Operator, graphed, same
 from scripts.recipes import PRESETS, composed, mixer_of
 
 if TYPE_CHECKING:
@@ -200,23 +201,44 @@ def deep_memory(B: int, T: int, H: int, K: int, device: str) -> Case:
     x = torch.randn(B, T, H * K, device=device).requires_grad_()
     sizes = f"model.num_heads={H}", f"model.hidden_size={H * K}"
 
-    def layer(preset: str, *settings: str) -> Operator:
+    def layer(preset: str, *settings: str) -> Layer:
         torch.manual_seed(0)
         settings = [f"model.mixers.main.regressor.{setting}" for setting in settings]
-        mixer = mixer_of(composed(preset, *sizes, *settings)).to(device)
+        return Layer(mixer_of(composed(preset, *sizes, *settings)), device)
 
-        def function(x: Tensor) -> Tensor:
-            with half(device):
-                return mixer(x)[0]
+    def peer(grad_batch: int | None) -> Layer:
+        torch.manual_seed(0)
+        return Layer(peers.titans_memory(H * K, H, grad_batch), device)
 
-        return Operator(function, [x], tuple(mixer.parameters()))
+    def timed(module: Layer) -> Operator:
+        return Operator(module, [x], tuple(module.parameters()))
 
-    operators = {
-        "titans_mlp, nothing twice": layer("titans_mlp", "remat=0"),
-        "titans_mlp": layer("titans_mlp"),
-        "lact, chunks of 1024": layer("lact", "grad_batch=1024", "window=1024"),
-    }
+    operators = {}
+    if device == "cuda":
+        operators["ours, Triton"] = timed(layer("titans_mlp", "backend=triton"))
+        operators[f"ours, Triton, hidden {2 * K}"] = timed(layer("titans_mlp", "backend=triton", "expansion=2"))
+    operators["ours, PyTorch"] = timed(layer("titans_mlp", "backend=torch", "remat=0"))
+    operators["ours, PyTorch, remat 8"] = timed(layer("titans_mlp", "backend=torch"))
+    if device == "cuda":
+        operators["ours, PyTorch, CUDA graphs"] = graphed(layer("titans_mlp", "backend=torch", "remat=0"), x)
+    operators["lact, chunks of 1024"] = timed(layer("lact", "grad_batch=1024", "window=1024"))
+    if importlib.util.find_spec("titans_pytorch") is not None:
+        operators["titans-pytorch, R per 64"] = timed(peer(64))
+        operators["titans-pytorch, R per 512"] = timed(peer(512))
+        operators["titans-pytorch, R = M_0"] = timed(peer(None))
     return Case(operators, alike=False)
+
+
+class Layer(nn.Module):
+    """The output [B, T, D] of a layer that returns a state with it, by bf16 products on a GPU."""
+
+    def __init__(self, layer: nn.Module, device: str) -> None:
+        super().__init__()
+        self.layer, self.device = layer.to(device), device
+
+    def forward(self, x: Tensor) -> Tensor:
+        with half(self.device):
+            return self.layer(x)[0]
 
 
 def memories(B: int, T: int, H: int, K: int, device: str) -> dict[str, Callable[[], Case]]:

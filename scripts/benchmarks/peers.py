@@ -1,13 +1,13 @@
-"""Peers: fla's own operators as they come, with their own scale of the query, 1/sqrt(K).
+"""Peers: fla's own operators as they come, with their own scale of the query, 1/sqrt(K), and others' modules.
 
 No model calls them from here: models/kernels/fla.py is where they are used, under this repository's conventions. Each
-takes q, k, v [B, T, H, K], log_decay and step_size [B, T, H].
+operator takes q, k, v [B, T, H, K], log_decay and step_size [B, T, H].
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def linear_attn(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
@@ -131,6 +131,31 @@ def transformers_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_
     while hasattr(function, "__wrapped__"):  # the wrapper takes fla where it is installed, even without a GPU
         function = function.__wrapped__
     return function(q, k, v, log_decay, step_size, output_final_state=True)[0]
+
+
+def titans_memory(hidden_size: int, num_heads: int, grad_batch: int | None, chunk: int = 64) -> nn.Module:
+    """titans-pytorch's layer with a deep memory, x [B, T, D] to (o [B, T, D], state): heads of K = V = D / H numbers.
+
+    For chunks c of C tokens, with eta and a from the mean of a chunk's inputs and theta from each token's,
+        S_c = eta_c S_{c-1} - sum_i theta_i dl_i/dM (R) ,    M_c = a_c M_{c-1} + S_c ,    l = ||v - f(k)||^2 / V ,
+        f(x) = LN(gelu(x W_1) W_2) + x ,    o_t = f(q_t) with the M of the last chunk complete at t ,
+    where M is W_1 [K, 4 K], W_2 and the scale of LN, and R the M after every `grad_batch` tokens; None: M_0 for all, so
+    that no chunk's gradient knows of another. theta is at most 1 / C: by the package's default, 1, M overflows where R
+    moves. Ours has gates per token, reads the writes of its own chunk, and fades to M_0; it has silu and neither LN nor
+    + x, but a convolution and keys of length one. Here every M_c is written to memory: T / C of them for a head.
+    """
+    from titans_pytorch import MemoryMLP, NeuralMemory
+
+    K = hidden_size // num_heads
+    return NeuralMemory(
+        dim=hidden_size,
+        heads=num_heads,
+        dim_head=K,
+        chunk_size=chunk,
+        batch_size=grad_batch,
+        model=MemoryMLP(K, depth=2, expansion_factor=4.0),
+        default_step_transform_max_lr=1 / chunk,
+    )
 
 
 def _per_channel(log_decay: Tensor, k: Tensor) -> Tensor:

@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SECONDS = 120.0  # an operator that is slower than this, compilation included, is not repeated
 
 
 class Operator(NamedTuple):
-    """What is timed: function(*inputs), and its gradients by the inputs that want one and by parameters."""
+    """What is timed: function(*inputs), and its gradients by the inputs that want one and by parameters. kept: bytes of
+    GPU memory that it has of its own, where no call allocates them.
+    """
 
     function: Callable[..., Tensor]
     inputs: list[Tensor]
     parameters: tuple[Tensor, ...] = ()
+    kept: int = 0
 
 
 class Case(NamedTuple):
@@ -35,6 +38,16 @@ class Case(NamedTuple):
 def same(inputs: list[Tensor], functions: dict[str, Callable[..., Tensor]]) -> Case:
     """Functions of the same inputs."""
     return Case({name: Operator(function, inputs) for name, function in functions.items()})
+
+
+def graphed(module: nn.Module, x: Tensor) -> Operator:
+    """A module of x, its forward and its backward pass a CUDA graph each, which calls replay."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    with torch.autocast("cuda", enabled=False, cache_enabled=False):  # the module's own autocast takes that over
+        replayed = torch.cuda.make_graphed_callables(module, (x,))  # after three calls, which compile and tune
+    torch.cuda.empty_cache()
+    return Operator(replayed, [x], tuple(module.parameters()), torch.cuda.memory_reserved() - before)
 
 
 @dataclass
@@ -86,7 +99,7 @@ def seconds(work: Callable[[], object], device: str) -> float:
 def compare(size: str, case: Case, device: str, repeats: int) -> list[Row]:
     """A row for every operator that is fast enough to repeat."""
     outputs, peaks, works = {}, {}, {}
-    for name, (function, inputs, parameters) in case.operators.items():
+    for name, (function, inputs, parameters, kept) in case.operators.items():
         wanted = [x for x in (*inputs, *parameters) if x is not None and x.requires_grad]
 
         def forward(function=function, inputs=inputs) -> Tensor:
@@ -104,7 +117,7 @@ def compare(size: str, case: Case, device: str, repeats: int) -> list[Row]:
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
             both()
-            own = sum(x.numel() * x.element_size() for x in (*inputs, *parameters) if x is not None)
+            own = kept + sum(x.numel() * x.element_size() for x in (*inputs, *parameters) if x is not None)
             peaks[name] = (torch.cuda.max_memory_allocated() - held + own) / 1e9
         if (took := time.perf_counter() - begin) > SECONDS:
             print(f"{size}  {name}: {took:.0f} s before the first repeat, left out", file=sys.stderr)
