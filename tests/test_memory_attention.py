@@ -52,11 +52,12 @@ def softmax_read(attention: Mixer, x: list[Tensor], positions: list[int]) -> Ten
 
 
 class Titans:
-    """The memory's own rule, token by token: a short convolution, silu, length one, then eqs (13) and (14)."""
+    """The memory's own rule, token by token: a short convolution, silu, length one, then eqs (13) and (14), their
+    gates tied as models/regression/momentum.py says."""
 
     def __init__(self, memory: Mixer) -> None:
         self.memory, width = memory, HIDDEN // HEADS
-        self.M = self.S = torch.zeros(HEADS, width, width, dtype=torch.float64)
+        self.M = self.D = torch.zeros(HEADS, width, width, dtype=torch.float64)
         self.projected: list[Tensor] = [torch.zeros(3 * HIDDEN, dtype=torch.float64)] * 3
 
     def read(self, q: Tensor, M: Tensor) -> Tensor:
@@ -73,8 +74,8 @@ class Titans:
         gates = (x.view(-1, 1, 1) for x in (eta, (1 - eta) * theta, self.memory.decay(y.view(1, 1, -1)).exp()))
         eta, theta, alpha = gates
         error = v.unsqueeze(1) - k.unsqueeze(1) @ self.M
-        self.S = eta * self.S + theta * k.unsqueeze(2) @ error
-        self.M = alpha * self.M + self.S
+        U = self.D + theta * k.unsqueeze(2) @ error
+        self.M, self.D = alpha * (self.M + (1 - eta) * U), alpha * eta * U
         return self.read(q, self.M)
 
 

@@ -12,9 +12,16 @@ Gradients.  With `grad_batch` 1 a gradient is taken where the memory stands, M_r
             write). It is a part of the model, of any size, and has nothing to do with the chunk of the computation.
 Members.    eta = 0: leaky LMS, a M + theta k^T (v - k M). grad_batch as long as the sequence: one linear attention over
             the errors of the first memory. With grad_batch 1, Momentum DeltaNet (2026) with its write gate at 1.
-Stability.  Momentum sums a constant gradient to theta / (1 - eta) of it, so steps are theta = (1 - eta) theta', and
-            gradients of a mini-batch add up where their keys agree, so that theta' <= 1 / b. With |k| = 1 any gates are
-            then finite.
+Stability.  Free gates let it diverge, with steps of (1 - eta) as well: one token writes with eta near 0, those after it
+            keep S moving with eta near 1, past the target, and so again, a larger error every time. (Trained on text
+            that repeats, at the largest steps, memories reached 1e19.) So the gates are tied, through D, what is still
+            to be written: with eta and theta' in [0, 1]
+                U_t = D_{t-1} - (1 - eta_t) theta'_t grad l_t(M_ref) ,
+                M_t = a_t (M_{t-1} + (1 - eta_t) U_t) ,    D_t = a_t eta_t U_t ,
+            the rule above for S_t = a_t (1 - eta_t) U_t, where the momentum is a_t (1 - eta_t) eta_{t-1} / (1 -
+            eta_{t-1}): eta_t where nothing varies or fades. |M + D|^2 + |D|^2 then never grows for v = 0, grad_batch 1
+            and keys no longer than one, whatever the gates: it is convex in theta', and does not for 0 and 1. Gradients
+            of a mini-batch add up where their keys agree, so that theta' <= 1 / b.
 Exactness.  The chunked form equals the recurrence up to rounding, whatever the chunk, gradients included.
 Others.     fla 0.6.0's chunk_momentum_delta_rule is not among the backends. It refuses float32, and the PyTorch code
             beneath it divides by cumulated momenta. In float32, chunks of 64, momenta from sigmoid(N(0, 1)), its
@@ -43,8 +50,9 @@ from models.sizes import Sizes
 
 
 class State(NamedTuple):
-    """memory and momentum: M and S [B, H, K, V]. For grad_batch > 1 also reference, M_ref of the last token, and phase
-    [B], how many tokens the current mini-batch has, 0 where the next token begins one; else None.
+    """memory and momentum: M and S [B, H, K, V]; between the calls of Momentum D. For grad_batch > 1 also reference,
+    M_ref of the last token, and phase [B], how many tokens the current mini-batch has, 0 where the next token begins
+    one; else None.
     """
 
     memory: Tensor
@@ -261,9 +269,9 @@ def _places(where: References, chunk: int, heads: int, dtype: torch.dtype) -> Te
 class Momentum(Memory):
     """Titans' memory for a matrix, with learned gates per head and token, all from x:
 
-        eta = sigmoid(x W_eta + c_eta) ,    theta = (1 - eta) sigmoid(x W_theta + c_theta) / grad_batch ,
+        eta = sigmoid(x W_eta + c_eta) ,    theta' = sigmoid(x W_theta + c_theta) / grad_batch ,
 
-    and a, the recipe's decay. With keys of unit length, which the shell makes, no gates let it diverge.
+    and a, the recipe's decay, tied as above. With keys of unit length, which the shell makes, no gates let it diverge.
 
     grad_batch: the tokens of a mini-batch, whose gradients are taken at the memory before it; 1 is the exact rule.
     """
@@ -279,12 +287,16 @@ class Momentum(Memory):
         self.step_size = nn.Linear(sizes.hidden_size, sizes.num_heads)
         self.momentum = nn.Linear(sizes.hidden_size, sizes.num_heads)
 
-    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """step_size and log_momentum, [B, T, H]. 1 - eta as sigmoid of the negative, log eta as logsigmoid: neither
-        loses its digits where eta is near 1 or 0.
+    def gates(self, x: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """step_size and log_momentum [B, T, H] of the rule, and the eta / (1 - eta) [B, H, 1, 1] that makes D of the
+        last S; the first token finds D where S would be. eta / (1 - eta) is the exponential of its logit, which is held
+        to 12: a momentum that lasts 160,000 tokens.
         """
-        momentum = wide(self.momentum(x))
-        return (-momentum).sigmoid() * wide(self.step_size(x)).sigmoid() / self.grad_batch, F.logsigmoid(momentum)
+        logit = wide(self.momentum(x)).clamp(max=12.0)
+        log_rest = F.logsigmoid(-logit)
+        log_written = log_rest if log_decay is None else log_rest + wide(log_decay)
+        step_size = (log_written + log_rest).exp() * wide(self.step_size(x)).sigmoid() / self.grad_batch
+        return step_size, log_written + F.pad(logit[:, :-1], (0, 0, 1, 0)), logit[:, -1, :, None, None].exp()
 
     def forward(
         self,
@@ -296,13 +308,16 @@ class Momentum(Memory):
         state: Any = None,
         segments: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        given = (q, k, v, *self.gates(x), log_decay, state, self.grad_batch, segments)
+        step_size, log_momentum, remaining = self.gates(x, log_decay)
+        given = (q, k, v, step_size, log_momentum, log_decay, state, self.grad_batch, segments)
         backend = self.choose(v.device, v.dtype).backend
         if backend == "recurrent" or k.shape[1] == 1:  # one token is the definition
-            return recurrent_momentum(*given)
-        if backend == "triton":
-            return kernel_momentum(*given)
-        return chunked_momentum(*given, self.tokens_at_once(v))
+            o, state = recurrent_momentum(*given)
+        elif backend == "triton":
+            o, state = kernel_momentum(*given)
+        else:
+            o, state = chunked_momentum(*given, self.tokens_at_once(v))
+        return o, state._replace(momentum=state.momentum * remaining)
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
         return {"triton": kernels.refusal(device, dtype, self.key_dim, self.value_dim)}

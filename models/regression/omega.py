@@ -33,8 +33,8 @@ from models.sizes import Sizes
 
 
 class State(NamedTuple):
-    """fitted: momentum.py's state. keys [B, c - 1, H, K] and values [B, c - 1, H, V]: the last pairs of the document,
-    the newest last; zeros, which write nothing, where it has fewer.
+    """fitted: momentum.py's state, with D for S between the calls of Omega. keys [B, c - 1, H, K] and values [B, c - 1,
+    H, V]: the last pairs of the document, the newest last; zeros, which write nothing, where it has fewer.
     """
 
     fitted: momentum.State
@@ -173,10 +173,14 @@ class Omega(Momentum):
     ) -> tuple[Tensor, Any]:
         weights = wide(self.weights(x)).sigmoid().unflatten(-1, (-1, self.window))
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1.0)
-        given = (q, k, v, weights, *self.gates(x), log_decay, state, self.grad_batch, segments)
+        step_size, log_momentum, remaining = self.gates(x, log_decay)
+        given = (q, k, v, weights, step_size, log_momentum, log_decay, state, self.grad_batch, segments)
         if self.choose(v.device, v.dtype).backend == "recurrent" or k.shape[1] == 1:  # one token is the definition
-            return recurrent_omega(*given)
-        return chunked_omega(*given, self.tokens_at_once(v))
+            o, state = recurrent_omega(*given)
+        else:
+            o, state = chunked_omega(*given, self.tokens_at_once(v))
+        fitted = state.fitted
+        return o, state._replace(fitted=fitted._replace(momentum=fitted.momentum * remaining))
 
     def recall(self, x: Tensor, q: Tensor, state: State | None) -> Tensor:
         return super().recall(x, q, None if state is None else state.fitted)

@@ -209,6 +209,30 @@ def test_no_gates_let_it_diverge(grad_batch, regressor, momentum):
     assert o.abs().max() < 30, o.abs().max()
 
 
+@pytest.mark.parametrize("fades", [False, True])
+def test_no_gates_that_vary_let_it_diverge(fades):
+    """A key over and over, or another for each token, and gates drawn at random, many at their ends: |M + D|^2 + |D|^2
+    never grows without values. Gates that are not tied take memories to 1e40 and beyond."""
+    torch.manual_seed(0)
+    T, module = 400, Momentum(Sizes(2, 1, 1, 4, 4)).double()
+    for name, column in (("momentum", 0), ("step_size", 1)):
+        with torch.no_grad():
+            getattr(module, name).weight.copy_(torch.eye(2)[column : column + 1])
+            getattr(module, name).bias.zero_()
+    ends = torch.tensor([-30.0, 0.0, 12.0], dtype=torch.float64)
+    for keys in (torch.randn(1, 1, 1, 4).expand(1, T, 1, 4), torch.randn(1, T, 1, 4)):
+        k, x = F.normalize(keys.double(), dim=-1), ends[torch.randint(3, (1, T, 2))]
+        log_decay = -torch.rand(1, T, 1, dtype=torch.float64) if fades else None
+        state, before = State(*torch.randn(2, 1, 1, 4, 4, dtype=torch.float64)), float("inf")
+        for t in range(T):
+            now = slice(t, t + 1)
+            decay = None if log_decay is None else log_decay[:, now]
+            _, state = module(x[:, now], k[:, now], k[:, now], torch.zeros_like(k[:, now]), decay, state)
+            energy = ((state.memory + state.momentum).square().sum() + state.momentum.square().sum()).item()
+            assert energy <= before * (1 + 1e-12)
+            before = energy
+
+
 def test_refusals_name_the_setting():
     sizes = Sizes(12, H, H, K, V)
     with pytest.raises(ValueError, match=r"regressor\.grad_batch=0"):

@@ -15,7 +15,8 @@ Forgetting. W = M_0, `forget_to: start`: what fades is what the sequence has tau
             the two are one.
 Mini-batch. Another b is another model, and a model is best with the one that it was trained with (TNT, Li et al. 2025):
             b is no choice of speed. It is what makes the layer parallel, though: no form of the rule with b = 1 is.
-Stability.  As in momentum.py theta = (1 - eta) theta' / b, and network.py's limit holds the step of a token to what a
+Stability.  Momentum sums a constant gradient to theta / (1 - eta) of it, so theta = (1 - eta) theta' / b; the gates are
+            not tied as momentum.py's are. network.py's limit holds the step of a token to what a
             matrix with keys of length one would make of it. Nothing diverges then, whatever the gates; with three
             layers and more, b = 1 and theta' = 1, reads have been seen to overshoot fifteenfold for a while.
 Exactness.  The dual form equals the recurrence up to rounding, whatever the chunk, gradients included.
@@ -33,6 +34,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.kernels import deep as kernels
@@ -192,7 +194,7 @@ def chunked_deep(
 
 
 class DeepMemory(Momentum):
-    """Titans' memory for an MLP, with the gates of Momentum:
+    """Titans' memory for an MLP, with gates of its own:
 
         eta = sigmoid(x W_eta + c_eta) ,    theta = (1 - eta) sigmoid(x W_theta + c_theta) / grad_batch ,
 
@@ -263,9 +265,13 @@ class DeepMemory(Momentum):
             self.fit = "gradient step" if self.rule is None else f"{inner_optimizer} step for {grad_batch} pairs"
             self.momentum = self.momentum if optimizer is not None and optimizer.has_momentum else None
 
-    def gates(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def gates(self, x: Tensor, log_decay: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """step_size and log_momentum. (1 - eta as sigmoid of the negative, log eta as logsigmoid: neither loses its
+        digits where eta is near 1 or 0.)"""
         if self.momentum is not None and self.rule is None:
-            return super().gates(x)
+            momentum = wide(self.momentum(x))
+            step_size = (-momentum).sigmoid() * wide(self.step_size(x)).sigmoid() / self.grad_batch
+            return step_size, F.logsigmoid(momentum)
         momentum = None if self.momentum is None else wide(self.momentum(x)).sigmoid() / self.grad_batch
         return wide(self.step_size(x)).sigmoid() / self.grad_batch, momentum
 

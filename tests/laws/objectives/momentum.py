@@ -20,11 +20,12 @@ def window_of_pairs(call: Call) -> None:
 
 
 def descend(call: Call, weights: Tensor) -> None:
-    """S = eta S - theta grad 1/2 sum_r weight_r ||v_{t-r} - k_{t-r} M||^2 at the last memory; M = a M + S."""
+    """D = a eta U and M = a (M + (1 - eta) U), with U = D - (1 - eta) theta grad 1/2 sum_r weight_r ||v_{t-r} - k_{t-r}
+    M||^2 at the last memory."""
     eta = call.regressor.momentum(call.x).sigmoid()
     theta = (1 - eta) * call.regressor.step_size(call.x).sigmoid()
     M = torch.zeros(*call.k.shape[2:], call.v.shape[-1], dtype=call.k.dtype)
-    S = torch.zeros_like(M)
+    D = torch.zeros_like(M)
     for t in range(call.q.shape[1]):
         M.requires_grad_()
         loss = 0
@@ -32,6 +33,7 @@ def descend(call: Call, weights: Tensor) -> None:
             error = call.v[0, t - r] - (call.k[0, t - r].unsqueeze(1) @ M).squeeze(1)
             loss = loss + 0.5 * weights[0, t, :, r] @ error.square().sum(-1)
         (gradient,) = torch.autograd.grad(loss, M)
-        S = (eta[0, t].view(-1, 1, 1) * S - theta[0, t].view(-1, 1, 1) * gradient).detach()
-        M = (call.log_decay[0, t].exp().view(-1, 1, 1) * M + S).detach()
+        a, keep, step = (x[0, t].view(-1, 1, 1) for x in (call.log_decay.exp(), eta, theta))
+        U = D - step * gradient
+        M, D = (a * (M + (1 - keep) * U)).detach(), (a * keep * U).detach()
         assert torch.allclose(call.o[0, t], (call.q[0, t].unsqueeze(1) @ M).squeeze(1), atol=1e-10)
