@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.kernels.ttt.parts import dot, gradient_backward, load, project, standardise, tokens
+from models.kernels.ttt.parts import dot, load, project, standardise, tokens
 
 
 @triton.jit

@@ -1,18 +1,19 @@
 """The backward pass of mlp.py, in two kernels.
 
 Only the gradients by the weights go from a mini-batch to the one before. So mlp_replay, one program a group of
-mini-batches (of a head of a sequence), computes their weights again from those kept at the group's first, and all of the
-backward pass that needs no gradient by later weights: what queries have read. mlp_backward, one program a head of a
-sequence, goes through the mini-batches from the last to the first with what is left.
+mini-batches of a head, computes their weights again from those kept at the group's first, and all of the backward pass
+that needs no gradient by later weights: what queries have read. mlp_backward, one program a head of a sequence, goes
+through the mini-batches from the last to the first with what is left.
 
-What the first leaves for the second, for T tokens and as many mini-batches as are in them:
+What the first leaves for the second, for T tokens and the mini-batches in them:
 
-    weights [B H, T/C, P]    of every mini-batch that does not begin a document, rounded; the biases' places are not used
-    wide    [B H, T, 8, F]   rounded, as operands of products are; _wide says which
-    narrow  [B H, T, 7, K]   float32; _narrow says which
+    weights [B H, T/C, P]    of each mini-batch that does not begin a document, rounded (and without biases)
+    wide    [B H, T, 8, F]   rounded, as operands of products are: see _wide
+    narrow  [B H, T, 7, K]   float32: see _narrow
 
-That is 9 KB a token of a head in bf16 for keys of 64. To bound it, both take some groups at a time, from the last to the
-first (SLAB).
+That is 10 KB a token of a head in bf16 for keys of 64. To bound it, both take some groups at a time, from the last to
+the first (SLAB). A group's mini-batches are those that begin in its GROUP C tokens. Of two that begin within the same C
+tokens one at most goes on with a document, and only that one needs weights of its own.
 """
 
 from __future__ import annotations
@@ -25,24 +26,26 @@ from torch import Tensor
 from models.kernels.ttt.mlp import _copy, _errors, _move, _places, _read
 from models.kernels.ttt.parts import dot, gradient_backward, load, project, tokens
 
-SLAB = 512  # programs of mlp_replay: four for every multiprocessor of an H100, and 1.2 GB for keys of 64 in bf16
+SLAB = 512  # programs of mlp_replay, about four for every multiprocessor of an H100: 1.4 GB for keys of 64 in bf16
 
 
 @triton.jit
 def _wide(x, index, which: tl.constexpr, F: tl.constexpr):
-    """0 gelu(Z_1), 1 its first derivative, 2 its second times the gradient by gelu(Z_1), 3 u_1, 4 gelu(Z_1') and 5 dZ_1'
-    of what queries read; what comes by reading 6 of dZ_1, and 7 of the gradient by 2's factor, times 1."""
+    """Of errors: 0 gelu(Z_1), 1 its derivative, 2 its second one times u_2 W_2', 3 u_1 = 1 * u_2 W_2'. Of queries: 4
+    gelu(Z_1), 5 dZ_1. Because of queries, of errors: 6 dZ_1, 7 the gradient by u_2 W_2'.
+    """
     return x + index[:, None] * (8 * F) + which * F + tl.arange(0, F)[None, :]
 
 
 @triton.jit
 def _narrow(x, index, which: tl.constexpr, K: tl.constexpr):
-    """0 u_2, 1 LN before gamma and beta, 2 dl/dZ_2, 3 dZ_2' of what queries read; what comes by reading 4 of du_2, 5 of
-    dX; 6 the scale of 1."""
+    """Of errors: 0 u_2, 1 LN before gamma and beta, 2 dl/dZ_2. Of queries: 3 dZ_2. Because of queries, of errors: 4
+    du_2, 5 dX. 6 begins with the scale of 1.
+    """
     return x + index[:, None] * (7 * K) + which * K + tl.arange(0, K)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["g0"])  # or each slab compiles its own
 def mlp_replay(
     q, k, v, steps, sizes, start, rounded, gammas, betas, first, group, fresh, kept, do,
     dq, dsizes, dgammas, dbetas, scratch, weights, wide, narrow,
@@ -103,12 +106,9 @@ def mlp_replay(
         tl.store(_narrow(narrow, index, 1, K), y, mask=rows)
         tl.store(_narrow(narrow, index, 2, K), gradient, mask=rows)
         tl.store(narrow + index * (7 * K) + 6 * K, tl.sum(scale, 1), mask=real)
-        y, scale, read, slope_read, A1, A2 = _read(
-            here, exact, query, x, middle, u1, u2, c, lower, K, F, EPS, TYPE
-        )
+        y, scale, read, slope_read, A1, A2 = _read(here, exact, query, x, middle, u1, u2, c, lower, K, F, EPS, TYPE)
         tl.store(_wide(wide, index, 4, F), read, mask=rows)
 
-        tl.debug_barrier()  # this and the next keep loads where they are: registers are short
         dgamma += dout * y
         dbeta += dout
         dz2 = project(dout * gamma, y, scale, K)
@@ -120,11 +120,9 @@ def mlp_replay(
         tl.store(_wide(wide, index, 5, F), dz1.to(TYPE), mask=rows)
         dmiddle = dot(tl.trans(dA), read, TYPE)
         tl.store(_narrow(narrow, index, 4, K), dot(tl.trans(A2), -c * dz2, TYPE), mask=rows)
-        tl.debug_barrier()
         dback = dot(tl.trans(A1), -c * dz1, TYPE)
         tl.store(_wide(wide, index, 6, F), (dmiddle * slope + dback * bend).to(TYPE), mask=rows)
         tl.store(_wide(wide, index, 7, F), (dback * slope).to(TYPE), mask=rows)
-        tl.debug_barrier()
         pulls = dot(dz1, tl.trans(u1), TYPE)
         dc -= tl.sum(A1 * pulls, 1)
         dA = tl.where(lower, -c * pulls, 0.0)
@@ -141,7 +139,7 @@ def mlp_replay(
     tl.store(dsizes + part * C + place, dc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["g0", "g1"])  # or each slab compiles its own
 def mlp_backward(
     q, k, v, steps, sizes, rounded, gammas, betas, first, group, fresh, weights, wide, narrow,
     dk, dv, dsteps, dsizes, dstart, dinit, dgammas, dbetas,
