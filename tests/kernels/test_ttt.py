@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import textwrap
 
 import pytest
 import torch
@@ -39,6 +40,25 @@ def test_kernels_are_the_dual_form_interpreted(inner_model):
     )
     found = json.loads(run_interpreted(code).split("FOUND")[1])
     assert len(found) == 2 * len(CALLS) and max(found) < 1e-5, found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_groups_of_mini_batches_do_not_show_interpreted():
+    """Sequences are of one group otherwise. Two mini-batches a group, and all groups or one at a time going back."""
+    code = """
+    import json
+    from models import kernels
+    from models.kernels.ttt import mlp_gradient
+    from tests.kernels.test_ttt import errors
+
+    kernels.ttt.GROUP |= {"linear": 2, "mlp": 2}
+    found = errors("linear") + errors("mlp")
+    mlp_gradient.SLAB = 1
+    print("FOUND", json.dumps(found + errors("mlp")))
+    """
+    found = json.loads(run_interpreted(textwrap.dedent(code)).split("FOUND")[1])
+    assert len(found) == 6 * len(CALLS) and max(found) < 1e-5, found
 
 
 @pytest.mark.gpu

@@ -122,19 +122,23 @@ def ttt_scan_backward(
 ) -> list[Tensor]:
     """The gradients by q, k, v, steps, sizes, start, init, gamma and beta; by what heads or rows share, of each row."""
     from models.kernels.ttt.linear import linear_backward
-    from models.kernels.ttt.mlp import mlp_backward
+    from models.kernels.ttt.mlp_gradient import mlp_gradient
 
+    options = _sizes(q, first, group, fresh, inner_model) | {"GROUP": GROUP[inner_model]}
+    if inner_model == "mlp":
+        with torch.cuda.device_of(q):
+            return mlp_gradient(
+                do, dlast, q, k, v, steps, sizes, start, gamma, beta, first, group, fresh, kept, options
+            )
     B, _, H, K = q.shape
     dq, dk, dv, dsteps = (torch.zeros_like(x) for x in (q, k, v, steps))  # tokens before the first are in no mini-batch
     dstart, dinit = torch.zeros_like(dlast), dlast.clone()
     dsizes, dgamma, dbeta = (steps.new_empty(B, H, n) for n in (len(sizes), K, K))
     scratch = kept.new_empty(B, H, GROUP[inner_model], kept.shape[-1])
-    kernel = {"linear": linear_backward, "mlp": mlp_backward}[inner_model]
     with torch.cuda.device_of(q):
-        kernel[(B * H,)](
+        linear_backward[(B * H,)](
             q, k, v, steps, sizes, start, gamma, beta, first, group, fresh, kept, do, dlast,
-            dq, dk, dv, dsteps, dsizes, dstart, dinit, dgamma, dbeta, scratch,
-            **_sizes(q, first, group, fresh, inner_model), GROUP=GROUP[inner_model],
+            dq, dk, dv, dsteps, dsizes, dstart, dinit, dgamma, dbeta, scratch, **options,
         )  # fmt: skip
     return [dq, dk, dv, dsteps, dsizes, dstart, dinit, dgamma, dbeta]
 
