@@ -51,7 +51,6 @@ class Regressor(nn.Module):
     needs_positive_features: bool = False  # whether phi(q) . phi(k) must not be negative
     decay_kind: str = "none"  # of the recipe's decay; mixer.py sets it
     pairs_per_token: int = 1  # n
-    on_request: ClassVar[tuple[str, ...]] = ()  # backends that auto leaves alone: not yet seen on a GPU
 
     def __init__(self, sizes: Sizes, backend: str = "auto") -> None:
         super().__init__()
@@ -91,8 +90,8 @@ class Regressor(nn.Module):
         return ""
 
     def choose(self, device: torch.device, dtype: torch.dtype) -> Choice:
-        """The backend for this device and compute dtype. `auto` takes the first accelerator that is right here and
-        not `on_request`, else `torch`; one that was named outright and can't run is a ValueError that says why.
+        """The backend for this device and compute dtype. `auto` takes the first accelerator that is right here, else
+        `torch`; one that was named outright and can't run is a ValueError that says why.
         """
         refusals = self.accelerators(device, dtype)
         if self.backend not in ("auto", "torch", "recurrent"):
@@ -101,11 +100,9 @@ class Regressor(nn.Module):
                 raise ValueError(f"regressor.backend={self.backend} can't run {type(self).__name__} here: {refusal}")
         name, reasons = self.backend, ["as asked"]
         if name == "auto":
-            waiting = {name: "waits to be asked for" for name in self.on_request}
-            why_not = {name: why or waiting.get(name) for name, why in refusals.items()}
-            possible = [name for name, why in why_not.items() if why is None and device.type == "cuda"]
+            possible = [name for name, why in refusals.items() if why is None and device.type == "cuda"]
             name = possible[0] if possible else "torch"
-            said = [f"{name}: {why}" for name, why in why_not.items() if why]
+            said = [f"{name}: {why}" for name, why in refusals.items() if why]
             reasons = [] if possible else said if device.type == "cuda" else ["no GPU"] if refusals else []
         return Choice(name, "; ".join(filter(None, [*reasons, self.route(name, device, dtype)])))
 

@@ -197,14 +197,17 @@ def ttt(B: int, T: int, H: int, K: int, inner_model: str) -> Case:
 
 
 def deep_memory(B: int, T: int, H: int, K: int, device: str) -> Case:
-    """The whole layer, projections included, with the gradients of all parameters."""
+    """The whole layer, projections included, with the gradients of all parameters; ours compiled around the memory."""
     x = torch.randn(B, T, H * K, device=device).requires_grad_()
     sizes = f"model.num_heads={H}", f"model.hidden_size={H * K}"
 
     def layer(preset: str, *settings: str) -> Layer:
         torch.manual_seed(0)
         settings = [f"model.mixers.main.regressor.{setting}" for setting in settings]
-        return Layer(mixer_of(composed(preset, *sizes, *settings)), device)
+        mixer = mixer_of(composed(preset, *sizes, *settings))
+        if device == "cuda":  # as train.py does
+            mixer.compile(dynamic=False)
+        return Layer(mixer, device)
 
     def peer(grad_batch: int | None) -> Layer:
         torch.manual_seed(0)

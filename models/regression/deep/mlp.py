@@ -213,7 +213,6 @@ class DeepMemory(Momentum):
     """
 
     fit = "gradient step, momentum"
-    on_request = ("triton",)  # models/kernels/deep
 
     def __init__(
         self,
