@@ -7,7 +7,7 @@ import triton.language as tl
 
 from models.kernels.momentum import tiles
 from models.kernels.momentum.coefficients import places
-from models.kernels.momentum.tiles import dot, of_matrix, of_square, of_tokens
+from models.kernels.momentum.tiles import dot, of_matrix, of_square, of_tokens, wide_dot
 
 
 @triton.jit
@@ -117,10 +117,10 @@ def queries_gradient(
             product = dot(doutput, tl.trans(momentum), PRECISION)
             df += tl.sum(product * queries, 1)
             dquery += f[:, None] * product
-    weighted = (dattend * combined).to(keys.dtype)
-    tl.store(of_square(W, chunk, C), weighted)
+    weighted = dattend * combined
+    tl.store(of_square(W, chunk, C), weighted.to(keys.dtype))
     tl.store(of_square(dG, chunk, C), dattend * similar)
-    dquery += dot(weighted, keys, PRECISION)
+    dquery += wide_dot(weighted, keys, PRECISION)
     at_dq, mask_k = of_tokens(dq, bh, n, 0, T, H, K, C, BK)
     tl.store(at_dq, dquery.to(keys.dtype), mask=mask_k)
     rows = dvectors + chunk.to(tl.int64) * tiles.ROWS * C + t

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from models.kernels.momentum import tiles
-from models.kernels.momentum.tiles import dot, long_dot, of_matrix, of_square, of_tokens
+from models.kernels.momentum.tiles import dot, of_matrix, of_square, of_tokens, wider_dot
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def scan(
             error -= tl.load(row + tiles.REFER_R * C + t)[:, None] * dot(keys, operand, PRECISION)
             tl.store(at_states + (n_matrices - 1) * K * V, operand, mask=inside)
         if SOLVE:
-            error += long_dot(inverse, error, keys.dtype, PRECISION)
+            error += wider_dot(inverse, error, keys.dtype, PRECISION)
         at_u, mask_v = of_tokens(U, bh, n, first_v, T, H, V, C, BV)
         tl.store(at_u, error.to(keys.dtype), mask=mask_v)
 
@@ -175,7 +175,7 @@ def scan_gradient(
             derror += tl.load(row + tiles.WRITE_R * C + t)[:, None] * dot(keys, operand, PRECISION)
             tl.store(at_states + (n_matrices - 1) * K * V, operand, mask=inside)
         if SOLVE:
-            derror += long_dot(tl.trans(inverse), derror, keys.dtype, PRECISION)
+            derror += wider_dot(tl.trans(inverse), derror, keys.dtype, PRECISION)
         at_e, mask_v = of_tokens(E, bh, n, first_v, T, H, V, C, BV)
         tl.store(at_e, derror.to(keys.dtype), mask=mask_v)
 

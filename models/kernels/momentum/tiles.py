@@ -28,14 +28,24 @@ def dot(x, y, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def long_dot(x, y, TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """x y of float32 tiles for operands of TYPE, 16 bits: of x = high + low, y the same, all products but the smallest.
-    (With eight warps a product of TF32 operands ends in an illegal memory access.)"""
-    if TYPE.is_fp32():
-        return dot(x, y, PRECISION)
-    high, y_high = x.to(TYPE), y.to(TYPE)
-    low, y_low = (x - high.to(tl.float32)).to(TYPE), (y - y_high.to(tl.float32)).to(TYPE)
-    return dot(high, y_low, PRECISION) + dot(low, y_high, PRECISION) + dot(high, y_high, PRECISION)
+def wide_dot(x, y, PRECISION: tl.constexpr):
+    """x y of a float32 tile and an operand y, with twice an operand's digits of x = high + low."""
+    high = x.to(y.dtype)
+    product = dot(high, y, PRECISION)
+    if not y.dtype.is_fp32():
+        product += dot((x - high.to(tl.float32)).to(y.dtype), y, PRECISION)
+    return product
+
+
+@triton.jit
+def wider_dot(x, y, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """x y of float32 tiles, with twice the digits of an operand, which has the dtype TYPE. (With eight warps a product
+    of TF32 operands ends in an illegal memory access.)"""
+    high = y.to(TYPE)
+    product = wide_dot(x, high, PRECISION)
+    if not TYPE.is_fp32():
+        product += dot(x.to(TYPE), (y - high.to(tl.float32)).to(TYPE), PRECISION)
+    return product
 
 
 @triton.jit
