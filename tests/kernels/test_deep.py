@@ -67,6 +67,7 @@ def test_what_they_refuse(monkeypatch):
     if importlib.util.find_spec("triton") is not None:
         assert deep.refusal(cuda, torch.bfloat16, 64, (64, 256, 64)) is None
         assert "128" in deep.refusal(cuda, torch.bfloat16, 64, (128, 512, 128))
+        assert "mini-batches of 64 are wrong for vectors of 32" in deep.refusal(cuda, torch.bfloat16, 64, (32, 128, 32))
         assert "float32" in deep.refusal(cuda, torch.float32, 64, (64, 256, 64))
         assert "mini-batches of 16, 32, 64, not 8" in deep.refusal(cuda, torch.bfloat16, 8, (64, 256, 64))
     regressor = mixer("titans_mlp", "auto", regressor__depth=3).regressor

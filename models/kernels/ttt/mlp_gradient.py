@@ -26,7 +26,7 @@ from torch import Tensor
 from models.kernels.ttt.mlp import _copy, _errors, _move, _places, _read
 from models.kernels.ttt.parts import dot, gradient_backward, load, project, tokens
 
-SLAB = 512  # programs of mlp_replay, about four for every multiprocessor of an H100: 1.4 GB for keys of 64 in bf16
+SLAB = 256  # programs of mlp_replay, about two for every multiprocessor of an H100: 0.7 GB for keys of 64 in bf16
 
 
 @triton.jit
@@ -139,16 +139,6 @@ def mlp_replay(
     tl.store(dsizes + part * C + place, dc)
 
 
-@triton.jit
-def _add(source, target, P, BLOCK: tl.constexpr):
-    """target += source, and source = 0."""
-    for i in range(0, P, BLOCK):
-        at = i + tl.arange(0, BLOCK)
-        x = tl.load(source + at, mask=at < P, other=0.0) + tl.load(target + at, mask=at < P, other=0.0)
-        tl.store(target + at, x, mask=at < P)
-        tl.store(source + at, tl.zeros_like(x), mask=at < P)
-
-
 @triton.jit(do_not_specialize=["g0", "g1"])  # or each slab compiles its own
 def mlp_backward(
     q, k, v, steps, sizes, rounded, gammas, betas, first, group, fresh, weights, wide, narrow,
@@ -156,9 +146,9 @@ def mlp_backward(
     L, H, N, G, T, g0, g1, C: tl.constexpr, K: tl.constexpr, DOCUMENTS: tl.constexpr, EPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Of groups g0 up to g1. `dinit` comes in with the gradients by the weights after the last of them, and every
-    mini-batch adds to it; so is added to what all groups share. Matrices are [F, K] here, the shape for which products
-    that add to the same one agree on a layout.
+    """Of groups g0 up to g1. `dinit` comes in with the gradient by the weights after the last of them; what all groups
+    share is added to. The gradients by the weights stay in registers, both layers' as [F, K], the shape for which
+    consecutive products agree on a layout.
     """
     F: tl.constexpr = 4 * K
     TYPE: tl.constexpr = q.dtype.element_ty
@@ -174,6 +164,7 @@ def mlp_backward(
     wide += row * T * 8 * F
     narrow += row * T * 7 * K
     dhere = dinit + row * P
+    dW1, db1, dW2, db2 = tl.load(dhere + at_W1), tl.load(dhere + at_b1), tl.load(dhere + at_W2), tl.load(dhere + at_b2)
     dgamma, dbeta = tl.zeros([C, K], tl.float32), tl.zeros([C, K], tl.float32)
     dlast1, dlast2 = tl.zeros([F], tl.float32), tl.zeros([K], tl.float32)
     n0, n1 = tl.load(group + batch * (G + 1) + g0), tl.load(group + batch * (G + 1) + g1)
@@ -191,15 +182,15 @@ def mlp_backward(
 
         middle = tl.load(_wide(wide, index, 0, F), mask=rows, other=0.0)
         u2 = tl.load(_narrow(narrow, index, 0, K), mask=rows, other=0.0)
-        W = tl.load(dhere + at_W2).to(TYPE)
-        moved = dot(middle, W, TYPE) + tl.load(dhere + at_b2)[None, :]
+        W = dW2.to(TYPE)
+        moved = dot(middle, W, TYPE) + db2[None, :]
         dlast2 -= full * tl.sum(moved * u2, 0)
         du2 = tl.load(_narrow(narrow, index, 4, K), mask=rows, other=0.0) - size * moved
         dmiddle = dot(-size * u2, tl.trans(W), TYPE)
         x = load(k, batch, head, token, real, L, H, K)
         u1 = tl.load(_wide(wide, index, 3, F), mask=rows, other=0.0)
-        W = tl.load(dhere + at_W1).to(TYPE)
-        moved = dot(x, tl.trans(W), TYPE) + tl.load(dhere + at_b1)[None, :]
+        W = dW1.to(TYPE)
+        moved = dot(x, tl.trans(W), TYPE) + db1[None, :]
         dlast1 -= full * tl.sum(moved * u1, 0)
         dx = tl.load(_narrow(narrow, index, 5, K), mask=rows, other=0.0) - size * dot(u1, W, TYPE)
         moved *= -size
@@ -225,25 +216,26 @@ def mlp_backward(
 
         dz1_read = tl.load(_wide(wide, index, 5, F), mask=rows, other=0.0)
         query = load(q, batch, head, token, real, L, H, K)
-        tl.debug_barrier()
-        tl.store(dhere + at_b1, tl.load(dhere + at_b1) + tl.sum(dz1 + dz1_read, 0))
-        W = tl.load(dhere + at_W1)
-        W += dot(tl.trans(dz1.to(TYPE)), x, TYPE)
-        W += dot(tl.trans(dz1_read), query, TYPE)
-        tl.store(dhere + at_W1, W)
-        tl.debug_barrier()
+        db1 += tl.sum(dz1 + dz1_read, 0)
+        dW1 += dot(tl.trans(dz1.to(TYPE)), x, TYPE)
+        dW1 += dot(tl.trans(dz1_read), query, TYPE)
         dz2_read = tl.load(_narrow(narrow, index, 3, K), mask=rows, other=0.0)
-        tl.store(dhere + at_b2, tl.load(dhere + at_b2) + tl.sum(dz2 + dz2_read, 0))
-        W = tl.load(dhere + at_W2)
-        W += dot(tl.trans(middle), dz2, TYPE)
-        W += dot(tl.trans(dback), u2, TYPE)
-        W += dot(tl.trans(tl.load(_wide(wide, index, 4, F), mask=rows, other=0.0)), dz2_read, TYPE)
-        tl.store(dhere + at_W2, W)
-        tl.debug_barrier()
+        db2 += tl.sum(dz2 + dz2_read, 0)
+        dW2 += dot(tl.trans(middle), dz2, TYPE)
+        dW2 += dot(tl.trans(dback), u2, TYPE)
+        dW2 += dot(tl.trans(tl.load(_wide(wide, index, 4, F), mask=rows, other=0.0)), dz2_read, TYPE)
         if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
             if new:  # what comes before is another document
-                _add(dhere, dstart + row * P, P, 1024)
-                tl.debug_barrier()
+                at = dstart + row * P
+                tl.store(at + at_W1, tl.load(at + at_W1) + dW1)
+                tl.store(at + at_b1, tl.load(at + at_b1) + db1)
+                tl.store(at + at_W2, tl.load(at + at_W2) + dW2)
+                tl.store(at + at_b2, tl.load(at + at_b2) + db2)
+                dW1, db1, dW2, db2 = tl.zeros_like(dW1), tl.zeros_like(db1), tl.zeros_like(dW2), tl.zeros_like(db2)
+    tl.store(dhere + at_W1, dW1)
+    tl.store(dhere + at_b1, db1)
+    tl.store(dhere + at_W2, dW2)
+    tl.store(dhere + at_b2, db2)
     part = row * (G + 1) + G
     at = part * K + key
     tl.store(dgammas + at, tl.load(dgammas + at) + tl.sum(dgamma, 0))
