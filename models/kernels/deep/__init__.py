@@ -56,7 +56,7 @@ def refusal(device: torch.device, dtype: torch.dtype, grad_batch: int, widths: t
     if device.type == "cuda" and dtype == torch.float32 and grad_batch * max(K, V) > 2048:
         return f"in float32 mini-batches of {grad_batch} of vectors of {max(K, V)} do not fit on a multiprocessor"
     if dtype != torch.float32 and min(K, V) < grad_batch:
-        return f"in 16 bits mini-batches of {grad_batch} are wrong for vectors of {min(K, V)}; those of {min(K, V)} are right"
+        return f"in 16 bits mini-batches of {grad_batch} are wrong for vectors of {min(K, V)}; {min(K, V)} is right"
     return None
 
 
