@@ -146,6 +146,8 @@ def titans_memory(hidden_size: int, num_heads: int, grad_batch: int | None, chun
     """
     from titans_pytorch import MemoryMLP, NeuralMemory
 
+    # on a GPU its associative scan is TorchScript, whose fuser can't compile what it makes of autocast (torch 2.11)
+    torch._C._jit_set_texpr_fuser_enabled(False)
     K = hidden_size // num_heads
     return NeuralMemory(
         dim=hidden_size,

@@ -110,8 +110,12 @@ def compare(size: str, case: Case, device: str, repeats: int) -> list[Row]:
             torch.autograd.grad(o, wanted, _upstream(o), allow_unused=True)
 
         begin = time.perf_counter()
-        outputs[name] = forward().detach().float()
-        both()  # compiles and tunes
+        try:
+            outputs[name] = forward().detach().float()
+            both()  # compiles and tunes
+        except RuntimeError as error:  # a peer's, or memory's; the others go on
+            print(f"{size}  {name}: {str(error).strip().splitlines()[0]}, left out", file=sys.stderr)
+            continue
         if device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
