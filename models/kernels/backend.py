@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
 
 import torch
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looked up once: Dynamo warns of caches
 
 
 def interpreting() -> bool:
@@ -16,7 +17,7 @@ def interpreting() -> bool:
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why no Triton kernel can run here, or None if one can. dtype is that of q, k and v."""
-    if not _installed("triton"):
+    if not TRITON_INSTALLED:
         return "Triton is not installed"
     if device.type != "cuda" and not interpreting():
         return f"Triton needs a GPU, this is {device.type}"
@@ -25,8 +26,3 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels compute in 16 or 32 bits, not {dtype}"
     return None
-
-
-@cache
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None

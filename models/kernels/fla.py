@@ -9,7 +9,6 @@ always passed (fla's default is 1/sqrt(K), here the mixer scales the query).
 from __future__ import annotations
 
 import importlib.util
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -186,7 +185,6 @@ def _comba(
     return chunk_comba(q, k, v, p, log_decay, step_size.float(), **options)
 
 
-@cache
 def _broken_on_hopper(device: torch.device) -> str | None:
     if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] != 9:
         return None
