@@ -1,0 +1,41 @@
+"""Kernels that are let through compile for an H100 and fit on it, seen without one."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from scripts.compiled import SHARED, kernels_of
+
+CASES = [
+    ("titans", 128, torch.bfloat16),
+    ("titans", 256, torch.bfloat16),
+    ("titans", 64, torch.float32),
+    ("titans", 64, torch.bfloat16, "grad_batch=16"),
+    ("gated_delta", 128, torch.bfloat16),
+    ("titans_mlp", 64, torch.bfloat16),
+    ("titans_mlp", 32, torch.float32),
+    ("titans_mlp", 64, torch.float32, "grad_batch=32"),
+    ("ttt_linear", 64, torch.bfloat16),
+    ("ttt_mlp", 64, torch.bfloat16),
+    ("local_linear", 128, torch.bfloat16),
+]
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(x).removeprefix("torch.") for x in case))
+def test_kernels_fit_on_an_h100(case):
+    found = kernels_of(*case)
+    assert len(found) >= 2
+    assert all(kernel.shared <= SHARED and kernel.registers <= 255 for kernel in found), "\n".join(map(str, found))
+
+
+def test_what_has_no_kernels_says_so():
+    with pytest.raises(ValueError, match="gla has no kernels of ours here: none were written"):
+        kernels_of("gla", 64, torch.bfloat16)
+    with pytest.raises(ValueError, match="mini-batches of 64 are wrong for vectors of 32"):
+        kernels_of("titans_mlp", 32, torch.bfloat16)
