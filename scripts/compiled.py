@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from hydra.errors import HydraException
 from torch import Tensor
 
 from models.regression.regressor import Choice
@@ -124,9 +125,14 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def kernels_of(preset: str, key_dim: int, dtype: torch.dtype, *settings: str) -> list[Compiled]:
     """Of one layer with two heads, forward and backward, each once, in the order of their launches."""
+    if "regressor" not in composed(preset).model.mixers.main:
+        raise ValueError(f"{preset} is a memory beside attention; ask for the preset of the memory, such as titans")
     sizes = f"model.num_heads=2 model.hidden_size={2 * key_dim} model.mixers.main.regressor.backend=triton".split()
     chosen = [f"model.mixers.main.regressor.{setting}" for setting in settings]
-    mixer = mixer_of(composed(preset, *sizes, *chosen)).to(dtype)
+    try:
+        mixer = mixer_of(composed(preset, *sizes, *chosen)).to(dtype)
+    except HydraException as error:
+        raise ValueError(str(error).splitlines()[0]) from error
     refusals = mixer.regressor.accelerators(torch.device("cuda"), dtype)
     if "triton" not in refusals or refusals["triton"] is not None:
         raise ValueError(f"{preset} has no kernels of ours here: {refusals.get('triton', 'none were written')}")

@@ -20,8 +20,9 @@ Stability.  Free gates let it diverge, with steps of (1 - eta) as well: one toke
                 M_t = a_t (M_{t-1} + (1 - eta_t) U_t) ,    D_t = a_t eta_t U_t ,
             the rule above for S_t = a_t (1 - eta_t) U_t, where the momentum is a_t (1 - eta_t) eta_{t-1} / (1 -
             eta_{t-1}): eta_t where nothing varies or fades. |M + D|^2 + |D|^2 then never grows for v = 0, grad_batch 1
-            and keys no longer than one, whatever the gates: it is convex in theta', and does not for 0 and 1. Gradients
-            of a mini-batch add up where their keys agree, so that theta' <= 1 / b.
+            and keys no longer than one, whatever the gates: as a function of theta' it is convex, and it does not grow
+            for 0 and 1. `gates: free` is the rule as published, with theta = (1 - eta) theta'. Gradients of a
+            mini-batch add up where their keys agree, so that theta' <= 1 / b.
 Exactness.  The chunked form equals the recurrence up to rounding, whatever the chunk, gradients included.
 Others.     fla 0.6.0's chunk_momentum_delta_rule is not among the backends. It refuses float32, and the PyTorch code
             beneath it divides by cumulated momenta. In float32, chunks of 64, momenta from sigmoid(N(0, 1)), its
@@ -48,11 +49,13 @@ from models.regression.memory import Memory, first_memory
 from models.regression.mixtures import Mixture, product, scan
 from models.sizes import Sizes
 
+GATES = ("tied", "free")
+
 
 class State(NamedTuple):
-    """memory and momentum: M and S [B, H, K, V]; between the calls of Momentum D. For grad_batch > 1 also reference,
-    M_ref of the last token, and phase [B], how many tokens the current mini-batch has, 0 where the next token begins
-    one; else None.
+    """memory and momentum: M and S [B, H, K, V]; between the calls of a Momentum with tied gates D. For grad_batch > 1
+    also reference, M_ref of the last token, and phase [B], how many tokens the current mini-batch has, 0 where the next
+    token begins one; else None.
     """
 
     memory: Tensor
@@ -271,27 +274,44 @@ class Momentum(Memory):
 
         eta = sigmoid(x W_eta + c_eta) ,    theta' = sigmoid(x W_theta + c_theta) / grad_batch ,
 
-    and a, the recipe's decay, tied as above. With keys of unit length, which the shell makes, no gates let it diverge.
+    and a, the recipe's decay.
 
+    gates: tied, as above: with keys of unit length, which the shell makes, none let it diverge. free: the momentum is
+        eta and theta = (1 - eta) theta', which is as stable only where gates do not vary.
     grad_batch: the tokens of a mini-batch, whose gradients are taken at the memory before it; 1 is the exact rule.
     """
 
     accepts_decay: ClassVar[tuple[str, ...]] = ("none", "head")
     fit = "gradient step, momentum"
 
-    def __init__(self, sizes: Sizes, backend: str = "auto", chunk: int | None = None, grad_batch: int = 1) -> None:
+    def __init__(
+        self,
+        sizes: Sizes,
+        backend: str = "auto",
+        chunk: int | None = None,
+        grad_batch: int = 1,
+        gates: str = "tied",
+    ) -> None:
         super().__init__(sizes, backend, chunk)
         if grad_batch < 1:
             raise ValueError(f"regressor.grad_batch={grad_batch} is no number of tokens; a positive integer")
-        self.grad_batch = grad_batch
+        if gates not in GATES:
+            raise ValueError(f"regressor.gates={gates} is not one of {', '.join(GATES)}")
+        self.grad_batch, self.tied = grad_batch, gates == "tied"
         self.step_size = nn.Linear(sizes.hidden_size, sizes.num_heads)
         self.momentum = nn.Linear(sizes.hidden_size, sizes.num_heads)
 
-    def gates(self, x: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """step_size and log_momentum [B, T, H] of the rule, and the eta / (1 - eta) [B, H, 1, 1] that makes D of the
-        last S; the first token finds D where S would be. eta / (1 - eta) is the exponential of its logit, which is held
-        to 12: a momentum that lasts 160,000 tokens.
+    def gates(self, x: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor | float]:
+        """step_size and log_momentum [B, T, H] of the rule, and what the last S is kept as: where gates are tied D, S
+        times eta / (1 - eta) [B, H, 1, 1], which the first token finds in its place. eta / (1 - eta) is the exponential
+        of its logit, which is held to 12: a momentum that lasts 160,000 tokens.
+
+        1 - eta as sigmoid of the negative, log eta as logsigmoid: neither loses its digits where eta is near 1 or 0.
         """
+        if not self.tied:
+            logit = wide(self.momentum(x))
+            step_size = (-logit).sigmoid() * wide(self.step_size(x)).sigmoid() / self.grad_batch
+            return step_size, F.logsigmoid(logit), 1.0
         logit = wide(self.momentum(x)).clamp(max=12.0)
         log_rest = F.logsigmoid(-logit)
         log_written = log_rest if log_decay is None else log_rest + wide(log_decay)

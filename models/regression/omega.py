@@ -33,8 +33,8 @@ from models.sizes import Sizes
 
 
 class State(NamedTuple):
-    """fitted: momentum.py's state, with D for S between the calls of Omega. keys [B, c - 1, H, K] and values [B, c - 1,
-    H, V]: the last pairs of the document, the newest last; zeros, which write nothing, where it has fewer.
+    """fitted: momentum.py's state. keys [B, c - 1, H, K] and values [B, c - 1, H, V]: the last pairs of the document,
+    the newest last; zeros, which write nothing, where it has fewer.
     """
 
     fitted: momentum.State
@@ -149,9 +149,15 @@ class Omega(Momentum):
     """
 
     def __init__(
-        self, sizes: Sizes, backend: str = "auto", chunk: int | None = None, grad_batch: int = 1, window: int = 4
+        self,
+        sizes: Sizes,
+        backend: str = "auto",
+        chunk: int | None = None,
+        grad_batch: int = 1,
+        gates: str = "tied",
+        window: int = 4,
     ) -> None:
-        super().__init__(sizes, backend, chunk, grad_batch)
+        super().__init__(sizes, backend, chunk, grad_batch, gates)
         if window < 1:
             raise ValueError(f"regressor.window={window} is no number of pairs; a positive integer")
         self.window, self.fit = window, f"step for {window} pairs, momentum"

@@ -39,3 +39,7 @@ def test_what_has_no_kernels_says_so():
         kernels_of("gla", 64, torch.bfloat16)
     with pytest.raises(ValueError, match="mini-batches of 64 are wrong for vectors of 32"):
         kernels_of("titans_mlp", 32, torch.bfloat16)
+    with pytest.raises(ValueError, match="titans_mag is a memory beside attention"):
+        kernels_of("titans_mag", 64, torch.bfloat16)
+    with pytest.raises(ValueError, match="grad_bach"):
+        kernels_of("titans", 64, torch.bfloat16, "grad_bach=3")

@@ -212,7 +212,7 @@ def test_no_gates_let_it_diverge(grad_batch, regressor, momentum):
 @pytest.mark.parametrize("fades", [False, True])
 def test_no_gates_that_vary_let_it_diverge(fades):
     """A key over and over, or another for each token, and gates drawn at random, many at their ends: |M + D|^2 + |D|^2
-    never grows without values. Gates that are not tied take memories to 1e40 and beyond."""
+    never grows without values."""
     torch.manual_seed(0)
     T, module = 400, Momentum(Sizes(2, 1, 1, 4, 4)).double()
     for name, column in (("momentum", 0), ("step_size", 1)):
@@ -233,8 +233,31 @@ def test_no_gates_that_vary_let_it_diverge(fades):
             before = energy
 
 
+@pytest.mark.parametrize("regressor", [Momentum, Omega])
+def test_free_gates_do_and_tied_ones_do_not(regressor):
+    """One token writes, with no momentum, and four keep it moving, with all of it: past the target by four times the
+    error, twelve times over. One key, one value."""
+    found = {}
+    for gates in ("free", "tied"):
+        module = regressor(Sizes(1, 1, 1, 4, 4), gates=gates)
+        with torch.no_grad():
+            for p in module.parameters():
+                p.zero_()
+            module.momentum.weight.fill_(1.0)
+            module.step_size.bias.fill_(20.0)
+            if regressor is Omega:
+                module.weights.bias.copy_(torch.tensor([20.0, -20.0, -20.0, -20.0]))
+        x = torch.tensor([-30.0, 12.0, 12.0, 12.0, 12.0]).repeat(12).view(1, -1, 1)
+        key = F.normalize(torch.ones(1, 60, 1, 4), dim=-1)
+        o, _ = module(x, key, key, torch.ones(1, 60, 1, 4))
+        found[gates] = o.abs().max().item()
+    assert found["free"] > 1e5 and found["tied"] < 2, found
+
+
 def test_refusals_name_the_setting():
     sizes = Sizes(12, H, H, K, V)
+    with pytest.raises(ValueError, match=r"regressor\.gates=tide is not one of tied, free"):
+        Momentum(sizes, gates="tide")
     with pytest.raises(ValueError, match=r"regressor\.grad_batch=0"):
         Momentum(sizes, grad_batch=0)
     with pytest.raises(ValueError, match=r"regressor\.window=0"):

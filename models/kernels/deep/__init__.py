@@ -37,8 +37,8 @@ def refusal(device: torch.device, dtype: torch.dtype, grad_batch: int, widths: t
     """Why these kernels can't run here, or None if they can. dtype is that of q, k and v; widths those of keys, of the
     hidden layer and of values.
 
-    In 16 bits on an H100 (Triton 3.7.1) mini-batches longer than the vectors are wide give wrong numbers or an illegal
-    memory access, whatever the launch configuration; all others tried are right.
+    In 16 bits on an H100 (Triton 3.7.1) mini-batches longer than keys or values are wide, and tiles of the hidden
+    layer narrower than they are long, give wrong numbers or an illegal memory access; all others tried are right.
     """
     if (reason := backend.refusal(device, dtype)) is not None:
         return reason
@@ -55,8 +55,8 @@ def refusal(device: torch.device, dtype: torch.dtype, grad_batch: int, widths: t
             return f"the kernels take {what} {', '.join(map(str, allowed))}, not {value}"
     if device.type == "cuda" and dtype == torch.float32 and grad_batch * max(K, V) > 2048:
         return f"in float32 mini-batches of {grad_batch} of vectors of {max(K, V)} do not fit on a multiprocessor"
-    if dtype != torch.float32 and min(K, V) < grad_batch:
-        return f"in 16 bits mini-batches of {grad_batch} are wrong for vectors of {min(K, V)}; {min(K, V)} is right"
+    if dtype != torch.float32 and min(widths) < grad_batch:
+        return f"in 16 bits mini-batches of {grad_batch} are wrong for vectors of {min(widths)}; {min(widths)} is right"
     return None
 
 

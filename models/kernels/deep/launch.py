@@ -10,7 +10,7 @@ from models.kernels.deep.outputs import outputs, outputs_gradient
 from models.kernels.deep.scans import scan
 from models.regression.deep.network import NOTHING
 
-HALF = {  # BF, warps and stages, in 16 bits. Two stages were wrong, or met an illegal address
+HALF = {  # BF, warps and stages, in 16 bits. Tiles of 32 beside mini-batches of 64 were wrong or met an illegal address
     "scan": (128, 8, 1),
     "outputs": (64, 4, 1),
     "outputs_gradient": (64, 4, 1),

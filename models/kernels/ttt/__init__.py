@@ -5,7 +5,7 @@ Products take their operands in the dtype of q, k and v, float32 as TF32 on a GP
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,26 @@ if TYPE_CHECKING:
 MINI_BATCH = 16  # the smallest that Triton's products take, and the paper's
 WIDTHS = {"linear": (16, 32, 64, 128), "mlp": (16, 32, 64)}  # of keys; wider ones' weights do not fit on chip
 GROUP = {"linear": 8, "mlp": 16}  # mini-batches from one that is kept to the next
+
+
+class Given(NamedTuple):
+    """What the backward pass has of the forward one: its inputs without the first weights, which are in kept [B, H, G,
+    P], those at the first mini-batch of every group. Shapes as in scan; first [B, N + 1] and group [B, G + 1]: where
+    mini-batches begin, and groups of them; fresh [B, N]: whether a mini-batch begins a document, None: none does.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    steps: Tensor
+    sizes: Tensor
+    start: Tensor
+    gamma: Tensor
+    beta: Tensor
+    first: Tensor
+    group: Tensor
+    fresh: Tensor | None
+    kept: Tensor
 
 
 def refusal(device: torch.device, dtype: torch.dtype, inner_model: str, key_dim: int, grad_batch: int) -> str | None:
@@ -126,10 +146,9 @@ def ttt_scan_backward(
 
     options = _sizes(q, first, group, fresh, inner_model) | {"GROUP": GROUP[inner_model]}
     if inner_model == "mlp":
+        given = Given(q, k, v, steps, sizes, start, gamma, beta, first, group, fresh, kept)
         with torch.cuda.device_of(q):
-            return mlp_gradient(
-                do, dlast, q, k, v, steps, sizes, start, gamma, beta, first, group, fresh, kept, options
-            )
+            return mlp_gradient(do, dlast, given, options)
     B, _, H, K = q.shape
     dq, dk, dv, dsteps = (torch.zeros_like(x) for x in (q, k, v, steps))  # tokens before the first are in no mini-batch
     dstart, dinit = torch.zeros_like(dlast), dlast.clone()

@@ -18,6 +18,8 @@ tokens one at most goes on with a document, and only that one needs weights of i
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,9 @@ from torch import Tensor
 
 from models.kernels.ttt.mlp import _copy, _errors, _move, _places, _read
 from models.kernels.ttt.parts import dot, gradient_backward, load, project, tokens
+
+if TYPE_CHECKING:
+    from models.kernels.ttt import Given
 
 SLAB = 256  # programs of mlp_replay, about two for every multiprocessor of an H100: 0.7 GB for keys of 64 in bf16
 
@@ -244,25 +249,10 @@ def mlp_backward(
     tl.store(at, tl.load(at) + tl.sum(dlast1, 0) + tl.sum(dlast2, 0))
 
 
-def mlp_gradient(
-    do: Tensor,
-    dlast: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    steps: Tensor,
-    sizes: Tensor,
-    start: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    first: Tensor,
-    group: Tensor,
-    fresh: Tensor | None,
-    kept: Tensor,
-    options: dict[str, object],
-) -> list[Tensor]:
+def mlp_gradient(do: Tensor, dlast: Tensor, given: Given, options: dict[str, object]) -> list[Tensor]:
     """The gradients by q, k, v, steps, sizes, start, init, gamma and beta, as ttt_scan_backward returns them. options
     are the kernels' last arguments."""
+    q, k, v, steps, sizes, start, *shared, kept = given
     B, _, H, K = q.shape
     G, P = kept.shape[2:]
     C, span = len(sizes), len(sizes) * options["GROUP"]
@@ -274,7 +264,6 @@ def mlp_gradient(
     scratch = kept.new_empty(B * H, groups, P)
     weights = q.new_empty(B * H, T // C, P)
     wide, narrow = q.new_empty(B * H, T, 8, 4 * K), kept.new_empty(B * H, T, 7, K)
-    shared = (gamma, beta, first, group, fresh)
     for g1 in range(G, 0, -groups):
         g0 = max(g1 - groups, 0)
         mlp_replay[(B * H, g1 - g0)](

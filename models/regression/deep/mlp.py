@@ -34,7 +34,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.kernels import deep as kernels
@@ -194,7 +193,7 @@ def chunked_deep(
 
 
 class DeepMemory(Momentum):
-    """Titans' memory for an MLP, with gates of its own:
+    """Titans' memory for an MLP, with the free gates of Momentum:
 
         eta = sigmoid(x W_eta + c_eta) ,    theta = (1 - eta) sigmoid(x W_theta + c_theta) / grad_batch ,
 
@@ -232,7 +231,7 @@ class DeepMemory(Momentum):
         forget_to: str = "start",
         remat: int = 8,
     ) -> None:
-        super().__init__(sizes, backend, chunk, grad_batch)
+        super().__init__(sizes, backend, chunk, grad_batch, gates="free")
         _check_choice("activation", activation, ACTIVATIONS)
         _check_choice("inner_loss", inner_loss, LOSSES)
         _check_choice("inner_optimizer", inner_optimizer, OPTIMIZERS)
@@ -265,12 +264,9 @@ class DeepMemory(Momentum):
             self.momentum = self.momentum if optimizer is not None and optimizer.has_momentum else None
 
     def gates(self, x: Tensor, log_decay: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """step_size and log_momentum. (1 - eta as sigmoid of the negative, log eta as logsigmoid: neither loses its
-        digits where eta is near 1 or 0.)"""
+        """step_size and log_momentum; of an optimiser that steps at the end of a mini-batch what it sums of both."""
         if self.momentum is not None and self.rule is None:
-            momentum = wide(self.momentum(x))
-            step_size = (-momentum).sigmoid() * wide(self.step_size(x)).sigmoid() / self.grad_batch
-            return step_size, F.logsigmoid(momentum)
+            return super().gates(x, log_decay)[:2]
         momentum = None if self.momentum is None else wide(self.momentum(x)).sigmoid() / self.grad_batch
         return wide(self.step_size(x)).sigmoid() / self.grad_batch, momentum
 
