@@ -84,7 +84,7 @@ def parallel_intention(
     T, S, beta = q.shape[1], view.past, of_heads(beta)
     if S == 0 and T > 1:
         o, L, U = _Solved.apply(*(x.transpose(1, 2) for x in (q, k, v)), beta, ridge.transpose(1, 2), view)
-        return o.transpose(1, 2), factor._replace(k=k, L=L, U=U)
+        return o.transpose(1, 2), Factor(k, L, U, *factor[3:])
     q, v, keys = q.transpose(1, 2), v.transpose(1, 2), torch.cat([factor.k, k], dim=1).transpose(1, 2)
     visible = view.visible(slice(0, T), slice(0, S + T), q.device).unsqueeze(1)
     K = gaussian(keys[:, :, S:], keys, beta).masked_fill(~visible, 0.0)  # the lower triangle
@@ -97,7 +97,7 @@ def parallel_intention(
     kappa = gaussian(q, keys, beta).masked_fill(~visible, 0.0)
     X = torch.linalg.solve_triangular(L, kappa.mT, upper=False).mT
     o = X.masked_fill(~visible, 0.0) @ U
-    return o.transpose(1, 2), factor._replace(k=keys.transpose(1, 2), L=L, U=U)
+    return o.transpose(1, 2), Factor(keys.transpose(1, 2), L, U, *factor[3:])
 
 
 class _Solved(torch.autograd.Function):
@@ -233,7 +233,7 @@ class Intention(Nonparametric):
             ridge = self.ridge(q) * age.clamp(min=math.log(LEAST)).exp()
             o, factor = form(q, k, v, self.beta(q), ridge, view, factor)
         first = None if view.start is None else view.start[:, -1]
-        return o.to(out_dtype), factor._replace(age=age[:, -1], first=first)
+        return o.to(out_dtype), Factor(*factor[:3], age[:, -1], first)
 
     def flops_per_token(self, seq_len: int) -> int:
         """The key's and the query's comparisons with every pair, the read, and the new row of the factor with the rows

@@ -149,7 +149,7 @@ def chunked_least_squares(
             size = (
                 size * _norm(A.squared_norms()) if ridge.scaled else size.expand(H, K).repeat(len(k) // H, 1)[:, None]
             )
-            found = solve(A._replace(ridge=size), q, solver, pairs)
+            found = solve(Normal(*A[:4], size), q, solver, pairs)
         query = _mixed(q, found.x, None if mix is None else mix.squeeze(-1))
         o = torch.bmm(query, G) * start + torch.bmm(torch.bmm(query, k.mT) * weights, values)
         found = Solution(*(None if x is None else from_chunks(x, (B, T, H)) for x in found))

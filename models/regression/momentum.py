@@ -67,6 +67,10 @@ class State(NamedTuple):
     def matrices(self) -> tuple[Tensor, ...]:
         return self[:2] if self.reference is None else self[:3]
 
+    def times(self, c: Tensor | float) -> State:
+        """With c S for S."""
+        return State(self.memory, c * self.momentum, *self[2:])
+
 
 class References(NamedTuple):
     """Where gradients are taken. source [B, T]: at the memory after this token of the call; -1 is the memory that the
@@ -337,7 +341,7 @@ class Momentum(Memory):
             o, state = kernel_momentum(*given)
         else:
             o, state = chunked_momentum(*given, self.tokens_at_once(v))
-        return o, state._replace(momentum=state.momentum * remaining)
+        return o, state.times(remaining)
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
         return {"triton": kernels.refusal(device, dtype, self.key_dim, self.value_dim)}

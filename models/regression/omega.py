@@ -185,8 +185,8 @@ class Omega(Momentum):
             o, state = recurrent_omega(*given)
         else:
             o, state = chunked_omega(*given, self.tokens_at_once(v))
-        fitted = state.fitted
-        return o, state._replace(fitted=fitted._replace(momentum=fitted.momentum * remaining))
+        fitted, *pairs = state
+        return o, State(fitted.times(remaining), *pairs)
 
     def recall(self, x: Tensor, q: Tensor, state: State | None) -> Tensor:
         return super().recall(x, q, None if state is None else state.fitted)

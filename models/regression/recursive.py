@@ -103,7 +103,7 @@ def _tokens(
     moments = first_moments(q, k, v, moments)
     dtype = moments.keys.dtype
     if moments.log_ridge is None:
-        moments = moments._replace(log_ridge=moments.keys.new_zeros(moments.keys.shape[:2]))
+        moments = Moments(*moments[:2], moments.keys.new_zeros(moments.keys.shape[:2]))
     log_decay = torch.zeros_like(b, dtype=dtype) if log_decay is None else log_decay.to(dtype)
     starts = torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device) if starts is None else starts
     decay = log_decay.exp()[..., None, None]
