@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE")
     parser.add_argument("--key-dim", type=int, default=64)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         found = kernels_of(arguments.preset, arguments.key_dim, getattr(torch, arguments.dtype), *arguments.settings)
     except ValueError as error:

@@ -1,13 +1,15 @@
 """Titans' deep memory by kernels of our own: models/regression/deep/chunks.py for an MLP of two layers, in Triton.
 
 A mini-batch takes its gradients at the memory before it, so that mini-batches go one after another, and all else waits
-for none: a call is two kernels forward, the first one alone sequential,
+for none: a call is three kernels forward, of which only the scan is sequential,
 
-    scan        X_2, E_1 and E_2 of a mini-batch from N and S before it, and N and S after it
-    outputs     what its queries read, from all of these
+    coefficients    G and what goes with the weights, from the gates: kernels/momentum's
+    scan            X_2, E_1 and E_2 of a mini-batch from N and S before it, and N and S after it
+    outputs         what its queries read, from all of these
 
-and two more backward, the last one sequential, after the scan again, so that nothing but the inputs is kept between the
-passes. A program of a scan has one document of one head.
+and five backward, after the first two again, so that nothing but the inputs is kept between the passes: what the
+outputs alone say, the scan's gradient from the last mini-batch to the first, and the gradients by keys and by what
+carries on, by W, and by the gates. A document of a head has one program in the scans, or two that exchange sums.
 
 Precision: products of bf16 operands, summed in float32; N, S and their gradients are float32 in the scans and rounded
 where they are operands, as what one kernel leaves to another is. float32 inputs are multiplied as sums of three TF32
@@ -18,15 +20,10 @@ docs/kernels.md says what was expected and what happened.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from models.kernels import backend
-
-if TYPE_CHECKING:
-    from models.regression.mixtures import Mixture
 
 MINI_BATCHES = (16, 32, 64)
 WIDTHS = (16, 32, 64)  # of keys and values
@@ -64,27 +61,30 @@ def deep_scan(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    read: Mixture,
-    carry: Mixture,
+    step_size: Tensor,
+    log_momentum: Tensor | None,
+    log_decay: Tensor | None,
+    filled: Tensor | None,
     begin: Tensor,
     base: Tensor | None,
     reference: Tensor | None,
     runs: Tensor,
-    heads: int,
-    rows: int,
+    grad_batch: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All mini-batches of a call. In chunks of C, as models/regression/chunks.py lays them out, M = N B H: q, k [M, C,
-    K] and v [M, C, V] of one dtype; read and carry as momentum.of_gates states them, n = 2 matrices with a momentum, 1
-    without. runs [P, 4], of a document: its row of the batch, its first mini-batch, the one after its last, and the
-    last that has tokens. Weights are packed, W_1 [K, F] and W_2 [F, V] one after the other, PAIR numbers: begin [P H, n
-    PAIR], N and S before a document; base [H, PAIR], W, or None for 0; reference [B H, PAIR], R of the first mini-batch
-    of every row, or None for W + N. rows: B H.
+    """All mini-batches of a call, N of C = grad_batch tokens, T = N C. q, k [B, T, H, K] and v [B, T, H, V] of one
+    dtype; step_size, log_momentum and log_decay [B, T, H], n = 2 matrices with a momentum and 1 without; filled [B, T]:
+    where tokens are, None for everywhere. runs [P, 4], of a document: its row of the batch, its first mini-batch, the
+    one after its last, and the last that has tokens. Weights are packed, W_1 [K, F] and W_2 [F, V] one after the other,
+    PAIR numbers: begin [P H, n PAIR], N and S before a document; base [H, PAIR], W, or None for 0; reference [B H,
+    PAIR], R of the first mini-batch of every row, or None for W + N.
 
-    Returns o [M, C, V]; N and S after each document [P H, n PAIR]; N at the last mini-batch of it that has tokens [P H,
-    PAIR].
+    Returns o [B, T, H, V]; N and S after each document [P H, n PAIR]; N at the last mini-batch of it that has tokens [P
+    H, PAIR].
     """
+    gates = (None if x is None else x.float() for x in (step_size, log_momentum, log_decay))
     weights = (None if x is None else x.float() for x in (begin, base, reference))
-    return _forward(q.to(v.dtype), k.to(v.dtype), v, *(x.float() for x in (*read, *carry)), *weights, runs, heads, rows)
+    filled = None if filled is None else filled.to(torch.int8)
+    return _forward(q.to(v.dtype), k.to(v.dtype), v, *gates, filled, *weights, runs, grad_batch)
 
 
 @torch.library.custom_op("test_time_regression::deep_scan", mutates_args=())
@@ -92,27 +92,26 @@ def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    read: Tensor,
-    read_writes: Tensor,
-    carry: Tensor,
-    carry_writes: Tensor,
+    step_size: Tensor,
+    log_momentum: Tensor | None,
+    log_decay: Tensor | None,
+    filled: Tensor | None,
     begin: Tensor,
     base: Tensor | None,
     reference: Tensor | None,
     runs: Tensor,
-    heads: int,
-    rows: int,
+    grad_batch: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from models.kernels.deep.launch import Launch
 
-    gates = (read, read_writes, carry, carry_writes)
     with torch.cuda.device_of(q):
-        return Launch(q, k, v, *gates, begin, base, reference, runs, heads, rows).forward()
+        call = Launch(q, k, v, step_size, log_momentum, log_decay, filled, begin, base, reference, runs, grad_batch)
+        return call.forward()
 
 
 @_forward.register_fake
-def _(q, k, v, read, read_writes, carry, carry_writes, begin, base, reference, runs, heads, rows):
-    held = begin.new_empty(len(begin), begin.shape[-1] // read.shape[-1])
+def _(q, k, v, step_size, log_momentum, log_decay, filled, begin, *_):
+    held = begin.new_empty(len(begin), begin.shape[-1] // (1 if log_momentum is None else 2))
     return (*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, begin)), held)
 
 
@@ -121,43 +120,41 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    read: Tensor,
-    read_writes: Tensor,
-    carry: Tensor,
-    carry_writes: Tensor,
+    step_size: Tensor,
+    log_momentum: Tensor | None,
+    log_decay: Tensor | None,
+    filled: Tensor | None,
     begin: Tensor,
     base: Tensor | None,
     reference: Tensor | None,
     runs: Tensor,
-    heads: int,
-    rows: int,
+    grad_batch: int,
     do: Tensor,
     dlast: Tensor,
     dheld: Tensor,
 ) -> list[Tensor]:
     from models.kernels.deep.launch import Launch
 
-    gates = (read, read_writes, carry, carry_writes)
     with torch.cuda.device_of(q):
-        launch = Launch(q, k, v, *gates, begin, base, reference, runs, heads, rows)
-        return launch.backward(do, dlast, dheld)
+        call = Launch(q, k, v, step_size, log_momentum, log_decay, filled, begin, base, reference, runs, grad_batch)
+        return call.backward(do, dlast, dheld)
 
 
 @_backward.register_fake
-def _(q, k, v, read, read_writes, carry, carry_writes, begin, base, reference, *_):
-    given = (q, k, v, read, read_writes, carry, carry_writes, begin, base, reference)
+def _(q, k, v, step_size, log_momentum, log_decay, filled, begin, base, reference, *_):
+    given = (q, k, v, step_size, log_momentum, log_decay, begin, base, reference)
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given if x is not None]
 
 
 def _keep(ctx, inputs, output) -> None:
-    *tensors, ctx.heads, ctx.rows = inputs
+    *tensors, ctx.grad_batch = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx, do: Tensor, dlast: Tensor, dheld: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    found = iter(_backward(*inputs, ctx.heads, ctx.rows, do, dlast, dheld))
-    return (*(None if x is None else next(found) for x in inputs[:10]), None, None, None)
+    *given, runs = ctx.saved_tensors
+    found = iter(_backward(*given, runs, ctx.grad_batch, do, dlast, dheld))
+    return (*(None if x is None or i == 6 else next(found) for i, x in enumerate(given)), None, None)
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)

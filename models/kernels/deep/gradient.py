@@ -1,75 +1,50 @@
-"""The scan backwards, from the last mini-batch of a document to its first: the gradients by N and S, which stay in
-`dfirst` as N and S in the scan's `last`, and those by keys, values and what carries N and S on."""
+"""The scan backwards, from the last mini-batch of a document to its first: the gradients D by N and E by S, in the
+registers of SPLIT programs or in the L2 cache, as N and S are in the scan, tokens as columns.
+
+Only what the gradients by earlier mini-batches wait for is here; what is left behind for every mini-batch, D and E
+after it and the gradients by z and by E_2 W_2^T, is what the kernels of writes.py find the others from.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from models.kernels.deep.tiles import dot, row_sum, scaled, silu, silu_curve, square, tile
-
-
-@triton.jit
-def _errors_gradient(key, e, R1, R2, de1, share, pull, TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """Through E_1 = back * slope of a tile, de1 the gradient by what is written of it: by back = E_2 W_2^T, an operand;
-    the part by z that is the slope's; and the slope."""
-    z = dot(key, R1, PRECISION)
-    _, slope = silu(z)
-    back = dot(e, tl.trans(R2), PRECISION)
-    de1 = share * de1 + pull * (back * slope)
-    return (de1 * slope).to(TYPE), de1 * back * silu_curve(z), slope
-
-
-@triton.jit
-def _unmove(D, at, state, dheld, is_held, dbase, part, read, dz, read_m, read_s, kept_m, kept_s, carried,
-            PAIR: tl.constexpr, MOMENTUM: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """The gradient by N and S of a tile before a mini-batch, from D and S's, at `at`, after it. part: the gradient by
-    R; read: what the queries multiplied it with, transposed, and dz the gradient by the product. Returns the gradients
-    by A, f and m."""
-    if BASE:
-        tl.store(dbase, tl.load(dbase) + part + dot(read, dz, PRECISION))
-    N = tl.load(state).to(tl.float32)
-    dkept_m, dcarried, dkept_s = tl.sum(D * N), 0.0, 0.0
-    moved = kept_m * D + part + dot(read, scaled(read_m, dz), PRECISION)
-    tl.store(at, moved + tl.load(dheld, mask=is_held, other=0.0))
-    if MOMENTUM:
-        S, E = tl.load(state + PAIR).to(tl.float32), tl.load(at + PAIR)
-        dcarried, dkept_s = tl.sum(D * S), tl.sum(E * S)
-        tl.store(at + PAIR, kept_s * E + carried * D + dot(read, scaled(read_s, dz), PRECISION))
-    return dkept_m, dcarried, dkept_s
+from models.kernels.deep.exchange import meet, total
+from models.kernels.deep.tiles import column_sum, dot, first_token, scaled, square, tile, turned
+from models.kernels.momentum import tiles as rows
 
 
 @triton.jit
 def scan_gradient(
-    q,  # [N B H, C, K]
-    k,  # [N B H, C, K]
-    read,  # [N B H, C, n]
-    carry,  # [N B H, n, n]
-    carry_writes,  # [N B H, n, C]
+    q,  # [B, N C, H, K]
+    k,  # [B, N C, H, K]
+    vectors,  # [B H N, ROWS, C]
     runs,  # [P, 4]
-    states,  # [N B H, SIZE]
-    references,  # [N B H, PAIR]
-    hidden,  # [N B H, C, F]
-    errors1,  # [N B H, C, F]
-    errors2,  # [N B H, C, V]
-    limits,  # [N B H, 3, C]
-    inner,  # [N B H, C, F]: what the queries put to the second layer
-    dinner,  # [N B H, C, F]: the gradient by what they got of the first
-    do,  # [N B H, C, V]
-    dhidden,  # [N B H, C, F]: of the outputs, by X_2
-    derrors1,  # [N B H, C, F]: by what is written of E_1
-    derrors2,  # [N B H, C, V]: and of E_2
-    dkeys,  # [N B H, C, K]
+    references,  # [B H N, PAIR]
+    hidden,  # [B H N, C, F]
+    errors1,  # [B H N, C, F]
+    errors2,  # [B H N, C, V]
+    limits,  # [B H N, 3, C]
+    slopes,  # [B H N, C, F]
+    curves,  # [B H N, C, F]
+    inner,  # [B H N, C, F]: what the queries put to the second layer
+    dinner,  # [B H N, C, F]: the gradient by what they got of the first
+    do,  # [B, N C, H, V]
+    dhidden,  # [B H N, C, F]: of the outputs, by X_2
+    derrors1,  # [B H N, C, F]: by what is written of E_1
+    derrors2,  # [B H N, C, V]: and of E_2
     dheld,  # [P H, PAIR]
     dfirst,  # in and out, [P H, SIZE]: by N and S
-    dbase,  # in and out, [P H, PAIR], zeros at first
-    scratch,  # [P H, C, F]
+    dstates,  # out, [B H N, SIZE]: by N and S after every mini-batch
+    dback,  # out, [B H N, C, F]: by E_2 W_2^T
+    dz,  # out, [B H N, C, F]: by k W_1
+    dv,  # out, [B, N C, H, V]: which is minus the one by X_2 W_2
+    dlength,  # out, [B H N, C]: by |k|^2 of the limit
     dreference,  # out, [B H, PAIR]
-    dk,  # out, [N B H, C, K]
-    dv,  # out, [N B H, C, V]
-    dcarry,  # out, [N B H, n, n]
-    dcarry_writes,  # out, [N B H, n, C]
-    rows,
+    sums,  # [P H, SPLIT, C (2 V + 1)]: what programs exchange
+    arrived,  # [P H], zeros at first
+    N,
     H,
     C: tl.constexpr,
     K: tl.constexpr,
@@ -82,136 +57,115 @@ def scan_gradient(
     NOTHING: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
+    SPLIT: tl.constexpr = F // BF
+    program, part = (tl.program_id(0) // SPLIT).to(tl.int64), tl.program_id(0) % SPLIT
     run, head = program // H, program % H
     PAIR: tl.constexpr = K * F + F * V
     n_parts: tl.constexpr = 1 + MOMENTUM
     SIZE: tl.constexpr = n_parts * PAIR
     TYPE: tl.constexpr = k.dtype.element_ty
-    row = tl.load(runs + 4 * run).to(tl.int64) * H + head
+    bh = tl.load(runs + 4 * run).to(tl.int64) * H + head
     begin, end, final = tl.load(runs + 4 * run + 1), tl.load(runs + 4 * run + 2), tl.load(runs + 4 * run + 3)
-    one, t = tl.full([1, 1], 1, tl.int32), tl.arange(0, C)
-    for i in range(0, end - begin):
-        n = end - 1 - i
-        chunk = n * rows + row
-        key = tl.load(tile(k, chunk * (C * K), C, K, K))
-        e = tl.load(tile(errors2, chunk * (C * V), C, V, V))
-        at_limits = limits + chunk * (3 * C) + t[:, None]
-        share, widths, sizes1 = tl.load(at_limits), tl.load(at_limits + C), tl.load(at_limits + 2 * C)
-        at_writes = chunk * (n_parts * C) + t[:, None]
-        write_m = tl.load(carry_writes + at_writes)
-        write_s, kept_s, carried = write_m, 1.0, 0.0
-        kept_m = tl.load(carry + chunk * (n_parts * n_parts))
-        if MOMENTUM:
-            write_s = tl.load(carry_writes + at_writes + C)
-            carried, kept_s = tl.load(carry + chunk * 4 + 1), tl.load(carry + chunk * 4 + 3)
+    t = tl.arange(0, C)[None, :]
+    first, second = part * BF, K * F + part * BF * V
+    WIDTH: tl.constexpr = C * (2 * V + 1)
+    sums += program * (SPLIT * WIDTH)
+    at_share = sums + 2 * C * V + t
 
-        # what the writes hand back: by E_1 (to the scratch), E_2, keys, and by their coefficients
-        dkey = tl.load(tile(dkeys, chunk * (C * K), C, K, K)).to(tl.float32)
-        seen_m, seen_s = tl.zeros([C, V], tl.float32), tl.zeros([C, V], tl.float32)
-        dwrite_m, dwrite_s, dshare = (
-            tl.zeros([C, 1], tl.float32), tl.zeros([C, 1], tl.float32), tl.zeros([C, 1], tl.float32)
-        )  # fmt: skip
-        for j in range(0, F // BF):
-            at = tile(dfirst, program * SIZE + j * BF, K, BF, F)
-            e1 = tl.load(tile(errors1, chunk * (C * F) + j * BF, C, BF, F))
-            D, u1 = tl.load(at).to(TYPE), scaled(share, e1)
-            seen = dot(key, D, PRECISION)
-            dwrite_m += row_sum(u1.to(tl.float32) * seen)
-            de1 = tl.load(tile(derrors1, chunk * (C * F) + j * BF, C, BF, F)).to(tl.float32) + write_m * seen
-            dkey += write_m * dot(u1, tl.trans(D), PRECISION)
-            if MOMENTUM:
-                D = tl.load(at + PAIR).to(TYPE)
-                seen = dot(key, D, PRECISION)
-                dwrite_s += row_sum(u1.to(tl.float32) * seen)
-                de1 += write_s * seen
-                dkey += write_s * dot(u1, tl.trans(D), PRECISION)
-            dshare += row_sum(de1 * e1.to(tl.float32))
-            tl.store(tile(scratch, program * (C * F) + j * BF, C, BF, F), de1.to(TYPE))
-            x = tl.load(tile(hidden, chunk * (C * F) + j * BF, C, BF, F))
-            at = tile(dfirst, program * SIZE + K * F + j * BF * V, BF, V, V)
-            seen_m += dot(x, tl.load(at).to(TYPE), PRECISION)
-            if MOMENTUM:
-                seen_s += dot(x, tl.load(at + PAIR).to(TYPE), PRECISION)
-        u2 = scaled(share, e)
-        de = tl.load(tile(derrors2, chunk * (C * V), C, V, V)).to(tl.float32) + write_m * seen_m
-        tl.store(dcarry_writes + at_writes, dwrite_m + row_sum(u2.to(tl.float32) * seen_m))
+    at = program * SIZE
+    D1, D2 = tl.load(turned(dfirst, at + first, BF, K, F)), tl.load(tile(dfirst, at + second, BF, V, V))
+    at_E1, at_E2 = at + PAIR + first, at + PAIR + second
+    for i in tl.range(0, end - begin, disable_licm=True):
+        n = end - 1 - i
+        chunk, tokens = bh * N + n, first_token(bh, n, N, H, C)
+        gates = vectors + chunk * (rows.ROWS * C)
+        of_hidden = chunk * (C * F) + first
+        key, e = tl.load(turned(k, tokens * K, K, C, H * K)), tl.load(turned(errors2, chunk * (C * V), V, C, V))
+        at_limits = limits + chunk * (3 * C) + t
+        share, widths, sizes1 = tl.load(at_limits), tl.load(at_limits + C), tl.load(at_limits + 2 * C)
+        write_m = tl.load(gates + rows.WRITE_M * C + t)
+        x, e1 = tl.load(turned(hidden, of_hidden, BF, C, F)), tl.load(turned(errors1, of_hidden, BF, C, F))
+
+        # what the writes hand back, by E_1 and E_2
+        at = chunk * SIZE
+        after1, after2 = D1.to(TYPE), D2.to(TYPE)
+        de1 = tl.load(turned(derrors1, of_hidden, BF, C, F)).to(tl.float32)
+        de1 += dot(after1, scaled(write_m, key), PRECISION)
+        seen = dot(tl.trans(after2), scaled(write_m, x), PRECISION)
         if MOMENTUM:
-            de += write_s * seen_s
-            tl.store(dcarry_writes + at_writes + C, dwrite_s + row_sum(u2.to(tl.float32) * seen_s))
-        dshare += row_sum(de * e.to(tl.float32))
-        tl.debug_barrier()
+            write_s = tl.load(gates + rows.WRITE_S * C + t)
+            E1, E2 = tl.load(turned(dfirst, at_E1, BF, K, F)).to(TYPE), tl.load(tile(dfirst, at_E2, BF, V, V)).to(TYPE)
+            de1 += dot(E1, scaled(write_s, key), PRECISION)
+            seen += dot(tl.trans(E2), scaled(write_s, x), PRECISION)
+            tl.store(turned(dstates, at + PAIR + first, BF, K, F), E1)
+            tl.store(tile(dstates, at + PAIR + second, BF, V, V), E2)
+        tl.store(turned(dstates, at + first, BF, K, F), after1)
+        tl.store(tile(dstates, at + second, BF, V, V), after2)
+        dshare = column_sum(de1 * e1.to(tl.float32))
+        if SPLIT > 1:
+            tl.store(tile(sums, part * WIDTH, V, C, C), seen)
+            tl.store(at_share + part * WIDTH, dshare)
+            meet(arrived + program, SPLIT * (2 * i + 1))
+            seen, dshare = total(tile(sums, 0, V, C, C), SPLIT, WIDTH), total(at_share, SPLIT, WIDTH)
+        de = tl.load(turned(derrors2, chunk * (C * V), V, C, V)).to(tl.float32) + seen
+        dshare += column_sum(de * e.to(tl.float32))
 
         # through the limit and E_1, to E_2. Where nothing is held the share is one, whatever the errors
-        size, keys = square(e), square(key)
-        moved = keys * sizes1 + widths * size
+        size, length = square(e), square(key)
+        moved = length * sizes1 + widths * size
         dsize = tl.where(moved > size, dshare / (tl.maximum(size, moved) + NOTHING), 0.0)
         dmoved = -share * dsize
-        dkey += 2 * dmoved * sizes1 * key.to(tl.float32)
-        de = share * de + 2 * (dsize + dmoved * widths) * e.to(tl.float32)
-        R1, R2 = tile(references, chunk * PAIR, K, BF, F), tile(references, chunk * PAIR + K * F, BF, V, V)
-        for j in range(0, F // BF):
-            W = tl.load(R2 + j * BF * V)
-            de1 = tl.load(tile(scratch, program * (C * F) + j * BF, C, BF, F)).to(tl.float32)
-            dback, _, _ = _errors_gradient(
-                key, e, tl.load(R1 + j * BF), W, de1, share, 2 * dmoved * keys, TYPE, PRECISION
-            )
-            de += dot(dback, W, PRECISION)
-        de = de.to(TYPE)
-        tl.store(tile(dv, chunk * (C * V), C, V, V), de)
+        W2 = tl.load(tile(references, chunk * PAIR + second, BF, V, V))
+        slope = tl.load(turned(slopes, of_hidden, BF, C, F)).to(tl.float32)
+        de1 = share * de1 + 2 * dmoved * length * e1.to(tl.float32)
+        by_back, by_z = (de1 * slope).to(TYPE), de1 * tl.load(turned(curves, of_hidden, BF, C, F)).to(tl.float32)
+        seen = dot(tl.trans(W2), by_back, PRECISION)
+        tl.store(turned(dback, of_hidden, BF, C, F), by_back)
+        if SPLIT > 1:
+            tl.store(tile(sums, part * WIDTH + C * V, V, C, C), seen)
+            meet(arrived + program, SPLIT * (2 * i + 2))
+            seen = total(tile(sums, C * V, V, C, C), SPLIT, WIDTH)
+        de = (share * de + 2 * (dsize + dmoved * widths) * e.to(tl.float32) + seen).to(TYPE)
+        if part == 0:
+            tl.store(turned(dv, tokens * V, V, C, H * V), de)
+            tl.store(dlength + chunk * C + t, dmoved * sizes1)
 
-        # to X_2 and z, and the weights
-        read_m = tl.load(read + chunk * (C * n_parts) + t[:, None] * n_parts)
-        read_s = read_m
+        # to X_2 and z
+        dx = tl.load(turned(dhidden, of_hidden, BF, C, F)).to(tl.float32) + 2 * dmoved * size * x.to(tl.float32)
+        dx -= dot(W2, de, PRECISION)
+        dx += dot(after2, scaled(write_m * share, e), PRECISION)
         if MOMENTUM:
-            read_s = tl.load(read + chunk * (C * n_parts) + t[:, None] * n_parts + 1)
-        query, doutput = tl.load(tile(q, chunk * (C * K), C, K, K)), tl.load(tile(do, chunk * (C * V), C, V, V))
-        given, is_held = one * n == 0, one * n == final
-        dkept_m, dcarried, dkept_s = 0.0, 0.0, 0.0
-        for j in range(0, F // BF):
-            first, second = j * BF, K * F + j * BF * V
-            W1, W2 = tl.load(R1 + j * BF), tl.load(R2 + j * BF * V)
-            de1 = tl.load(tile(scratch, program * (C * F) + first, C, BF, F)).to(tl.float32)
-            dback, dz, slope = _errors_gradient(key, e, W1, W2, de1, share, 2 * dmoved * keys, TYPE, PRECISION)
-            x = tl.load(tile(hidden, chunk * (C * F) + first, C, BF, F))
-            dx = tl.load(tile(dhidden, chunk * (C * F) + first, C, BF, F)).to(tl.float32)
-            dx += 2 * dmoved * size * x.to(tl.float32) - dot(de, tl.trans(W2), PRECISION)
-            at = tile(dfirst, program * SIZE + second, BF, V, V)
-            D = tl.load(at)
-            dx += write_m * dot(u2, tl.trans(D.to(TYPE)), PRECISION)
-            if MOMENTUM:
-                dx += write_s * dot(u2, tl.trans(tl.load(at + PAIR).to(TYPE)), PRECISION)
-            dz = (dz + dx * slope).to(TYPE)
-            dkey += dot(dz, tl.trans(W1), PRECISION)
-            part = dot(tl.trans(dback), e, PRECISION) - dot(tl.trans(x), de, PRECISION)
-            if REFERENCE:
-                tl.store(tile(dreference, row * PAIR + second, BF, V, V), part, mask=given)
-                part = tl.where(given, 0.0, part)
-            more_m, more_carried, more_s = _unmove(
-                D, at, tile(states, chunk * SIZE + second, BF, V, V),
-                tile(dheld, program * PAIR + second, BF, V, V), is_held,
-                tile(dbase, program * PAIR + second, BF, V, V), part,
-                tl.trans(tl.load(tile(inner, chunk * (C * F) + first, C, BF, F))), doutput,
-                read_m, read_s, kept_m, kept_s, carried, PAIR, MOMENTUM, BASE, PRECISION,
-            )  # fmt: skip
-            dkept_m, dcarried, dkept_s = dkept_m + more_m, dcarried + more_carried, dkept_s + more_s
-            part = dot(tl.trans(key), dz, PRECISION)
-            if REFERENCE:
-                tl.store(tile(dreference, row * PAIR + first, K, BF, F), part, mask=given)
-                part = tl.where(given, 0.0, part)
-            at = tile(dfirst, program * SIZE + first, K, BF, F)
-            more_m, more_carried, more_s = _unmove(
-                tl.load(at), at, tile(states, chunk * SIZE + first, K, BF, F),
-                tile(dheld, program * PAIR + first, K, BF, F), is_held,
-                tile(dbase, program * PAIR + first, K, BF, F), part,
-                tl.trans(query), tl.load(tile(dinner, chunk * (C * F) + first, C, BF, F)),
-                read_m, read_s, kept_m, kept_s, carried, PAIR, MOMENTUM, BASE, PRECISION,
-            )  # fmt: skip
-            dkept_m, dcarried, dkept_s = dkept_m + more_m, dcarried + more_carried, dkept_s + more_s
-        tl.store(tile(dk, chunk * (C * K), C, K, K), dkey.to(TYPE))
-        tl.store(dcarry + chunk * (n_parts * n_parts), dkept_m)
+            E2 = tl.load(tile(dfirst, at_E2, BF, V, V))
+            dx += dot(E2.to(TYPE), scaled(write_s * share, e), PRECISION)
+        by_z = (by_z + dx * slope).to(TYPE)
+        part1 = dot(by_z, tl.trans(key), PRECISION)
+        part2 = dot(by_back, tl.trans(e), PRECISION) - dot(x, tl.trans(de), PRECISION)
+        tl.store(turned(dz, of_hidden, BF, C, F), by_z)
+        if REFERENCE:  # noqa: SIM102, decided when this is compiled
+            if n == 0:
+                tl.store(turned(dreference, bh * PAIR + first, BF, K, F), part1)
+                tl.store(tile(dreference, bh * PAIR + second, BF, V, V), part2)
+                part1, part2 = tl.zeros_like(part1), tl.zeros_like(part2)
+
+        # to N and S before the mini-batch
+        kept_m, read_m = tl.load(gates + rows.A * C + C - 1), tl.load(gates + rows.A * C + tl.trans(t))
+        query, doutput = tl.load(tile(q, tokens * K, C, K, H * K)), tl.load(tile(do, tokens * V, C, V, H * V))
+        by_query, y = tl.load(turned(dinner, of_hidden, BF, C, F)), tl.load(turned(inner, of_hidden, BF, C, F))
+        part1 += kept_m * D1 + dot(by_query, scaled(read_m, query), PRECISION)
+        part2 += kept_m * D2 + dot(y, scaled(read_m, doutput), PRECISION)
         if MOMENTUM:
-            tl.store(dcarry + chunk * 4 + 1, dcarried)
-            tl.store(dcarry + chunk * 4 + 2, 0.0)
-            tl.store(dcarry + chunk * 4 + 3, dkept_s)
-        tl.debug_barrier()
+            carried, kept_s = tl.load(gates + rows.F * C + C - 1), tl.load(gates + rows.M * C + C - 1)
+            read_s = tl.load(gates + rows.F * C + tl.trans(t))
+            E2 = kept_s * E2 + carried * D2 + dot(y, scaled(read_s, doutput), PRECISION)
+            E1 = kept_s * tl.load(turned(dfirst, at_E1, BF, K, F)) + carried * D1
+            E1 += dot(by_query, scaled(read_s, query), PRECISION)
+            tl.store(tile(dfirst, at_E2, BF, V, V), E2)
+            tl.store(turned(dfirst, at_E1, BF, K, F), E1)
+            tl.debug_barrier()
+        D1, D2 = part1, part2
+        if n == final:
+            D1 += tl.load(turned(dheld, program * PAIR + first, BF, K, F))
+            D2 += tl.load(tile(dheld, program * PAIR + second, BF, V, V))
+    at = program * SIZE
+    tl.store(turned(dfirst, at + first, BF, K, F), D1)
+    tl.store(tile(dfirst, at + second, BF, V, V), D2)

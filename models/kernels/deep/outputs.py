@@ -8,7 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.kernels.deep.tiles import dot, row_sum, scaled, silu, tile
+from models.kernels.deep.tiles import dot, first_token, row_sum, scaled, silu, tile
+from models.kernels.momentum import tiles as rows
 
 
 @triton.jit
@@ -25,17 +26,18 @@ def _first_layer(query, attend, u, at, base, read_m, read_s, PAIR: tl.constexpr,
 
 @triton.jit
 def outputs(
-    q,  # [N B H, C, K]
-    k,  # [N B H, C, K]
-    read,  # [N B H, C, n]: A and f
-    read_writes,  # [N B H, C, C]: G
+    q,  # [B, N C, H, K]
+    k,  # [B, N C, H, K]
+    G,  # [B H N, C, C]
+    vectors,  # [B H N, ROWS, C]
     base,  # [H, PAIR], in the dtype of q
-    states,  # [N B H, SIZE]
-    hidden,  # [N B H, C, F]: X_2
-    errors1,  # [N B H, C, F]
-    errors2,  # [N B H, C, V]
-    limits,  # [N B H, 3, C]
-    o,  # out, [N B H, C, V]
+    states,  # [B H N, SIZE]
+    hidden,  # [B H N, C, F]: X_2
+    errors1,  # [B H N, C, F]
+    errors2,  # [B H N, C, V]
+    limits,  # [B H N, 3, C]
+    o,  # out, [B, N C, H, V]
+    N,
     H,
     C: tl.constexpr,
     K: tl.constexpr,
@@ -46,22 +48,22 @@ def outputs(
     BASE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    chunk = tl.program_id(0).to(tl.int64)
-    head = chunk % H
+    n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunk, head, tokens = bh * N + n, bh % H, first_token(bh, n, N, H, C)
+    gates = vectors + chunk * (rows.ROWS * C) + tl.arange(0, C)[:, None]
     PAIR: tl.constexpr = K * F + F * V
     n_parts: tl.constexpr = 1 + MOMENTUM
     SIZE: tl.constexpr = n_parts * PAIR
     TYPE: tl.constexpr = q.dtype.element_ty
     t = tl.arange(0, C)
-    at_read = read + chunk * (C * n_parts) + t[:, None] * n_parts
-    read_m = tl.load(at_read)
+    read_m = tl.load(gates + rows.A * C)
     read_s = read_m
     if MOMENTUM:
-        read_s = tl.load(at_read + 1)
+        read_s = tl.load(gates + rows.F * C)
     share = tl.load(limits + chunk * (3 * C) + t)[:, None]
-    query, key = tl.load(tile(q, chunk * (C * K), C, K, K)), tl.load(tile(k, chunk * (C * K), C, K, K))
-    G = tl.load(tile(read_writes, chunk * (C * C), C, C, C))
-    attend = (dot(query, tl.trans(key), PRECISION) * G).to(TYPE)
+    query, key = tl.load(tile(q, tokens * K, C, K, H * K)), tl.load(tile(k, tokens * K, C, K, H * K))
+    of_writes = tl.load(tile(G, chunk * (C * C), C, C, C))
+    attend = (dot(query, tl.trans(key), PRECISION) * of_writes).to(TYPE)
     scores, z = tl.zeros([C, C], tl.float32), tl.zeros([C, V], tl.float32)
     z_m, z_s = tl.zeros([C, V], tl.float32), tl.zeros([C, V], tl.float32)
     for j in range(0, F // BF):
@@ -77,34 +79,35 @@ def outputs(
         if BASE:
             z += dot(y, tl.load(tile(base, head * PAIR + second, BF, V, V)), PRECISION)
     u2 = scaled(share, tl.load(tile(errors2, chunk * (C * V), C, V, V)))
-    z += read_m * z_m + dot((scores * G).to(TYPE), u2, PRECISION)
+    z += read_m * z_m + dot((scores * of_writes).to(TYPE), u2, PRECISION)
     if MOMENTUM:
         z += read_s * z_s
-    tl.store(tile(o, chunk * (C * V), C, V, V), z.to(TYPE))
+    tl.store(tile(o, tokens * V, C, V, H * V), z.to(TYPE))
 
 
 @triton.jit
 def outputs_gradient(
-    q,  # [N B H, C, K]
-    k,  # [N B H, C, K]
-    read,  # [N B H, C, n]
-    read_writes,  # [N B H, C, C]
+    q,  # [B, N C, H, K]
+    k,  # [B, N C, H, K]
+    G,  # [B H N, C, C]
+    vectors,  # [B H N, ROWS, C]
     base,  # [H, PAIR], in the dtype of q
-    states,  # [N B H, SIZE]
-    hidden,  # [N B H, C, F]
-    errors1,  # [N B H, C, F]
-    errors2,  # [N B H, C, V]
-    limits,  # [N B H, 3, C]
-    do,  # [N B H, C, V]
-    inner,  # out, [N B H, C, F]: y of the second layer
-    dinner,  # out, [N B H, C, F]: the gradient by z of the first
-    dq,  # out, [N B H, C, K]
-    dkeys,  # out, [N B H, C, K]
-    dhidden,  # out, [N B H, C, F]
-    derrors1,  # out, [N B H, C, F]: by what is written of E_1
-    derrors2,  # out, [N B H, C, V]: and of E_2
-    dread,  # out, [N B H, C, n]
-    dread_writes,  # out, [N B H, C, C]
+    states,  # [B H N, SIZE]
+    hidden,  # [B H N, C, F]
+    errors1,  # [B H N, C, F]
+    errors2,  # [B H N, C, V]
+    limits,  # [B H N, 3, C]
+    do,  # [B, N C, H, V]
+    inner,  # out, [B H N, C, F]: y of the second layer
+    dinner,  # out, [B H N, C, F]: the gradient by z of the first
+    dq,  # out, [B, N C, H, K]
+    dkeys,  # out, [B, N C, H, K]
+    dhidden,  # out, [B H N, C, F]
+    derrors1,  # out, [B H N, C, F]: by what is written of E_1
+    derrors2,  # out, [B H N, C, V]: and of E_2
+    dG,  # out, [B H N, C, C]
+    dvectors,  # out, [B H N, ROWS, C]: A and F
+    N,
     H,
     C: tl.constexpr,
     K: tl.constexpr,
@@ -115,23 +118,23 @@ def outputs_gradient(
     BASE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    chunk = tl.program_id(0).to(tl.int64)
-    head = chunk % H
+    n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunk, head, tokens = bh * N + n, bh % H, first_token(bh, n, N, H, C)
+    gates = vectors + chunk * (rows.ROWS * C) + tl.arange(0, C)[:, None]
     PAIR: tl.constexpr = K * F + F * V
     n_parts: tl.constexpr = 1 + MOMENTUM
     SIZE: tl.constexpr = n_parts * PAIR
     TYPE: tl.constexpr = q.dtype.element_ty
     t = tl.arange(0, C)
-    at_read = chunk * (C * n_parts) + t[:, None] * n_parts
-    read_m = tl.load(read + at_read)
+    read_m = tl.load(gates + rows.A * C)
     read_s = read_m
     if MOMENTUM:
-        read_s = tl.load(read + at_read + 1)
+        read_s = tl.load(gates + rows.F * C)
     share = tl.load(limits + chunk * (3 * C) + t)[:, None]
-    query, key = tl.load(tile(q, chunk * (C * K), C, K, K)), tl.load(tile(k, chunk * (C * K), C, K, K))
-    G = tl.load(tile(read_writes, chunk * (C * C), C, C, C))
+    query, key = tl.load(tile(q, tokens * K, C, K, H * K)), tl.load(tile(k, tokens * K, C, K, H * K))
+    of_writes = tl.load(tile(G, chunk * (C * C), C, C, C))
     scores1, scores2 = dot(query, tl.trans(key), PRECISION), tl.zeros([C, C], tl.float32)
-    attend = (scores1 * G).to(TYPE)
+    attend = (scores1 * of_writes).to(TYPE)
     for j in range(0, F // BF):
         u1 = scaled(share, tl.load(tile(errors1, chunk * (C * F) + j * BF, C, BF, F)))
         at, at_base = tile(states, chunk * SIZE + j * BF, K, BF, F), tile(base, head * PAIR + j * BF, K, BF, F)
@@ -140,10 +143,10 @@ def outputs_gradient(
         tl.store(tile(inner, chunk * (C * F) + j * BF, C, BF, F), y)
         scores2 += dot(y, tl.trans(tl.load(tile(hidden, chunk * (C * F) + j * BF, C, BF, F))), PRECISION)
     u2 = scaled(share, tl.load(tile(errors2, chunk * (C * V), C, V, V)))
-    doutput = tl.load(tile(do, chunk * (C * V), C, V, V))
+    doutput = tl.load(tile(do, tokens * V, C, V, H * V))
     dattend = dot(doutput, tl.trans(u2), PRECISION)
-    dG, dscores = dattend * scores2, (dattend * G).to(TYPE)
-    du2 = dot(tl.trans((scores2 * G).to(TYPE)), doutput, PRECISION)
+    dwrites, dscores = dattend * scores2, (dattend * of_writes).to(TYPE)
+    du2 = dot(tl.trans((scores2 * of_writes).to(TYPE)), doutput, PRECISION)
     tl.store(tile(derrors2, chunk * (C * V), C, V, V), du2.to(TYPE))
 
     dread_m, dread_s, dattend = tl.zeros([C, 1], tl.float32), tl.zeros([C, 1], tl.float32), tl.zeros_like(dattend)
@@ -175,12 +178,13 @@ def outputs_gradient(
             seen_s += dot(dz, tl.trans(tl.load(at1 + PAIR)), PRECISION)
         if BASE:
             dquery += dot(dz, tl.trans(tl.load(base1)), PRECISION)
-    tl.store(tile(dread_writes, chunk * (C * C), C, C, C), dG + dattend * scores1)
-    dscores = (dattend * G).to(TYPE)
-    tl.store(tile(dkeys, chunk * (C * K), C, K, K), dot(tl.trans(dscores), query, PRECISION).to(TYPE))
+    tl.store(tile(dG, chunk * (C * C), C, C, C), dwrites + dattend * scores1)
+    dscores = (dattend * of_writes).to(TYPE)
+    tl.store(tile(dkeys, tokens * K, C, K, H * K), dot(tl.trans(dscores), query, PRECISION).to(TYPE))
     dquery += read_m * seen_m + dot(dscores, key, PRECISION)
-    tl.store(dread + at_read, dread_m + row_sum(query.to(tl.float32) * seen_m))
+    dgates = dvectors + chunk * (rows.ROWS * C) + tl.arange(0, C)[:, None]
+    tl.store(dgates + rows.A * C, dread_m + row_sum(query.to(tl.float32) * seen_m))
     if MOMENTUM:
         dquery += read_s * seen_s
-        tl.store(dread + at_read + 1, dread_s + row_sum(query.to(tl.float32) * seen_s))
-    tl.store(tile(dq, chunk * (C * K), C, K, K), dquery.to(TYPE))
+        tl.store(dgates + rows.F * C, dread_s + row_sum(query.to(tl.float32) * seen_s))
+    tl.store(tile(dq, tokens * K, C, K, H * K), dquery.to(TYPE))

@@ -21,12 +21,23 @@ def places(source, bh, n, T, H, C: tl.constexpr, SOURCES: tl.constexpr):
 
 
 @triton.jit
+def tokens_of(step_size, filled, bh, n, T, H, C: tl.constexpr):
+    """Addresses [C] of a chunk's step sizes, and where it has tokens: `filled` [B, T] says so where any may be none."""
+    at, real = of_gates(step_size, bh, n, T, H, C)
+    if filled is not None:
+        t = n * C + tl.arange(0, C)
+        real = real & (tl.load(filled + (bh // H).to(tl.int64) * T + t, mask=real, other=0) != 0)
+    return at, real
+
+
+@triton.jit
 def coefficients(
     k,  # [B, T, H, K]
     step_size,  # [B, T, H]
     log_momentum,  # [B, T, H]
     log_decay,  # [B, T, H]
     source,  # [B, T]
+    filled,  # [B, T], or None for all
     G,  # out, [B H N, C, C]: how much of the write of token i is in the memory after token t
     R,  # out, [B H N, C, C]: the inverse of the system of the errors, without its diagonal of ones
     vectors,  # out, [B H N, ROWS, C]
@@ -47,7 +58,7 @@ def coefficients(
     n, bh = tl.program_id(0), tl.program_id(1)
     chunk = bh * N + n
     t = tl.arange(0, C)
-    at, real = of_gates(step_size, bh, n, T, H, C)
+    at, real = tokens_of(step_size, filled, bh, n, T, H, C)
     theta = tl.load(at, mask=real, other=0.0)
     log_a = tl.zeros([C], tl.float32)
     if DECAY:
@@ -95,6 +106,7 @@ def coefficients_gradient(
     log_momentum,
     log_decay,
     source,
+    filled,
     dG,  # [B H N, C, C]
     dvectors,  # [B H N, ROWS, C]: A, F, M and WRITE_*; the others are in dG
     dstep_size,  # out, [B, T, H]
@@ -114,7 +126,7 @@ def coefficients_gradient(
     n, bh = tl.program_id(0), tl.program_id(1)
     chunk = bh * N + n
     t = tl.arange(0, C)
-    at, real = of_gates(step_size, bh, n, T, H, C)
+    at, real = tokens_of(step_size, filled, bh, n, T, H, C)
     theta = tl.load(at, mask=real, other=0.0)
     log_a = tl.zeros([C], tl.float32)
     if DECAY:

@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels.deep import deep_scan
-from models.regression.chunks import from_chunks, into_chunks
 from models.regression.deep.slots import Slots, lay_out
-from models.regression.momentum import of_gates
 
 if TYPE_CHECKING:
     from models.regression.deep.mlp import Start, State
@@ -83,10 +82,19 @@ def kernel_deep(
     slots = lay_out(k, C, C, None if state is None else state.phase, segments)
     runs, last_run = documents(slots, B, k.device)
     products = torch.promote_types(q.dtype, torch.promote_types(k.dtype, v.dtype))
+
+    def places(x: Tensor | None) -> Tensor | None:
+        """[B, N C, ...] of tokens [B, T, ...], zeros where none is."""
+        if x is None:
+            return None
+        x = slots.fill(x)
+        return F.pad(x, (0, 0) * (x.ndim - 2) + (0, slots.count * C - x.shape[1]))
+
     with torch.autocast(q.device.type, enabled=False):
-        pairs = (into_chunks(slots.fill(x), C, products) for x in (q, k, v))
-        given = (torch.ones_like(step_size), step_size, log_momentum, log_decay)
-        mixed = of_gates(*(None if x is None else into_chunks(slots.fill(x), C, dtype) for x in given))
+        filled = None if slots.place is None and slots.count * C == T else places(k.new_ones(B, T))
+        given = [
+            places(x) for x in (q.to(products), k.to(products), v.to(products), step_size, log_momentum, log_decay)
+        ]
 
         first = pack([w.to(dtype) for w in start.weights])
         base = torch.zeros_like(first) if start.fades else first
@@ -99,7 +107,7 @@ def kernel_deep(
             reference = torch.where((state.phase == 0).view(-1, 1, 1), M, R)
         weights = (begin.flatten(0, 1), None if start.fades else base)
         handed = None if reference is None else reference.flatten(0, 1)
-        o, last, held = deep_scan(*pairs, *mixed, *weights, handed, runs, H, B * H)
+        o, last, held = deep_scan(*given, filled, *weights, handed, runs, C)
 
         last, held = (x.unflatten(0, (-1, H))[last_run] for x in (last, held))
         M, S = last[..., : base.shape[-1]] + base, last[..., base.shape[-1] :]
@@ -107,7 +115,6 @@ def kernel_deep(
         if reference is not None:
             R = torch.where((runs[last_run, 3] == 0).view(-1, 1, 1), reference, R)
         parts = (unpack(x, start.weights) if x.shape[-1] else () for x in (M, S, R))
-    o = from_chunks(o, (B, T if slots.place is None else slots.count * C, H))
-    return slots.empty(o).to(v.dtype), start.state(state, B, dtype, log_momentum is not None)._replace(
-        **dict(zip(("weights", "momenta", "references"), parts, strict=True)), phase=slots.phase
-    )
+    o = o[:, :T] if slots.place is None else slots.empty(o)
+    named = dict(zip(("weights", "momenta", "references"), parts, strict=True))
+    return o.to(v.dtype), start.state(state, B, dtype, log_momentum is not None)._replace(**named, phase=slots.phase)
