@@ -1,4 +1,5 @@
-"""Titans' linear memory by kernels of our own: models/regression/momentum.py's chunked form in Triton.
+"""Titans' linear memory by kernels of our own: models/regression/momentum.py's chunked form in Triton. Without momentum
+it is delta.py's, and with several writes a token omega.py's.
 
 What a chunk needs is one triangular system and a few products with its coefficients; what one chunk hands to the next
 is a pair of matrices. So a call is three kernels forward, the middle one alone sequential,
@@ -33,12 +34,14 @@ class Rule(NamedTuple):
     """Which of its parts a call has. momentum: S. carried: M_ref as one more matrix, in and out. solve: whether errors
     refer to each other; not where every gradient of a chunk is taken at its first memory, which is then what comes out
     as M_ref. decayed: gradients taken after the decay, at a_t M_{t-1}, which without momentum is the gated delta rule.
+    writes: of every so many tokens the last alone adds S to M; all write to S.
     """
 
     momentum: bool = True
     carried: bool = False
     solve: bool = True
     decayed: bool = False
+    writes: int = 1
 
     @property
     def num_matrices(self) -> int:
@@ -100,10 +103,11 @@ def _forward(
     carried: bool,
     solve: bool,
     decayed: bool,
+    writes: int,
 ) -> tuple[Tensor, Tensor]:
     from models.kernels.momentum.launch import Launch
 
-    rule = Rule(momentum, carried, solve, decayed)
+    rule = Rule(momentum, carried, solve, decayed, writes)
     with torch.cuda.device_of(q):
         return Launch(q, k, v, step_size, log_momentum, log_decay, matrices, source, rule).forward()
 
@@ -127,18 +131,19 @@ def _backward(
     carried: bool,
     solve: bool,
     decayed: bool,
+    writes: int,
     do: Tensor,
     dlast: Tensor,
 ) -> list[Tensor]:
     from models.kernels.momentum.launch import Launch
 
-    rule = Rule(momentum, carried, solve, decayed)
+    rule = Rule(momentum, carried, solve, decayed, writes)
     with torch.cuda.device_of(q):
         return Launch(q, k, v, step_size, log_momentum, log_decay, matrices, source, rule).backward(do, dlast)
 
 
 @_backward.register_fake
-def _(q, k, v, step_size, log_momentum, log_decay, matrices, source, momentum, carried, solve, decayed, do, dlast):
+def _(q, k, v, step_size, log_momentum, log_decay, matrices, *others):
     gates = [x for x in (step_size, log_momentum, log_decay) if x is not None]
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *gates, matrices)]
 
@@ -151,7 +156,7 @@ def _keep(ctx, inputs, output) -> None:
 def _gradients(ctx, do: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     found = iter(_backward(*inputs, *ctx.rule, do, dlast))
-    return (*(None if x is None else next(found) for x in inputs[:7]), *(None,) * 5)
+    return (*(None if x is None else next(found) for x in inputs[:7]), *(None,) * (1 + len(ctx.rule)))
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)

@@ -21,6 +21,13 @@ def places(source, bh, n, T, H, C: tl.constexpr, SOURCES: tl.constexpr):
 
 
 @triton.jit
+def joining(real, n, C: tl.constexpr, WRITES: tl.constexpr):
+    """[C]: after which tokens S is added to M. What fills the last chunk fades nothing, and must not add it again."""
+    t = n * C + tl.arange(0, C)
+    return real & (t % WRITES == WRITES - 1) if WRITES > 1 else real
+
+
+@triton.jit
 def coefficients(
     k,  # [B, T, H, K]
     step_size,  # [B, T, H]
@@ -42,6 +49,7 @@ def coefficients(
     SOURCES: tl.constexpr,
     DECAYED: tl.constexpr,
     SOLVE: tl.constexpr,
+    WRITES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     n, bh = tl.program_id(0), tl.program_id(1)
@@ -60,9 +68,9 @@ def coefficients(
         at, _ = of_gates(log_momentum, bh, n, T, H, C)
         log_eta = tl.load(at, mask=real, other=0.0)
         Le, m = fades(log_eta, C)
-        # what fills the last chunk fades nothing, and must not add the momentum to the memory once more
-        P = dot(La, tl.where(real[:, None], Le, 0.0), PRECISION)
-        f = tl.sum(La * tl.where(real, m, 0.0)[None, :], 1)
+        joins = joining(real, n, C, WRITES)
+        P = dot(La, tl.where(joins[:, None], Le, 0.0), PRECISION)
+        f = tl.sum(La * tl.where(joins, m, 0.0)[None, :], 1)
         tl.store(out + tiles.F * C, f)
         tl.store(out + tiles.M * C, m)
         tl.store(out + tiles.WRITE_S * C, tl.sum(tl.where((t == C - 1)[:, None], Le, 0.0), 0) * theta)
@@ -108,9 +116,10 @@ def coefficients_gradient(
     CARRIED: tl.constexpr,
     DECAY: tl.constexpr,
     SOURCES: tl.constexpr,
+    WRITES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """G = La Le diag(theta), f = La m: products, and so is their gradient."""
+    """G = La Le diag(theta), f = La m, of the rows of Le and m that join: products, and so is their gradient."""
     n, bh = tl.program_id(0), tl.program_id(1)
     chunk = bh * N + n
     t = tl.arange(0, C)
@@ -136,15 +145,16 @@ def coefficients_gradient(
         at, _ = of_gates(log_momentum, bh, n, T, H, C)
         log_eta = tl.load(at, mask=real, other=0.0)
         Le, m = fades(log_eta, C)
-        masked = tl.where(real[:, None], Le, 0.0)
+        joins = joining(real, n, C, WRITES)
+        masked = tl.where(joins[:, None], Le, 0.0)
         df = tl.load(rows + tiles.F * C)
         dwrite = tl.load(rows + tiles.WRITE_S * C)
         dtheta = tl.sum(tl.where(last, Le, 0.0), 0) * dwrite
         P = dot(La, masked, PRECISION)
-        dLe = tl.where(real[:, None], dot(tl.trans(La), dLa, PRECISION), 0.0)
+        dLe = tl.where(joins[:, None], dot(tl.trans(La), dLa, PRECISION), 0.0)
         dLe += tl.where(last, (dwrite * theta)[None, :], 0.0)
-        dLa = dot(dLa, tl.trans(masked), PRECISION) + df[:, None] * tl.where(real, m, 0.0)[None, :]
-        dm = tl.where(real, tl.sum(La * df[:, None], 0), 0.0) + tl.load(rows + tiles.M * C)
+        dLa = dot(dLa, tl.trans(masked), PRECISION) + df[:, None] * tl.where(joins, m, 0.0)[None, :]
+        dm = tl.where(joins, tl.sum(La * df[:, None], 0), 0.0) + tl.load(rows + tiles.M * C)
         at, _ = of_gates(dlog_momentum, bh, n, T, H, C)
         tl.store(at, log_gate_gradient(dLe, Le, dm, m, C), mask=real)
     dtheta += tl.sum(dcombined * P, 0)

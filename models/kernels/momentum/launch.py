@@ -82,7 +82,7 @@ class Launch:
         self.chunk = {"C": CHUNK, "BK": self.width}
         self.matrices_of = {"MOMENTUM": rule.momentum, "CARRIED": rule.carried and rule.solve}
         self.scanned = {**self.matrices_of, "OUTSIDE": rule.num_matrices, "SOLVE": rule.solve}
-        self.gates = {"MOMENTUM": rule.momentum, "DECAY": log_decay is not None}
+        self.gates = {"DECAY": log_decay is not None, "WRITES": rule.writes}
         self.system = {"SOURCES": source is not None, "DECAYED": rule.decayed, "SOLVE": rule.solve}
 
     def columns(self, kernel: str) -> tuple[dict[str, int], int]:
@@ -111,6 +111,7 @@ class Launch:
             *self.sizes[:4],
             **self.chunk,
             LOG_C=CHUNK.bit_length() - 1,
+            MOMENTUM=self.rule.momentum,
             **self.gates,
             **self.system,
             **self.precision,
@@ -236,7 +237,7 @@ class Launch:
             *self.sizes[:3],
             C=CHUNK,
             **self.matrices_of,
-            DECAY=self.log_decay is not None,
+            **self.gates,
             SOURCES=self.source is not None,
             **self.precision,
             **self.configurations["coefficients_gradient"].options,
