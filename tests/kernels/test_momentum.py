@@ -34,6 +34,10 @@ CASES = {  # what differs from one head width of 16, 100 tokens, a decay, moment
     "leaky LMS, documents": {"momentum": None, "early": True, "documents": 23},
     "delta rule": {"momentum": None, "documents": 23},
     "delta rule, no decay": {"momentum": None, "decay": None},
+    "write keys": {"momentum": None, "own_writes": True, "documents": 23},
+    "write keys, no decay": {"momentum": None, "own_writes": True, "decay": None},
+    "write keys, leaky LMS": {"momentum": None, "own_writes": True, "early": True},
+    "write keys, ragged": {"momentum": None, "own_writes": True, "K": 20, "V": 40, "T": 70},
     "windows of 4, no decay": {"window": 4, "T": 50, "decay": None},
     "windows of 3, documents": {"window": 3, "T": 50, "documents": 23},
     "windows, mini-batches of 4, documents": {"window": 4, "T": 50, "grad_batch": 4, "documents": 23},
@@ -44,6 +48,8 @@ CASES = {  # what differs from one head width of 16, 100 tokens, a decay, moment
 WIDE = {
     "wide": {"K": 128, "V": 128, "T": 300},
     "widest": {"K": 256, "V": 256, "T": 200},
+    "wide, write keys": {"momentum": None, "own_writes": True, "K": 128, "V": 128, "T": 300},
+    "widest, write keys": {"momentum": None, "own_writes": True, "K": 256, "V": 256, "T": 200},
     "wide, windows": {"window": 3, "K": 128, "V": 128, "T": 100},
 }
 
@@ -62,9 +68,11 @@ def errors(
     early: bool = False,
     aligned: float = 0.0,
     window: int = 0,
+    own_writes: bool = False,
 ) -> list[float]:
     """Of outputs, last matrices and all gradients: the distance to the recurrence of the same rounded inputs, relative
-    to its length. momentum and decay: the mean of the gates' logits; None for none. window: that of the Omega rule."""
+    to its length. momentum and decay: the mean of the gates' logits; None for none. window: that of the Omega rule.
+    own_writes: for w = k P / (1 + b k.(k P)) of a positive P, as in preconditioned.py."""
     B, H, g = 2, 2, torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -80,6 +88,9 @@ def errors(
     if window:
         inputs += [normal(T, H, window).softmax(-1)]
         inputs += [normal(window - 1, H, X).to(dtype) / X**0.5 for X in (K, V)] if state else []
+    if own_writes:
+        scaled = keys * (0.5 * normal(T, H, K)).exp()
+        inputs += [(scaled / (1 + step_size.unsqueeze(-1) * (keys * scaled).sum(-1, keepdim=True))).to(dtype)]
     segments = None if documents is None else (torch.arange(T, device=device) // documents).expand(B, T)
 
     def call(form: str) -> list[torch.Tensor]:
@@ -92,7 +103,8 @@ def errors(
         if momentum is None:
             gates = (theta, forget_at_starts(log_decay, segments, like=theta), matrices[0])
             rule = recurrent_delta if exact else kernel_delta
-            o, last = rule(q, k, v, *gates, gradient_before_decay=early)
+            written = {"write_key": own[-1]} if own_writes else {}
+            o, last = rule(q, k, v, *gates, **written, gradient_before_decay=early)
             found = [o, last]
         else:
             phase = torch.full((B,), 3, device=device) if grad_batch > 1 else None
@@ -171,7 +183,8 @@ def test_auto_takes_it_and_only_its_own_rules_can_ask(monkeypatch):
     monkeypatch.setattr(momentum, "refusal", lambda *_: None)
     cuda = torch.device("cuda")
     for backend in ("auto", "triton"):
-        assert mixer("titans", backend).regressor.choose(cuda, torch.bfloat16).backend == "triton"
+        for preset in ("titans", "omega", "preconditioned_delta"):
+            assert mixer(preset, backend).regressor.choose(cuda, torch.bfloat16).backend == "triton"
     for preset in ("gla", "kda"):
         with pytest.raises(ValueError, match="has no such kernel"):
             mixer(preset, "triton").regressor.choose(cuda, torch.bfloat16)

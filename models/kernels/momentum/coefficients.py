@@ -30,6 +30,7 @@ def joining(real, n, C: tl.constexpr, WRITES: tl.constexpr):
 @triton.jit
 def coefficients(
     k,  # [B, T, H, K]
+    write_key,  # [B, T, H, K]
     step_size,  # [B, T, H]
     log_momentum,  # [B, T, H]
     log_decay,  # [B, T, H]
@@ -50,6 +51,7 @@ def coefficients(
     DECAYED: tl.constexpr,
     SOLVE: tl.constexpr,
     WRITES: tl.constexpr,
+    OWN_WRITES: tl.constexpr,  # keys of their own, not k
     PRECISION: tl.constexpr,
 ):
     n, bh = tl.program_id(0), tl.program_id(1)
@@ -93,7 +95,11 @@ def coefficients(
                 tl.store(out + tiles.REFER_F * C, tl.sum(chosen * f[None, :], 1))
         at, mask = of_tokens(k, bh, n, 0, T, H, K, C, BK)
         keys = tl.load(at, mask=mask, other=0.0)
-        inverse = unit_inverse(dot(keys, tl.trans(keys), PRECISION) * refer, C, LOG_C, PRECISION)
+        written = keys
+        if OWN_WRITES:
+            at, mask = of_tokens(write_key, bh, n, 0, T, H, K, C, BK)
+            written = tl.load(at, mask=mask, other=0.0)
+        inverse = unit_inverse(dot(keys, tl.trans(written), PRECISION) * refer, C, LOG_C, PRECISION)
         tl.store(of_square(R, chunk, C), tl.where(t[:, None] > t[None, :], inverse, 0.0))
 
 
