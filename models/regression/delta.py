@@ -118,17 +118,18 @@ def kernel_delta(
     step_size: Tensor,
     log_decay: Tensor | None = None,
     memory: Tensor | None = None,
+    write_key: Tensor | None = None,
     gradient_before_decay: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The same map by models/kernels/momentum, whose rule without momentum this is. Arguments and results as in
-    recurrent_delta, log_decay per head; q, k and v are cast to one dtype, v's.
+    recurrent_delta, log_decay per head; q, k, v and write_key are cast to one dtype, v's.
     """
     matrices, source = first_memory(k, v, memory).unsqueeze(2), None
     if gradient_before_decay and log_decay is not None:  # at the start of a document there is nothing to erase
         token = torch.arange(q.shape[1], device=q.device) - 1
         source = torch.where(log_decay[..., 0] < FORGET / 2, momentum.EMPTY, token)
     rule = momentum.Rule(momentum=False, decayed=not gradient_before_decay)
-    o, matrices = momentum.momentum_delta(q, k, v, step_size, None, log_decay, matrices, source, rule)
+    o, matrices = momentum.momentum_delta(q, k, v, step_size, None, log_decay, matrices, source, rule, write_key)
     return o, matrices.squeeze(2)
 
 

@@ -199,22 +199,39 @@ def kernel_momentum(
     state: State | None = None,
     grad_batch: int = 1,
     segments: Tensor | None = None,
+    writes: int = 1,
 ) -> tuple[Tensor, State]:
     """The same map by models/kernels/momentum, in chunks of its CHUNK. Arguments and results as in recurrent_momentum;
     q, k and v are cast to one dtype, v's.
+
+    writes: c of them a token, all of whose errors are taken at its M_ref, and which S adds up: k [B, T c, H, K],
+    v [B, T c, H, V] and step_size [B, T c, H] have a token's one after another. They are tokens to the kernels: at the
+    first of a token S fades; at the last M does, S joins it, and it is read. Until then M stands still, so that M_{t-1}
+    is what the write before has left, though a chunk begin in between.
     """
     # mini-batches that are the chunks: no error of a chunk refers to another
-    together = grad_batch == kernels.CHUNK and state is None and segments is None
+    together = grad_batch * writes == kernels.CHUNK and state is None and segments is None
     state = first_state(k, v, state, grad_batch)
-    where, source = references(k, state, grad_batch, segments), None
+    where, source = references(q, state, grad_batch, segments), None
     if grad_batch > 1 or segments is not None:
-        source = where.source.masked_fill(where.empty, kernels.EMPTY)
-    log_momentum = forget_at_starts(log_momentum, segments)
-    log_decay = forget_at_starts(log_decay, segments, like=step_size)
-    rule = kernels.Rule(carried=grad_batch > 1, solve=not together)
-    matrices = torch.stack(state.matrices, dim=2)
+        # of the writes after which M is still that of token `source`, the last before the one that refers
+        before = torch.arange(k.shape[1], device=k.device) - 1
+        source = ((where.source + 2) * writes - 2).repeat_interleave(writes, 1).minimum(before)
+        source = source.masked_fill(where.empty.repeat_interleave(writes, 1), kernels.EMPTY)
+    log_decay = _among(forget_at_starts(log_decay, segments, like=log_momentum), writes - 1, writes)
+    log_momentum = _among(forget_at_starts(log_momentum, segments), 0, writes)
+    rule = kernels.Rule(carried=grad_batch > 1, solve=not together, writes=writes)
+    matrices, q = torch.stack(state.matrices, dim=2), _among(q, writes - 1, writes)
     o, matrices = kernels.momentum_delta(q, k, v, step_size, log_momentum, log_decay, matrices, source, rule)
-    return o, last_state(matrices.unbind(2), where.phase)
+    return o[:, writes - 1 :: writes], last_state(matrices.unbind(2), where.phase)
+
+
+def _among(x: Tensor | None, place: int, writes: int) -> Tensor | None:
+    """[B, T, H, *] to [B, T writes, H, *]: x at one place of every token's, zeros at the others."""
+    if x is None or writes == 1:
+        return x
+    others = [0, 0] * (x.ndim - 2) + [place, writes - 1 - place]
+    return F.pad(x.unsqueeze(2), others).flatten(1, 2)
 
 
 def mixtures(

@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.precision import wide
+from models.precision import wide, working_dtype
 from models.regression import momentum
 from models.regression.chunks import from_chunks, into_chunks, short
 from models.regression.documents import forget_at_starts
 from models.regression.mixtures import Mixture, scan
-from models.regression.momentum import Momentum, first_state, last_state, mixtures, references
+from models.regression.momentum import Momentum, first_state, kernel_momentum, last_state, mixtures, references
 from models.sizes import Sizes
 
 
@@ -62,7 +62,7 @@ def windows(
         other = (document[:, T:] != segments[:, -1:]).view(B, past, 1, 1)
         lasting = [x.masked_fill(other, 0.0) for x in lasting]
     keys, values = (x.unfold(1, past + 1, 1).flip(-1).permute(0, 1, 4, 2, 3) for x in pairs)
-    return keys, values, weights.to(dtype), *lasting
+    return keys, values, weights, *lasting
 
 
 def recurrent_omega(
@@ -140,6 +140,30 @@ def chunked_omega(
     return from_chunks(o, k.shape[:3]).to(v.dtype), State(last_state(matrices, where.phase), *pairs)
 
 
+def kernel_omega(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    step_size: Tensor,
+    log_momentum: Tensor,
+    log_decay: Tensor | None = None,
+    state: State | None = None,
+    grad_batch: int = 1,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, State]:
+    """The same map by models/kernels/momentum: kernel_momentum's with c writes a token, for theta theta_t gamma_{t,r}.
+
+    Arguments and results as in recurrent_omega; q, keys and values are cast to one dtype, v's.
+    """
+    keys, values, weights, *pairs = windows(k, v, weights, state, working_dtype(k, v), segments)
+    keys, values = (x.to(v.dtype).flatten(1, 2) for x in (keys, values))
+    steps = (weights * step_size.unsqueeze(-1)).transpose(2, 3).flatten(1, 2)
+    gates, fitted = (steps, log_momentum, log_decay), None if state is None else state.fitted
+    o, fitted = kernel_momentum(q, keys, values, *gates, fitted, grad_batch, segments, weights.shape[-1])
+    return o, State(fitted, *pairs)
+
+
 class Omega(Momentum):
     """Momentum over a window, the weights of its pairs learned per head, token and offset: with s = sigmoid(x W + b),
 
@@ -181,8 +205,11 @@ class Omega(Momentum):
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1.0)
         step_size, log_momentum, remaining = self.gates(x, log_decay)
         given = (q, k, v, weights, step_size, log_momentum, log_decay, state, self.grad_batch, segments)
-        if self.choose(v.device, v.dtype).backend == "recurrent" or k.shape[1] == 1:  # one token is the definition
+        backend = self.choose(v.device, v.dtype).backend
+        if backend == "recurrent" or k.shape[1] == 1:  # one token is the definition
             o, state = recurrent_omega(*given)
+        elif backend == "triton":
+            o, state = kernel_omega(*given)
         else:
             o, state = chunked_omega(*given, self.tokens_at_once(v))
         fitted, *pairs = state
@@ -194,10 +221,6 @@ class Omega(Momentum):
     def forget(self, state: State, rows: Tensor) -> State:
         keys, values = (torch.where(rows.view(-1, 1, 1, 1), 0.0, x) for x in state[1:])
         return State(super().forget(state.fitted, rows), keys, values)
-
-    def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-        """None: models/kernels/momentum has one write a token."""
-        return {}
 
     def flops_per_token(self, seq_len: int) -> int:
         """Predictions and writes for the whole window, one read, and the projections of the gates and weights."""

@@ -28,10 +28,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.kernels import fla
+from models.kernels import fla, momentum
 from models.precision import wide, working_dtype
 from models.regression.chunks import fades, from_chunks, into_chunks, short
-from models.regression.delta import Delta, chunked_delta, recurrent_delta
+from models.regression.delta import Delta, chunked_delta, kernel_delta, recurrent_delta
 from models.sizes import Sizes
 
 
@@ -103,12 +103,15 @@ class PreconditionedDelta(Delta):
             o, memory = recurrent_delta(q, k, v, step_size, log_decay, memory, write_key)
         elif backend == "fla":
             o, memory = fla.delta_with_write_key(q, k, v, step_size, log_decay, memory, write_key)
+        elif backend == "triton":
+            o, memory = kernel_delta(q, k, v, step_size, log_decay, memory, write_key)
         else:
             o, memory = chunked_delta(q, k, v, step_size, log_decay, memory, chunk, write_key)
         return o, Preconditioned(memory, curvature)
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-        return {"fla": fla.refusal_write_key(device, dtype, self.key_dim, self.value_dim)}
+        shape = device, dtype, self.key_dim, self.value_dim
+        return {"fla": fla.refusal_write_key(*shape), "triton": momentum.refusal(*shape)}
 
     def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         return "chunk_comba" if backend == "fla" else ""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from models.kernels import momentum
+from models.regression import omega
 from models.regression.delta import kernel_delta, recurrent_delta
 from models.regression.documents import forget_at_starts
 from models.regression.momentum import State, kernel_momentum, recurrent_momentum
@@ -33,8 +34,24 @@ CASES = {  # what differs from one head width of 16, 100 tokens, a decay, moment
     "leaky LMS, documents": {"momentum": None, "early": True, "documents": 23},
     "delta rule": {"momentum": None, "documents": 23},
     "delta rule, no decay": {"momentum": None, "decay": None},
+    "write keys": {"momentum": None, "own_writes": True, "documents": 23},
+    "write keys, no decay": {"momentum": None, "own_writes": True, "decay": None},
+    "write keys, leaky LMS": {"momentum": None, "own_writes": True, "early": True},
+    "write keys, ragged": {"momentum": None, "own_writes": True, "K": 20, "V": 40, "T": 70},
+    "windows of 4, no decay": {"window": 4, "T": 50, "decay": None},
+    "windows of 3, documents": {"window": 3, "T": 50, "documents": 23},
+    "windows, mini-batches of 4, documents": {"window": 4, "T": 50, "grad_batch": 4, "documents": 23},
+    "windows, mini-batches of 16": {"window": 3, "T": 50, "grad_batch": 16},
+    "windows, mini-batches in chunks": {"window": 4, "T": 50, "grad_batch": 16, "state": False},
+    "windows, ragged": {"window": 3, "K": 20, "V": 40, "T": 23},
 }
-WIDE = {"wide": {"K": 128, "V": 128, "T": 300}, "widest": {"K": 256, "V": 256, "T": 200}}
+WIDE = {
+    "wide": {"K": 128, "V": 128, "T": 300},
+    "widest": {"K": 256, "V": 256, "T": 200},
+    "wide, write keys": {"momentum": None, "own_writes": True, "K": 128, "V": 128, "T": 300},
+    "widest, write keys": {"momentum": None, "own_writes": True, "K": 256, "V": 256, "T": 200},
+    "wide, windows": {"window": 3, "K": 128, "V": 128, "T": 100},
+}
 
 
 def errors(
@@ -50,9 +67,12 @@ def errors(
     state: bool = True,
     early: bool = False,
     aligned: float = 0.0,
+    window: int = 0,
+    own_writes: bool = False,
 ) -> list[float]:
     """Of outputs, last matrices and all gradients: the distance to the recurrence of the same rounded inputs, relative
-    to its length. momentum and decay: the mean of the gates' logits; None for none."""
+    to its length. momentum and decay: the mean of the gates' logits; None for none. window: that of the Omega rule.
+    own_writes: for w = k P / (1 + b k.(k P)) of a positive P, as in preconditioned.py."""
     B, H, g = 2, 2, torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -63,7 +83,14 @@ def errors(
     keys = F.normalize(normal(T, H, K) + aligned, dim=-1)
     inputs = [x.to(dtype) for x in (normal(T, H, K), keys, normal(T, H, V))]
     inputs += [step_size, F.logsigmoid(logit), None if decay is None else F.logsigmoid(normal(T, H) + decay)]
-    inputs += [0.1 * normal(H, K, V) for _ in range(3 if grad_batch > 1 else 2)] if state else []
+    n = state * (3 if grad_batch > 1 else 2)
+    inputs += [0.1 * normal(H, K, V) for _ in range(n)]
+    if window:
+        inputs += [normal(T, H, window).softmax(-1)]
+        inputs += [normal(window - 1, H, X).to(dtype) / X**0.5 for X in (K, V)] if state else []
+    if own_writes:
+        scaled = keys * (0.5 * normal(T, H, K)).exp()
+        inputs += [(scaled / (1 + step_size.unsqueeze(-1) * (keys * scaled).sum(-1, keepdim=True))).to(dtype)]
     segments = None if documents is None else (torch.arange(T, device=device) // documents).expand(B, T)
 
     def call(form: str) -> list[torch.Tensor]:
@@ -71,20 +98,26 @@ def errors(
         own = [x if x is None else x.to(torch.float64 if exact else x.dtype).requires_grad_() for x in inputs]
         if not exact:
             own = own[:3] + [x if x is None else x.detach().float().requires_grad_() for x in own[3:]]
-        q, k, v, theta, log_momentum, log_decay, *matrices = own
+        q, k, v, theta, log_momentum, log_decay, *others = own
+        matrices, gamma = others[:n], others[n : n + 1]
         if momentum is None:
             gates = (theta, forget_at_starts(log_decay, segments, like=theta), matrices[0])
             rule = recurrent_delta if exact else kernel_delta
-            o, last = rule(q, k, v, *gates, gradient_before_decay=early)
-            last = [last]
+            written = {"write_key": own[-1]} if own_writes else {}
+            o, last = rule(q, k, v, *gates, **written, gradient_before_decay=early)
+            found = [o, last]
         else:
             phase = torch.full((B,), 3, device=device) if grad_batch > 1 else None
             first = State(*matrices, *([phase] if phase is not None else [])) if matrices else None
-            rule = recurrent_momentum if exact else kernel_momentum
-            o, last = rule(q, k, v, theta, log_momentum, log_decay, first, grad_batch, segments)
-            last = last.matrices
+            rule, pairs = recurrent_momentum if exact else kernel_momentum, []
+            if window:
+                rule = omega.recurrent_omega if exact else omega.kernel_omega
+                first = omega.State(first, *others[n + 1 :]) if state else None
+            o, last = rule(q, k, v, *gamma, theta, log_momentum, log_decay, first, grad_batch, segments)
+            if window:
+                last, *pairs = last
+            found = [o, *last.matrices, *pairs]
         generator = torch.Generator().manual_seed(1)
-        found = [o, *last]
         weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in found]
         total = sum((x * w).sum() for x, w in zip(found, weights, strict=True))
         wanted = [x for x in own if x is not None]
@@ -150,8 +183,9 @@ def test_auto_takes_it_and_only_its_own_rules_can_ask(monkeypatch):
     monkeypatch.setattr(momentum, "refusal", lambda *_: None)
     cuda = torch.device("cuda")
     for backend in ("auto", "triton"):
-        assert mixer("titans", backend).regressor.choose(cuda, torch.bfloat16).backend == "triton"
-    for preset in ("omega", "kda"):
+        for preset in ("titans", "omega", "preconditioned_delta"):
+            assert mixer(preset, backend).regressor.choose(cuda, torch.bfloat16).backend == "triton"
+    for preset in ("gla", "kda"):
         with pytest.raises(ValueError, match="has no such kernel"):
             mixer(preset, "triton").regressor.choose(cuda, torch.bfloat16)
 

@@ -96,7 +96,7 @@ class Launch:
         coefficients_gradient[self.N, self.BH](
             *self.gates, None, self.filled, dG, dvectors, *dgates, self.N * self.shared["C"], self.N, self.H,
             C=self.shared["C"], MOMENTUM=self.shared["MOMENTUM"], DECAY=self.gates[2] is not None, CARRIED=False,
-            SOURCES=False, **self.precision, num_warps=4,
+            SOURCES=False, WRITES=1, **self.precision, num_warps=4,
         )  # fmt: skip
         found = [dq, dk, dv, *(x for x in dgates if x is not None), dfirst]
         if not self.fades:
@@ -114,9 +114,9 @@ class Launch:
         C, K = self.shared["C"], self.shared["K"]
         G, vectors = self._new(self.M, C, C), self._new(self.M, ROWS, C)
         coefficients[self.N, self.BH](
-            self.k, *self.gates, None, self.filled, G, G, vectors, self.N * C, self.N, self.H, K,
+            self.k, self.k, *self.gates, None, self.filled, G, G, vectors, self.N * C, self.N, self.H, K,
             C=C, LOG_C=C.bit_length() - 1, BK=K, MOMENTUM=self.shared["MOMENTUM"], DECAY=self.gates[2] is not None,
-            SOURCES=False, DECAYED=False, SOLVE=False, **self.precision, num_warps=4,
+            SOURCES=False, DECAYED=False, SOLVE=False, WRITES=1, OWN_WRITES=False, **self.precision, num_warps=4,
         )  # fmt: skip
         return G, vectors
 

@@ -1,14 +1,16 @@
-"""Titans' linear memory by kernels of our own: models/regression/momentum.py's chunked form in Triton.
+"""Titans' linear memory by kernels of our own: models/regression/momentum.py's chunked form in Triton. Without momentum
+it is delta.py's, with write keys of their own preconditioned.py's; with several writes a token it is omega.py's.
 
 What a chunk needs is one triangular system and a few products with its coefficients; what one chunk hands to the next
 is a pair of matrices. So a call is three kernels forward, the middle one alone sequential,
 
-    coefficients    G, the inverse R of (I + K K^T * G_ref), and the vectors that go with the matrices
+    coefficients    G, the inverse R of (I + K W^T * G_ref), and the vectors that go with the matrices
     scan            U = R (V - diag(a) K M - diag(f) K S), and M, S from chunk to chunk
-    outputs         O = diag(a) Q M + diag(f) Q S + (Q K^T * G) U
+    outputs         O = diag(a) Q M + diag(f) Q S + (Q W^T * G) U
 
-and five backward, after the first two again, so that nothing but the inputs is kept between the passes. The formulas
-and their gradients are those of momentum.py and mixtures.py; the shapes are written at every pointer.
+and five backward, after the first two again, so that nothing but the inputs is kept between the passes. W are the keys
+that U is written under: K, unless others are given. The formulas and their gradients are those of momentum.py and
+mixtures.py; the shapes are written at every pointer.
 
 Precision: products of bf16 (or fp16) operands, summed in float32; matrices are float32 in the scans' registers and
 rounded where they are operands. float32 inputs are multiplied as sums of three TF32 products, which loses two bits.
@@ -33,12 +35,14 @@ class Rule(NamedTuple):
     """Which of its parts a call has. momentum: S. carried: M_ref as one more matrix, in and out. solve: whether errors
     refer to each other; not where every gradient of a chunk is taken at its first memory, which is then what comes out
     as M_ref. decayed: gradients taken after the decay, at a_t M_{t-1}, which without momentum is the gated delta rule.
+    writes: of every so many tokens the last alone adds S to M; all write to S.
     """
 
     momentum: bool = True
     carried: bool = False
     solve: bool = True
     decayed: bool = False
+    writes: int = 1
 
     @property
     def num_matrices(self) -> int:
@@ -74,16 +78,19 @@ def momentum_delta(
     matrices: Tensor,
     source: Tensor | None = None,
     rule: Rule = EXACT,
+    write_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """momentum.py's map. q, k [B, T, H, K] and v [B, T, H, V] of one dtype; step_size, log_momentum, log_decay
     [B, T, H]; matrices [B, H, n, K, V], what the call begins with; source [B, T]: the token of the call after which a
     gradient is taken, -1 for the call's first memory, less for the reference carried into it, EMPTY for zero; None for
-    the token before. Returns o [B, T, H, V] and the matrices after the last token, float32.
+    the token before. write_key [B, T, H, K], for rules without momentum: w in the write w^T u, None for k.
+    Returns o [B, T, H, V] and the matrices after the last token, float32.
     """
-    q, k = q.to(v.dtype), k.to(v.dtype)
+    assert write_key is None or not (rule.momentum or rule.carried)
+    q, k, write_key = (None if x is None else x.to(v.dtype) for x in (q, k, write_key))
     gates = (None if x is None else x.float() for x in (step_size, log_momentum, log_decay))
     source = None if source is None else source.int()
-    return _forward(q, k, v, *gates, matrices.float(), source, *rule)
+    return _forward(q, k, v, *gates, matrices.float(), write_key, source, *rule)
 
 
 @torch.library.custom_op("test_time_regression::momentum_delta", mutates_args=())
@@ -95,21 +102,23 @@ def _forward(
     log_momentum: Tensor | None,
     log_decay: Tensor | None,
     matrices: Tensor,
+    write_key: Tensor | None,
     source: Tensor | None,
     momentum: bool,
     carried: bool,
     solve: bool,
     decayed: bool,
+    writes: int,
 ) -> tuple[Tensor, Tensor]:
     from models.kernels.momentum.launch import Launch
 
-    rule = Rule(momentum, carried, solve, decayed)
+    rule = Rule(momentum, carried, solve, decayed, writes)
     with torch.cuda.device_of(q):
-        return Launch(q, k, v, step_size, log_momentum, log_decay, matrices, source, rule).forward()
+        return Launch(q, k, v, step_size, log_momentum, log_decay, matrices, write_key, source, rule).forward()
 
 
 @_forward.register_fake
-def _(q, k, v, step_size, log_momentum, log_decay, matrices, source, *rule):
+def _(q, k, v, step_size, log_momentum, log_decay, matrices, *others):
     return torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(matrices)
 
 
@@ -122,36 +131,38 @@ def _backward(
     log_momentum: Tensor | None,
     log_decay: Tensor | None,
     matrices: Tensor,
+    write_key: Tensor | None,
     source: Tensor | None,
     momentum: bool,
     carried: bool,
     solve: bool,
     decayed: bool,
+    writes: int,
     do: Tensor,
     dlast: Tensor,
 ) -> list[Tensor]:
     from models.kernels.momentum.launch import Launch
 
-    rule = Rule(momentum, carried, solve, decayed)
+    rule = Rule(momentum, carried, solve, decayed, writes)
+    given = (q, k, v, step_size, log_momentum, log_decay, matrices, write_key, source)
     with torch.cuda.device_of(q):
-        return Launch(q, k, v, step_size, log_momentum, log_decay, matrices, source, rule).backward(do, dlast)
+        return Launch(*given, rule).backward(do, dlast)
 
 
 @_backward.register_fake
-def _(q, k, v, step_size, log_momentum, log_decay, matrices, source, momentum, carried, solve, decayed, do, dlast):
-    gates = [x for x in (step_size, log_momentum, log_decay) if x is not None]
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *gates, matrices)]
+def _(*given):  # a gradient of every tensor but the last, the source
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given[:8] if x is not None]
 
 
 def _keep(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.rule = inputs[8:]
+    ctx.save_for_backward(*inputs[:9])
+    ctx.rule = inputs[9:]
 
 
 def _gradients(ctx, do: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     found = iter(_backward(*inputs, *ctx.rule, do, dlast))
-    return (*(None if x is None else next(found) for x in inputs[:7]), *(None,) * 5)
+    return (*(None if x is None else next(found) for x in inputs[:8]), *(None,) * (1 + len(ctx.rule)))
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)

@@ -31,8 +31,16 @@ def tokens_of(step_size, filled, bh, n, T, H, C: tl.constexpr):
 
 
 @triton.jit
+def joining(real, n, C: tl.constexpr, WRITES: tl.constexpr):
+    """[C]: after which tokens S is added to M. What fills the last chunk fades nothing, and must not add it again."""
+    t = n * C + tl.arange(0, C)
+    return real & (t % WRITES == WRITES - 1) if WRITES > 1 else real
+
+
+@triton.jit
 def coefficients(
     k,  # [B, T, H, K]
+    write_key,  # [B, T, H, K]
     step_size,  # [B, T, H]
     log_momentum,  # [B, T, H]
     log_decay,  # [B, T, H]
@@ -53,6 +61,8 @@ def coefficients(
     SOURCES: tl.constexpr,
     DECAYED: tl.constexpr,
     SOLVE: tl.constexpr,
+    WRITES: tl.constexpr,
+    OWN_WRITES: tl.constexpr,  # keys of their own, not k
     PRECISION: tl.constexpr,
 ):
     n, bh = tl.program_id(0), tl.program_id(1)
@@ -71,9 +81,9 @@ def coefficients(
         at, _ = of_gates(log_momentum, bh, n, T, H, C)
         log_eta = tl.load(at, mask=real, other=0.0)
         Le, m = fades(log_eta, C)
-        # what fills the last chunk fades nothing, and must not add the momentum to the memory once more
-        P = dot(La, tl.where(real[:, None], Le, 0.0), PRECISION)
-        f = tl.sum(La * tl.where(real, m, 0.0)[None, :], 1)
+        joins = joining(real, n, C, WRITES)
+        P = dot(La, tl.where(joins[:, None], Le, 0.0), PRECISION)
+        f = tl.sum(La * tl.where(joins, m, 0.0)[None, :], 1)
         tl.store(out + tiles.F * C, f)
         tl.store(out + tiles.M * C, m)
         tl.store(out + tiles.WRITE_S * C, tl.sum(tl.where((t == C - 1)[:, None], Le, 0.0), 0) * theta)
@@ -96,7 +106,11 @@ def coefficients(
                 tl.store(out + tiles.REFER_F * C, tl.sum(chosen * f[None, :], 1))
         at, mask = of_tokens(k, bh, n, 0, T, H, K, C, BK)
         keys = tl.load(at, mask=mask, other=0.0)
-        inverse = unit_inverse(dot(keys, tl.trans(keys), PRECISION) * refer, C, LOG_C, PRECISION)
+        written = keys
+        if OWN_WRITES:
+            at, mask = of_tokens(write_key, bh, n, 0, T, H, K, C, BK)
+            written = tl.load(at, mask=mask, other=0.0)
+        inverse = unit_inverse(dot(keys, tl.trans(written), PRECISION) * refer, C, LOG_C, PRECISION)
         tl.store(of_square(R, chunk, C), tl.where(t[:, None] > t[None, :], inverse, 0.0))
 
 
@@ -120,9 +134,10 @@ def coefficients_gradient(
     CARRIED: tl.constexpr,
     DECAY: tl.constexpr,
     SOURCES: tl.constexpr,
+    WRITES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """G = La Le diag(theta), f = La m: products, and so is their gradient."""
+    """G = La Le diag(theta), f = La m, of the rows of Le and m that join: products, and so is their gradient."""
     n, bh = tl.program_id(0), tl.program_id(1)
     chunk = bh * N + n
     t = tl.arange(0, C)
@@ -148,15 +163,16 @@ def coefficients_gradient(
         at, _ = of_gates(log_momentum, bh, n, T, H, C)
         log_eta = tl.load(at, mask=real, other=0.0)
         Le, m = fades(log_eta, C)
-        masked = tl.where(real[:, None], Le, 0.0)
+        joins = joining(real, n, C, WRITES)
+        masked = tl.where(joins[:, None], Le, 0.0)
         df = tl.load(rows + tiles.F * C)
         dwrite = tl.load(rows + tiles.WRITE_S * C)
         dtheta = tl.sum(tl.where(last, Le, 0.0), 0) * dwrite
         P = dot(La, masked, PRECISION)
-        dLe = tl.where(real[:, None], dot(tl.trans(La), dLa, PRECISION), 0.0)
+        dLe = tl.where(joins[:, None], dot(tl.trans(La), dLa, PRECISION), 0.0)
         dLe += tl.where(last, (dwrite * theta)[None, :], 0.0)
-        dLa = dot(dLa, tl.trans(masked), PRECISION) + df[:, None] * tl.where(real, m, 0.0)[None, :]
-        dm = tl.where(real, tl.sum(La * df[:, None], 0), 0.0) + tl.load(rows + tiles.M * C)
+        dLa = dot(dLa, tl.trans(masked), PRECISION) + df[:, None] * tl.where(joins, m, 0.0)[None, :]
+        dm = tl.where(joins, tl.sum(La * df[:, None], 0), 0.0) + tl.load(rows + tiles.M * C)
         at, _ = of_gates(dlog_momentum, bh, n, T, H, C)
         tl.store(at, log_gate_gradient(dLe, Le, dm, m, C), mask=real)
     dtheta += tl.sum(dcombined * P, 0)

@@ -37,19 +37,21 @@ class Configuration(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def configurations(width: int, half: bool) -> dict[str, Configuration]:
-    """By kernel, for keys up to 64, 128 or 256 wide."""
+def configurations(width: int, half: bool, own_writes: bool) -> dict[str, Configuration]:
+    """By kernel, for keys up to 64, 128 or 256 wide. own_writes: for two tiles of keys, of which fewer stages let two
+    programs share a multiprocessor, and fewer columns let the gradients stay in registers."""
     if not half:  # three products for one, of operands twice as large. With 8 warps: an illegal memory access
         few = Configuration(32 if width <= 64 else 16, 4, 1)
         return dict.fromkeys(KERNELS, few)
     wide, narrow = width > 128, width <= 64
+    stages, columns = (2 if own_writes and not narrow else 3), (32 if own_writes and narrow else 64)
     return {
         "coefficients": Configuration(0, 4, 1),
-        "scan": Configuration(32, 8, 1) if wide else Configuration(32, 4, 3),
+        "scan": Configuration(32, 8, 1) if wide else Configuration(32, 4, stages),
         "outputs": Configuration(64 if wide else 128, 4, 1),
         "queries_gradient": Configuration(32, 8, 1) if wide else Configuration(64, 4 if narrow else 8, 2),
         "scan_gradient": Configuration(32, 8, 1) if wide else Configuration(32, 4, 2),
-        "keys_gradient": Configuration(32, 8, 1) if wide else Configuration(64, 4 if narrow else 8, 1),
+        "keys_gradient": Configuration(32, 8, 1) if wide else Configuration(columns, 4 if narrow else 8, 1),
         "coefficients_gradient": Configuration(0, 4, 1),
     }
 
@@ -66,24 +68,27 @@ class Launch:
         log_momentum: Tensor | None,
         log_decay: Tensor | None,
         matrices: Tensor,
+        write_key: Tensor | None,
         source: Tensor | None,
         rule: Rule,
     ) -> None:
-        given = (q, k, v, step_size, log_momentum, log_decay, matrices, source)
+        given = (q, k, v, step_size, log_momentum, log_decay, matrices, write_key, source)
         self.q, self.k, self.v, self.step_size, *rest = (x if x is None else x.contiguous() for x in given)
-        self.log_momentum, self.log_decay, self.matrices, self.source = rest
+        self.log_momentum, self.log_decay, self.matrices, write_key, self.source = rest
+        self.own_writes, self.write_key = write_key is not None, self.k if write_key is None else write_key
         self.rule, (self.B, self.T, self.H, self.K), self.V = rule, q.shape, v.shape[-1]
         self.N, self.BH = triton.cdiv(self.T, CHUNK), self.B * self.H
         self.width = max(16, triton.next_power_of_2(self.K))
         half = v.dtype != torch.float32
-        self.configurations = configurations(self.width, half)
+        self.configurations = configurations(self.width, half, self.own_writes)
         self.precision = {"PRECISION": "tf32" if half else "tf32x3"}
         self.sizes = (self.T, self.N, self.H, self.K, self.V)
         self.chunk = {"C": CHUNK, "BK": self.width}
         self.matrices_of = {"MOMENTUM": rule.momentum, "CARRIED": rule.carried and rule.solve}
-        self.scanned = {**self.matrices_of, "OUTSIDE": rule.num_matrices, "SOLVE": rule.solve}
-        self.gates = {"MOMENTUM": rule.momentum, "DECAY": log_decay is not None}
-        self.system = {"SOURCES": source is not None, "DECAYED": rule.decayed, "SOLVE": rule.solve}
+        self.solved = {"SOLVE": rule.solve, "OWN_WRITES": self.own_writes}
+        self.scanned = {**self.matrices_of, "OUTSIDE": rule.num_matrices, **self.solved}
+        self.gates = {"DECAY": log_decay is not None, "WRITES": rule.writes}
+        self.system = {"SOURCES": source is not None, "DECAYED": rule.decayed, **self.solved}
 
     def columns(self, kernel: str) -> tuple[dict[str, int], int]:
         """A kernel's options, and how many programs share the values."""
@@ -101,6 +106,7 @@ class Launch:
         vectors = self.new(self.BH * self.N, ROWS, CHUNK)
         coefficients[self.N, self.BH](
             self.k,
+            self.write_key,
             self.step_size,
             self.log_momentum,
             self.log_decay,
@@ -112,6 +118,7 @@ class Launch:
             *self.sizes[:4],
             **self.chunk,
             LOG_C=CHUNK.bit_length() - 1,
+            MOMENTUM=self.rule.momentum,
             **self.gates,
             **self.system,
             **self.precision,
@@ -123,6 +130,7 @@ class Launch:
         options, programs = self.columns("scan")
         scan[programs, self.BH](
             self.k,
+            self.write_key,
             self.v,
             R,
             vectors,
@@ -144,7 +152,7 @@ class Launch:
         options, programs = self.columns("outputs")
         outputs[self.N, self.BH, programs](
             self.q,
-            self.k,
+            self.write_key,
             U,
             G,
             vectors,
@@ -162,11 +170,12 @@ class Launch:
         G, R, vectors, U, states, _ = self.run_scan()
         do, dlast = do.contiguous(), dlast.contiguous()
         dq, dk, dU, dv = (torch.empty_like(x) for x in (self.q, self.k, self.v, self.v))
-        W, dG, dvectors = self.new(*G.shape, dtype=self.v.dtype), torch.empty_like(G), torch.empty_like(vectors)
+        dwrite_key = torch.empty_like(self.write_key) if self.own_writes else None
+        dsimilar, dG, dvectors = self.new(*G.shape, dtype=self.v.dtype), torch.empty_like(G), torch.empty_like(vectors)
         options, _ = self.columns("queries_gradient")
         queries_gradient[self.N, self.BH](
             self.q,
-            self.k,
+            self.write_key,
             U,
             do,
             G,
@@ -174,7 +183,7 @@ class Launch:
             states,
             dq,
             dU,
-            W,
+            dsimilar,
             dG,
             dvectors,
             *self.sizes,
@@ -188,6 +197,7 @@ class Launch:
         scan_gradient[programs, self.BH](
             self.q,
             self.k,
+            self.write_key,
             R,
             vectors,
             do,
@@ -206,15 +216,17 @@ class Launch:
         keys_gradient[self.N, self.BH](
             self.q,
             self.k,
+            self.write_key,
             self.source,
             U,
             dv,
             G,
-            W,
+            dsimilar,
             vectors,
             states,
             dstates,
             dk,
+            dwrite_key,
             dG,
             dvectors,
             *self.sizes,
@@ -238,9 +250,9 @@ class Launch:
             *self.sizes[:3],
             C=CHUNK,
             **self.matrices_of,
-            DECAY=self.log_decay is not None,
+            **self.gates,
             SOURCES=self.source is not None,
             **self.precision,
             **self.configurations["coefficients_gradient"].options,
         )
-        return [dq, dk, dv, *(x for x in dgates if x is not None), dfirst]
+        return [x for x in (dq, dk, dv, *dgates, dfirst, dwrite_key) if x is not None]

@@ -18,6 +18,7 @@ from models.kernels.momentum.tiles import dot, of_matrix, of_square, of_tokens, 
 @triton.jit
 def scan(
     k,  # [B, T, H, K]
+    write_key,  # [B, T, H, K]
     v,  # [B, T, H, V]
     R,  # [B H N, C, C]: without its ones
     vectors,  # [B H N, ROWS, C]
@@ -37,6 +38,7 @@ def scan(
     CARRIED: tl.constexpr,
     OUTSIDE: tl.constexpr,  # matrices of first and last: one more where the reference is the last chunk's first memory
     SOLVE: tl.constexpr,
+    OWN_WRITES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """U = R (V - diag(a) K M - diag(f) K S - diag(r) K R), and the matrices after it."""
@@ -85,6 +87,9 @@ def scan(
         if n_matrices < OUTSIDE and n == N - 1:
             tl.store(at_last + n_matrices * K * V, memory, mask=inside)
         written = tl.trans(keys)
+        if OWN_WRITES:
+            at_w, mask_k = of_tokens(write_key, bh, n, 0, T, H, K, C, BK)
+            written = tl.trans(tl.load(at_w, mask=mask_k, other=0.0))
         if CARRIED:
             reference *= tl.load(row + tiles.REFER_R * C + C - 1)
             reference += tl.load(row + tiles.REFER_A * C + C - 1) * memory
@@ -110,6 +115,7 @@ def scan(
 def scan_gradient(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
+    write_key,  # [B, T, H, K]
     R,  # [B H N, C, C]: without its ones
     vectors,  # [B H N, ROWS, C]
     do,  # [B, T, H, V]
@@ -130,6 +136,7 @@ def scan_gradient(
     CARRIED: tl.constexpr,
     OUTSIDE: tl.constexpr,
     SOLVE: tl.constexpr,
+    OWN_WRITES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Each line is the transpose of one of scan's, and of the outputs' O = diag(a) Q M + diag(f) Q S + ..."""
@@ -147,6 +154,10 @@ def scan_gradient(
         chunk = bh * N + n
         at_k, mask_k = of_tokens(k, bh, n, 0, T, H, K, C, BK)
         keys = tl.load(at_k, mask=mask_k, other=0.0)
+        written = keys
+        if OWN_WRITES:
+            at_w, mask_k = of_tokens(write_key, bh, n, 0, T, H, K, C, BK)
+            written = tl.load(at_w, mask=mask_k, other=0.0)
         at_q, mask_k = of_tokens(q, bh, n, 0, T, H, K, C, BK)
         queries = tl.trans(tl.load(at_q, mask=mask_k, other=0.0))
         at_v, mask_v = of_tokens(do, bh, n, first_v, T, H, V, C, BV)
@@ -163,16 +174,16 @@ def scan_gradient(
 
         at_states, inside = of_matrix(dstates, chunk * n_matrices, first_v, K, V, BK, BV)
         operand = dmemory.to(keys.dtype)
-        derror += write_m[:, None] * dot(keys, operand, PRECISION)
+        derror += write_m[:, None] * dot(written, operand, PRECISION)
         tl.store(at_states, operand, mask=inside)
         if MOMENTUM:
             f = tl.load(row + tiles.F * C + t)
             operand = dmomentum.to(keys.dtype)
-            derror += tl.load(row + tiles.WRITE_S * C + t)[:, None] * dot(keys, operand, PRECISION)
+            derror += tl.load(row + tiles.WRITE_S * C + t)[:, None] * dot(written, operand, PRECISION)
             tl.store(at_states + K * V, operand, mask=inside)
         if CARRIED:
             operand = dreference.to(keys.dtype)
-            derror += tl.load(row + tiles.WRITE_R * C + t)[:, None] * dot(keys, operand, PRECISION)
+            derror += tl.load(row + tiles.WRITE_R * C + t)[:, None] * dot(written, operand, PRECISION)
             tl.store(at_states + (n_matrices - 1) * K * V, operand, mask=inside)
         if SOLVE:
             derror += wider_dot(tl.trans(inverse), derror, keys.dtype, PRECISION)
