@@ -56,18 +56,21 @@ def recurrent_curvature(x: Tensor, log_decay: Tensor | None, curvature: Tensor) 
 
 
 def chunked_curvature(x: Tensor, log_decay: Tensor | None, curvature: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """The same, C tokens at a time: sums inside a chunk, a scan over chunks. Arguments as in recurrent_curvature."""
+    """The same, C tokens at a time: sums inside a chunk; what chunks add and how they fade is a sequence of N once more,
+    and so on. Arguments as in recurrent_curvature.
+    """
     (B, T, H, _), chunk = x.shape, short(chunk, x.shape[1])
     x, log_decay = into_chunks(x, chunk, x.dtype), into_chunks(log_decay, chunk, x.dtype)
     within, start, end = fades(x, log_decay)
-    inside = within.tril(-1) @ x
-    added = (end * x).sum(1)
-    curvature, first = curvature.flatten(0, 1), []
-    for n in range(0, len(x), B * H):
-        first.append(curvature)
-        curvature = start[n : n + B * H, -1] * curvature + added[n : n + B * H]
-    before = inside + start * torch.cat(first).unsqueeze(1)
-    return from_chunks(before, (B, T, H)), curvature.unflatten(0, (B, H))
+    added = (end * x).sum(1).unflatten(0, (-1, B, H)).transpose(0, 1)  # [B, N, H, K]
+    if added.shape[1] == 1:
+        first, last = curvature.unsqueeze(1), start[:, -1].unflatten(0, (B, H)) * curvature + added[:, 0]
+    else:
+        whole = None if log_decay is None else log_decay.sum(1).view(-1, B, H).transpose(0, 1)
+        before, last = chunked_curvature(added, whole, curvature, chunk)
+        first = torch.cat([curvature.unsqueeze(1), (before + added)[:, :-1]], dim=1)
+    before = within.tril(-1) @ x + start * first.transpose(0, 1).flatten(0, 2).unsqueeze(1)
+    return from_chunks(before, (B, T, H)), last
 
 
 class PreconditionedDelta(Delta):
@@ -111,7 +114,7 @@ class PreconditionedDelta(Delta):
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
         shape = device, dtype, self.key_dim, self.value_dim
-        return {"fla": fla.refusal_write_key(*shape), "triton": momentum.refusal(*shape)}
+        return {"fla": fla.refusal_write_key(*shape), "triton": momentum.refusal(*shape, own_writes=True)}
 
     def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         return "chunk_comba" if backend == "fla" else ""
