@@ -56,8 +56,8 @@ def recurrent_curvature(x: Tensor, log_decay: Tensor | None, curvature: Tensor) 
 
 
 def chunked_curvature(x: Tensor, log_decay: Tensor | None, curvature: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """The same, C tokens at a time: sums inside a chunk; what chunks add and how they fade is a sequence of N again, and
-    so on. Arguments as in recurrent_curvature.
+    """The same, C tokens at a time: sums inside a chunk; what chunks add and how they fade is a sequence again, and so
+    on. Arguments as in recurrent_curvature.
     """
     (B, T, H, _), chunk = x.shape, short(chunk, x.shape[1])
     x, log_decay = into_chunks(x, chunk, x.dtype), into_chunks(log_decay, chunk, x.dtype)

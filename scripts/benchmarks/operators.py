@@ -75,6 +75,8 @@ def delta_on_a_gpu(*shape: int) -> Case:
     }
     if fla.route_gated_delta(torch.device("cuda")) == "chunk_gated_delta_rule":
         named = {"fla chunk_gated_delta_rule": peers.gated_delta_rule, **named}
+    if importlib.util.find_spec("flash_qla") is not None:
+        named["FlashQLA"] = peers.flash_qla
     return same(draw(shape, torch.bfloat16, "cuda"), named)
 
 
@@ -99,6 +101,8 @@ def momentum(*shape: int) -> Case:
             *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True
         ).transpose(1, 2),
     }
+    if importlib.util.find_spec("flash_qla") is not None:
+        named["FlashQLA"] = lambda q, k, v, b, eta, a: peers.flash_qla(q, k, v, a, b)
     return Case({name: Operator(function, given) for name, function in named.items()}, alike=False)
 
 

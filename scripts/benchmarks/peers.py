@@ -6,8 +6,13 @@ operator takes q, k, v [B, T, H, K], log_decay and step_size [B, T, H].
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor, nn
+
+
+os.environ.setdefault("FLA_FLASH_QLA", "0")  # where FlashQLA is installed fla calls it by itself, and would be it
 
 
 def linear_attn(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
@@ -44,6 +49,14 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_si
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     return chunk_gated_delta_rule(q, k, v, log_decay, step_size, output_final_state=True)[0]
+
+
+def flash_qla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
+    """FlashQLA's gated delta rule, of keys and values 128 wide; where it is installed."""
+    from flash_qla import chunk_gated_delta_rule
+
+    scale = q.shape[-1] ** -0.5
+    return chunk_gated_delta_rule(q, k, v, log_decay, step_size, scale=scale, output_final_state=True)[0]
 
 
 def kda(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:
