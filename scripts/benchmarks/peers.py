@@ -11,7 +11,6 @@ import os
 import torch
 from torch import Tensor, nn
 
-
 os.environ.setdefault("FLA_FLASH_QLA", "0")  # where FlashQLA is installed fla calls it by itself, and would be it
 
 
