@@ -45,16 +45,15 @@ def test_kernels_are_the_dual_form_interpreted(inner_model):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_groups_of_mini_batches_do_not_show_interpreted():
-    """Sequences are of one group otherwise. Two mini-batches a group, and all groups or one at a time going back."""
+    """Sequences are of one group or slab otherwise. Spans of two mini-batches a group, and of one or two a slab."""
     code = """
     import json
-    from models import kernels
-    from models.kernels.ttt import mlp_gradient
+    from models.kernels import ttt
     from tests.kernels.test_ttt import errors
 
-    kernels.ttt.GROUP |= {"linear": 2, "mlp": 2}
+    ttt.GROUP, ttt.SLAB = 2, 1
     found = errors("linear") + errors("mlp")
-    mlp_gradient.SLAB = 1
+    ttt.SLAB = 8
     print("FOUND", json.dumps(found + errors("mlp")))
     """
     found = json.loads(run_interpreted(textwrap.dedent(code)).split("FOUND")[1])

@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.kernels.deep.exchange import meet, total
 from models.kernels.deep.tiles import column_sum, dot, first_token, scaled, square, tile, turned
+from models.kernels.exchange import meet, total
 from models.kernels.momentum import tiles as rows
 
 

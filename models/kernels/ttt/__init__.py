@@ -5,7 +5,7 @@ Products take their operands in the dtype of q, k and v, float32 as TF32 on a GP
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,27 +17,8 @@ if TYPE_CHECKING:
 
 MINI_BATCH = 16  # the smallest that Triton's products take, and the paper's
 WIDTHS = {"linear": (16, 32, 64, 128), "mlp": (16, 32, 64)}  # of keys; wider ones' weights do not fit on chip
-GROUP = {"linear": 8, "mlp": 16}  # mini-batches from one that is kept to the next
-
-
-class Given(NamedTuple):
-    """What the backward pass has of the forward one: its inputs without the first weights, which are in kept [B, H, G,
-    P], those at the first mini-batch of every group. Shapes as in scan; first [B, N + 1] and group [B, G + 1]: where
-    mini-batches begin, and groups of them; fresh [B, N]: whether a mini-batch begins a document, None: none does.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    steps: Tensor
-    sizes: Tensor
-    start: Tensor
-    gamma: Tensor
-    beta: Tensor
-    first: Tensor
-    group: Tensor
-    fresh: Tensor | None
-    kept: Tensor
+GROUP = 8  # spans of so many tokens from the linear model's weights that are kept to the next
+SLAB = 4096  # spans that the MLP's kernels take at a time, of all heads of all sequences
 
 
 def refusal(device: torch.device, dtype: torch.dtype, inner_model: str, key_dim: int, grad_batch: int) -> str | None:
@@ -51,6 +32,11 @@ def refusal(device: torch.device, dtype: torch.dtype, inner_model: str, key_dim:
     if key_dim not in WIDTHS[inner_model]:
         return f"the kernels take keys of width {', '.join(map(str, WIDTHS[inner_model]))}, not {key_dim}"
     return None
+
+
+def slab(rows: int) -> int:
+    """Spans of a slab, for B H rows."""
+    return max(SLAB // rows, 1)
 
 
 def scan(
@@ -73,7 +59,7 @@ def scan(
     """
     (length, _, K), P = q.shape[1:], start.shape[1]
     inner_model = "linear" if K * (K + 1) == P else "mlp"
-    span = MINI_BATCH * GROUP[inner_model]
+    span = MINI_BATCH * (GROUP if inner_model == "linear" else 1)
     edges = (torch.arange(-(-length // span) + 1, device=q.device) * span).clamp(max=length)
     group = torch.searchsorted(batches.first, edges.expand(len(q), -1).contiguous())
     first, group = batches.first.int(), group.int()
@@ -100,25 +86,27 @@ def ttt_scan(
     fresh: Tensor | None,
     inner_model: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o, the last weights, and those kept for the backward pass [B, H, G, P]."""
-    from models.kernels.ttt.linear import linear_forward
-    from models.kernels.ttt.mlp import mlp_forward
-
-    (B, _, H, _), G = q.shape, group.shape[1] - 1
-    o, last = torch.empty_like(v), init.clone()
-    kept = init.new_empty(B, H, G, init.shape[-1])
-    kernel = {"linear": linear_forward, "mlp": mlp_forward}[inner_model]
+    """o, the last weights, and those kept for the backward pass [B, H, *, P]: at the first mini-batch of each group,
+    or slab of them."""
+    given = q, k, v, steps, sizes, start, gamma, beta, first, group, fresh
     with torch.cuda.device_of(q):
-        kernel[(B * H,)](
-            q, k, v, steps, sizes, start, init, gamma, beta, first, group, fresh, o, last, kept,
-            **_sizes(q, first, group, fresh, inner_model),
-        )  # fmt: skip
+        if inner_model == "mlp":
+            from models.kernels.ttt.mlp import MLP
+
+            return MLP(*given).forward(init)
+        from models.kernels.ttt.linear import linear_forward
+
+        (B, _, H, _), G = q.shape, group.shape[1] - 1
+        o, last, kept = torch.empty_like(v), torch.empty_like(init), init.new_empty(B, H, G, init.shape[-1])
+        linear_forward[(B * H,)](*given, init, o, last, kept, **_sizes(q, first, group, fresh))
     return o, last, kept
 
 
 @ttt_scan.register_fake
 def _(q, k, v, steps, sizes, start, init, gamma, beta, first, group, fresh, inner_model):
-    kept = init.new_empty(*init.shape[:2], group.shape[1] - 1, init.shape[-1])
+    B, H, P = init.shape
+    groups = group.shape[1] - 1
+    kept = init.new_empty(B, H, -(-groups // slab(B * H)) if inner_model == "mlp" else groups, P)
     return torch.empty_like(v), torch.empty_like(init), kept
 
 
@@ -141,23 +129,23 @@ def ttt_scan_backward(
     inner_model: str,
 ) -> list[Tensor]:
     """The gradients by q, k, v, steps, sizes, start, init, gamma and beta; by what heads or rows share, of each row."""
-    from models.kernels.ttt.linear import linear_backward
-    from models.kernels.ttt.mlp_gradient import mlp_gradient
-
-    options = _sizes(q, first, group, fresh, inner_model) | {"GROUP": GROUP[inner_model]}
+    given = q, k, v, steps, sizes, start, gamma, beta, first, group, fresh
     if inner_model == "mlp":
-        given = Given(q, k, v, steps, sizes, start, gamma, beta, first, group, fresh, kept)
+        from models.kernels.ttt.mlp import MLP
+
         with torch.cuda.device_of(q):
-            return mlp_gradient(do, dlast, given, options)
+            return MLP(*given).backward(do, dlast, kept)
+    from models.kernels.ttt.linear import linear_backward
+
     B, _, H, K = q.shape
     dq, dk, dv, dsteps = (torch.zeros_like(x) for x in (q, k, v, steps))  # tokens before the first are in no mini-batch
     dstart, dinit = torch.zeros_like(dlast), dlast.clone()
     dsizes, dgamma, dbeta = (steps.new_empty(B, H, n) for n in (len(sizes), K, K))
-    scratch = kept.new_empty(B, H, GROUP[inner_model], kept.shape[-1])
+    scratch = kept.new_empty(B, H, GROUP, kept.shape[-1])
     with torch.cuda.device_of(q):
         linear_backward[(B * H,)](
-            q, k, v, steps, sizes, start, gamma, beta, first, group, fresh, kept, do, dlast,
-            dq, dk, dv, dsteps, dsizes, dstart, dinit, dgamma, dbeta, scratch, **options,
+            *given, kept, do, dlast, dq, dk, dv, dsteps, dsizes, dstart, dinit, dgamma, dbeta, scratch,
+            GROUP=GROUP, **_sizes(q, first, group, fresh),
         )  # fmt: skip
     return [dq, dk, dv, dsteps, dsizes, dstart, dinit, dgamma, dbeta]
 
@@ -170,7 +158,7 @@ def _(do, dlast, q, k, v, steps, sizes, start, gamma, beta, first, group, fresh,
     return [*(torch.empty_like(x) for x in (q, k, v, steps)), shared[0], *weights, *shared[1:]]
 
 
-def _sizes(q: Tensor, first: Tensor, group: Tensor, fresh: Tensor | None, inner_model: str) -> dict[str, object]:
+def _sizes(q: Tensor, first: Tensor, group: Tensor, fresh: Tensor | None) -> dict[str, object]:
     from models.regression.ttt.inner_model import EPS
 
     _, L, H, K = q.shape
@@ -178,7 +166,7 @@ def _sizes(q: Tensor, first: Tensor, group: Tensor, fresh: Tensor | None, inner_
     sizes |= {
         "DOCUMENTS": fresh is not None,
         "EPS": EPS,
-        "num_warps": 4 if inner_model == "linear" and K <= 64 else 8,
+        "num_warps": 4 if K <= 64 else 8,
         "num_stages": 1,
     }
     return sizes

@@ -24,7 +24,7 @@ from models.kernels.ttt.parts import dot, gradient_backward, load, project, stan
 
 @triton.jit
 def linear_forward(
-    q, k, v, steps, sizes, start, init, gammas, betas, first, group, fresh, o, last, kept,
+    q, k, v, steps, sizes, start, gammas, betas, first, group, fresh, init, o, last, kept,
     L, H, N, G, C: tl.constexpr, K: tl.constexpr, DOCUMENTS: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)

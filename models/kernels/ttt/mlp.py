@@ -1,127 +1,133 @@
-"""Triton kernels of TTT-MLP: one program a head of a sequence, mini-batch by mini-batch.
+"""TTT-MLP by Triton kernels: scans of what a mini-batch waits for (mlp_scans.py), two programs a head of a sequence,
+and all else for all mini-batches at once (mlp_reads.py).
 
-As linear.py, with two layers: what is said there of a layer holds for each, with inputs X = k and gelu(Z_1). A
-head's weights are packed as [W_1 b_1 W_2 b_2], P numbers, and too many for registers: they stay in `last`, where every
-mini-batch moves them on. The L2 cache holds them. Other threads read what a thread has written there, hence the
-barriers. The backward pass is in mlp_gradient.py.
+    forward    scan -> weights of every mini-batch -> read -> o
+    backward   scan again; read_gradient, from the weights; scan_gradient, backwards -> dl/dW_1, what is left by errors;
+               write_gradient
+
+A head's weights are packed as [W_1 b_1 W_2 b_2], P numbers. Weights of every mini-batch in bf16 are 4 KB a token of a
+head for keys of 64, and what kernels leave each other going back is 9 KB more. To bound it all kernels take some spans
+of C tokens at a time (SLAB); what is kept for the backward pass is the weights at the first of each slab.
 """
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+import torch
+from torch import Tensor
 
-from models.kernels.ttt.parts import dot, load, project, standardise, tokens
+from models.kernels import backend
+from models.kernels.ttt import mlp_tiles, slab
+from models.kernels.ttt.mlp_reads import read, read_gradient, write_gradient
+from models.kernels.ttt.mlp_scans import scan, scan_gradient
+from models.regression.ttt.inner_model import EPS
 
-
-@triton.jit
-def _gelu(z):
-    """z S, S = sigmoid(2 c (z + d z^3)), and its first and second derivative. Numbers: 2 c, d, 3 d and 12 c d."""
-    S = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-    dw = 1.5957691216057308 * (1 + 0.134145 * z * z)
-    dS = S * (1 - S) * dw
-    ddS = dS * (1 - 2 * S) * dw + S * (1 - S) * (0.42812495301279414 * z)
-    return z * S, S + z * dS, 2 * dS + z * ddS
+UNITS = {"scan": 64, "scan_gradient": 64}  # hidden units of a program
+WARPS = {"scan": 4, "scan_gradient": 4, "read": 4, "read_gradient": 4, "write_gradient": 8}
 
 
-@triton.jit
-def _copy(source, target, P, BLOCK: tl.constexpr):
-    for i in range(0, P, BLOCK):
-        at = i + tl.arange(0, BLOCK)
-        tl.store(target + at, tl.load(source + at, mask=at < P, other=0.0), mask=at < P)
+class MLP:
+    """One call: its inputs as ttt_scan has them, and what its kernels have in common. group [B, G + 1]: of C tokens."""
 
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        steps: Tensor,
+        sizes: Tensor,
+        start: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        first: Tensor,
+        group: Tensor,
+        fresh: Tensor | None,
+    ) -> None:
+        self.q, self.k, self.v, self.steps, self.sizes, self.start = q, k, v, steps, sizes, start
+        self.gamma, self.beta, self.first, self.group, self.fresh = gamma, beta, first, group, fresh
+        (B, L, self.H, K), C, N, self.G = q.shape, len(sizes), first.shape[1] - 1, group.shape[1] - 1
+        self.rows, F = B * self.H, 4 * K
+        self.spans = min(slab(self.rows), self.G)
+        self.slabs = [(g, min(g + self.spans, self.G)) for g in range(0, self.G, self.spans)]
+        self.tokens = (self.spans + 1) * C  # a slab's last mini-batch may reach into the span after
+        self.common = {"L": L, "H": self.H, "N": N, "G": self.G, "SPANS": self.spans, "C": C, "K": K}
+        self.common |= {"DOCUMENTS": fresh is not None, "EPS": EPS, "num_stages": 1}
+        self.width = F
+        W1, b1, W2, b2 = start.split([K * F, F, F * K, K], dim=1)
+        W1 = W1.unflatten(1, (K, F)).mT.flatten(1)
+        self.opening, self.opening_biases = torch.cat([W1, W2], 1).to(q.dtype), torch.cat([b1, b2], 1)
+        self.weights, self.biases = q.new_empty(self.rows, self.spans, 2 * F * K), self._new(self.spans, F + K)
 
-@triton.jit
-def _places(K: tl.constexpr, F: tl.constexpr):
-    """Where W_1, b_1, W_2 and b_2 are in a head's weights."""
-    key, hidden = tl.arange(0, K), tl.arange(0, F)
-    W1, W2 = key[:, None] * F + hidden[None, :], K * F + F + hidden[:, None] * K + key[None, :]
-    return W1, K * F + hidden[None, :], W2, 2 * K * F + F + key[None, :]
+    def forward(self, init: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """o, the last weights, and those at the first mini-batch of each slab [B, H, slabs, P]."""
+        o, last = torch.empty_like(self.v), init.clone()
+        kept = torch.empty_like(init[:, :, None].expand(-1, -1, len(self.slabs), -1))
+        for i, (g0, g1) in enumerate(self.slabs):
+            kept[:, :, i] = last
+            self._scan(last, g0, g1)
+            read[g1 - g0, self.rows](
+                self.q, self.k, self.v, self.steps, self.sizes, self.gamma, self.beta, self.first, self.group,
+                self.fresh, self.opening, self.opening_biases, self.weights, self.biases, o,
+                g0=g0, **self._whole("read"),
+            )  # fmt: skip
+        return o, last, kept
 
+    def backward(self, do: Tensor, dlast: Tensor, kept: Tensor) -> list[Tensor]:
+        """The gradients by q, k, v, steps, sizes, start, init, gamma and beta, as ttt_scan_backward returns them."""
+        K, C, F, new = self.q.shape[-1], len(self.sizes), self.width, self._new
+        # tokens before the first are in no mini-batch
+        dq, dk, dv, dsteps = (torch.zeros_like(x) for x in (self.q, self.k, self.v, self.steps))
+        dstart, dinit = torch.zeros_like(dlast), dlast.clone()
+        dsizes, dgamma, dbeta = (new(self.G, n) for n in (C, K, K))
+        scan_options, split = self._shared_out("scan_gradient")
+        dlast_c = torch.zeros_like(new(split))
+        wide = self.q.new_empty(self.rows, self.tokens, mlp_tiles.WIDE.value, F)
+        narrow = new(self.tokens, mlp_tiles.NARROW.value, K)
+        dkept, dkept_biases = self.q.new_empty(self.rows, self.spans, F * K), new(self.spans, F)
+        for i, (g0, g1) in reversed(list(enumerate(self.slabs))):
+            grid = g1 - g0, self.rows
+            self._scan(kept[:, :, i].clone(memory_format=torch.contiguous_format), g0, g1)
+            read_gradient[grid](
+                self.q, self.k, self.v, self.steps, self.sizes, self.gamma, self.beta, self.first, self.group,
+                self.fresh, self.opening, self.opening_biases, self.weights, self.biases, do,
+                dq, dsizes, dgamma, dbeta, wide, narrow, g0=g0, **self._whole("read_gradient"),
+            )  # fmt: skip
+            scan_gradient[(self.rows * split,)](
+                self.q, self.k, self.v, self.steps, self.sizes, self.gamma, self.beta, self.first, self.group,
+                self.fresh, self.opening, self.weights, wide, narrow, dinit, dstart, dlast_c, dkept, dkept_biases,
+                *self._meeting(split), g0=g0, g1=g1, **scan_options,
+            )  # fmt: skip
+            write_gradient[grid](
+                self.k, self.v, self.steps, self.sizes, self.gamma, self.beta, self.first, self.group, self.fresh,
+                self.opening, self.weights, wide, narrow, dkept, dkept_biases,
+                dk, dv, dsteps, dsizes, dgamma, dbeta, g0=g0, **self._whole("write_gradient"),
+            )  # fmt: skip
+        B = len(self.q)
+        dsizes, dgamma, dbeta, dlast_c = (x.sum(1).unflatten(0, (B, -1)) for x in (dsizes, dgamma, dbeta, dlast_c))
+        dsizes[..., -1] += dlast_c
+        return [dq, dk, dv, dsteps, dsizes, dstart, dinit, dgamma, dbeta]
 
-@triton.jit
-def _errors(
-    here, exact, x, target, eta, gamma, beta, K: tl.constexpr, F: tl.constexpr, EPS: tl.constexpr, TYPE: tl.constexpr
-):
-    """u of both layers, for the weights at `here`, and what they are made of. Biases are those at `exact`: `here` may
-    have them rounded.
-    """
-    W1, b1, W2, b2 = _places(K, F)
-    middle, slope, curve = _gelu(dot(x, tl.load(here + W1), TYPE) + tl.load(exact + b1))
-    middle, W2 = middle.to(TYPE), tl.load(here + W2).to(TYPE)
-    y, scale = standardise(dot(middle, W2, TYPE) + tl.load(exact + b2), K, EPS)
-    gradient = project(gamma * (gamma * y + beta - target), y, scale, K)
-    back = dot(eta * gradient, tl.trans(W2), TYPE)
-    return back * slope, eta * gradient, middle, slope, curve, y, scale, gradient, back
+    def _scan(self, last: Tensor, g0: int, g1: int) -> None:
+        """Moves the weights `last` over the spans of a slab, and leaves those of its mini-batches behind."""
+        options, split = self._shared_out("scan")
+        scan[(self.rows * split,)](
+            self.k, self.v, self.steps, self.sizes, self.start, self.gamma, self.beta, self.first, self.group,
+            self.fresh, last, self.weights, self.biases, *self._meeting(split), g0=g0, g1=g1, **options,
+        )  # fmt: skip
 
+    def _new(self, *shape: int) -> Tensor:
+        return self.steps.new_empty(self.rows, *shape)
 
-@triton.jit
-def _read(
-    here, exact, query, x, middle, u1, u2, c, lower,
-    K: tl.constexpr, F: tl.constexpr, EPS: tl.constexpr, TYPE: tl.constexpr,
-):  # fmt: skip
-    """LN before gamma and beta, and what it is made of."""
-    W1, b1, W2, b2 = _places(K, F)
-    A1 = tl.where(lower, dot(query, tl.trans(x), TYPE) + 1.0, 0.0)
-    z1 = dot(query, tl.load(here + W1), TYPE) + tl.load(exact + b1) - c * dot(A1, u1, TYPE)
-    read, slope, _ = _gelu(z1)
-    read = read.to(TYPE)
-    A2 = tl.where(lower, dot(read, tl.trans(middle), TYPE) + 1.0, 0.0)
-    z2 = dot(read, tl.load(here + W2), TYPE) + tl.load(exact + b2) - c * dot(A2, u2, TYPE)
-    y, scale = standardise(z2, K, EPS)
-    return y, scale, read, slope, A1, A2
+    def _meeting(self, split: int) -> tuple[Tensor, Tensor]:
+        """Where the programs of a head exchange sums, in turns, and count who has come."""
+        sums = self._new(2, split, len(self.sizes) * self.q.shape[-1])
+        return sums, torch.zeros(self.rows, dtype=torch.int32, device=sums.device)
 
+    def _shared_out(self, kernel: str) -> tuple[dict[str, object], int]:
+        """The options of a scan, and how many programs a head of a sequence has; one in the interpreter, where programs
+        run one after another."""
+        units = self.width if backend.interpreting() else min(UNITS[kernel], self.width)
+        split = self.width // units
+        return {**self.common, "BF": units, "SPLIT": split, "num_warps": WARPS[kernel]}, split
 
-@triton.jit
-def _move(here, rounded, x, middle, u1, u2, size, K: tl.constexpr, F: tl.constexpr, TYPE: tl.constexpr):
-    """Moves the weights at `here` on by the mini-batch, and writes them to `rounded` too unless that is None."""
-    W1, b1, W2, b2 = _places(K, F)
-    W = tl.load(here + W1) - size * dot(tl.trans(x), u1, TYPE)
-    tl.store(here + W1, W)
-    if rounded is not None:
-        tl.store(rounded + W1, W.to(TYPE))
-    tl.store(here + b1, tl.load(here + b1) - size * tl.sum(u1, 0)[None, :])
-    W = tl.load(here + W2) - size * dot(tl.trans(middle), u2, TYPE)
-    tl.store(here + W2, W)
-    if rounded is not None:
-        tl.store(rounded + W2, W.to(TYPE))
-    tl.store(here + b2, tl.load(here + b2) - size * tl.sum(u2, 0)[None, :])
-
-
-@triton.jit
-def mlp_forward(
-    q, k, v, steps, sizes, start, init, gammas, betas, first, group, fresh, o, last, kept,
-    L, H, N, G, C: tl.constexpr, K: tl.constexpr, DOCUMENTS: tl.constexpr, EPS: tl.constexpr,
-):  # fmt: skip
-    """`last` comes in as a copy of `init`."""
-    F: tl.constexpr = 4 * K
-    TYPE: tl.constexpr = q.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    batch, head, P = row // H, row % H, 2 * K * F + F + K
-    place, key = tl.arange(0, C), tl.arange(0, K)
-    lower = place[:, None] >= place[None, :]
-    gamma, beta = tl.load(gammas + head * K + key)[None, :], tl.load(betas + head * K + key)[None, :]
-    c, last_c = tl.load(sizes + place)[:, None], tl.load(sizes + C - 1)
-    here = last + row * P
-    for g in range(0, G):
-        _copy(here, kept + (row * G + g) * P, P, 1024)
-        for n in range(tl.load(group + batch * (G + 1) + g), tl.load(group + batch * (G + 1) + g + 1)):
-            begin, end = tl.load(first + batch * (N + 1) + n), tl.load(first + batch * (N + 1) + n + 1)
-            token = begin + place
-            real = token < end
-            if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
-                if tl.load(fresh + batch * N + n) != 0:
-                    tl.debug_barrier()
-                    _copy(start + head * P, here, P, 1024)
-                    tl.debug_barrier()
-            query = load(q, batch, head, token, real, L, H, K)
-            x = load(k, batch, head, token, real, L, H, K)
-            target = load(v, batch, head, token, real, L, H, K) - x
-            eta = tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)[:, None]
-            u1, u2, middle, _, _, _, _, _, _ = _errors(here, here, x, target, eta, gamma, beta, K, F, EPS, TYPE)
-            y, _, _, _, _, _ = _read(here, here, query, x, middle, u1, u2, c, lower, K, F, EPS, TYPE)
-            out = query + gamma * y + beta
-            tl.store(tokens(o, batch, head, token, L, H, K), out.to(o.dtype.element_ty), mask=real[:, None])
-            tl.debug_barrier()
-            _move(here, None, x, middle, u1, u2, tl.where(end - begin == C, last_c, 0.0), K, F, TYPE)
-            tl.debug_barrier()
+    def _whole(self, kernel: str) -> dict[str, object]:
+        return {**self.common, "F": self.width, "num_warps": WARPS[kernel]}

@@ -1,4 +1,7 @@
-"""What the kernels of test-time training share: products, the layer norm and its gradients, tokens. Rows are of K."""
+"""What the kernels of test-time training share: products, the layer norm and its gradients, tokens.
+
+Tokens are rows [C, K] with AXIS 1, the one that the norm goes along, and columns [K, C] with AXIS 0.
+"""
 
 from __future__ import annotations
 
@@ -13,33 +16,33 @@ def dot(x, y, TYPE: tl.constexpr):
 
 
 @triton.jit
-def mean(x, K: tl.constexpr):
-    return (tl.sum(x, 1) / K)[:, None]
+def mean(x, K: tl.constexpr, AXIS: tl.constexpr = 1):
+    return tl.sum(x, AXIS, keep_dims=True) / K
 
 
 @triton.jit
-def standardise(z, K: tl.constexpr, EPS: tl.constexpr):
-    z = z - mean(z, K)
-    scale = 1 / tl.sqrt(mean(z * z, K) + EPS)
+def standardise(z, K: tl.constexpr, EPS: tl.constexpr, AXIS: tl.constexpr = 1):
+    z = z - mean(z, K, AXIS)
+    scale = 1 / tl.sqrt(mean(z * z, K, AXIS) + EPS)
     return z * scale, scale
 
 
 @triton.jit
-def project(x, y, scale, K: tl.constexpr):
+def project(x, y, scale, K: tl.constexpr, AXIS: tl.constexpr = 1):
     """The gradient by z of y = standardise(z), from the one by y."""
-    return scale * (x - mean(x, K) - y * mean(x * y, K))
+    return scale * (x - mean(x, K, AXIS) - y * mean(x * y, K, AXIS))
 
 
 @triton.jit
-def gradient_backward(p, y, scale, gradient, target, gamma, beta, K: tl.constexpr):
+def gradient_backward(p, y, scale, gradient, target, gamma, beta, K: tl.constexpr, AXIS: tl.constexpr = 1):
     """From the gradient p by d/dz 1/2 ||target - LN(z)||^2: those by z and target, and, not summed yet, by gamma and
     beta. y, scale = standardise(z); gradient is what p is the gradient by.
     """
     error = gamma * y + beta - target
     g = gamma * error
-    dg = project(p, y, scale, K)
-    dy = gamma * gamma * dg - scale * (mean(g * y, K) * p + mean(p * y, K) * g)
-    dz = project(dy, y, scale, K) - scale * y * mean(p * gradient, K)
+    dg = project(p, y, scale, K, AXIS)
+    dy = gamma * gamma * dg - scale * (mean(g * y, K, AXIS) * p + mean(p * y, K, AXIS) * g)
+    dz = project(dy, y, scale, K, AXIS) - scale * y * mean(p * gradient, K, AXIS)
     return dz, -gamma * dg, dg * (error + gamma * y), gamma * dg
 
 
@@ -52,3 +55,9 @@ def tokens(x, batch, head, token, L, H, K: tl.constexpr):
 @triton.jit
 def load(x, batch, head, token, real, L, H, K: tl.constexpr):
     return tl.load(tokens(x, batch, head, token, L, H, K), mask=real[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def columns(x, batch, head, token, L, H, K: tl.constexpr):
+    """Pointers to rows of x [B, L, H, K], as columns."""
+    return x + ((batch * L + token) * H + head)[None, :] * K + tl.arange(0, K)[:, None]
