@@ -186,12 +186,14 @@ def half_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def ttt(B: int, T: int, H: int, K: int, inner_model: str) -> Case:
-    """Our kernels and the PyTorch form; for the linear one also fla's, of another function with as many products."""
+    """Our kernels, compiled around as train.py does, and the PyTorch form; for the linear one also fla's, of another
+    function with as many products."""
     inputs, x = draw((B, T, H, K), torch.bfloat16, "cuda")[:3], torch.randn(B, T, H * K, device="cuda")
 
     def by(backend: str) -> Operator:
         torch.manual_seed(0)
         module = TTT(Sizes(H * K, H, H, K, K), backend, inner_model).to("cuda")
+        module.compile(dynamic=False)
         return Operator(lambda q, k, v: module(x, q, k, v)[0], inputs, tuple(module.parameters()))
 
     operators = {"ours, Triton": by("triton"), "ours, mini-batches": by("torch")}

@@ -21,8 +21,13 @@ from models.kernels.ttt.mlp_reads import read, read_gradient, write_gradient
 from models.kernels.ttt.mlp_scans import scan, scan_gradient
 from models.regression.ttt.inner_model import EPS
 
-UNITS = {"scan": 64, "scan_gradient": 64}  # hidden units of a program
-WARPS = {"scan": 4, "scan_gradient": 4, "read": 4, "read_gradient": 4, "write_gradient": 8}
+OPTIONS = {  # hidden units of a program, or of what it takes at a time; warps and stages
+    "scan": (64, 4, 1),
+    "scan_gradient": (64, 4, 1),
+    "read": (64, 4, 1),
+    "read_gradient": (64, 4, 3),
+    "write_gradient": (64, 4, 3),
+}
 
 
 class MLP:
@@ -49,9 +54,8 @@ class MLP:
         self.spans = min(slab(self.rows), self.G)
         self.slabs = [(g, min(g + self.spans, self.G)) for g in range(0, self.G, self.spans)]
         self.tokens = (self.spans + 1) * C  # a slab's last mini-batch may reach into the span after
-        self.common = {"L": L, "H": self.H, "N": N, "G": self.G, "SPANS": self.spans, "C": C, "K": K}
-        self.common |= {"DOCUMENTS": fresh is not None, "EPS": EPS, "num_stages": 1}
-        self.width = F
+        self.common = {"L": L, "H": self.H, "N": N, "G": self.G, "SPANS": self.spans, "C": C, "K": K, "F": F}
+        self.common |= {"DOCUMENTS": fresh is not None, "EPS": EPS}
         W1, b1, W2, b2 = start.split([K * F, F, F * K, K], dim=1)
         W1 = W1.unflatten(1, (K, F)).mT.flatten(1)
         self.opening, self.opening_biases = torch.cat([W1, W2], 1).to(q.dtype), torch.cat([b1, b2], 1)
@@ -67,13 +71,13 @@ class MLP:
             read[g1 - g0, self.rows](
                 self.q, self.k, self.v, self.steps, self.sizes, self.gamma, self.beta, self.first, self.group,
                 self.fresh, self.opening, self.opening_biases, self.weights, self.biases, o,
-                g0=g0, **self._whole("read"),
+                g0=g0, **self._options("read"),
             )  # fmt: skip
         return o, last, kept
 
     def backward(self, do: Tensor, dlast: Tensor, kept: Tensor) -> list[Tensor]:
         """The gradients by q, k, v, steps, sizes, start, init, gamma and beta, as ttt_scan_backward returns them."""
-        K, C, F, new = self.q.shape[-1], len(self.sizes), self.width, self._new
+        K, C, F, new = self.q.shape[-1], len(self.sizes), self.common["F"], self._new
         # tokens before the first are in no mini-batch
         dq, dk, dv, dsteps = (torch.zeros_like(x) for x in (self.q, self.k, self.v, self.steps))
         dstart, dinit = torch.zeros_like(dlast), dlast.clone()
@@ -89,7 +93,7 @@ class MLP:
             read_gradient[grid](
                 self.q, self.k, self.v, self.steps, self.sizes, self.gamma, self.beta, self.first, self.group,
                 self.fresh, self.opening, self.opening_biases, self.weights, self.biases, do,
-                dq, dsizes, dgamma, dbeta, wide, narrow, g0=g0, **self._whole("read_gradient"),
+                dq, dsizes, dgamma, dbeta, wide, narrow, g0=g0, **self._options("read_gradient"),
             )  # fmt: skip
             scan_gradient[(self.rows * split,)](
                 self.q, self.k, self.v, self.steps, self.sizes, self.gamma, self.beta, self.first, self.group,
@@ -99,7 +103,7 @@ class MLP:
             write_gradient[grid](
                 self.k, self.v, self.steps, self.sizes, self.gamma, self.beta, self.first, self.group, self.fresh,
                 self.opening, self.weights, wide, narrow, dkept, dkept_biases,
-                dk, dv, dsteps, dsizes, dgamma, dbeta, g0=g0, **self._whole("write_gradient"),
+                dk, dv, dsteps, dsizes, dgamma, dbeta, g0=g0, **self._options("write_gradient"),
             )  # fmt: skip
         B = len(self.q)
         dsizes, dgamma, dbeta, dlast_c = (x.sum(1).unflatten(0, (B, -1)) for x in (dsizes, dgamma, dbeta, dlast_c))
@@ -125,9 +129,11 @@ class MLP:
     def _shared_out(self, kernel: str) -> tuple[dict[str, object], int]:
         """The options of a scan, and how many programs a head of a sequence has; one in the interpreter, where programs
         run one after another."""
-        units = self.width if backend.interpreting() else min(UNITS[kernel], self.width)
-        split = self.width // units
-        return {**self.common, "BF": units, "SPLIT": split, "num_warps": WARPS[kernel]}, split
+        options = self._options(kernel)
+        if backend.interpreting():
+            options["BF"] = self.common["F"]
+        return options, self.common["F"] // options["BF"]
 
-    def _whole(self, kernel: str) -> dict[str, object]:
-        return {**self.common, "F": self.width, "num_warps": WARPS[kernel]}
+    def _options(self, kernel: str) -> dict[str, object]:
+        units, warps, stages = OPTIONS[kernel]
+        return {**self.common, "BF": min(units, self.common["F"]), "num_warps": warps, "num_stages": stages}

@@ -20,11 +20,11 @@ from models.kernels.ttt.parts import columns, dot, gradient_backward, project, s
 def scan(
     k, v, steps, sizes, start, gammas, betas, first, group, fresh,
     last, weights, biases, sums, arrived,
-    L, H, N, G, g0, g1, SPANS, C: tl.constexpr, K: tl.constexpr, BF: tl.constexpr, SPLIT: tl.constexpr,
+    L, H, N, G, g0, g1, SPANS, C: tl.constexpr, K: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
     DOCUMENTS: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """Groups g0 up to g1: moves `last` [B H, P] on, packed as start [H, P] is, and leaves behind weights and biases."""
-    F: tl.constexpr = BF * SPLIT
+    SPLIT: tl.constexpr = F // BF
     TYPE: tl.constexpr = k.dtype.element_ty
     program, part = (tl.program_id(0) // SPLIT).to(tl.int64), tl.program_id(0) % SPLIT
     batch, head, P = program // H, program % H, 2 * K * F + F + K
@@ -87,14 +87,14 @@ def scan(
 def scan_gradient(
     q, k, v, steps, sizes, gammas, betas, first, group, fresh, opening, weights, wide, narrow,
     dinit, dstart, dlast_c, dkept, dkept_biases, sums, arrived,
-    L, H, N, G, g0, g1, SPANS, C: tl.constexpr, K: tl.constexpr, BF: tl.constexpr, SPLIT: tl.constexpr,
+    L, H, N, G, g0, g1, SPANS, C: tl.constexpr, K: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
     DOCUMENTS: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """From the last mini-batch of groups g0 up to g1 to their first: dinit [B H, P], in and out the gradient by the
     weights D_1 and D_2; dstart [B H, P], which is added to as dlast_c [B H, SPLIT] is; DSUM and DERROR. dkept [B H,
     SPANS, F, K] and dkept_biases [B H, SPANS, F] are D_1 after each full mini-batch.
     """
-    F: tl.constexpr = BF * SPLIT
+    SPLIT: tl.constexpr = F // BF
     TYPE: tl.constexpr = k.dtype.element_ty
     program, part = (tl.program_id(0) // SPLIT).to(tl.int64), tl.program_id(0) % SPLIT
     batch, head, P = program // H, program % H, 2 * K * F + F + K
@@ -126,8 +126,8 @@ def scan_gradient(
         middle = tl.load(wide_at(wide, index, at.MIDDLE, unit, F), mask=columns_real, other=0.0)
         slope = tl.load(wide_at(wide, index, at.SLOPE, unit, F), mask=columns_real, other=0.0).to(tl.float32)
         bend = tl.load(wide_at(wide, index, at.BEND, unit, F), mask=columns_real, other=0.0).to(tl.float32)
-        dback = tl.load(wide_at(wide, index, at.DBACK_READ, unit, F), mask=columns_real, other=0.0).to(tl.float32)
-        dz = tl.load(wide_at(wide, index, at.DSUM_READ, unit, F), mask=columns_real, other=0.0).to(tl.float32)
+        du1 = tl.load(wide_at(wide, index, at.DERROR1_READ, unit, F), mask=columns_real, other=0.0).to(tl.float32)
+        dmiddle = tl.load(wide_at(wide, index, at.DMIDDLE_READ, unit, F), mask=columns_real, other=0.0).to(tl.float32)
         W2 = tl.load(at_W + F * K + tile)
         eta = tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)[None, :]
         y = tl.load(narrow_at(narrow, index, at.STANDARD, K), mask=columns_real, other=0.0)
@@ -139,8 +139,8 @@ def scan_gradient(
 
         # what the writes hand back: -c (X D + d) by u
         E1, E2 = D1.to(TYPE), D2.to(TYPE)
-        du1 = -size * (dot(E1, x, TYPE) + d1)
-        dback = (du1 * slope + dback).to(TYPE)
+        du1 -= size * (dot(E1, x, TYPE) + d1)
+        dback = (du1 * slope).to(TYPE)
         moved = dot(tl.trans(E2), middle, TYPE)
         seen = dot(tl.trans(W2), dback, TYPE) - size * moved
         if SPLIT > 1:
@@ -151,8 +151,8 @@ def scan_gradient(
         shared -= full * (moved + mine * d2) * u2.to(tl.float32)
         du2 += seen - size * d2
         dz2, _, _, _ = gradient_backward(eta * du2, y, scale, gradient, target, gamma, beta, K, 0)
-        dmiddle = dot(W2, dz2, TYPE) - size * dot(E2, u2, TYPE)
-        dz1 = (dmiddle * slope + du1 * bend + dz).to(TYPE)
+        dmiddle += dot(W2, dz2, TYPE) - size * dot(E2, u2, TYPE)
+        dz1 = (dmiddle * slope + du1 * bend).to(TYPE)
 
         tl.store(wide_at(wide, index, at.DSUM, unit, F), dz1, mask=columns_real)
         if part == 0:

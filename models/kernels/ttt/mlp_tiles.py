@@ -17,8 +17,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.kernels.ttt.parts import dot, project, standardise
-
 WIDE = tl.constexpr(9)
 MIDDLE = tl.constexpr(0)  # of errors: gelu(Z_1), its derivative, its second one times u_2 W_2', and u_1
 SLOPE = tl.constexpr(1)
@@ -26,8 +24,8 @@ BEND = tl.constexpr(2)
 ERROR = tl.constexpr(3)
 READ = tl.constexpr(4)  # of queries: gelu(Z_1) and dZ_1
 DREAD = tl.constexpr(5)
-DSUM_READ = tl.constexpr(6)  # because of queries, of errors: dZ_1, and the gradient by u_2 W_2'
-DBACK_READ = tl.constexpr(7)
+DMIDDLE_READ = tl.constexpr(6)  # because of queries, of errors: the gradients by gelu(Z_1) and u_1
+DERROR1_READ = tl.constexpr(7)
 DSUM = tl.constexpr(8)  # of errors, in all: dZ_1
 
 NARROW = tl.constexpr(8)
@@ -35,7 +33,7 @@ STANDARD = tl.constexpr(0)  # of errors: (Z_2 - mean) / deviation, dl/dZ_2, and 
 GRADIENT = tl.constexpr(1)
 SCALE = tl.constexpr(2)
 DOUT = tl.constexpr(3)  # of queries: dZ_2
-DERROR_READ = tl.constexpr(4)  # because of queries, of errors: du_2 and dX
+DERROR_READ = tl.constexpr(4)  # because of queries: the gradients by u_2 and k
 DKEY_READ = tl.constexpr(5)
 DERROR = tl.constexpr(6)  # of errors, in all: du_2
 
@@ -65,19 +63,3 @@ def narrow_at(narrow, index, which: tl.constexpr, K: tl.constexpr):
 @triton.jit
 def sum_columns(x):
     return tl.sum(x, 1, keep_dims=True)
-
-
-@triton.jit
-def errors(
-    W1, b1, W2, b2, x, target, eta, gamma, beta, K: tl.constexpr, EPS: tl.constexpr, TYPE: tl.constexpr
-):  # fmt: skip
-    """What a mini-batch writes, by all hidden units: gelu(Z_1) and its derivatives, Z_2 standardised and by what,
-    dl/dZ_2, u_2, u_2 W_2' and u_1.
-    """
-    middle, slope, curve = gelu(dot(W1, x, TYPE) + b1)
-    middle = middle.to(TYPE)
-    y, scale = standardise(dot(tl.trans(W2), middle, TYPE) + b2, K, EPS, 0)
-    gradient = project(gamma * (gamma * y + beta - target), y, scale, K, 0)
-    u2 = (eta * gradient).to(TYPE)
-    back = dot(W2, u2, TYPE)
-    return middle, slope, curve, y, scale, gradient, u2, back, (back * slope).to(TYPE)

@@ -80,9 +80,10 @@ def recurrent_ttt(
     norm: of the inner model.  state: None for W_0.  segments: [B, T], documents.
     Returns o [B, T, H, K] in the dtype of v, and the state after the last token. Computed in float32 at least.
     """
-    call = _enter(q, k, v, step_size, token_size, start, norm, state, segments)
+    call = _enter(q, k, v, step_size, token_size, state, segments)
+    start, norm, weights = _of_rows(start, norm, state, call)
     batch, place = call.batches.places(call.q.shape[1])
-    H, b, outputs = call.heads, len(token_size), []
+    H, b, outputs = k.shape[2], len(token_size), []
 
     def where(condition: Tensor, x: Weights, y: Weights) -> Weights:
         """x in the rows of a condition [B], else y."""
@@ -90,20 +91,19 @@ def recurrent_ttt(
         return tuple(torch.where(rows, s, t) for s, t in zip(x, y, strict=True))
 
     with torch.autocast(q.device.type, enabled=False):
-        weights, zeros = call.weights, tuple(torch.zeros_like(w) for w in call.weights)
-        total = zeros
+        zeros = total = tuple(torch.zeros_like(w) for w in weights)
         for t in range(call.q.shape[1]):
             eta = call.steps[:, t].masked_fill(place[:, t : t + 1] < 0, 0.0).view(-1, 1, 1)
             query, key, value = (x[:, t].to(eta.dtype).flatten(0, 1).unsqueeze(1) for x in (call.q, call.k, call.v))
             if call.batches.fresh is not None:
                 begins = (place[:, t] == 0) & call.batches.fresh.gather(1, batch[:, t : t + 1]).squeeze(1)
-                weights, total = where(begins, call.start, weights), where(begins, zeros, total)
-            pairs = gradients(key, value, weights, call.norm)
+                weights, total = where(begins, start, weights), where(begins, zeros, total)
+            pairs = gradients(key, value, weights, norm)
             written = [g for x, e in pairs for g in (product(x.mT, eta * e), eta * e)]
             total = tuple(s + g for s, g in zip(total, written, strict=True))
             c = call.token_size[place[:, t].clamp(min=0)].repeat_interleave(H).view(-1, 1, 1)
             moved = tuple(w - c * s for w, s in zip(weights, total, strict=True))
-            outputs.append((query + call.norm(apply(query, moved))).view(-1, H, query.shape[-1]))
+            outputs.append((query + norm(apply(query, moved))).view(-1, H, query.shape[-1]))
             ends = place[:, t] == b - 1
             weights, total = where(ends, moved, weights), where(ends, zeros, total)
     return _leave(torch.stack(outputs, dim=1), weights, call, v.dtype)
@@ -127,7 +127,8 @@ def dual_ttt(
     remat: how many mini-batches are computed again, together, in the backward pass, which then keeps only the weights
     between such groups; None keeps all: of a mini-batch its weights and some ten times its activations.
     """
-    call = _enter(q, k, v, step_size, token_size, start, norm, state, segments)
+    call = _enter(q, k, v, step_size, token_size, state, segments)
+    start, norm, weights = _of_rows(start, norm, state, call)
     (B, L, H), b, batches = call.k.shape[:3], len(token_size), call.batches
     aligned = segments is None and state is None
     pairs, steps, dtype = (call.q, call.k, call.v), call.steps, call.steps.dtype
@@ -141,16 +142,16 @@ def dual_ttt(
             for x in (batches.complete, batches.fresh)
         )
         ends = call.token_size[-1] * steps * complete  # what a mini-batch writes, if it is over
-        weights, outputs = call.weights, []
+        outputs = []
         for a in range(0, len(Q), remat or len(Q)):
             group = [None if x is None else x[a : a + (remat or len(Q))] for x in (Q, K, V, reads, ends, fresh)]
             if remat is None or not torch.is_grad_enabled():
-                z, weights = _mini_batch_steps(*group, weights, call.start, call.norm)
+                z, weights = _mini_batch_steps(*group, weights, start, norm)
             else:
-                given = (*group, weights, call.start, call.norm)
+                given = (*group, weights, start, norm)
                 z, weights = checkpoint(_mini_batch_steps, *given, use_reentrant=False, preserve_rng_state=False)
             outputs.append(z)
-        o = from_chunks((Q + call.norm(torch.cat(outputs))).flatten(0, 1), (B, len(Q) * b, H))
+        o = from_chunks((Q + norm(torch.cat(outputs))).flatten(0, 1), (B, len(Q) * b, H))
         o = o[:, :L] if aligned else batches.scatter(o, L)
     return _leave(o, weights, call, v.dtype)
 
@@ -167,11 +168,13 @@ def kernel_ttt(
     segments: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """The same map by our Triton kernels. Arguments and results as in recurrent_ttt."""
-    call = _enter(q, k, v, step_size, token_size, start, norm, state, segments, counted=False)
+    call = _enter(q, k, v, step_size, token_size, state, segments, counted=False)
     sizes = [w.shape[1:] for w in start]
-    first, learned = (torch.cat([w.flatten(1) for w in x], dim=1) for x in (call.weights, start))
-    given = (call.q, call.k, call.v, call.steps, call.token_size, learned, first.unflatten(0, (-1, call.heads)), *norm)
-    o, last = triton_ttt.scan(*given, call.batches)
+    learned = torch.cat([w.flatten(1) for w in start], dim=1)
+    first = learned.expand(len(k), -1, -1)
+    if state is not None:
+        first = torch.cat([w.flatten(2) for w in state.weights], dim=2)
+    o, last = triton_ttt.scan(call.q, call.k, call.v, call.steps, call.token_size, learned, first, *norm, call.batches)
     parts = last.flatten(0, 1).split([size.numel() for size in sizes], dim=1)
     return _leave(o, tuple(x.unflatten(1, size) for x, size in zip(parts, sizes, strict=True)), call, v.dtype)
 
@@ -206,7 +209,7 @@ def _mini_batch_steps(
 
 class _Call(NamedTuple):
     """What the forms compute with: q, k, v [B, L, H, K] and steps [B, L, H] with the tokens kept from the call before
-    in front; all but q, k, v in the working dtype, weights, start and norm for the M rows.
+    in front, all but q, k, v in the working dtype.
     """
 
     q: Tensor
@@ -214,12 +217,8 @@ class _Call(NamedTuple):
     v: Tensor
     steps: Tensor
     token_size: Tensor
-    start: Weights
-    norm: Norm
-    weights: Weights
     batches: MiniBatches
     kept: int
-    heads: int
 
 
 def _enter(
@@ -228,25 +227,28 @@ def _enter(
     v: Tensor,
     step_size: Tensor,
     token_size: Tensor,
-    start: Weights,
-    norm: Norm,
     state: State | None,
     segments: Tensor | None,
     counted: bool = True,
 ) -> _Call:
-    (B, _, H), dtype, kept = k.shape[:3], working_dtype(q, k, v), 0
+    dtype, kept, phase = working_dtype(q, k, v), 0, None
     step_size, token_size = step_size.to(dtype), token_size.to(dtype)
-    start = tuple(w.to(dtype).repeat(B, 1, 1) for w in start)
-    norm = Norm(*(x.to(dtype).repeat(B, 1).unsqueeze(1) for x in norm))
-    weights, phase = start, None
     if state is not None:
-        weights, phase, kept = tuple(w.to(dtype).flatten(0, 1) for w in state.weights), state.phase, len(token_size) - 1
+        phase, kept = state.phase, len(token_size) - 1
         q = F.pad(q, (0, 0, 0, 0, kept, 0))
         k, v, step_size = (
             torch.cat([x.to(y.dtype), y], dim=1) for x, y in zip(state[1:4], (k, v, step_size), strict=True)
         )
     batches = mini_batches(k, len(token_size), kept, phase, segments, counted)
-    return _Call(q, k, v, step_size, token_size, start, norm, weights, batches, kept, H)
+    return _Call(q, k, v, step_size, token_size, batches, kept)
+
+
+def _of_rows(start: Weights, norm: Norm, state: State | None, call: _Call) -> tuple[Weights, Norm, Weights]:
+    """W_0, the layer norm and the weights that the call begins with, for each of the M rows, in the working dtype."""
+    B, dtype = len(call.k), call.steps.dtype
+    start = tuple(w.to(dtype).repeat(B, 1, 1) for w in start)
+    norm = Norm(*(x.to(dtype).repeat(B, 1).unsqueeze(1) for x in norm))
+    return start, norm, start if state is None else tuple(w.to(dtype).flatten(0, 1) for w in state.weights)
 
 
 def _leave(o: Tensor, weights: Weights, call: _Call, dtype: torch.dtype) -> tuple[Tensor, State]:
@@ -258,7 +260,7 @@ def _leave(o: Tensor, weights: Weights, call: _Call, dtype: torch.dtype) -> tupl
     for x in (call.k, call.v, call.steps):
         x = F.pad(x, (*(0, 0) * (x.ndim - 2), max(kept - L, 0), 0))[:, max(L - kept, 0) :]
         pending.append(x.masked_fill(~lasting.view(B, kept, *[1] * (x.ndim - 2)), 0.0))
-    weights = tuple(w.unflatten(0, (B, call.heads)) for w in weights)
+    weights = tuple(w.unflatten(0, (B, -1)) for w in weights)
     return o[:, call.kept :].to(dtype), State(weights, *pending, phase)
 
 
