@@ -1,11 +1,12 @@
 """Times this repository against its peers, both in one run on one machine.
 
-    python scripts/benchmark.py ops [--only NAME] [--repeats 15] [--json PATH]
+    python scripts/benchmark.py ops [--only NAME] [--repeats 15] [--kernels] [--json PATH]
     python scripts/benchmark.py prepare [--megabytes 1000] [--tokenizer bytes] [--num-workers 2]
 
 `ops` times operators, forward and forward + backward, interleaved so that a busy neighbour slows all alike: the median
-of the repeats, the ratio to the first row of its size, the peak of allocated memory on a GPU, and the difference of the
-output from that row's where they compute the same. `prepare` turns text into token shards (scripts/benchmarks/data.py).
+of the repeats, the ratio to the first row of its size, on a GPU the time in kernels, without the waits for the host
+between them, and the peak of allocated memory, and the difference of the output from that row's where they compute the
+same. `prepare` turns text into token shards (scripts/benchmarks/data.py).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from scripts.benchmarks import data, operators
 from scripts.benchmarks.timing import HEAD, compare, machine
 
 
-def ops(only: str | None, repeats: int, path: Path | None) -> None:
+def ops(only: str | None, repeats: int, kernels: bool, path: Path | None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{machine(device)}; error: largest difference to the first of its size, relative to its largest value")
     print(HEAD)
@@ -34,6 +35,8 @@ def ops(only: str | None, repeats: int, path: Path | None) -> None:
             continue
         for row in compare(size, make(), device, repeats):
             print(row, flush=True)
+            for name, (ms, calls) in row.kernels.items() if kernels else ():
+                print(f"    {ms:8.3f} ms {calls:4} x {name[:90]}", flush=True)
             rows.append(row)
     if path:
         path.write_text(json.dumps({"machine": machine(device), "rows": [asdict(row) for row in rows]}, indent=1))
@@ -45,6 +48,7 @@ def main() -> None:
     command = commands.add_parser("ops", help="operators against their peers")
     command.add_argument("--only", help="sizes whose name contains this")
     command.add_argument("--repeats", type=int, default=15)
+    command.add_argument("--kernels", action="store_true", help="also each GPU kernel of a forward + backward pass")
     command.add_argument("--json", type=Path, help="also write the rows here")
     command = commands.add_parser("prepare", help="text to token shards")
     command.add_argument("--megabytes", type=int, default=1000)
@@ -52,7 +56,7 @@ def main() -> None:
     command.add_argument("--num-workers", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.command == "ops":
-        ops(arguments.only, arguments.repeats, arguments.json)
+        ops(arguments.only, arguments.repeats, arguments.kernels, arguments.json)
     else:
         data.prepare(arguments.megabytes, arguments.tokenizer, arguments.num_workers)
 

@@ -7,12 +7,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 SECONDS = 120.0  # an operator that is slower than this, compilation included, is not repeated
 
@@ -52,7 +53,10 @@ def graphed(module: nn.Module, x: Tensor) -> Operator:
 
 @dataclass
 class Row:
-    """One line of the table: medians in milliseconds, gigabytes, and ratio and error against the first of its size."""
+    """One line of the table: medians in milliseconds, gigabytes, and ratio and error against the first of its size.
+
+    kernels: milliseconds that each GPU kernel takes of one forward + backward pass, in all its calls, and how many.
+    """
 
     size: str
     name: str
@@ -61,15 +65,20 @@ class Row:
     ratio: float | None = None
     peak_gb: float | None = None
     error: float | None = None
+    kernels: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         peak = f"{self.peak_gb:8.2f}" if self.peak_gb else " " * 8
+        busy = f"{sum(ms for ms, _ in self.kernels.values()):10.2f}" if self.kernels else " " * 10
         error = "" if self.error is None else f"{self.error:8.0e}"
-        line = f"{self.size:44} {self.name:28} {self.forward_ms:11.2f} {self.both_ms:11.2f} {self.ratio:6.2f}"
+        line = f"{self.size:44} {self.name:28} {self.forward_ms:11.2f} {self.both_ms:11.2f} {busy} {self.ratio:6.2f}"
         return f"{line} {peak} {error}".rstrip()
 
 
-HEAD = f"{'size':44} {'operator':28} {'forward ms':>11} {'+ backward':>11} {'speed':>6} {'peak GB':>8} {'error':>8}"
+HEAD = (
+    f"{'size':44} {'operator':28} {'forward ms':>11} {'+ backward':>11} {'in kernels':>10} {'speed':>6} {'peak GB':>8} "
+    f"{'error':>8}"
+)
 
 
 def machine(device: str) -> str:
@@ -96,9 +105,18 @@ def seconds(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - begin
 
 
+def by_kernel(work: Callable[[], object]) -> dict[str, tuple[float, int]]:
+    """Of one call, the longest first: the milliseconds of each GPU kernel or copy, and how often it ran."""
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as found:
+        work()
+        torch.cuda.synchronize()
+    pairs = [(event.key, (event.self_device_time_total / 1e3, event.count)) for event in found.key_averages()]
+    return dict(sorted(pairs, key=lambda pair: -pair[1][0]))
+
+
 def compare(size: str, case: Case, device: str, repeats: int) -> list[Row]:
     """A row for every operator that is fast enough to repeat."""
-    outputs, peaks, works = {}, {}, {}
+    outputs, peaks, kernels, works = {}, {}, {}, {}
     for name, (function, inputs, parameters, kept) in case.operators.items():
         wanted = [x for x in (*inputs, *parameters) if x is not None and x.requires_grad]
 
@@ -123,6 +141,7 @@ def compare(size: str, case: Case, device: str, repeats: int) -> list[Row]:
             both()
             own = kept + sum(x.numel() * x.element_size() for x in (*inputs, *parameters) if x is not None)
             peaks[name] = (torch.cuda.max_memory_allocated() - held + own) / 1e9
+            kernels[name] = by_kernel(both)
         if (took := time.perf_counter() - begin) > SECONDS:
             print(f"{size}  {name}: {took:.0f} s before the first repeat, left out", file=sys.stderr)
             continue
@@ -135,6 +154,7 @@ def compare(size: str, case: Case, device: str, repeats: int) -> list[Row]:
     rows = [Row(size, name, *(round(statistics.median(r), 3) for r in records)) for name, records in times.items()]
     for row in rows:
         row.ratio, row.peak_gb = round(rows[0].both_ms / row.both_ms, 2), peaks.get(row.name)
+        row.kernels = kernels.get(row.name, {})
         if case.alike:
             first = outputs[rows[0].name]
             row.error = ((outputs[row.name] - first).abs().max() / first.abs().max()).item()

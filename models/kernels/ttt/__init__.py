@@ -159,17 +159,9 @@ def _(do, dlast, q, k, v, steps, sizes, start, gamma, beta, first, group, fresh,
 
 
 def _sizes(q: Tensor, first: Tensor, group: Tensor, fresh: Tensor | None) -> dict[str, object]:
-    from models.regression.ttt.inner_model import EPS
-
     _, L, H, K = q.shape
     sizes = {"L": L, "H": H, "N": first.shape[1] - 1, "G": group.shape[1] - 1, "C": MINI_BATCH, "K": K}
-    sizes |= {
-        "DOCUMENTS": fresh is not None,
-        "EPS": EPS,
-        "num_warps": 4 if K <= 64 else 8,
-        "num_stages": 1,
-    }
-    return sizes
+    return sizes | {"DOCUMENTS": fresh is not None, "num_warps": 4 if K <= 64 else 8, "num_stages": 1}
 
 
 def _keep(ctx, inputs, output):

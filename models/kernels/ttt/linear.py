@@ -25,7 +25,7 @@ from models.kernels.ttt.parts import dot, gradient_backward, load, project, stan
 @triton.jit
 def linear_forward(
     q, k, v, steps, sizes, start, gammas, betas, first, group, fresh, init, o, last, kept,
-    L, H, N, G, C: tl.constexpr, K: tl.constexpr, DOCUMENTS: tl.constexpr, EPS: tl.constexpr,
+    L, H, N, G, C: tl.constexpr, K: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, head, P = row // H, row % H, K * K + K
@@ -50,11 +50,11 @@ def linear_forward(
             x = load(k, batch, head, token, real, L, H, K)
             target = load(v, batch, head, token, real, L, H, K) - x
             eta = tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)[:, None]
-            y, scale = standardise(dot(x, W, TYPE) + b[None, :], K, EPS)
+            y, scale = standardise(dot(x, W, TYPE) + b[None, :], K)
             u = eta * project(gamma * (gamma * y + beta - target), y, scale, K)
             A = tl.where(lower, dot(query, tl.trans(x), TYPE) + 1.0, 0.0)
             z = dot(query, W, TYPE) + b[None, :] - c * dot(A, u, TYPE)
-            y, scale = standardise(z, K, EPS)
+            y, scale = standardise(z, K)
             out = query + gamma * y + beta
             tl.store(tokens(o, batch, head, token, L, H, K), out.to(o.dtype.element_ty), mask=real[:, None])
             size = tl.where(end - begin == C, last_c, 0.0)
@@ -68,7 +68,7 @@ def linear_forward(
 def linear_backward(
     q, k, v, steps, sizes, start, gammas, betas, first, group, fresh, kept, do, dlast,
     dq, dk, dv, dsteps, dsizes, dstart, dinit, dgammas, dbetas, scratch,
-    L, H, N, G, C: tl.constexpr, K: tl.constexpr, DOCUMENTS: tl.constexpr, EPS: tl.constexpr, GROUP: tl.constexpr,
+    L, H, N, G, C: tl.constexpr, K: tl.constexpr, DOCUMENTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The transpose of every line above. d* of what all sequences share are of this one; dstart comes in as zeros."""
     row = tl.program_id(0).to(tl.int64)
@@ -104,7 +104,7 @@ def linear_backward(
             x = load(k, batch, head, token, real, L, H, K)
             target = load(v, batch, head, token, real, L, H, K) - x
             eta = tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)[:, None]
-            y, scale = standardise(dot(x, W, TYPE) + b[None, :], K, EPS)
+            y, scale = standardise(dot(x, W, TYPE) + b[None, :], K)
             u = eta * project(gamma * (gamma * y + beta - target), y, scale, K)
             size = tl.where(end - begin == C, last_c, 0.0)
             W -= size * dot(tl.trans(x), u, TYPE)
@@ -128,11 +128,11 @@ def linear_backward(
             eta = tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)[:, None]
             size = tl.where(end - begin == C, last_c, 0.0)
 
-            y, scale = standardise(dot(x, W, TYPE) + b[None, :], K, EPS)
+            y, scale = standardise(dot(x, W, TYPE) + b[None, :], K)
             gradient = project(gamma * (gamma * y + beta - target), y, scale, K)
             u = eta * gradient
             A = tl.where(lower, dot(query, tl.trans(x), TYPE) + 1.0, 0.0)
-            y_read, scale_read = standardise(dot(query, W, TYPE) + b[None, :] - c * dot(A, u, TYPE), K, EPS)
+            y_read, scale_read = standardise(dot(query, W, TYPE) + b[None, :] - c * dot(A, u, TYPE), K)
 
             dgamma += dout * y_read
             dbeta += dout

@@ -19,7 +19,6 @@ from models.kernels import backend
 from models.kernels.ttt import mlp_tiles, slab
 from models.kernels.ttt.mlp_reads import read, read_gradient, write_gradient
 from models.kernels.ttt.mlp_scans import scan, scan_gradient
-from models.regression.ttt.inner_model import EPS
 
 OPTIONS = {  # hidden units of a program, or of what it takes at a time; warps and stages
     "scan": (64, 4, 1),
@@ -55,7 +54,7 @@ class MLP:
         self.slabs = [(g, min(g + self.spans, self.G)) for g in range(0, self.G, self.spans)]
         self.tokens = (self.spans + 1) * C  # a slab's last mini-batch may reach into the span after
         self.common = {"L": L, "H": self.H, "N": N, "G": self.G, "SPANS": self.spans, "C": C, "K": K, "F": F}
-        self.common |= {"DOCUMENTS": fresh is not None, "EPS": EPS}
+        self.common |= {"DOCUMENTS": fresh is not None}
         W1, b1, W2, b2 = start.split([K * F, F, F * K, K], dim=1)
         W1 = W1.unflatten(1, (K, F)).mT.flatten(1)
         self.opening, self.opening_biases = torch.cat([W1, W2], 1).to(q.dtype), torch.cat([b1, b2], 1)
@@ -64,7 +63,7 @@ class MLP:
     def forward(self, init: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """o, the last weights, and those at the first mini-batch of each slab [B, H, slabs, P]."""
         o, last = torch.empty_like(self.v), init.clone()
-        kept = torch.empty_like(init[:, :, None].expand(-1, -1, len(self.slabs), -1))
+        kept = init.new_empty(*init.shape[:2], len(self.slabs), init.shape[2])
         for i, (g0, g1) in enumerate(self.slabs):
             kept[:, :, i] = last
             self._scan(last, g0, g1)

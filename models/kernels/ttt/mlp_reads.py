@@ -23,7 +23,7 @@ def _units(weights, biases, j, K: tl.constexpr, F: tl.constexpr, BF: tl.constexp
 @triton.jit
 def _errors(
     weights, biases, x, target, gamma, beta,
-    K: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, EPS: tl.constexpr, TYPE: tl.constexpr,
+    K: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Z_2 of a mini-batch standardised and by what, and dl/dZ_2."""
     z = tl.zeros(x.shape, tl.float32) + tl.load(biases + F + tl.arange(0, K)[:, None])
@@ -31,14 +31,14 @@ def _errors(
         _, W1, b1, at_W2 = _units(weights, biases, j, K, F, BF)
         middle, _, _ = gelu(dot(W1, x, TYPE) + b1)
         z += dot(tl.trans(tl.load(at_W2)), middle, TYPE)
-    y, scale = standardise(z, K, EPS, 0)
+    y, scale = standardise(z, K, 0)
     return y, scale, project(gamma * (gamma * y + beta - target), y, scale, K, 0)
 
 
 @triton.jit
 def _read(
     weights, biases, query, x, u2, A1, c, written, wide, index, mask,
-    K: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, EPS: tl.constexpr, TYPE: tl.constexpr, KEEP: tl.constexpr,
+    K: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, TYPE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Z_2 of the queries standardised and by what, and A' of the second layer [writer, reader]; A1 is the first one's.
     c [1, C]: the token sizes. KEEP: what is found on the way is left in wide.
@@ -62,7 +62,7 @@ def _read(
             tl.store(wide_at(wide, index, at.ERROR, unit, F), u1, mask=mask)
             tl.store(wide_at(wide, index, at.READ, unit, F), read, mask=mask)
     A2 = tl.where(written, scores + 1.0, 0.0).to(TYPE)
-    y, scale = standardise(z - c * dot(u2, A2, TYPE), K, EPS, 0)
+    y, scale = standardise(z - c * dot(u2, A2, TYPE), K, 0)
     return y, scale, A2
 
 
@@ -70,8 +70,8 @@ def _read(
 def read(
     q, k, v, steps, sizes, gammas, betas, first, group, fresh, opening, opening_biases, weights, biases,
     o,
-    L, H, N, G, g0, SPANS, C: tl.constexpr, K: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
-    DOCUMENTS: tl.constexpr, EPS: tl.constexpr,
+    L, H, N, G, g0, SPANS,
+    C: tl.constexpr, K: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """opening [H, 2, F, K] and opening_biases [H, F + K]: W_0 and b_0, as weights and biases are."""
     TYPE: tl.constexpr = q.dtype.element_ty
@@ -93,10 +93,10 @@ def read(
         x = tl.load(columns(k, batch, head, token, L, H, K), mask=real[None, :], other=0.0)
         target = tl.load(columns(v, batch, head, token, L, H, K), mask=real[None, :], other=0.0).to(tl.float32) - x
         eta = tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)[None, :]
-        _, _, gradient = _errors(at_W, at_b, x, target, gamma, beta, K, F, BF, EPS, TYPE)
+        _, _, gradient = _errors(at_W, at_b, x, target, gamma, beta, K, F, BF, TYPE)
         u2 = (eta * gradient).to(TYPE)
         A1 = tl.where(written, dot(tl.trans(x), query, TYPE) + 1.0, 0.0).to(TYPE)
-        y, _, _ = _read(at_W, at_b, query, x, u2, A1, c, written, o, token, token, K, F, BF, EPS, TYPE, False)
+        y, _, _ = _read(at_W, at_b, query, x, u2, A1, c, written, o, token, token, K, F, BF, TYPE, False)
         out = query.to(tl.float32) + gamma * y + beta
         tl.store(columns(o, batch, head, token, L, H, K), out.to(o.dtype.element_ty), mask=real[None, :])
 
@@ -105,8 +105,8 @@ def read(
 def read_gradient(
     q, k, v, steps, sizes, gammas, betas, first, group, fresh, opening, opening_biases, weights, biases, do,
     dq, dsizes, dgammas, dbetas, wide, narrow,
-    L, H, N, G, g0, SPANS, C: tl.constexpr, K: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
-    DOCUMENTS: tl.constexpr, EPS: tl.constexpr,
+    L, H, N, G, g0, SPANS,
+    C: tl.constexpr, K: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """All that needs no gradient by later weights. dsizes [B H, G, C], dgammas and dbetas [B H, G, K]: by those of
     queries; wide and narrow but DSUM and DERROR.
@@ -135,13 +135,13 @@ def read_gradient(
         target = tl.load(columns(v, batch, head, token, L, H, K), mask=mask, other=0.0).to(tl.float32) - x
         eta = tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)[None, :]
         dout = tl.load(columns(do, batch, head, token, L, H, K), mask=mask, other=0.0).to(tl.float32)
-        y, scale, gradient = _errors(at_W, at_b, x, target, gamma, beta, K, F, BF, EPS, TYPE)
+        y, scale, gradient = _errors(at_W, at_b, x, target, gamma, beta, K, F, BF, TYPE)
         u2 = (eta * gradient).to(TYPE)
         tl.store(narrow_at(narrow, index, at.STANDARD, K), y, mask=mask)
         tl.store(narrow_at(narrow, index, at.GRADIENT, K), gradient, mask=mask)
         tl.store(narrow + (index * at.NARROW + at.SCALE)[None, :] * K, scale, mask=mask)
         A1 = tl.where(written, dot(tl.trans(x), query, TYPE) + 1.0, 0.0).to(TYPE)
-        y, scale, A2 = _read(at_W, at_b, query, x, u2, A1, c, written, wide, index, mask, K, F, BF, EPS, TYPE, True)
+        y, scale, A2 = _read(at_W, at_b, query, x, u2, A1, c, written, wide, index, mask, K, F, BF, TYPE, True)
         dgamma += dout * y
         dbeta += dout
         dz2 = project(dout * gamma, y, scale, K, 0)
@@ -180,8 +180,8 @@ def read_gradient(
 def write_gradient(
     k, v, steps, sizes, gammas, betas, first, group, fresh, opening, weights, wide, narrow, dkept, dkept_biases,
     dk, dv, dsteps, dsizes, dgammas, dbetas,
-    L, H, N, G, g0, SPANS, C: tl.constexpr, K: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
-    DOCUMENTS: tl.constexpr, EPS: tl.constexpr,
+    L, H, N, G, g0, SPANS,
+    C: tl.constexpr, K: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """The gradients by pairs and what is left of those by sizes, gamma and beta, which are added to."""
     TYPE: tl.constexpr = k.dtype.element_ty

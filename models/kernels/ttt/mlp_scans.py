@@ -20,8 +20,8 @@ from models.kernels.ttt.parts import columns, dot, gradient_backward, project, s
 def scan(
     k, v, steps, sizes, start, gammas, betas, first, group, fresh,
     last, weights, biases, sums, arrived,
-    L, H, N, G, g0, g1, SPANS, C: tl.constexpr, K: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
-    DOCUMENTS: tl.constexpr, EPS: tl.constexpr,
+    L, H, N, G, g0, g1, SPANS,
+    C: tl.constexpr, K: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """Groups g0 up to g1: moves `last` [B H, P] on, packed as start [H, P] is, and leaves behind weights and biases."""
     SPLIT: tl.constexpr = F // BF
@@ -60,7 +60,7 @@ def scan(
             tl.store(turn + part * (K * C), z)
             meet(arrived + program, SPLIT * (n - n0 + 1))
             z = total(turn, SPLIT, K * C)
-        y, scale = standardise(z + b2, K, EPS, 0)
+        y, scale = standardise(z + b2, K, 0)
         u2 = (eta * project(gamma * (gamma * y + beta - target), y, scale, K, 0)).to(TYPE)
         u1 = (dot(R2, u2, TYPE) * slope).to(TYPE)
         if new == 0:
@@ -87,8 +87,8 @@ def scan(
 def scan_gradient(
     q, k, v, steps, sizes, gammas, betas, first, group, fresh, opening, weights, wide, narrow,
     dinit, dstart, dlast_c, dkept, dkept_biases, sums, arrived,
-    L, H, N, G, g0, g1, SPANS, C: tl.constexpr, K: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
-    DOCUMENTS: tl.constexpr, EPS: tl.constexpr,
+    L, H, N, G, g0, g1, SPANS,
+    C: tl.constexpr, K: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """From the last mini-batch of groups g0 up to g1 to their first: dinit [B H, P], in and out the gradient by the
     weights D_1 and D_2; dstart [B H, P], which is added to as dlast_c [B H, SPLIT] is; DSUM and DERROR. dkept [B H,
@@ -117,24 +117,24 @@ def scan_gradient(
         begin, end = tl.load(first + batch * (N + 1) + n), tl.load(first + batch * (N + 1) + n + 1)
         token = begin + place
         real, index, slot = token < end, token - origin, program * SPANS + begin // C - g0
-        columns_real, full = real[None, :], tl.where(end - begin == C, 1.0, 0.0)
+        mask, full = real[None, :], tl.where(end - begin == C, 1.0, 0.0)
         size, at_W = full * last_c, weights + slot * (2 * F * K)
         if DOCUMENTS:
             new = tl.load(fresh + batch * N + n) != 0
             at_W = tl.where(new, opening + head * (2 * F * K), at_W)
-        x = tl.load(columns(k, batch, head, token, L, H, K), mask=columns_real, other=0.0)
-        middle = tl.load(wide_at(wide, index, at.MIDDLE, unit, F), mask=columns_real, other=0.0)
-        slope = tl.load(wide_at(wide, index, at.SLOPE, unit, F), mask=columns_real, other=0.0).to(tl.float32)
-        bend = tl.load(wide_at(wide, index, at.BEND, unit, F), mask=columns_real, other=0.0).to(tl.float32)
-        du1 = tl.load(wide_at(wide, index, at.DERROR1_READ, unit, F), mask=columns_real, other=0.0).to(tl.float32)
-        dmiddle = tl.load(wide_at(wide, index, at.DMIDDLE_READ, unit, F), mask=columns_real, other=0.0).to(tl.float32)
+        x = tl.load(columns(k, batch, head, token, L, H, K), mask=mask, other=0.0)
+        middle = tl.load(wide_at(wide, index, at.MIDDLE, unit, F), mask=mask, other=0.0)
+        slope = tl.load(wide_at(wide, index, at.SLOPE, unit, F), mask=mask, other=0.0).to(tl.float32)
+        bend = tl.load(wide_at(wide, index, at.BEND, unit, F), mask=mask, other=0.0).to(tl.float32)
+        du1 = tl.load(wide_at(wide, index, at.DERROR1_READ, unit, F), mask=mask, other=0.0).to(tl.float32)
+        dmiddle = tl.load(wide_at(wide, index, at.DMIDDLE_READ, unit, F), mask=mask, other=0.0).to(tl.float32)
         W2 = tl.load(at_W + F * K + tile)
         eta = tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)[None, :]
-        y = tl.load(narrow_at(narrow, index, at.STANDARD, K), mask=columns_real, other=0.0)
-        gradient = tl.load(narrow_at(narrow, index, at.GRADIENT, K), mask=columns_real, other=0.0)
+        y = tl.load(narrow_at(narrow, index, at.STANDARD, K), mask=mask, other=0.0)
+        gradient = tl.load(narrow_at(narrow, index, at.GRADIENT, K), mask=mask, other=0.0)
         scale = tl.load(narrow + index * (at.NARROW * K) + at.SCALE * K, mask=real, other=0.0)[None, :]
-        target = tl.load(columns(v, batch, head, token, L, H, K), mask=columns_real, other=0.0).to(tl.float32) - x
-        du2 = tl.load(narrow_at(narrow, index, at.DERROR_READ, K), mask=columns_real, other=0.0)
+        target = tl.load(columns(v, batch, head, token, L, H, K), mask=mask, other=0.0).to(tl.float32) - x
+        du2 = tl.load(narrow_at(narrow, index, at.DERROR_READ, K), mask=mask, other=0.0)
         u2 = (eta * gradient).to(TYPE)
 
         # what the writes hand back: -c (X D + d) by u
@@ -154,16 +154,16 @@ def scan_gradient(
         dmiddle += dot(W2, dz2, TYPE) - size * dot(E2, u2, TYPE)
         dz1 = (dmiddle * slope + du1 * bend).to(TYPE)
 
-        tl.store(wide_at(wide, index, at.DSUM, unit, F), dz1, mask=columns_real)
+        tl.store(wide_at(wide, index, at.DSUM, unit, F), dz1, mask=mask)
         if part == 0:
-            tl.store(narrow_at(narrow, index, at.DERROR, K), du2, mask=columns_real)
+            tl.store(narrow_at(narrow, index, at.DERROR, K), du2, mask=mask)
         if full > 0:
             tl.store(dkept + slot * (F * K) + tile, E1)
             tl.store(dkept_biases + slot * F + unit[:, None], d1)
-        query = tl.load(columns(q, batch, head, token, L, H, K), mask=columns_real, other=0.0)
-        read = tl.load(wide_at(wide, index, at.READ, unit, F), mask=columns_real, other=0.0)
-        dread = tl.load(wide_at(wide, index, at.DREAD, unit, F), mask=columns_real, other=0.0)
-        dout = tl.load(narrow_at(narrow, index, at.DOUT, K), mask=columns_real, other=0.0)
+        query = tl.load(columns(q, batch, head, token, L, H, K), mask=mask, other=0.0)
+        read = tl.load(wide_at(wide, index, at.READ, unit, F), mask=mask, other=0.0)
+        dread = tl.load(wide_at(wide, index, at.DREAD, unit, F), mask=mask, other=0.0)
+        dout = tl.load(narrow_at(narrow, index, at.DOUT, K), mask=mask, other=0.0)
         D1 += dot(dz1, tl.trans(x), TYPE) + dot(dread, tl.trans(query), TYPE)
         D2 += dot(middle, tl.trans(dz2.to(TYPE)), TYPE) + dot(dback, tl.trans(u2), TYPE)
         D2 += dot(read, tl.trans(dout.to(TYPE)), TYPE)

@@ -8,6 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from models.regression.ttt import inner_model
+
+EPS = tl.constexpr(inner_model.EPS)
+
 
 @triton.jit
 def dot(x, y, TYPE: tl.constexpr):
@@ -21,7 +25,7 @@ def mean(x, K: tl.constexpr, AXIS: tl.constexpr = 1):
 
 
 @triton.jit
-def standardise(z, K: tl.constexpr, EPS: tl.constexpr, AXIS: tl.constexpr = 1):
+def standardise(z, K: tl.constexpr, AXIS: tl.constexpr = 1):
     z = z - mean(z, K, AXIS)
     scale = 1 / tl.sqrt(mean(z * z, K, AXIS) + EPS)
     return z * scale, scale
