@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.kernels.ttt.parts import dot, gradient_backward, load, project, standardise, tokens
+from models.kernels.ttt.parts import dot, gradient_backward, load, mini_batch, project, standardise, tokens
 
 
 @triton.jit
@@ -40,11 +40,9 @@ def linear_forward(
         tl.store(kept + (row * G + g) * P + matrix, W)
         tl.store(kept + (row * G + g) * P + bias, b)
         for n in range(tl.load(group + batch * (G + 1) + g), tl.load(group + batch * (G + 1) + g + 1)):
-            begin, end = tl.load(first + batch * (N + 1) + n), tl.load(first + batch * (N + 1) + n + 1)
-            token = begin + place
-            real = token < end
+            _begin, length, token, real, new = mini_batch(first, fresh, batch, n, N, C, DOCUMENTS)
             if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
-                if tl.load(fresh + batch * N + n) != 0:
+                if new:
                     W, b = tl.load(start + head * P + matrix), tl.load(start + head * P + bias)
             query = load(q, batch, head, token, real, L, H, K)
             x = load(k, batch, head, token, real, L, H, K)
@@ -57,7 +55,7 @@ def linear_forward(
             y, scale = standardise(z, K)
             out = query + gamma * y + beta
             tl.store(tokens(o, batch, head, token, L, H, K), out.to(o.dtype.element_ty), mask=real[:, None])
-            size = tl.where(end - begin == C, last_c, 0.0)
+            size = tl.where(length == C, last_c, 0.0)
             W -= size * dot(tl.trans(x), u, TYPE)
             b -= size * tl.sum(u, 0)
     tl.store(last + row * P + matrix, W)
@@ -89,12 +87,7 @@ def linear_backward(
         W, b = tl.load(kept + (row * G + g) * P + matrix), tl.load(kept + (row * G + g) * P + bias)
         tl.debug_barrier()
         for n in range(n0, n1):
-            begin, end = tl.load(first + batch * (N + 1) + n), tl.load(first + batch * (N + 1) + n + 1)
-            token = begin + place
-            real = token < end
-            new = begin < 0
-            if DOCUMENTS:
-                new = tl.load(fresh + batch * N + n) != 0
+            begin, length, token, real, new = mini_batch(first, fresh, batch, n, N, C, DOCUMENTS)
             if new:
                 W, b = tl.load(start + head * P + matrix), tl.load(start + head * P + bias)
             else:  # a full mini-batch lies between two of these, so that no two meet
@@ -106,19 +99,15 @@ def linear_backward(
             eta = tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)[:, None]
             y, scale = standardise(dot(x, W, TYPE) + b[None, :], K)
             u = eta * project(gamma * (gamma * y + beta - target), y, scale, K)
-            size = tl.where(end - begin == C, last_c, 0.0)
+            size = tl.where(length == C, last_c, 0.0)
             W -= size * dot(tl.trans(x), u, TYPE)
             b -= size * tl.sum(u, 0)
         tl.debug_barrier()
         for j in range(n0, n1):
             n = n1 - 1 - (j - n0)
-            begin, end = tl.load(first + batch * (N + 1) + n), tl.load(first + batch * (N + 1) + n + 1)
-            token = begin + place
-            real = token < end
+            begin, length, token, real, new = mini_batch(first, fresh, batch, n, N, C, DOCUMENTS)
             here = scratch + (begin // C) % GROUP * P
-            new = begin < 0
             if DOCUMENTS:
-                new = tl.load(fresh + batch * N + n) != 0
                 here = tl.where(new, start + head * P, here)
             W, b = tl.load(here + matrix), tl.load(here + bias)
             query = load(q, batch, head, token, real, L, H, K)
@@ -126,7 +115,7 @@ def linear_backward(
             target = load(v, batch, head, token, real, L, H, K) - x
             dout = load(do, batch, head, token, real, L, H, K)
             eta = tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)[:, None]
-            size = tl.where(end - begin == C, last_c, 0.0)
+            size = tl.where(length == C, last_c, 0.0)
 
             y, scale = standardise(dot(x, W, TYPE) + b[None, :], K)
             gradient = project(gamma * (gamma * y + beta - target), y, scale, K)
@@ -141,7 +130,7 @@ def linear_backward(
             dc -= tl.sum(A * pulls, 1)
             dA = tl.where(lower, -c * pulls, 0.0)
             moved = dot(x, dW, TYPE) + db[None, :]
-            dlast_c -= tl.where(end - begin == C, tl.sum(moved * u, 1), 0.0)
+            dlast_c -= tl.where(length == C, tl.sum(moved * u, 1), 0.0)
             du = dot(tl.trans(A), -c * dz_read, TYPE) - size * moved
             dx = dot(tl.trans(dA), query, TYPE) - size * dot(u, tl.trans(dW), TYPE)
             dquery = dout + dot(dz_read, tl.trans(W), TYPE) + dot(dA, x, TYPE)

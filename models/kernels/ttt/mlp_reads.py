@@ -9,7 +9,7 @@ import triton.language as tl
 
 from models.kernels.ttt import mlp_tiles as at
 from models.kernels.ttt.mlp_tiles import gelu, narrow_at, wide_at
-from models.kernels.ttt.parts import columns, dot, gradient_backward, project, standardise
+from models.kernels.ttt.parts import columns, dot, gradient_backward, mini_batch, project, standardise
 
 
 @triton.jit
@@ -80,13 +80,10 @@ def read(
     gamma, beta = tl.load(gammas + head * K + key)[:, None], tl.load(betas + head * K + key)[:, None]
     c, written = tl.load(sizes + place)[None, :], place[:, None] <= place[None, :]
     for n in range(tl.load(group + batch * (G + 1) + g), tl.load(group + batch * (G + 1) + g + 1)):
-        begin, end = tl.load(first + batch * (N + 1) + n), tl.load(first + batch * (N + 1) + n + 1)
-        token = begin + place
-        real = token < end
+        begin, _length, token, real, new = mini_batch(first, fresh, batch, n, N, C, DOCUMENTS)
         slot = row * SPANS + begin // C - g0
         at_W, at_b = weights + slot * (2 * F * K), biases + slot * (F + K)
         if DOCUMENTS:
-            new = tl.load(fresh + batch * N + n) != 0
             at_W = tl.where(new, opening + head * (2 * F * K), at_W)
             at_b = tl.where(new, opening_biases + head * (F + K), at_b)
         query = tl.load(columns(q, batch, head, token, L, H, K), mask=real[None, :], other=0.0)
@@ -121,13 +118,11 @@ def read_gradient(
     narrow += row * (SPANS + 1) * C * (at.NARROW * K)
     dc, dgamma, dbeta = tl.zeros([C], tl.float32), tl.zeros([K, C], tl.float32), tl.zeros([K, C], tl.float32)
     for n in range(tl.load(group + batch * (G + 1) + g), tl.load(group + batch * (G + 1) + g + 1)):
-        begin, end = tl.load(first + batch * (N + 1) + n), tl.load(first + batch * (N + 1) + n + 1)
-        token = begin + place
-        real, index, slot = token < end, token - g0 * C, row * SPANS + begin // C - g0
+        begin, _length, token, real, new = mini_batch(first, fresh, batch, n, N, C, DOCUMENTS)
+        index, slot = token - g0 * C, row * SPANS + begin // C - g0
         mask = real[None, :]
         at_W, at_b = weights + slot * (2 * F * K), biases + slot * (F + K)
         if DOCUMENTS:
-            new = tl.load(fresh + batch * N + n) != 0
             at_W = tl.where(new, opening + head * (2 * F * K), at_W)
             at_b = tl.where(new, opening_biases + head * (F + K), at_b)
         query = tl.load(columns(q, batch, head, token, L, H, K), mask=mask, other=0.0)
@@ -186,20 +181,18 @@ def write_gradient(
     """The gradients by pairs and what is left of those by sizes, gamma and beta, which are added to."""
     TYPE: tl.constexpr = k.dtype.element_ty
     g, row = g0 + tl.program_id(0), tl.program_id(1).to(tl.int64)
-    batch, head, place, key = row // H, row % H, tl.arange(0, C), tl.arange(0, K)
+    batch, head, key = row // H, row % H, tl.arange(0, K)
     gamma, beta = tl.load(gammas + head * K + key)[:, None], tl.load(betas + head * K + key)[:, None]
     last_c = tl.load(sizes + C - 1)
     wide += row * (SPANS + 1) * C * (at.WIDE * F)
     narrow += row * (SPANS + 1) * C * (at.NARROW * K)
     dlast_c, dgamma, dbeta = tl.zeros([C], tl.float32), tl.zeros([K, C], tl.float32), tl.zeros([K, C], tl.float32)
     for n in range(tl.load(group + batch * (G + 1) + g), tl.load(group + batch * (G + 1) + g + 1)):
-        begin, end = tl.load(first + batch * (N + 1) + n), tl.load(first + batch * (N + 1) + n + 1)
-        token = begin + place
-        real, index, slot = token < end, token - g0 * C, row * SPANS + begin // C - g0
+        begin, length, token, real, new = mini_batch(first, fresh, batch, n, N, C, DOCUMENTS)
+        index, slot = token - g0 * C, row * SPANS + begin // C - g0
         mask = real[None, :]
         at_W = weights + slot * (2 * F * K)
         if DOCUMENTS:
-            new = tl.load(fresh + batch * N + n) != 0
             at_W = tl.where(new, opening + head * (2 * F * K), at_W)
         x = tl.load(columns(k, batch, head, token, L, H, K), mask=mask, other=0.0)
         target = tl.load(columns(v, batch, head, token, L, H, K), mask=mask, other=0.0).to(tl.float32) - x
@@ -214,7 +207,7 @@ def write_gradient(
         dbeta += more_beta
         dx -= dtarget
         moved = tl.zeros([K, C], tl.float32)
-        writes = tl.where(end - begin == C, F, 0)  # there is no dl/dW_1 after others
+        writes = tl.where(length == C, F, 0)  # there is no dl/dW_1 after others
         for j in tl.range(0, F // BF, disable_licm=True):
             unit = j * BF + tl.arange(0, BF)
             tile = unit[:, None] * K + key[None, :]

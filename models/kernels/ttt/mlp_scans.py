@@ -13,7 +13,7 @@ import triton.language as tl
 from models.kernels.exchange import meet, total
 from models.kernels.ttt import mlp_tiles as at
 from models.kernels.ttt.mlp_tiles import gelu, narrow_at, sum_columns, wide_at
-from models.kernels.ttt.parts import columns, dot, gradient_backward, project, standardise
+from models.kernels.ttt.parts import columns, dot, gradient_backward, mini_batch, project, standardise
 
 
 @triton.jit(do_not_specialize=["g0", "g1"])  # or each slab compiles its own
@@ -39,12 +39,8 @@ def scan(
     W1, b1, W2, b2 = tl.load(here + at_W1), tl.load(here + at_b1), tl.load(here + at_W2), tl.load(here + at_b2)
     n0, n1 = tl.load(group + batch * (G + 1) + g0), tl.load(group + batch * (G + 1) + g1)
     for n in tl.range(n0, n1, disable_licm=True):
-        begin, end = tl.load(first + batch * (N + 1) + n), tl.load(first + batch * (N + 1) + n + 1)
-        token = begin + place
-        real = token < end
-        new = begin < 0
-        if DOCUMENTS:
-            new = tl.load(fresh + batch * N + n) != 0
+        begin, length, token, real, new = mini_batch(first, fresh, batch, n, N, C, DOCUMENTS)
+        if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
             if new:
                 W1, b1 = tl.load(opening + at_W1), tl.load(opening + at_b1)
                 W2, b2 = tl.load(opening + at_W2), tl.load(opening + at_b2)
@@ -71,7 +67,7 @@ def scan(
             tl.store(at_biases + unit[:, None], b1)
             if part == 0:
                 tl.store(at_biases + F + key[:, None], b2)
-        size = tl.where(end - begin == C, last_c, 0.0)
+        size = tl.where(length == C, last_c, 0.0)
         W1 -= size * dot(u1, tl.trans(x), TYPE)
         W2 -= size * dot(middle, tl.trans(u2), TYPE)
         b1 -= size * sum_columns(u1.to(tl.float32))
@@ -114,13 +110,11 @@ def scan_gradient(
     n0, n1 = tl.load(group + batch * (G + 1) + g0), tl.load(group + batch * (G + 1) + g1)
     for i in tl.range(0, n1 - n0, disable_licm=True):
         n = n1 - 1 - i
-        begin, end = tl.load(first + batch * (N + 1) + n), tl.load(first + batch * (N + 1) + n + 1)
-        token = begin + place
-        real, index, slot = token < end, token - origin, program * SPANS + begin // C - g0
-        mask, full = real[None, :], tl.where(end - begin == C, 1.0, 0.0)
+        begin, length, token, real, new = mini_batch(first, fresh, batch, n, N, C, DOCUMENTS)
+        index, slot = token - origin, program * SPANS + begin // C - g0
+        mask, full = real[None, :], tl.where(length == C, 1.0, 0.0)
         size, at_W = full * last_c, weights + slot * (2 * F * K)
         if DOCUMENTS:
-            new = tl.load(fresh + batch * N + n) != 0
             at_W = tl.where(new, opening + head * (2 * F * K), at_W)
         x = tl.load(columns(k, batch, head, token, L, H, K), mask=mask, other=0.0)
         middle = tl.load(wide_at(wide, index, at.MIDDLE, unit, F), mask=mask, other=0.0)

@@ -51,6 +51,19 @@ def gradient_backward(p, y, scale, gradient, target, gamma, beta, K: tl.constexp
 
 
 @triton.jit
+def mini_batch(first, fresh, batch, n, N, C: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """Of mini-batch n its first token and its length, its tokens and which of them it has, and whether it begins a
+    document.
+    """
+    begin, end = tl.load(first + batch * (N + 1) + n), tl.load(first + batch * (N + 1) + n + 1)
+    token = begin + tl.arange(0, C)
+    new = begin < 0
+    if DOCUMENTS:
+        new = tl.load(fresh + batch * N + n) != 0
+    return begin, end - begin, token, token < end, new
+
+
+@triton.jit
 def tokens(x, batch, head, token, L, H, K: tl.constexpr):
     """Pointers to rows of x [B, L, H, K]."""
     return x + ((batch * L + token) * H + head)[:, None] * K + tl.arange(0, K)[None, :]
