@@ -7,8 +7,7 @@ models/regression/ttt/layer.py has the formulas. With u = eta dl/dz, A = tril(Q 
 c_b the last of c, or 0 where the mini-batch is not complete. What is kept for the backward pass is the weights at every
 GROUP-th mini-batch of the sequence; it computes the others of a group again before it goes through them backwards.
 
-A head's weights are packed: [W b] or [W_1 b_1 W_2 b_2], P numbers. The linear model's stay in registers. The MLP's are
-too many: they stay in `last` (going back, their gradients in `dinit`), which the L2 cache holds.
+A head's weights are packed as [W b], P numbers, and stay in registers.
 
 Mini-batches: group [B, G + 1] the first of each group, first [B, N + 1] their first tokens, fresh [B, N] those that
 begin a document (mini_batches.py). Shapes: C tokens of a mini-batch, K key width, F hidden width.

@@ -1,5 +1,5 @@
-"""TTT-MLP by Triton kernels: scans of what a mini-batch waits for (mlp_scans.py), two programs a head of a sequence,
-and all else for all mini-batches at once (mlp_reads.py).
+"""TTT-MLP by Triton kernels: scans of what a mini-batch waits for (mlp_scans.py), a program for 64 hidden units of a
+head of a sequence, and all else for all mini-batches at once (mlp_reads.py).
 
     forward    scan -> weights of every mini-batch -> read -> o
     backward   scan again; read_gradient, from the weights; scan_gradient, backwards -> dl/dW_1, what is left by errors;

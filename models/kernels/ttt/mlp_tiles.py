@@ -1,15 +1,15 @@
-"""What the kernels of TTT-MLP share: where tiles lie, the activation, and what a mini-batch writes.
+"""What the kernels of TTT-MLP share: where tiles lie, and the activation.
 
 As linear.py, with two layers: what is said there of a layer holds for each, with inputs X = k and gelu(Z_1). Tokens are
 columns: what belongs to the hidden layer is [F, C], and both layers' weights are [F, K], W_1 transposed.
 
-Memory, for T tokens of a slab, the mini-batches that begin in G spans of C of them (launch, mlp.py):
+Memory, for T tokens of a slab, the mini-batches that begin in G spans of C of them (mlp.py):
 
     weights [B H, G, 2, F, K]  both layers', in the type of q: before a mini-batch that goes on with a document. One at
                                most of those that begin in a span does: a full one lies before it.
     biases  [B H, G, F + K]    float32
     wide    [B H, T, 9, F]     in the type of q: see WIDE
-    narrow  [B H, T, 8, K]     float32: see NARROW
+    narrow  [B H, T, 7, K]     float32: see NARROW
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DMIDDLE_READ = tl.constexpr(6)  # because of queries, of errors: the gradients b
 DERROR1_READ = tl.constexpr(7)
 DSUM = tl.constexpr(8)  # of errors, in all: dZ_1
 
-NARROW = tl.constexpr(8)
+NARROW = tl.constexpr(7)
 STANDARD = tl.constexpr(0)  # of errors: (Z_2 - mean) / deviation, dl/dZ_2, and 1 / deviation, which is one number
 GRADIENT = tl.constexpr(1)
 SCALE = tl.constexpr(2)
