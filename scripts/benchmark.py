@@ -27,12 +27,15 @@ from scripts.benchmarks.timing import HEAD, compare, machine
 
 def ops(only: str | None, repeats: int, kernels: bool, path: Path | None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    cases = {size: make for size, make in operators.cases(device).items() if not only or only in size}
+    if not cases:
+        sys.exit(f"error: --only={only} is part of no size here: {', '.join(operators.cases(device))}")
+    if kernels and device == "cpu":
+        sys.exit("error: --kernels needs a GPU, and there is none here")
     print(f"{machine(device)}; error: largest difference to the first of its size, relative to its largest value")
     print(HEAD)
     rows = []
-    for size, make in operators.cases(device).items():
-        if only and only not in size:
-            continue
+    for size, make in cases.items():
         for row in compare(size, make(), device, repeats):
             print(row, flush=True)
             for name, (ms, calls) in row.kernels.items() if kernels else ():

@@ -35,6 +35,16 @@ def test_benchmark_prints_ours_beside_theirs(tmp_path):
     assert {"gated_delta", "titans", "mesa", "titans_mlp"} < {row["name"] for row in rows if row["error"] is None}
 
 
+def test_the_benchmark_says_what_it_does_not_have(monkeypatch):
+    from scripts import benchmark
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for arguments, message in (("--only tttt", "--only=tttt is part of no size here"), ("--kernels", "needs a GPU")):
+        monkeypatch.setattr("sys.argv", ["benchmark.py", "ops", *arguments.split()])
+        with pytest.raises(SystemExit, match=message):
+            benchmark.main()
+
+
 @pytest.mark.slow
 def test_prepare_data(train):
     done = script("scripts/prepare_data.py", "data=python_source", env=train.environment)

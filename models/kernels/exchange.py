@@ -1,8 +1,9 @@
-"""Sums over the programs that share a document of a head: each leaves its part in memory, waits for the others, and
-adds all parts up in their order, so that all have the same bits in every run.
+"""Sums over the programs that share a scan, that of a document of a head (deep/) or of all of a sequence's (ttt/): each
+leaves its part in memory, waits for the others, and adds all parts up in their order, so that all have the same bits in
+every run.
 
-The programs of a document are neighbours in the grid. A GPU starts programs in the order of the grid, so that at most
-one document has some that wait for others not yet started, and those start as soon as any other document ends.
+The programs of a scan are neighbours in the grid. A GPU starts programs in the order of the grid, so that at most one
+scan has some that wait for others not yet started, and those start as soon as any other scan ends.
 """
 
 from __future__ import annotations

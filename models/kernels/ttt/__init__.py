@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 MINI_BATCH = 16  # the smallest that Triton's products take, and the paper's
 WIDTHS = {"linear": (16, 32, 64, 128), "mlp": (16, 32, 64)}  # of keys; wider ones' weights do not fit on chip
-GROUP = 8  # spans of so many tokens from the linear model's weights that are kept to the next
-SLAB = 4096  # spans that the MLP's kernels take at a time, of all heads of all sequences
+GROUP = 8  # the linear model's weights are kept for the backward pass at every 8th span of MINI_BATCH tokens
+SLAB = 4096  # spans of MINI_BATCH tokens that the MLP's kernels take at a time, of all heads of all sequences
 
 
 def refusal(device: torch.device, dtype: torch.dtype, inner_model: str, key_dim: int, grad_batch: int) -> str | None:

@@ -47,7 +47,7 @@ class MLP:
         fresh: Tensor | None,
     ) -> None:
         self.q, self.k, self.v, self.steps, self.sizes, self.start = q, k, v, steps, sizes, start
-        self.gamma, self.beta, self.first, self.group, self.fresh = gamma, beta, first, group, fresh
+        self.given = steps, sizes, gamma, beta, first, group, fresh
         (B, L, self.H, K), C, N, self.G = q.shape, len(sizes), first.shape[1] - 1, group.shape[1] - 1
         self.rows, F = B * self.H, 4 * K
         self.spans = min(slab(self.rows), self.G)
@@ -68,8 +68,7 @@ class MLP:
             kept[:, :, i] = last
             self._scan(last, g0, g1)
             read[g1 - g0, self.rows](
-                self.q, self.k, self.v, self.steps, self.sizes, self.gamma, self.beta, self.first, self.group,
-                self.fresh, self.opening, self.opening_biases, self.weights, self.biases, o,
+                self.q, self.k, self.v, *self.given, self.opening, self.opening_biases, self.weights, self.biases, o,
                 g0=g0, **self._options("read"),
             )  # fmt: skip
         return o, last, kept
@@ -90,18 +89,15 @@ class MLP:
             grid = g1 - g0, self.rows
             self._scan(kept[:, :, i].clone(memory_format=torch.contiguous_format), g0, g1)
             read_gradient[grid](
-                self.q, self.k, self.v, self.steps, self.sizes, self.gamma, self.beta, self.first, self.group,
-                self.fresh, self.opening, self.opening_biases, self.weights, self.biases, do,
+                self.q, self.k, self.v, *self.given, self.opening, self.opening_biases, self.weights, self.biases, do,
                 dq, dsizes, dgamma, dbeta, wide, narrow, g0=g0, **self._options("read_gradient"),
             )  # fmt: skip
             scan_gradient[(self.rows * split,)](
-                self.q, self.k, self.v, self.steps, self.sizes, self.gamma, self.beta, self.first, self.group,
-                self.fresh, self.opening, self.weights, wide, narrow, dinit, dstart, dlast_c, dkept, dkept_biases,
-                *self._meeting(split), g0=g0, g1=g1, **scan_options,
+                self.q, self.k, self.v, *self.given, self.opening, self.weights, wide, narrow,
+                dinit, dstart, dlast_c, dkept, dkept_biases, *self._meeting(split), g0=g0, g1=g1, **scan_options,
             )  # fmt: skip
             write_gradient[grid](
-                self.k, self.v, self.steps, self.sizes, self.gamma, self.beta, self.first, self.group, self.fresh,
-                self.opening, self.weights, wide, narrow, dkept, dkept_biases,
+                self.k, self.v, *self.given, self.opening, self.weights, wide, narrow, dkept, dkept_biases,
                 dk, dv, dsteps, dsizes, dgamma, dbeta, g0=g0, **self._options("write_gradient"),
             )  # fmt: skip
         B = len(self.q)
@@ -113,8 +109,8 @@ class MLP:
         """Moves the weights `last` over the spans of a slab, and leaves those of its mini-batches behind."""
         options, split = self._shared_out("scan")
         scan[(self.rows * split,)](
-            self.k, self.v, self.steps, self.sizes, self.start, self.gamma, self.beta, self.first, self.group,
-            self.fresh, last, self.weights, self.biases, *self._meeting(split), g0=g0, g1=g1, **options,
+            self.k, self.v, *self.given, self.start, last, self.weights, self.biases, *self._meeting(split),
+            g0=g0, g1=g1, **options,
         )  # fmt: skip
 
     def _new(self, *shape: int) -> Tensor:

@@ -2,6 +2,19 @@
 has SPLIT programs, each with BF of the hidden units, whose weights, or the gradients by them, stay in registers. What
 sums over all units they exchange in memory (kernels/exchange.py), once a mini-batch.
 
+With X_1 = k, X_2 = gelu(Z_1), Z = X W + b, u_2 = eta dl/dZ_2, u_1 = (u_2 W_2') * gelu'(Z_1) and c as in linear.py,
+
+    scan            Z_2 = sum over units;  W <- W - c X' u ,  b <- b - c sum u  of both layers
+    scan_gradient   du_1 = du_1 - c (X_1 D_1 + d_1)
+                    du_2 = du_2 - c d_2 + sum over units of (du_1 * gelu'(Z_1)) W_2 - c X_2 D_2
+                    dX_2 = dX_2 + dZ_2 W_2' - c u_2 D_2' ,  dZ_2 by the second derivative of the norm's loss, from du_2
+                    dZ_1 = dX_2 * gelu'(Z_1) + du_1 * gelu''(Z_1) * (u_2 W_2')
+                    D <- D + what W is read for: X' dZ of errors, X' dZ of queries, (du_1 * gelu'(Z_1))' u_2 in layer 2
+
+where D and d are the gradients by W and b after a mini-batch, and what stands on the right as du and dX is because of
+queries, which read_gradient has found. (The transpose of the dual form of Sun et al. 2024, section 2.5; the layer is in
+models/regression/ttt/layer.py.)
+
 Stores come after the exchange, which would wait for them.
 """
 
@@ -18,7 +31,7 @@ from models.kernels.ttt.parts import columns, dot, gradient_backward, mini_batch
 
 @triton.jit(do_not_specialize=["g0", "g1"])  # or each slab compiles its own
 def scan(
-    k, v, steps, sizes, start, gammas, betas, first, group, fresh,
+    k, v, steps, sizes, gammas, betas, first, group, fresh, start,
     last, weights, biases, sums, arrived,
     L, H, N, G, g0, g1, SPANS,
     C: tl.constexpr, K: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, DOCUMENTS: tl.constexpr,

@@ -57,7 +57,7 @@ def mini_batch(first, fresh, batch, n, N, C: tl.constexpr, DOCUMENTS: tl.constex
     """
     begin, end = tl.load(first + batch * (N + 1) + n), tl.load(first + batch * (N + 1) + n + 1)
     token = begin + tl.arange(0, C)
-    new = begin < 0
+    new = begin < 0  # false, and of the type that it has with documents
     if DOCUMENTS:
         new = tl.load(fresh + batch * N + n) != 0
     return begin, end - begin, token, token < end, new
