@@ -1,0 +1,94 @@
+"""Golden losses: what every preset's first steps cost, kept as text, so that a change of the code that should change no
+number shows that it changed none.
+
+    python -m tests.golden.test_losses            # which lines of losses.txt are still the same, bit for bit
+    python -m tests.golden.test_losses --write    # writes it anew, after a change that is meant to change numbers
+
+A line is a preset and the nats per token of each of 20 steps at size=tiny, float32 on one thread of a CPU, with nine
+digits, which tell a float32 from its neighbours. The text is made here, so that no other Python or corpus changes it.
+Another processor, or another release of torch, sums in another order; the test allows for that and no more.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from models.language_model import LanguageModel, LanguageModelConfig
+from models.training.optimizer import adamw
+from scripts.recipes import PRESETS, composed
+
+FILE = Path(__file__).with_name("losses.txt")
+STEPS, BATCH, VOCABULARY = 20, 4, 64
+TOLERANCE = 2e-3  # relative; what the rounding of other processors grows to in 20 steps
+
+
+def batch(generator: torch.Generator, seq_len: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Bytes that a model can learn, their successors, and the documents of a row: each walks through the vocabulary by
+    steps that are mostly its own."""
+    documents = (torch.arange(seq_len + 1) // 50).expand(BATCH, -1)
+    stride = torch.randint(1, 8, (BATCH, 1 + seq_len // 50), generator=generator).gather(1, documents)
+    stride = torch.where(torch.rand(stride.shape, generator=generator) < 0.1, 11, stride)
+    ids = stride.cumsum(1) % VOCABULARY
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), documents[:, :-1].contiguous()
+
+
+def losses(preset: str) -> list[float]:
+    """Nats per token of every step."""
+    torch.manual_seed(0)
+    cfg = composed(preset, "size=tiny")
+    sizes = OmegaConf.to_container(cfg.model, resolve=True)
+    model = LanguageModel(LanguageModelConfig(vocab_size=VOCABULARY, **sizes))
+    optimizer, generator, found = adamw(model, lr=2.5e-3), torch.Generator().manual_seed(0), []
+    for _ in range(STEPS):
+        ids, targets, segments = batch(generator, cfg.seq_len)
+        loss = model.sum_nats(ids, targets, segments) / targets.numel()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def kept() -> dict[str, list[float]]:
+    """losses.txt."""
+    lines = (line.split() for line in FILE.read_text().splitlines() if not line.startswith("#"))
+    return {name: [float(x) for x in numbers] for name, *numbers in lines}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_losses_are_those_that_were_kept(preset):
+    assert losses(preset) == pytest.approx(kept()[preset], rel=TOLERANCE)
+
+
+def line(preset: str, found: list[float]) -> str:
+    return " ".join([preset, *(f"{x:.9g}" for x in found)])
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    if "--write" in sys.argv:
+        head = (
+            f"# nats per token of {STEPS} steps; torch {torch.__version__}; python -m tests.golden.test_losses --write"
+        )
+        FILE.write_text("\n".join([head, *(line(preset, losses(preset)) for preset in PRESETS)]) + "\n")
+        return
+    same = 0
+    for preset, before in kept().items():
+        now = losses(preset)
+        equal = line(preset, now) == line(preset, before)
+        same += equal
+        largest = max(abs(a - b) / b for a, b in zip(now, before, strict=True))
+        print(f"{preset:22} {'the same bits' if equal else f'relative difference up to {largest:.1e}'}", flush=True)
+    print(f"{same} of {len(kept())} are the same, bit for bit")
+
+
+if __name__ == "__main__":
+    main()
