@@ -18,10 +18,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from conf import schema
-from conf.build import build
 from conf.checks import mistakes
 from data.batch import batch_arithmetic, every
 from data.module import DataModule, misfits
+from models.build import build
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training.checkpoint import Checkpoint, newest_whole, step_of
 from models.training.finish import finish

@@ -16,10 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf import schema
-from conf.build import build, problems
 from data.batch import batch_arithmetic
 from data.tokenizer import Bytes
 from models.block import feed_forward
+from models.build import build, problems
 from models.language_model import LanguageModelConfig
 from models.regression.regressor import Regressor
 

@@ -2,7 +2,7 @@
 
 Hydra merges every group into it, so that a misspelt key or a word where a number belongs is refused wherever it stands:
 on the command line, behind a `+`, in an experiment's file. Nodes that describe one object (`data`, `optimizer`, a
-mixer, ...) are open here, because the signature of the class that they name is their schema: conf/build.py checks it
+mixer, ...) are open here, because the signature of the class that they name is their schema: models/build.py checks it
 before anything is built.
 """
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.mixer import Mixer, State
-from models.norm import RMSNorm, unit
-from models.precision import wide
+from models.mixers.mixer import Mixer, State
+from models.parts.norm import RMSNorm, unit
+from models.parts.precision import wide
 
 
 class SwiGLU(nn.Module):

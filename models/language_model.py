@@ -18,11 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Pret
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging as transformers_logging
 
-from conf.build import build
 from models.block import Block, feed_forward
+from models.build import build
 from models.loss import IGNORED, score, sum_nats
-from models.mixer import State
-from models.norm import RMSNorm
+from models.mixers.mixer import State
+from models.parts.norm import RMSNorm
 
 transformers_logging.disable_progress_bar()  # over a single file of weights
 

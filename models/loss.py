@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.precision import wide
+from models.parts.precision import wide
 
 IGNORED = -100
 LOGITS = 2**26  # at most so many logits at a time: 256 MiB in float32

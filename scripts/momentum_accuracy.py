@@ -22,7 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from models.regression.momentum import chunked_momentum, recurrent_momentum
+from models.regression.linear.momentum import chunked_momentum, recurrent_momentum
 from scripts.benchmarks import peers
 
 MOMENTA = (None, 0.99, 0.95, 0.9, 0.8, 0.6, 0.3, 0.1, 1e-2, 1e-4, 1e-6)  # None: drawn

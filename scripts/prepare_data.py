@@ -18,7 +18,7 @@ import hydra
 from omegaconf import DictConfig
 
 from conf import schema
-from conf.build import build
+from models.build import build
 
 schema.register()
 

@@ -21,8 +21,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from conf import schema
-from conf.build import build
-from models.mixer import Mixer
+from models.build import build
+from models.mixers.mixer import Mixer
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))

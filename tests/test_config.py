@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 import train as entry
 from conf import schema
-from conf.build import build, problems
+from models.build import build, problems
 from models.language_model import LanguageModel, LanguageModelConfig
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -105,7 +105,7 @@ MISTAKES = {
     "size=huge": "huge",
     "model.num_layers=twelve": "num_layers",
     "optimizer._target_=os.system": "optimizer._target_=os.system is not allowed",
-    "model.mixers.main._target_=models.mixer.Mixr": "model.mixers.main._target_=models.mixer.Mixr does not exist",
+    "model.mixers.main._target_=models.mixers.Mixr": "model.mixers.main._target_=models.mixers.Mixr does not exist",
     "model.mixers.main.qk_norm=l3": "qk_norm=l3 is not one of none, l2, rms",
     "model.mixers.main.regressor.backend=cuda": "backend='cuda' is not a backend; one of auto",
     "model.mixers.main.regressor.backend=fla": "backend=fla can't run",

@@ -132,7 +132,7 @@ CONFIGS = {
     f"{MIXER}.output_gate=tanh": "output_gate=tanh is not one of",
     f"{MIXER}.regressor.backend=cuda": "regressor.backend='cuda' is not a backend",
     f"{MIXER}.regressor.backend=fla": "regressor.backend=fla can't run Delta here",
-    f"{MIXER}._target_=models.mixer.Mixr": f"{MIXER}._target_=models.mixer.Mixr does not exist",
+    f"{MIXER}._target_=models.mixers.Mixr": f"{MIXER}._target_=models.mixers.Mixr does not exist",
     "model=softmax decay@model.mixers.main.decay=scalar": "Softmax cannot have a decay of kind",
     # data and tokenizers that aren't there
     "data=text_files": "to be set: data.corpus.path=...",
@@ -183,7 +183,7 @@ CONFIGS = {
     "+model.num_layer=4": "model.num_layer=4 is not a setting; did you mean model.num_layers?",
     "+sede=4": "sede=4 is not a setting; did you mean seed?",
     "+optimizer.learning_rate=0.1": "optimizer.learning_rate=0.1 is not a setting of",
-    f"+{MIXER}.n_head=4": f"{MIXER}.n_head=4 is not a setting of models.mixer.Mixer",
+    f"+{MIXER}.n_head=4": f"{MIXER}.n_head=4 is not a setting of models.mixers.Mixer",
     "+data.corpus.pth=x": "data.corpus.pth=x is not a setting of data.corpora.PythonSource",
     "+callbacks.sample.num_token=3": "callbacks.sample.num_token=3 is not a setting of",
 }
@@ -319,8 +319,14 @@ MODELS = {
         edited(mixers__main__rotary=[{"_target_": "os.system"}]),
         r"rotary\[0\]._target_=os.system is not",
     ),
-    "a class that isn't": (edited(mixers__main___target_="models.mixer.Mixr"), "models.mixer.Mixr does not exist"),
-    "a setting that isn't": (edited(mixers__main__shell="rm"), "shell=rm is not a setting of models.mixer.Mixer"),
+    "a class that isn't": (
+        edited(mixers__main___target_="models.mixers.Mixr"),
+        "models.mixers.Mixr does not exist",
+    ),
+    "a setting that isn't": (
+        edited(mixers__main__shell="rm"),
+        "shell=rm is not a setting of models.mixers.Mixer",
+    ),
     "a pattern of others": (edited(pattern=["other"]), "model.pattern names 'other', and model.mixers has main"),
     "no pattern": (edited(pattern=[]), "model.pattern is empty"),
     "heads that don't divide": (edited(mixers__main__num_heads=3), "num_heads=3 does not divide hidden_size=16"),

@@ -8,7 +8,7 @@ import shlex
 import pytest
 from omegaconf import OmegaConf
 
-from conf.build import problems
+from models.build import problems
 from scripts.recipes import PRESETS, recipe, table
 from tests.conftest import ROOT
 from tests.test_config import CONF, composed

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from models.precision import working_dtype
+from models.parts.precision import working_dtype
+from models.parts.sizes import Sizes
 from models.regression.regressor import Regressor
-from models.sizes import Sizes
 
 
 def first_memory(k: Tensor, v: Tensor, memory: Tensor | None) -> Tensor:

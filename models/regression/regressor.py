@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.sizes import Sizes
+from models.parts.sizes import Sizes
 
 # What a decay can be: no log_decay; one per head [B, T, H]; one per key channel [B, T, H, K]; one per head of which
 # mixer.py has put the sign into q and k, which a memory may accept if turning all keys turns it and changes no more.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.language_model import LanguageModel
-from models.mixer import Mixer
-from models.orthogonal import orthogonal
+from models.mixers.mixer import Mixer
+from models.parts.orthogonal import orthogonal
 
 
 def parameter_groups(model: LanguageModel, weight_decay: float) -> list[dict[str, Any]]:

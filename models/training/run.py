@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from conf.schema import FREE_TO_CHANGE
+from models.build import current
 
 
 class RunError(RuntimeError):
@@ -58,7 +59,7 @@ class Run:
             for part in self._contents() if self.config["overwrite"] else ():
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
         if path.exists():
-            before = OmegaConf.to_container(OmegaConf.load(path))
+            before = current(OmegaConf.to_container(OmegaConf.load(path)))
             if found := difference(before, self.config):
                 raise ValueError(
                     f"{self.folder} holds a run of this name with another config:\n{found}\n"

@@ -12,20 +12,20 @@ import torch.nn.functional as F
 from hydra.utils import get_class
 from torch import Tensor, nn
 
-from models.decay import NoDecay
-from models.features import Identity
 from models.kernels import fla
 from models.kernels import local_linear as kernels
-from models.mixer import Mixer
-from models.regression.delta import chunked_delta, kernel_delta
-from models.regression.kernel import Factor, gaussian, parallel_intention
-from models.regression.local import Softmax, of_heads
-from models.regression.local_polynomial import blocked_local_polynomial
+from models.mixers.mixer import Mixer
+from models.parts.decay import NoDecay
+from models.parts.features import Identity
+from models.parts.sizes import Sizes
+from models.regression.deep.ttt import TTT
+from models.regression.linear.delta import chunked_delta, kernel_delta
+from models.regression.linear.momentum import chunked_momentum, kernel_momentum
+from models.regression.local.constant import Softmax, of_heads
+from models.regression.local.kernel import Factor, gaussian, parallel_intention
+from models.regression.local.pairs import Pairs, View
+from models.regression.local.polynomial import blocked_local_polynomial
 from models.regression.memory import Memory
-from models.regression.momentum import chunked_momentum, kernel_momentum
-from models.regression.pairs import Pairs, View
-from models.regression.ttt import TTT
-from models.sizes import Sizes
 from scripts.benchmarks import peers
 from scripts.benchmarks.timing import Case, Operator, graphed, same
 from scripts.recipes import PRESETS, composed, mixer_of

@@ -96,7 +96,7 @@ def momentum_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step
 
 
 def ttt_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Another function than the published layer's: models/regression/ttt/layer.py, Others."""
+    """Another function than the published layer's: models/regression/deep/ttt/layer.py, Others."""
     from fla.ops.ttt import chunk_ttt_linear
 
     H, V = v.shape[2:]
@@ -123,7 +123,7 @@ OF_PRESETS = {
 def momentum_delta_formula(
     q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_momentum: Tensor, log_decay: Tensor, chunk: int = 64
 ) -> Tensor:
-    """models/regression/momentum.py's o for grad_batch 1 by fla's formula, in float32: the function beneath
+    """models/regression/linear/momentum.py's o for grad_batch 1 by fla's formula, in float32: the function beneath
     chunk_momentum_delta_rule, which refuses float32 itself. Plain PyTorch, on any device.
 
     Its coefficients are exp(.. - log of a cumulated momentum) times 1 - exp(..): the first grows without bound as the

@@ -26,8 +26,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from models.features import Cosine, FeatureMap, Performer, Taylor
-from models.sizes import Sizes
+from models.parts.features import Cosine, FeatureMap, Performer, Taylor
+from models.parts.sizes import Sizes
 
 RANDOM = {  # name: (map, orthogonal, colour)
     "Fourier": (Cosine, False, "tab:orange"),

@@ -24,10 +24,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from models.regression.kernel import Factor, parallel_intention
-from models.regression.local import local_constant
-from models.regression.local_polynomial import local_polynomial, monomials
-from models.regression.pairs import View, in_blocks
+from models.regression.local.constant import local_constant
+from models.regression.local.kernel import Factor, parallel_intention
+from models.regression.local.pairs import View, in_blocks
+from models.regression.local.polynomial import local_polynomial, monomials
 
 WIDTH, SWITCH, RIDGE = 8, 0.25, 1e-2
 BANDWIDTHS = [0.03, 0.1, 0.3, 1.0, 3.0, 10.0]

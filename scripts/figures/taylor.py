@@ -25,7 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from models.language_model import LanguageModel
-from models.regression.local import Softmax
+from models.regression.local.constant import Softmax
 
 BETAS, ORDERS = (1.0, 2.0, 4.0, 8.0, 16.0), range(13)
 

@@ -13,7 +13,7 @@ import torch
 from models.kernels import backend, fla
 from models.regression.regressor import FORGET
 from tests.kernels.interpreter import run_interpreted
-from tests.regression.test_delta import NAMES, draw, values_and_gradients
+from tests.regression.linear.test_delta import NAMES, draw, values_and_gradients
 
 ROUTES = ("chunk_gated_delta_rule", "chunk_kda")
 TOLERANCE = 5e-5  # FORGET takes a few digits of fla's cumulative sums
@@ -25,7 +25,7 @@ def errors(route: str, device: str = "cpu", tokens: int = 70) -> dict[str, float
     inputs = [x.to(device) for x in draw(tokens, dtype=torch.float32, width=16, heads=1)]
     inputs[4] = inputs[4].clone()
     inputs[4][:, [3, 4, 20, 66]] = FORGET
-    from models.regression.delta import recurrent_delta
+    from models.regression.linear.delta import recurrent_delta
 
     fla.route_gated_delta = lambda *_: route
     exact, form = (values_and_gradients(f, inputs) for f in (recurrent_delta, fla.gated_delta))
@@ -83,7 +83,7 @@ def test_routes(monkeypatch):
 
 
 def test_importing_the_models_does_not_import_fla():
-    code = "import sys, models.regression.delta; assert not {'fla', 'triton'} & {m.split('.')[0] for m in sys.modules}"
+    code = "import sys, models.regression.linear; assert not {'fla', 'triton'} & {m.split('.')[0] for m in sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from models.kernels import backend
 from models.kernels import local_linear as kernels
-from models.regression.local_polynomial import recurrent_local_polynomial
-from models.regression.pairs import Pairs, View, document_starts
+from models.regression.local.pairs import Pairs, View, document_starts
+from models.regression.local.polynomial import recurrent_local_polynomial
 from tests.kernels.interpreter import run_interpreted
 
 NAMES = ("o", "q", "k", "v", "beta", "ridge")

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from models.kernels import momentum
-from models.regression import omega
-from models.regression.delta import kernel_delta, recurrent_delta
 from models.regression.documents import forget_at_starts
-from models.regression.momentum import State, kernel_momentum, recurrent_momentum
+from models.regression.linear import omega
+from models.regression.linear.delta import kernel_delta, recurrent_delta
+from models.regression.linear.momentum import State, kernel_momentum, recurrent_momentum
 from tests.kernels.interpreter import run_interpreted
 from tests.laws.presets import mixer
 

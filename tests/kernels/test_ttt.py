@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from models.kernels.ttt import refusal
-from models.regression.ttt.layer import TTT, dual_ttt, kernel_ttt
-from models.sizes import Sizes
+from models.parts.sizes import Sizes
+from models.regression.deep.ttt.layer import TTT, dual_ttt, kernel_ttt
 from tests.kernels.interpreter import run_interpreted
-from tests.regression.test_ttt import DOCUMENTS, draw, largest_error, outcome
+from tests.regression.deep.test_ttt import DOCUMENTS, draw, largest_error, outcome
 
 CALLS = ((), (1, 32, 67))
 

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from conf import schema
-from conf.build import build
-from models.mixer import Mixer
+from models.build import build
+from models.mixers.mixer import Mixer
 from models.regression.memory import Memory
 
 CONF = Path(__file__).parents[2] / "conf"

@@ -1,6 +1,6 @@
 """Local linear attention as a flash kernel: memory linear in T, forward and backward.
 
-The problem and its solution are in models/regression/local_polynomial.py, here of order 1: with w_i = softmax_i(beta
+The problem and its solution are in models/regression/local/polynomial.py, here of order 1: with w_i = softmax_i(beta
 q . k_i), m = sum_i w_i k_i, x_i = k_i - m, C = sum_i w_i x_i x_i^T and A = C + lambda I, every query has
                 u = A^-1 (q - m) ,    o = sum_i w_i f_i v_i ,    f_i = 1 + x_i . u .
 Forward.    Passes over the keys: one for log sums and m; one for each product with C that conjugate gradients want for

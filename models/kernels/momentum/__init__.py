@@ -1,5 +1,6 @@
-"""Titans' linear memory by kernels of our own: models/regression/momentum.py's chunked form in Triton. Without momentum
-it is delta.py's, with write keys of their own preconditioned.py's; with several writes a token it is omega.py's.
+"""Titans' linear memory by kernels of our own: the chunked form of models/regression/linear/momentum.py in Triton.
+Without momentum it is delta.py's; with write keys of their own it is preconditioned.py's; with several writes a token
+it is omega.py's.
 
 What a chunk needs is one triangular system and a few products with its coefficients; what one chunk hands to the next
 is a pair of matrices. So a call is three kernels forward, the middle one alone sequential,

@@ -13,7 +13,7 @@ from torch import Tensor
 from models.kernels import backend
 
 if TYPE_CHECKING:
-    from models.regression.ttt.mini_batches import MiniBatches
+    from models.regression.deep.ttt.mini_batches import MiniBatches
 
 MINI_BATCH = 16  # the smallest that Triton's products take, and the paper's
 WIDTHS = {"linear": (16, 32, 64, 128), "mlp": (16, 32, 64)}  # of keys; wider ones' weights do not fit on chip

@@ -1,6 +1,7 @@
 """Triton kernels of test-time training: one program a head of a sequence, mini-batch by mini-batch.
 
-models/regression/ttt/layer.py has the formulas. With u = eta dl/dz, A = tril(Q X^T + 1), c the token sizes, of a layer
+models/regression/deep/ttt/layer.py has the formulas. With u = eta dl/dz, A = tril(Q X^T + 1), c the token sizes, of a
+layer
 
     read    Z' = X' W + b - c * (A u) ,    write    W <- W - c_b X^T u ,    b <- b - c_b sum u ,
 

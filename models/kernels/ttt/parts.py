@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.regression.ttt import inner_model
+from models.regression.deep.ttt import inner_model
 
 EPS = tl.constexpr(inner_model.EPS)
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.precision import working_dtype
+from models.parts.precision import working_dtype
 from models.regression.chunks import from_chunks, into_chunks, short
 from models.regression.deep.network import Network
 from models.regression.deep.optimizers import InnerOptimizer

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.regression.deep.network import Network
 from models.regression.deep.slots import in_turn
-from models.regression.mixtures import spread
+from models.regression.linear.mixtures import spread
 
 
 class Rows(NamedTuple):

@@ -34,17 +34,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.norm import RMSNorm
-from models.precision import wide
+from models.parts.norm import RMSNorm
+from models.parts.precision import wide
+from models.parts.sizes import Sizes
 from models.regression.deep import batches
 from models.regression.deep.mlp import compiles
 from models.regression.deep.network import ACTIVATIONS, NORM_EPS
 from models.regression.deep.optimizers import INNER_OPTIMIZERS
-from models.regression.local import Softmax
+from models.regression.local.constant import Softmax
+from models.regression.local.pairs import Pairs
 from models.regression.memory import Memory
-from models.regression.pairs import Pairs
 from models.regression.regressor import Regressor
-from models.sizes import Sizes
 
 BASE_RATE = 1e-3  # of the learning rates, at the start
 

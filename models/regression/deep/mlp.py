@@ -37,7 +37,8 @@ import torch
 from torch import Tensor, nn
 
 from models.kernels import deep as kernels
-from models.precision import wide, working_dtype
+from models.parts.precision import wide, working_dtype
+from models.parts.sizes import Sizes
 from models.regression.chunks import from_chunks, into_chunks, short
 from models.regression.deep import batches, chunks
 from models.regression.deep.chunks import Chunk, Fitted, Rows, advance, stack, unstack
@@ -45,8 +46,7 @@ from models.regression.deep.documents import kernel_deep
 from models.regression.deep.network import ACTIVATIONS, LOSSES, Network
 from models.regression.deep.optimizers import INNER_OPTIMIZERS
 from models.regression.deep.slots import in_turn, lay_out, positions, scan
-from models.regression.momentum import Momentum, of_gates
-from models.sizes import Sizes
+from models.regression.linear.momentum import Momentum, of_gates
 
 OPTIMIZERS = ("momentum", "sgd", *INNER_OPTIMIZERS)
 FORGET_TO = ("start", "zero")

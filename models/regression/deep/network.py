@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.precision import wide
+from models.parts.precision import wide
 
 SMOOTH = 1e-6  # c of the loss lp
 NOTHING = 1e-12  # |e|^2 of an error that needs no limit

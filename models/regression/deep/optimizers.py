@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.orthogonal import orthogonal
+from models.parts.orthogonal import orthogonal
 
 TINY = 1e-12  # below every sum of squares that matters, above float32's smallest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.rotary import rotate
+from models.parts.rotary import rotate
 from tests.laws.objectives import Call, states
 
 

@@ -1,0 +1,128 @@
+"""The one door from a config node to an object.
+
+A node with `_target_` names a class and its settings; `build` makes it, after `problems` has found nothing wrong. Only
+classes that belong here can be named: a config, and above all the config inside somebody else's checkpoint, must not be
+able to run what it likes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import hydra.utils
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+TARGETS = ("models.", "data.", "torch.", "lightning.")
+HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+
+# Where classes stood before. Runs and exported models of that time name them so, and are read all the same.
+MOVED = {
+    "models.mixer": "models.mixers",
+    "models.memory_attention": "models.mixers",
+    "models.memory_context": "models.mixers",
+    "models.mosaic": "models.mixers",
+    "models.decay": "models.parts.decay",
+    "models.features": "models.parts.features",
+    "models.regression.delta": "models.regression.linear",
+    "models.regression.delta_product": "models.regression.linear",
+    "models.regression.longhorn": "models.regression.linear",
+    "models.regression.momentum": "models.regression.linear",
+    "models.regression.omega": "models.regression.linear",
+    "models.regression.preconditioned": "models.regression.linear",
+    "models.regression.kernel": "models.regression.local",
+    "models.regression.local_polynomial": "models.regression.local",
+    "models.regression.sliding_window": "models.regression.local",
+    "models.regression.ttt": "models.regression.deep",
+    "models.regression.deep.lact": "models.regression.deep",
+}
+
+
+def current(node: Any) -> Any:
+    """The node with classes named as they are today."""
+    if isinstance(node, dict):
+        found = {key: current(value) for key, value in node.items()}
+        module, _, name = str(found.get("_target_", "")).rpartition(".")
+        return found | {"_target_": f"{MOVED[module]}.{name}"} if module in MOVED else found
+    return [current(item) for item in node] if isinstance(node, list) else node
+
+
+def build(node: Any, *, targets: tuple[str, ...] = TARGETS, **settings: Any) -> Any:
+    """The object that a config node describes; `settings` are added to the node's own (sizes, say, that only the caller
+    knows).
+
+    Nested nodes are built first; one with `_partial_: true` becomes a constructor that its owner calls with what only
+    the owner knows. Raises ValueError, naming the key, for a class that is not allowed or a setting that it does not
+    have.
+    """
+    if isinstance(node, DictConfig | ListConfig):
+        node = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    node = current(node)
+    if found := list(problems(node, targets=targets)):
+        raise ValueError("\n".join(found))
+    try:
+        return hydra.utils.instantiate(node, **settings, _convert_="all")
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while isinstance(cause, InstantiationException):
+            cause = cause.__cause__
+        if isinstance(cause, ValueError):  # the user's mistake, without Hydra's wrapping
+            raise cause from None
+        raise
+
+
+def problems(node: Any, path: str = "", targets: tuple[str, ...] = TARGETS) -> Iterator[str]:
+    """One sentence for every class that is not allowed and every setting that its class does not have, anywhere below
+    node.
+    """
+    if isinstance(node, DictConfig | ListConfig):
+        node = OmegaConf.to_container(node, resolve=True)
+    if isinstance(node, list):
+        for i, item in enumerate(node):
+            yield from problems(item, f"{path}[{i}]", targets)
+    if not isinstance(node, dict):
+        return
+    if "_target_" in node:
+        yield from _problems_of_target(node, path, targets)
+    for key, value in node.items():
+        yield from problems(value, f"{path}.{key}" if path else str(key), targets)
+
+
+def _belongs(target: Any, module: str) -> bool:
+    """Whether this is one of our own classes or functions, from the module or package that defines it, or a class of a
+    library. What a module imports from elsewhere (a way around TARGETS) and a library's functions (torch.load) are
+    neither.
+    """
+    if module.split(".")[0] in ("models", "data"):
+        ours = inspect.isclass(target) or inspect.isfunction(target)
+        return ours and f"{target.__module__}.".startswith(f"{module}.")
+    return inspect.isclass(target)
+
+
+def _problems_of_target(node: dict[str, Any], path: str, targets: tuple[str, ...]) -> Iterator[str]:
+    here = path or "config"
+    name = node["_target_"]
+    if not isinstance(name, str) or not name.startswith(targets):
+        allowed = ", ".join(f"{t}*" for t in targets)
+        yield f"{here}._target_={name} is not allowed; a config may name only {allowed}"
+        return
+    module, _, attribute = name.rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError):
+        yield f"{here}._target_={name} does not exist"
+        return
+    if not _belongs(target, module):
+        yield f"{here}._target_={name} is not allowed; it is not a class of {module}, which a config may name"
+        return
+    parameters = inspect.signature(target).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in node.keys() - HYDRA_KEYS - parameters.keys():
+        near = difflib.get_close_matches(key, parameters, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(parameters)}"
+        yield f"{path}.{key}={node[key]} is not a setting of {name}; {hint}".lstrip(".")

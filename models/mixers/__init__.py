@@ -1,0 +1,16 @@
+"""Token mixers: the layers that let tokens see each other.
+
+    mixer.py             Mixer, the shell: projections, short convolution, norms, gates around one regressor
+    memory_attention.py  MemoryAsGate and MemoryAsLayer: a memory beside attention, and below it
+    memory_context.py    MemoryAsContext: a memory that writes into attention's context
+    mosaic.py            MemoryMosaic: attention whose keys average the past and whose values peek at the next token
+
+What a mixer computes with its queries, keys and values is the business of models/regression.
+"""
+
+from models.mixers.memory_attention import MemoryAsGate, MemoryAsLayer
+from models.mixers.memory_context import MemoryAsContext
+from models.mixers.mixer import Mixer, State
+from models.mixers.mosaic import MemoryMosaic
+
+__all__ = ["MemoryAsContext", "MemoryAsGate", "MemoryAsLayer", "MemoryMosaic", "Mixer", "State"]

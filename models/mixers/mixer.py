@@ -1,0 +1,312 @@
+"""The shell that every mixer shares: pairs -> regressor -> read-out.
+
+        q, k, v = projections of x, then a short convolution, an activation, a norm, rotary positions, a feature map o
+        = regressor(q, k, v)            the inner model, fitted to the pairs and read at the queries (models/regression)
+        y       = (norm(o) * gate(x)) W_o
+
+A mixer is a recipe: its YAML says which of these steps it has, and which decay, features and regressor go in. What
+cannot go together is refused here, when it is built.
+
+Shapes: B batch, T tokens, D model width, H heads, G key-value heads, K key width, V value width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.parts.convolution import Shift, ShortConvolution
+from models.parts.features import Identity
+from models.parts.norm import RMSNorm, sum_to_one, unit
+from models.parts.rotary import rotate
+from models.parts.sizes import Sizes
+
+CONVOLVED = ("qkv", "k")
+PAIRS = ("same", "shift")
+ACTIVATIONS = {"none": None, "silu": F.silu}
+GATES = {"none": None, "silu": F.silu, "sigmoid": torch.sigmoid}
+NORMS = ("none", "l2", "rms")
+FEATURE_NORMS = {"none": None, "l2": unit, "sum": sum_to_one}
+
+
+Tails = tuple[Tensor | None, ...]
+
+
+class State(NamedTuple):
+    """What a mixer carries from one call to the next. Its size does not depend on T, but for softmax without a window.
+
+    memory     the regressor's
+    tails      the last inputs of what acts along the tokens: of the short convolution [B, W-1, channels], of the shift
+               of keys [B, 1, channels]; None for what the recipe doesn't have
+    position   [B], how many tokens of the present document have been seen
+    segment    [B], the number of the present document, or None where segments have never been given
+    turn       [B, H], the product of all signs of a signed decay so far, or None where the decay has none
+    """
+
+    memory: Any
+    tails: Tails
+    position: Tensor
+    segment: Tensor | None
+    turn: Tensor | None = None
+
+
+class Mixer(nn.Module):
+    """(x [B, T, D], state=None, segments=None) -> (y [B, T, D], state).
+
+    T = 1 with a state is decoding; any split of a sequence into calls gives the same outputs. `segments` [B, T] numbers
+    the documents of packed rows, which behave as separate sequences; a document may go on in the next call, under the
+    same number.
+
+    num_heads, num_kv_heads, key_dim, value_dim: H, G (default H), K and V (default D / H).
+    conv_size: width of the short convolution, 0 for none.
+    conv_on: qkv | k (on the keys alone), what it acts on.
+    pairs: same | shift, which key a token's value goes with: its own, or the previous token's, which makes bigrams of
+        the pairs (H3, Fu et al. 2022, section 3.1; the first token of a document has the key zero).
+    activation: none | silu, after it.
+    qk_norm: none | l2 (length one) | rms (length sqrt(K), with learned weights per channel).
+    rotary: the base of the positions, or None.
+    feature_norm: after the feature map, none | l2 (length one: a step of size 1 stays stable, whatever the features) |
+        sum (one in sum, for positive features; Schlag et al. 2021).
+    output_norm: RMS norm of each head's output.
+    output_gate: none | silu | sigmoid, of a projection of x.
+    output_projection: false leaves the heads side by side, [B, T, H V], to whoever projects them.
+    decay, features, regressor: constructors, called with the sizes that they need.
+    """
+
+    own_queries: ClassVar[bool] = True  # whether queries have a projection of their own
+    num_tails: ClassVar[int] = 1  # of `_along`
+
+    def __init__(
+        self,
+        hidden_size: int,
+        layer_index: int,
+        regressor: Callable[..., nn.Module],
+        decay: Callable[..., nn.Module],
+        features: Callable[..., nn.Module],
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        conv_size: int = 0,
+        conv_on: str = "qkv",
+        pairs: str = "same",
+        activation: str = "none",
+        qk_norm: str = "none",
+        rotary: float | None = None,
+        feature_norm: str = "none",
+        output_norm: bool = False,
+        output_gate: str = "none",
+        output_projection: bool = True,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        H, G = num_heads, num_kv_heads or num_heads
+        _check_choice("conv_on", conv_on, CONVOLVED)
+        _check_choice("pairs", pairs, PAIRS)
+        _check_choice("activation", activation, ACTIVATIONS)
+        _check_choice("output_gate", output_gate, GATES)
+        _check_choice("qk_norm", qk_norm, NORMS)
+        _check_choice("feature_norm", feature_norm, FEATURE_NORMS)
+        if (key_dim is None or value_dim is None) and hidden_size % H:
+            raise ValueError(
+                f"num_heads={H} does not divide hidden_size={hidden_size}; set key_dim and value_dim, or other heads"
+            )
+        if H % G:
+            raise ValueError(f"num_kv_heads={G} does not divide num_heads={H}")
+        K, V = key_dim or hidden_size // H, value_dim or hidden_size // H
+        if rotary is not None and K % 2:
+            raise ValueError(f"key_dim={K} must be even for rotary positions")
+        self.layer_index = layer_index
+        self.num_heads, self.num_kv_heads, self.key_dim, self.value_dim = H, G, K, V
+        self.activation, self.gate = ACTIVATIONS[activation], GATES[output_gate]
+        self.rotary, self.norm_eps = rotary, norm_eps
+
+        sizes = Sizes(hidden_size, H, G, K, V)
+        self.features = features(sizes)
+        sizes = sizes._replace(key_dim=self.features.width)
+        self.decay, self.regressor = decay(sizes), regressor(sizes)
+        self._check_recipe()
+        self.regressor.decay_kind = self.decay.kind
+        n = self.regressor.pairs_per_token
+        self.sizes = [H * K if self.own_queries else 0, n * G * K, n * G * V]  # q, k, v
+        self.projection = nn.Linear(hidden_size, sum(self.sizes) + (H * V if self.gate else 0), bias=False)
+        self._build_along(conv_size, conv_on)
+        self.shift = Shift(self.sizes[1]) if pairs == "shift" else None
+        if qk_norm == "rms":
+            self.q_norm, self.k_norm = RMSNorm(K, norm_eps), RMSNorm(K, norm_eps)
+        else:
+            self.q_norm = self.k_norm = partial(unit, eps=norm_eps) if qk_norm == "l2" else None
+        same = feature_norm == qk_norm and isinstance(self.features, Identity)  # it is that long already
+        self.feature_norm = None if same else FEATURE_NORMS[feature_norm]
+        self.output_norm = RMSNorm(V, norm_eps) if output_norm else None
+        self.output = nn.Linear(H * V, hidden_size, bias=False) if output_projection else None
+
+    def _build_along(self, conv_size: int, conv_on: str) -> None:
+        """What `_along` has parameters for."""
+        self.conv_on, channels = conv_on, {"qkv": sum(self.sizes), "k": self.sizes[1]}[conv_on]
+        self.convolution = ShortConvolution(channels, conv_size) if conv_size > 1 else None
+
+    def _check_recipe(self) -> None:
+        """Raises ValueError for parts that cannot go together."""
+        name, kind = type(self.regressor).__name__, self.decay.kind
+        if self.num_kv_heads != self.num_heads and not self.regressor.grouped_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads}: {name} has a memory per head; "
+                f"only num_kv_heads={self.num_heads} is possible"
+            )
+        if kind not in self.regressor.accepts_decay:
+            raise ValueError(
+                f"{name} cannot have a decay of kind {kind!r} ({type(self.decay).__name__}); "
+                f"possible kinds: {', '.join(self.regressor.accepts_decay)}"
+            )
+        if self.regressor.needs_positive_features and not self.features.positive:
+            raise ValueError(
+                f"regressor.normalizer=true divides by phi(q) . phi(k), which {type(self.features).__name__} features "
+                "let vanish or be negative; choose positive ones, or normalizer=false"
+            )
+
+    def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> tuple[Tensor, State]:
+        if state is not None and segments is not None:
+            state = self.enter(state, segments[:, 0])
+        tails, memory, turn = (None,) * (self.num_tails + 1), None, None
+        if state is not None:
+            tails, memory, turn = state.tails, state.memory, state.turn
+        positions = positions_of(x, None if state is None else state.position, segments)
+
+        pairs, gate = self._project(x)
+        *tails, last_key = tails
+        (q, k, v), tails = self._along(pairs, tuple(tails), segments)
+        if self.shift is not None:
+            k, last_key = self.shift(k, last_key, segments)
+        n = self.regressor.pairs_per_token
+        q, k, v = (
+            y.unflatten(-1, (m, -1, width)).flatten(1, 2)  # [B, T, H, K], [B, T n, G, K], [B, T n, G, V]
+            for y, m, width in ((q, 1, self.key_dim), (k, n, self.key_dim), (v, n, self.value_dim))
+        )
+        q, k = self._address(q, positions, self.q_norm), self._address(k, _each(positions, n), self.k_norm)
+        log_decay = self.decay(x)
+        if self.decay.kind == "signed":
+            log_decay, turn = log_decay[0], _turns(log_decay[1], turn)
+            q, k = q * turn.unsqueeze(-1), k * _each(turn, n).unsqueeze(-1)
+
+        o, memory = self.regressor(x, q, k, v, log_decay, memory, segments)
+        o = self._read_out(o).to(x.dtype)
+        if self.gate is not None:
+            o = o * self.gate(gate)
+        if self.output is not None:
+            o = self.output(o)
+        segment = segments[:, -1] if segments is not None else None if state is None else state.segment
+        turn = None if turn is None else turn[:, -1]
+        return o, State(memory, (*tails, last_key), positions[:, -1] + 1, segment, turn)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One product for everything that is linear in x: (q, k, v side by side, the gate)."""
+        projected = self.projection(x)
+        if self.gate is None:
+            return projected, None
+        return projected.split([sum(self.sizes), self.num_heads * self.value_dim], dim=-1)
+
+    def _along(self, pairs: Tensor, tails: Tails, segments: Tensor | None) -> tuple[tuple[Tensor, ...], Tails]:
+        """What acts along the tokens before any norm: (q, k, v) [B, T, *], and what the next call needs to go on."""
+        (tail,) = tails
+        if self.convolution is not None and self.conv_on == "qkv":
+            pairs, tail = self.convolution(pairs, tail, segments)
+        q, k, v = pairs.split(self.sizes, dim=-1)
+        if self.convolution is not None and self.conv_on == "k":
+            k, tail = self.convolution(k, tail, segments)
+        if self.activation is not None:
+            q, k, v = (self.activation(y) for y in (q, k, v))
+        return (q, k, v), (tail,)
+
+    def _address(self, x: Tensor, positions: Tensor, norm: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """Queries or keys as the memory is given them: their norm, rotary positions, features. x [B, T, H, K]."""
+        if norm is not None:
+            x = norm(x)
+        if self.rotary is not None:
+            x = rotate(x, positions, self.rotary)
+        x = self.features(x, positions)
+        return x if self.feature_norm is None else self.feature_norm(x, self.norm_eps)
+
+    def _read_out(self, o: Tensor) -> Tensor:
+        """[B, T, H, V] to [B, T, H V], each head at its norm."""
+        return (o if self.output_norm is None else self.output_norm(o)).flatten(-2)
+
+    def recall(self, q: Tensor, x: Tensor, positions: Tensor, state: State | None) -> Tensor:
+        """What the memory holds at queries from elsewhere, [B, T, H V]; it learns nothing. No tokens of its own, they
+        are not convolved, and nothing gates what is read.
+
+        q [B, T, H K], as a projection leaves them; x [B, T, D], what they were projected from; positions [B, T]; state:
+        after the last call, None for an empty memory.
+        """
+        q = (q if self.activation is None else self.activation(q)).unflatten(-1, (self.num_heads, self.key_dim))
+        q = self._address(q, positions, self.q_norm)
+        if state is not None and state.turn is not None:
+            q = q * state.turn[:, None, :, None]
+        o = self.regressor.recall(x, q, None if state is None else state.memory)
+        return self._read_out(o).to(x.dtype)
+
+    def enter(self, state: State, segment: Tensor) -> State:
+        """The state as the first document of a call wants it: emptied in the rows where another document begins.
+        Without segments, all is document 0.
+        """
+        before = torch.zeros_like(segment) if state.segment is None else state.segment
+        new = before != segment
+        tails = tuple(None if x is None else x.masked_fill(new.view(-1, 1, 1), 0) for x in state.tails)
+        memory, position = self.regressor.forget(state.memory, new), state.position.masked_fill(new, 0)
+        return State(memory, tails, position, segment, state.turn)
+
+    @property
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward, multiply-adds counted as two: products with weights, and the regression by its definition. What is
+        done element by element (convolution, norms, gates, activations) is left out, as is what a parallel form spends
+        beyond the definition: MFU then can't be raised by wasting work.
+        """
+        products = 2 * sum(layer.weight.numel() for layer in (self.projection, self.output) if layer is not None)
+        parts = self.decay.flops_per_token() + self.features.flops_per_token()
+        return products + parts + self.regressor.flops_per_token(seq_len)
+
+    def state_size(self, seq_len: int) -> int:
+        """Numbers held per sequence after seq_len tokens: the memory, and the tails of convolution and shift."""
+        tails = sum(c.num_channels * (c.width - 1) for c in (self.convolution, self.shift) if c is not None)
+        return self.regressor.state_size(seq_len) + tails
+
+
+def positions_of(x: Tensor, position: Tensor | None, segments: Tensor | None) -> Tensor:
+    """[B, T]: how many tokens of its own document came before each token."""
+    B, T, _ = x.shape
+    index = torch.arange(T, device=x.device).expand(B, T)
+    first = torch.zeros(B, 1, dtype=torch.long, device=x.device) if position is None else position.unsqueeze(1)
+    if segments is None:
+        return first + index
+    starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
+    start = torch.where(starts, index, 0).cummax(1).values
+    return torch.where(start == 0, first + index, index - start)
+
+
+def _each(x: Tensor, n: int) -> Tensor:
+    """[B, T, *] of tokens to [B, T n, *] of their pairs."""
+    return x if n == 1 else x.repeat_interleave(n, dim=1)
+
+
+def _turns(signs: Tensor, turn: Tensor | None) -> Tensor:
+    """The product of all signs up to each token, [B, T, H], going on from turn [B, H].
+
+    A decay of either sign, gamma = s |gamma|, is the decay |gamma| for keys and queries that turn by 180 degrees where
+    s is negative: the turns of query t and key i multiply to the signs of all tokens between them. (Rotary positions
+    turn by other angles, in the same sense: gamma = |gamma| exp(i omega).)
+    """
+    turns = signs.cumprod(1)
+    return turns if turn is None else turns * turn.unsqueeze(1)
+
+
+def _check_choice(name: str, value: str, allowed: Any) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value} is not one of {', '.join(allowed)}")

@@ -1,0 +1,135 @@
+"""gamma: how fast the past fades. (Called decay in code, because `weights` means parameters there.)
+
+A decay turns the layer's input into natural logarithms of gamma, <= 0, float32 or wider. Its `kind` says of what shape:
+
+    none      None: nothing fades
+    head      [B, T, H]
+    channel   [B, T, H, K]: every channel of the keys (after the feature map) fades at its own rate
+    signed    [B, T, H] and the signs of gamma, +1 or -1, of the same shape
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.parts.precision import wide
+from models.parts.sizes import Sizes
+
+
+class NoDecay(nn.Module):
+    """gamma = 1: every pair counts the same for ever."""
+
+    kind = "none"
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> None:
+        return None
+
+    def flops_per_token(self) -> int:
+        return 0
+
+
+class FixedDecay(nn.Module):
+    """One gamma per head, the same for all tokens (RetNet, Sun et al. 2023, section 3.1): of the n-th of H heads
+
+    gamma_n = 1 - 2^(-5 - 7 n / (H - 1)) ,    half-lives from 22 to 2,800 tokens; 2^-5 for a single head.
+
+    `shortest` and `longest` are the exponents, 5 and 12. (The paper's own are 5 to 5 + H - 1; these are its 8 heads',
+    whatever H is.)
+    """
+
+    kind = "head"
+
+    def __init__(self, sizes: Sizes, shortest: float = 5.0, longest: float = 12.0) -> None:
+        super().__init__()
+        if not 0 < shortest <= longest:
+            raise ValueError(f"decay.shortest={shortest} must be positive and at most decay.longest={longest}")
+        exponents = torch.linspace(shortest, longest, sizes.num_heads, dtype=torch.float64)
+        self.register_buffer("log_decay", torch.log1p(-torch.exp2(-exponents)).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.log_decay.expand(*x.shape[:2], -1)
+
+    def flops_per_token(self) -> int:
+        return 0
+
+
+class ScalarDecay(nn.Module):
+    """One gamma per head and token, from the data (Mamba-2, Dao and Gu 2024; Gated DeltaNet, Yang et al. 2024):
+
+        log gamma_t = -rate * softplus(x_t W + bias) ,    rate = exp(log_rate) > 0
+
+    At the start rate is uniform in [1, 16] and softplus(bias) log-uniform in `step_range`, so that the heads'
+    half-lives spread from a few to thousands of tokens.
+    """
+
+    kind = "head"
+
+    def __init__(self, sizes: Sizes, step_range: tuple[float, float] = (0.001, 0.1)) -> None:
+        super().__init__()
+        low, high = step_range
+        if not 0 < low < high:
+            raise ValueError(f"decay.step_range={tuple(step_range)} must be two rising positive numbers")
+        H = sizes.num_heads
+        self.projection = nn.Linear(sizes.hidden_size, H, bias=False)
+        self.log_rate = nn.Parameter(torch.empty(H).uniform_(1, 16).log())
+        step = torch.empty(H).uniform_(math.log(low), math.log(high)).exp()
+        self.bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -wide(self.log_rate).exp() * F.softplus(wide(self.projection(x)) + self.bias)
+
+    def flops_per_token(self) -> int:
+        return 2 * self.projection.weight.numel()
+
+
+class ChannelDecay(nn.Module):
+    """One gamma per key channel and token, from the data by a bottleneck of `rank` (GLA, Yang et al. 2024, section 4.4;
+    Kimi Linear 2025, section 3):
+
+        log gamma_t = logsigmoid(x_t W_1 W_2 + bias) / temperature
+
+    Dividing by `temperature` keeps the memory long: at the start gamma is sigmoid(0)^(1/16) = 0.96 in every channel.
+    """
+
+    kind = "channel"
+
+    def __init__(self, sizes: Sizes, rank: int = 16, temperature: float = 16.0) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"decay.rank={rank} must be at least 1")
+        if temperature <= 0:
+            raise ValueError(f"decay.temperature={temperature} must be positive")
+        self.temperature = temperature
+        self.heads = (sizes.num_heads, sizes.key_dim)
+        self.projection = nn.Linear(sizes.hidden_size, rank, bias=False)
+        self.expansion = nn.Linear(rank, sizes.num_heads * sizes.key_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.logsigmoid(wide(self.expansion(self.projection(x)))).unflatten(-1, self.heads) / self.temperature
+
+    def flops_per_token(self) -> int:
+        return 2 * (self.projection.weight.numel() + self.expansion.weight.numel())
+
+
+class SignedDecay(ScalarDecay):
+    """One gamma in (-1, 1) per head and token, 2 gamma' - 1 with gamma' of ScalarDecay: near 1 at the start.
+
+    A negative gamma turns the memory around, which tracking a state needs (parity: Grazzi et al. 2025). No weights of a
+    least-squares problem are negative, so memories that solve one refuse it. |gamma| stays above LEAST: below, its
+    logarithm's gradient is only noise.
+    """
+
+    kind = "signed"
+    LEAST = 1e-4
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gamma = 2 * super().forward(x).exp() - 1
+        signs = torch.where(gamma < 0, -1.0, 1.0).to(gamma.dtype)
+        return gamma.abs().clamp(min=self.LEAST).log(), signs

@@ -1,0 +1,25 @@
+"""Rotary positions (Su et al. 2021): q_t . k_i then depends on where the two are only through t - i.
+
+Channel j of the first half and channel j of the second half form a plane that turns by `position * base^(-2j / K)`
+radians.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.parts.precision import wide
+
+
+def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """x [B, T, H, K], K even; positions [B, T] or [T], integers counted from the start of the document. Same shape and
+    dtype out.
+    """
+    half = x.shape[-1] // 2
+    dtype = wide(x).dtype
+    frequency = base ** -(torch.arange(half, device=x.device, dtype=dtype) / half)
+    angle = (positions.to(dtype).unsqueeze(-1) * frequency).unsqueeze(-2)  # [B, T, 1, K/2]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

@@ -1,0 +1,27 @@
+"""First-order memories: a matrix, and one step for every pair.
+
+Problem.    m(k) = k M. Least squares over all pairs would need the inverse of sum_i k_i^T k_i. A first-order memory
+            never forms it. It takes one step along the gradient of the newest pair's loss 1/2 ||v_t - k_t M||^2,
+                M_t = a_t M_{t-1} + b_t k_t^T (v_t - k_t M_ref) ,      o_t = q_t M_t ,
+            and members differ in where the error is taken (M_ref) and how long the step is (b_t).
+Members.    linear.py          M_ref = 0: linear attention, RetNet, GLA, Mamba-2
+            delta.py           M_ref = a_t M_{t-1}: DeltaNet, Gated DeltaNet, Kimi Delta Attention; with M_ref = M_{t-1}
+                               leaky LMS; with the exact step EFLA
+            delta_product.py   several such steps for one token
+            longhorn.py        the implicit step: b_t / (1 + b_t |k_t|^2)
+            preconditioned.py  a step size for each channel, from the diagonal of the inverse
+            momentum.py        steps that go on: Titans' rule for a matrix
+            omega.py           the same, each step fitting the last few pairs
+Tools.      delta_chunks.py    the delta rule's chunks with their gradient
+            mixtures.py        the same for momentum and omega
+"""
+
+from models.regression.linear.delta import Delta
+from models.regression.linear.delta_product import DeltaProduct
+from models.regression.linear.linear import Linear
+from models.regression.linear.longhorn import Longhorn
+from models.regression.linear.momentum import Momentum
+from models.regression.linear.omega import Omega
+from models.regression.linear.preconditioned import PreconditionedDelta
+
+__all__ = ["Delta", "DeltaProduct", "Linear", "Longhorn", "Momentum", "Omega", "PreconditionedDelta"]

@@ -1,0 +1,377 @@
+"""The delta rule with momentum: a memory that keeps moving the way it was told to.
+
+Problem.    The same least squares as delta.py, fitted online by gradient descent with momentum and weight decay:
+                l_t(M) = 1/2 ||v_t - k_t M||^2 .
+Solution.   S_t = eta_t S_{t-1} - theta_t grad l_t(M_ref) = eta_t S_{t-1} + theta_t k_t^T (v_t - k_t M_ref)
+            M_t = a_t M_{t-1} + S_t ,    o_t = q_t M_t .
+            (Titans, Behrouz et al. 2025, equations 13 to 15, for a memory that is a matrix; a = 1 - alpha, and the 2 of
+            the paper's loss is in theta.) A surprise S lasts: it is written again, weaker by eta, at every later token.
+Gradients.  With `grad_batch` 1 a gradient is taken where the memory stands, M_ref = M_{t-1}: the exact rule. With
+            grad_batch b the tokens of a document fall into mini-batches of b, and all of one take theirs at the memory
+            after the previous one (equation 16; the paper's t - mod(t, b) would show a mini-batch's last token its own
+            write). It is a part of the model, of any size, and has nothing to do with the chunk of the computation.
+Members.    eta = 0: leaky LMS, a M + theta k^T (v - k M). grad_batch as long as the sequence: one linear attention over
+            the errors of the first memory. With grad_batch 1, Momentum DeltaNet (2026) with its write gate at 1.
+Stability.  Free gates let it diverge, with steps of (1 - eta) as well: one token writes with eta near 0, those after it
+            keep S moving with eta near 1, past the target, and so again, a larger error every time. (Trained on text
+            that repeats, at the largest steps, memories reached 1e19.) So the gates are tied, through D, what is still
+            to be written: with eta and theta' in [0, 1]
+                U_t = D_{t-1} - (1 - eta_t) theta'_t grad l_t(M_ref) ,
+                M_t = a_t (M_{t-1} + (1 - eta_t) U_t) ,    D_t = a_t eta_t U_t ,
+            the rule above for S_t = a_t (1 - eta_t) U_t, where the momentum is a_t (1 - eta_t) eta_{t-1} / (1 -
+            eta_{t-1}): eta_t where nothing varies or fades. |M + D|^2 + |D|^2 then never grows for v = 0, grad_batch 1
+            and keys no longer than one, whatever the gates: as a function of theta' it is convex, and it does not grow
+            for 0 and 1. `gates: free` is the rule as published, with theta = (1 - eta) theta'. Gradients of a
+            mini-batch add up where their keys agree, so that theta' <= 1 / b.
+Exactness.  The chunked form equals the recurrence up to rounding, whatever the chunk, gradients included.
+Others.     fla 0.6.0's chunk_momentum_delta_rule is not among the backends. It refuses float32, and the PyTorch code
+            beneath it divides by cumulated momenta. In float32, chunks of 64, momenta from sigmoid(N(0, 1)), its
+            outputs are wrong by 81 % and its gradients by 10^15; at a constant momentum of 0.8 by 0.3 % and 5 %, at 0.1
+            they are NaN. Here both are right to 1e-6 at any momentum (scripts/momentum_accuracy.py).
+
+Shapes: B batch, T tokens, H heads, K key width, V value width, C chunk, N chunks, M = N B H, W writes of a chunk, n
+matrices of the state.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.kernels import momentum as kernels
+from models.parts.precision import wide, working_dtype
+from models.parts.sizes import Sizes
+from models.regression.chunks import fades, from_chunks, into_chunks, short
+from models.regression.documents import forget_at_starts
+from models.regression.linear.mixtures import Mixture, product, scan
+from models.regression.memory import Memory, first_memory
+
+GATES = ("tied", "free")
+
+
+class State(NamedTuple):
+    """memory and momentum: M and S [B, H, K, V]; between the calls of a Momentum with tied gates D. For grad_batch > 1
+    also reference, M_ref of the last token, and phase [B], how many tokens the current mini-batch has, 0 where the next
+    token begins one; else None.
+    """
+
+    memory: Tensor
+    momentum: Tensor
+    reference: Tensor | None = None
+    phase: Tensor | None = None
+
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        return self[:2] if self.reference is None else self[:3]
+
+    def times(self, c: Tensor | float) -> State:
+        """With c S for S."""
+        return State(self.memory, c * self.momentum, *self[2:])
+
+
+class References(NamedTuple):
+    """Where gradients are taken. source [B, T]: at the memory after this token of the call; -1 is the memory that the
+    call begins with, and less the reference that it begins with. empty [B, T]: at zero, since the document began with
+    this mini-batch. phase [B]: the state's, after the call.
+    """
+
+    source: Tensor
+    empty: Tensor
+    phase: Tensor
+
+
+def first_state(k: Tensor, v: Tensor, state: State | None, grad_batch: int) -> State:
+    """The state to begin with, zeros for None, in float32 at least. k [B, T, H, K], v [B, T, H, V]."""
+    given = State(None, None) if state is None else state
+    memory, momentum = first_memory(k, v, given.memory), first_memory(k, v, given.momentum)
+    if grad_batch == 1:
+        return State(memory, momentum)
+    phase = torch.zeros(len(k), dtype=torch.long, device=k.device) if given.phase is None else given.phase
+    return State(memory, momentum, first_memory(k, v, given.reference), phase)
+
+
+def last_state(matrices: tuple[Tensor, ...], phase: Tensor) -> State:
+    """The state after a call: M, S, and where there are mini-batches M_ref and their phase."""
+    return State(*matrices, phase) if len(matrices) == 3 else State(*matrices)
+
+
+def references(k: Tensor, state: State, grad_batch: int, segments: Tensor | None) -> References:
+    """For the tokens of k [B, T, ...]. Mini-batches begin again with every document."""
+    B, T = k.shape[:2]
+    index = torch.arange(T, device=k.device).expand(B, T)
+    start = torch.zeros_like(index)  # of the token's document, 0 for the one that the call begins with
+    if segments is not None:
+        start = torch.where(F.pad(segments[:, 1:] != segments[:, :-1], (1, 0)), index, 0).cummax(1).values
+    position = index - start
+    if state.phase is not None:
+        position = torch.where(start == 0, position + state.phase.unsqueeze(1), position)
+    source = index - position % grad_batch - 1
+    return References(source, (start > 0) & (position < grad_batch), (T - 1 - source[:, -1]) % grad_batch)
+
+
+def recurrent_momentum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step_size: Tensor,
+    log_momentum: Tensor,
+    log_decay: Tensor | None = None,
+    state: State | None = None,
+    grad_batch: int = 1,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, State]:
+    """The definition, one token at a time.
+
+    q, k: [B, T, H, K].  v: [B, T, H, V].  step_size: [B, T, H], theta above.  log_momentum and log_decay: [B, T, H],
+    natural logs of eta and a, <= 0; log_decay None for a = 1.  state: None for zeros.  segments: [B, T], documents.
+    Returns o [B, T, H, V] in the dtype of v, and the state after the last token. Computed in float32 at least.
+    """
+    dtype = working_dtype(q, k, v)
+    out_dtype = v.dtype
+    state, log_momentum = first_state(k, v, state, grad_batch), forget_at_starts(log_momentum, segments)
+    log_decay = forget_at_starts(log_decay, segments, like=step_size)
+    source, empty, phase = references(k, state, grad_batch, segments)
+    memory, momentum, reference = state[:3]
+    reference = memory if reference is None else reference
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v, step_size, log_momentum = (x.to(dtype) for x in (q, k, v, step_size, log_momentum))
+        decay = torch.ones_like(step_size) if log_decay is None else log_decay.to(dtype).exp()
+        eta, outputs = log_momentum.exp(), []
+        for t in range(q.shape[1]):
+            begins, nothing = (source[:, t] == t - 1).view(-1, 1, 1, 1), empty[:, t].view(-1, 1, 1, 1)
+            reference = torch.where(begins, memory, reference).masked_fill(nothing, 0.0)
+            error = v[:, t] - (k[:, t, :, None] @ reference).squeeze(-2)
+            write = k[:, t, :, :, None] @ (step_size[:, t, :, None] * error)[:, :, None]
+            momentum = eta[:, t, :, None, None] * momentum + write
+            memory = decay[:, t, :, None, None] * memory + momentum
+            outputs.append((q[:, t, :, None] @ memory).squeeze(-2))
+        o = torch.stack(outputs, dim=1).to(out_dtype)
+    return o, last_state((memory, momentum, reference)[: len(state.matrices)], phase)
+
+
+def chunked_momentum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step_size: Tensor,
+    log_momentum: Tensor,
+    log_decay: Tensor | None = None,
+    state: State | None = None,
+    grad_batch: int = 1,
+    segments: Tensor | None = None,
+    chunk: int = 32,
+) -> tuple[Tensor, State]:
+    """The same map, C tokens at a time: one triangular system for each chunk, all at once, then a scan over chunks.
+
+    Within a chunk every matrix that matters is a combination, with one number per head for each, of the chunk's first
+    memory and momentum and of its writes k_i^T u_i, u_i = v_i - k_i M_ref(i). With L_ti the product of the gates after
+    i up to t, of a and of eta, and A and m those from the chunk's beginning,
+        M_t = A_t M_0 + f_t S_0 + sum_{i<=t} G_ti k_i^T u_i ,    G = L_a L_eta diag(theta) ,    f = L_a m ,
+        S_t = m_t S_0 + sum_{i<=t} (L_eta)_ti theta_i k_i^T u_i .
+    No factor is negative, so that nothing cancels: G has the digits of its factors at any momentum. M_ref(t) is M_s of
+    an earlier token, with G_s, A_s and f_s; or M_0; or, its mini-batch begun in an earlier chunk, a third matrix
+    that is carried along, R_0. Since s < t the errors of a chunk solve one unit lower triangular system,
+        (I + K K^T * G_s) U = V - diag(A_s) K M_0 - diag(f_s) K S_0 - diag(r) K R_0 .
+
+    Arguments and results as in recurrent_momentum. T need not be a multiple of the chunk.
+    """
+    state, C = first_state(k, v, state, grad_batch), short(chunk, k.shape[1])
+    dtype, where = state.memory.dtype, references(k, state, grad_batch, segments)
+    log_momentum = forget_at_starts(log_momentum, segments)
+    log_decay = forget_at_starts(log_decay, segments, like=step_size)
+    with torch.autocast(q.device.type, enabled=False):
+        mixed = mixtures(step_size, log_momentum, log_decay, where, C, dtype, grad_batch > 1)
+        pairs = (into_chunks(x, C, dtype) for x in (q, k, v))
+        o, matrices = scan(*pairs, *mixed, state.matrices)
+    return from_chunks(o, k.shape[:3]).to(v.dtype), last_state(matrices, where.phase)
+
+
+def kernel_momentum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step_size: Tensor,
+    log_momentum: Tensor,
+    log_decay: Tensor | None = None,
+    state: State | None = None,
+    grad_batch: int = 1,
+    segments: Tensor | None = None,
+    writes: int = 1,
+) -> tuple[Tensor, State]:
+    """The same map by models/kernels/momentum, in chunks of its CHUNK. Arguments and results as in recurrent_momentum;
+    q, k and v are cast to one dtype, v's.
+
+    writes: c of them a token, all of whose errors are taken at its M_ref, and which S adds up: k [B, T c, H, K],
+    v [B, T c, H, V] and step_size [B, T c, H] have a token's one after another. They are tokens to the kernels: at the
+    first of a token S fades; at the last M does, S joins it, and it is read. Until then M stands still, so that M_{t-1}
+    is what the write before has left, though a chunk begin in between.
+    """
+    # mini-batches that are the chunks: no error of a chunk refers to another
+    together = grad_batch * writes == kernels.CHUNK and state is None and segments is None
+    state = first_state(k, v, state, grad_batch)
+    where, source = references(q, state, grad_batch, segments), None
+    if grad_batch > 1 or segments is not None:
+        # of the writes after which M is still that of token `source`, the last before the one that refers
+        before = torch.arange(k.shape[1], device=k.device) - 1
+        source = ((where.source + 2) * writes - 2).repeat_interleave(writes, 1).minimum(before)
+        source = source.masked_fill(where.empty.repeat_interleave(writes, 1), kernels.EMPTY)
+    log_decay = _among(forget_at_starts(log_decay, segments, like=log_momentum), writes - 1, writes)
+    log_momentum = _among(forget_at_starts(log_momentum, segments), 0, writes)
+    rule = kernels.Rule(carried=grad_batch > 1, solve=not together, writes=writes)
+    matrices, q = torch.stack(state.matrices, dim=2), _among(q, writes - 1, writes)
+    o, matrices = kernels.momentum_delta(q, k, v, step_size, log_momentum, log_decay, matrices, source, rule)
+    return o[:, writes - 1 :: writes], last_state(matrices.unbind(2), where.phase)
+
+
+def _among(x: Tensor | None, place: int, writes: int) -> Tensor | None:
+    """[B, T, H, *] to [B, T writes, H, *]: x at one place of every token's, zeros at the others."""
+    if x is None or writes == 1:
+        return x
+    others = [0, 0] * (x.ndim - 2) + [place, writes - 1 - place]
+    return F.pad(x.unsqueeze(2), others).flatten(1, 2)
+
+
+def mixtures(
+    step_size: Tensor,
+    log_momentum: Tensor,
+    log_decay: Tensor | None,
+    where: References,
+    chunk: int,
+    dtype: torch.dtype,
+    with_reference: bool,
+) -> tuple[Mixture, Mixture, Mixture]:
+    """What a chunk reads, M_t for its C tokens; what it refers to, M_ref(t); what it carries on, the n matrices after
+    its last token: M, S and, with_reference, M_ref. Gates [B, T, H].
+    """
+    real = into_chunks(torch.ones_like(step_size), chunk, dtype)  # 0 where the last chunk is filled up
+    theta, log_momentum, log_decay = (into_chunks(x, chunk, dtype) for x in (step_size, log_momentum, log_decay))
+    n, (read, carry) = 3 if with_reference else 2, of_gates(real, theta, log_momentum, log_decay)
+    carried, first, token = _places(where, chunk, step_size.shape[2], dtype).split([1, 1, chunk], dim=-1)
+    at_token = product(token, torch.cat([*read], dim=-1))
+    at_first = torch.cat([first, torch.zeros_like(first), carried][:n], dim=-1)
+    refer = Mixture(F.pad(at_token[..., :2], (0, n - 2)) + at_first, at_token[..., 2:])
+    if with_reference:
+        states = torch.cat([F.pad(carry.states, (0, 1)), refer.states[:, -1:]], dim=1)
+        carry = Mixture(states, torch.cat([carry.writes, refer.writes[:, -1:]], dim=1))
+    return read, refer, carry
+
+
+def of_gates(
+    real: Tensor, theta: Tensor, log_momentum: Tensor | None, log_decay: Tensor | None
+) -> tuple[Mixture, Mixture]:
+    """What the tokens of a chunk read, and what it carries on, M and S; without momentum M alone. Gates in chunks
+    [M, C, 1], all 0 where no token is; so is `real`, which is 1 elsewhere.
+    """
+    decay = fades(real, log_decay)
+    if log_momentum is None:
+        writes = decay.within * theta.mT
+        return Mixture(decay.start, writes), Mixture(decay.start[:, -1:], writes[:, -1:])
+    momentum = fades(real, log_momentum)
+    a, eta = (x.within.expand(len(real), -1, -1) for x in (decay, momentum))
+    # where no token is nothing fades, and the momentum must not be added to the memory once more
+    summed = product(a, torch.cat([momentum.start, eta], dim=-1) * real)
+    read = Mixture(torch.cat([decay.start, summed[..., :1]], dim=-1), summed[..., 1:] * theta.mT)
+    states = torch.stack([read.states[:, -1], F.pad(momentum.start[:, -1], (1, 0))], dim=1)
+    return read, Mixture(states, torch.stack([read.writes[:, -1], (eta * theta.mT)[:, -1]], dim=1))
+
+
+def _places(where: References, chunk: int, heads: int, dtype: torch.dtype) -> Tensor:
+    """[M, C, 2 + C]: a one where a token's reference is: the carried one, the chunk's first memory, or that after token
+    0, 1, .. of the chunk; none where it is empty. What fills the last chunk repeats the last token's.
+    """
+    T = where.source.shape[1]
+    index = torch.arange(T + -T % chunk, device=where.source.device)
+    source, empty = (x[:, index.clamp(max=T - 1)].unflatten(1, (-1, chunk)).transpose(0, 1) for x in where[:2])
+    place = (source - index[::chunk].view(-1, 1, 1) + 2).clamp(min=0)  # [N, B, C]
+    found = (place.unsqueeze(-1) == torch.arange(2 + chunk, device=index.device)) & ~empty.unsqueeze(-1)
+    return found.to(dtype).repeat_interleave(heads, 1).flatten(0, 1)
+
+
+class Momentum(Memory):
+    """Titans' memory for a matrix, with learned gates per head and token, all from x:
+
+        eta = sigmoid(x W_eta + c_eta) ,    theta' = sigmoid(x W_theta + c_theta) / grad_batch ,
+
+    and a, the recipe's decay.
+
+    gates: tied, as above: with keys of unit length, which the shell makes, none let it diverge. free: the momentum is
+        eta and theta = (1 - eta) theta', which is as stable only where gates do not vary.
+    grad_batch: the tokens of a mini-batch, whose gradients are taken at the memory before it; 1 is the exact rule.
+    """
+
+    accepts_decay: ClassVar[tuple[str, ...]] = ("none", "head")
+    fit = "gradient step, momentum"
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        backend: str = "auto",
+        chunk: int | None = None,
+        grad_batch: int = 1,
+        gates: str = "tied",
+    ) -> None:
+        super().__init__(sizes, backend, chunk)
+        if grad_batch < 1:
+            raise ValueError(f"regressor.grad_batch={grad_batch} is no number of tokens; a positive integer")
+        if gates not in GATES:
+            raise ValueError(f"regressor.gates={gates} is not one of {', '.join(GATES)}")
+        self.grad_batch, self.tied = grad_batch, gates == "tied"
+        self.step_size = nn.Linear(sizes.hidden_size, sizes.num_heads)
+        self.momentum = nn.Linear(sizes.hidden_size, sizes.num_heads)
+
+    def gates(self, x: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor | float]:
+        """step_size and log_momentum [B, T, H] of the rule, and what the last S is kept as: where gates are tied D, S
+        times eta / (1 - eta) [B, H, 1, 1], which the first token finds in its place. eta / (1 - eta) is the exponential
+        of its logit, which is held to 12: a momentum that lasts 160,000 tokens.
+
+        1 - eta as sigmoid of the negative, log eta as logsigmoid: neither loses its digits where eta is near 1 or 0.
+        """
+        if not self.tied:
+            logit = wide(self.momentum(x))
+            step_size = (-logit).sigmoid() * wide(self.step_size(x)).sigmoid() / self.grad_batch
+            return step_size, F.logsigmoid(logit), 1.0
+        logit = wide(self.momentum(x)).clamp(max=12.0)
+        log_rest = F.logsigmoid(-logit)
+        log_written = log_rest if log_decay is None else log_rest + wide(log_decay)
+        step_size = (log_written + log_rest).exp() * wide(self.step_size(x)).sigmoid() / self.grad_batch
+        return step_size, log_written + F.pad(logit[:, :-1], (0, 0, 1, 0)), logit[:, -1, :, None, None].exp()
+
+    def forward(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None = None,
+        state: Any = None,
+        segments: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        step_size, log_momentum, remaining = self.gates(x, log_decay)
+        given = (q, k, v, step_size, log_momentum, log_decay, state, self.grad_batch, segments)
+        backend = self.choose(v.device, v.dtype).backend
+        if backend == "recurrent" or k.shape[1] == 1:  # one token is the definition
+            o, state = recurrent_momentum(*given)
+        elif backend == "triton":
+            o, state = kernel_momentum(*given)
+        else:
+            o, state = chunked_momentum(*given, self.tokens_at_once(v))
+        return o, state.times(remaining)
+
+    def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+        return {"triton": kernels.refusal(device, dtype, self.key_dim, self.value_dim)}
+
+    def forget(self, state: State, rows: Tensor) -> State:
+        """The matrices of the given rows emptied, and their mini-batches ended."""
+        matrices = tuple(super(Momentum, self).forget(x, rows) for x in state.matrices)
+        return last_state(matrices, rows if state.phase is None else state.phase.masked_fill(rows, 0))
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Three products with the memory (predict, write, read), and the projections of the gates."""
+        return self.num_heads * (6 * self.key_dim * self.value_dim + 4 * self.hidden_size)
+
+    def state_size(self, seq_len: int) -> int:
+        """M and S, and M_ref for mini-batches."""
+        return super().state_size(seq_len) * (2 if self.grad_batch == 1 else 3)

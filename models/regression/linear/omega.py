@@ -1,0 +1,232 @@
+"""The Omega rule: every step fits a window of pairs, not the last one alone.
+
+Problem.    momentum.py's, with a loss over the last c pairs of the document, each weighted by the token that takes the
+            step (the Omega rule of Atlas, Behrouz et al. 2025):
+                l_t(M) = 1/2 sum_{r<c} gamma_{t,r} ||v_{t-r} - k_{t-r} M||^2 .
+Solution.   S_t = eta_t S_{t-1} + theta_t sum_{r<c} gamma_{t,r} k_{t-r}^T (v_{t-r} - k_{t-r} M_ref)
+            M_t = a_t M_{t-1} + S_t ,    o_t = q_t M_t .
+            The whole gradient of a token is taken at one memory, with `grad_batch` as there: 1 at M_{t-1}, b at the
+            memory after the previous mini-batch. A pair's error is then another one for each token that sees it.
+            So every token makes c writes, not one: the chunk's triangular system has C c rows, and no more is needed
+            for the exact rule and for any grad_batch. It costs c times momentum.py's products; so does the definition.
+Members.    c = 1 with weight 1 is momentum.py.
+Stability.  gamma sums to at most one, so that the window asks for no larger step than one pair.
+Exactness.  The chunked form equals the recurrence up to rounding, whatever the chunk, gradients included.
+
+Shapes: as in momentum.py; c the window.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.parts.precision import wide, working_dtype
+from models.parts.sizes import Sizes
+from models.regression.chunks import from_chunks, into_chunks, short
+from models.regression.documents import forget_at_starts
+from models.regression.linear import momentum
+from models.regression.linear.mixtures import Mixture, scan
+from models.regression.linear.momentum import Momentum, first_state, kernel_momentum, last_state, mixtures, references
+
+
+class State(NamedTuple):
+    """fitted: momentum.py's state. keys [B, c - 1, H, K] and values [B, c - 1, H, V]: the last pairs of the document,
+    the newest last; zeros, which write nothing, where it has fewer.
+    """
+
+    fitted: momentum.State
+    keys: Tensor
+    values: Tensor
+
+
+def windows(
+    k: Tensor, v: Tensor, weights: Tensor, state: State | None, dtype: torch.dtype, segments: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What every token sees, the newest pair first: keys [B, T, c, H, K], values [B, T, c, H, V], and its weights, zero
+    for another document's pairs. And what the next call's tokens will, as State has it.
+    """
+    (B, T, H), past = k.shape[:3], weights.shape[-1] - 1
+    if state is None:
+        tails = (x.new_zeros(B, past, H, x.shape[-1], dtype=dtype) for x in (k, v))
+    else:
+        tails = (state.keys, state.values)
+    pairs = [torch.cat([tail, x.to(dtype)], dim=1) for tail, x in zip(tails, (k, v), strict=True)]
+    lasting = [x[:, T:] for x in pairs]
+    if segments is not None:
+        document = torch.cat([segments[:, :1].expand(-1, past), segments], dim=1)
+        seen = document.unfold(1, past + 1, 1).flip(-1) == segments.unsqueeze(-1)
+        weights = weights.masked_fill(~seen.unsqueeze(2), 0.0)
+        other = (document[:, T:] != segments[:, -1:]).view(B, past, 1, 1)
+        lasting = [x.masked_fill(other, 0.0) for x in lasting]
+    keys, values = (x.unfold(1, past + 1, 1).flip(-1).permute(0, 1, 4, 2, 3) for x in pairs)
+    return keys, values, weights, *lasting
+
+
+def recurrent_omega(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    step_size: Tensor,
+    log_momentum: Tensor,
+    log_decay: Tensor | None = None,
+    state: State | None = None,
+    grad_batch: int = 1,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, State]:
+    """The definition, one token at a time.
+
+    weights: [B, T, H, c], gamma_{t,r} of the r-th last pair. The other arguments and the results as in
+    recurrent_momentum, but for the state.
+    """
+    fitted = first_state(k, v, None if state is None else state.fitted, grad_batch)
+    dtype, outputs = fitted.memory.dtype, []
+    keys, values, weights, *pairs = windows(k, v, weights, state, dtype, segments)
+    log_momentum = forget_at_starts(log_momentum, segments)
+    log_decay = forget_at_starts(log_decay, segments, like=step_size)
+    source, empty, phase = references(k, fitted, grad_batch, segments)
+    memory, speed, *reference = fitted.matrices
+    reference = reference[0] if reference else memory
+    with torch.autocast(q.device.type, enabled=False):
+        eta = log_momentum.to(dtype).exp()
+        decay = torch.ones_like(eta) if log_decay is None else log_decay.to(dtype).exp()
+        weights, query = weights * step_size.to(dtype).unsqueeze(-1), q.to(dtype)
+        for t in range(q.shape[1]):
+            begins, nothing = (source[:, t] == t - 1).view(-1, 1, 1, 1), empty[:, t].view(-1, 1, 1, 1)
+            reference = torch.where(begins, memory, reference).masked_fill(nothing, 0.0)
+            key, value = keys[:, t].transpose(1, 2), values[:, t].transpose(1, 2)  # [B, H, c, *]
+            gradient = key.mT @ (weights[:, t].unsqueeze(-1) * (value - key @ reference))
+            speed = eta[:, t, :, None, None] * speed + gradient
+            memory = decay[:, t, :, None, None] * memory + speed
+            outputs.append((query[:, t, :, None] @ memory).squeeze(-2))
+        o = torch.stack(outputs, dim=1).to(v.dtype)
+    return o, State(last_state((memory, speed, reference)[: len(fitted.matrices)], phase), *pairs)
+
+
+def chunked_omega(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    step_size: Tensor,
+    log_momentum: Tensor,
+    log_decay: Tensor | None = None,
+    state: State | None = None,
+    grad_batch: int = 1,
+    segments: Tensor | None = None,
+    chunk: int = 8,
+) -> tuple[Tensor, State]:
+    """The same map: chunked_momentum with c writes a token. What M_t holds of the write of token i is G_ti, and of that
+    token's r-th pair G_ti gamma_{i,r}.
+
+    Arguments and results as in recurrent_omega. T need not be a multiple of the chunk.
+    """
+    fitted = first_state(k, v, None if state is None else state.fitted, grad_batch)
+    C, c, dtype = short(chunk, k.shape[1]), weights.shape[-1], fitted.memory.dtype
+    keys, values, weights, *pairs = windows(k, v, weights, state, dtype, segments)
+    where = references(k, fitted, grad_batch, segments)
+    log_momentum = forget_at_starts(log_momentum, segments)
+    log_decay = forget_at_starts(log_decay, segments, like=step_size)
+    with torch.autocast(q.device.type, enabled=False):
+        mixed = mixtures(step_size, log_momentum, log_decay, where, C, dtype, grad_batch > 1)
+        gamma = into_chunks(weights, C, dtype).flatten(1).unsqueeze(1)
+        read, refer, carry = (Mixture(x.states, x.writes.repeat_interleave(c, -1) * gamma) for x in mixed)
+        refer = Mixture(*(x.repeat_interleave(c, 1) for x in refer))
+        writes = (into_chunks(x.flatten(1, 2), C * c, dtype) for x in (keys, values))
+        o, matrices = scan(into_chunks(q, C, dtype), *writes, read, refer, carry, fitted.matrices)
+    return from_chunks(o, k.shape[:3]).to(v.dtype), State(last_state(matrices, where.phase), *pairs)
+
+
+def kernel_omega(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    step_size: Tensor,
+    log_momentum: Tensor,
+    log_decay: Tensor | None = None,
+    state: State | None = None,
+    grad_batch: int = 1,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, State]:
+    """The same map by models/kernels/momentum: kernel_momentum's with c writes a token, for theta theta_t gamma_{t,r}.
+
+    Arguments and results as in recurrent_omega; q, keys and values are cast to one dtype, v's.
+    """
+    keys, values, weights, *pairs = windows(k, v, weights, state, working_dtype(k, v), segments)
+    keys, values = (x.to(v.dtype).flatten(1, 2) for x in (keys, values))
+    steps = (weights * step_size.unsqueeze(-1)).transpose(2, 3).flatten(1, 2)
+    gates, fitted = (steps, log_momentum, log_decay), None if state is None else state.fitted
+    o, fitted = kernel_momentum(q, keys, values, *gates, fitted, grad_batch, segments, weights.shape[-1])
+    return o, State(fitted, *pairs)
+
+
+class Omega(Momentum):
+    """Momentum over a window, the weights of its pairs learned per head, token and offset: with s = sigmoid(x W + b),
+
+        gamma_r = s_r / max(1, sum of s) .
+
+    window: c, the pairs of a step.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        backend: str = "auto",
+        chunk: int | None = None,
+        grad_batch: int = 1,
+        gates: str = "tied",
+        window: int = 4,
+    ) -> None:
+        super().__init__(sizes, backend, chunk, grad_batch, gates)
+        if window < 1:
+            raise ValueError(f"regressor.window={window} is no number of pairs; a positive integer")
+        self.window, self.fit = window, f"step for {window} pairs, momentum"
+        self.weights = nn.Linear(sizes.hidden_size, sizes.num_heads * window)
+
+    def tokens_at_once(self, v: Tensor) -> int:
+        """Fewer where each makes several writes: the triangular system is as large as without a window."""
+        return self.chunk or max(8, super().tokens_at_once(v) // self.window)
+
+    def forward(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None = None,
+        state: Any = None,
+        segments: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        weights = wide(self.weights(x)).sigmoid().unflatten(-1, (-1, self.window))
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1.0)
+        step_size, log_momentum, remaining = self.gates(x, log_decay)
+        given = (q, k, v, weights, step_size, log_momentum, log_decay, state, self.grad_batch, segments)
+        backend = self.choose(v.device, v.dtype).backend
+        if backend == "recurrent" or k.shape[1] == 1:  # one token is the definition
+            o, state = recurrent_omega(*given)
+        elif backend == "triton":
+            o, state = kernel_omega(*given)
+        else:
+            o, state = chunked_omega(*given, self.tokens_at_once(v))
+        fitted, *pairs = state
+        return o, State(fitted.times(remaining), *pairs)
+
+    def recall(self, x: Tensor, q: Tensor, state: State | None) -> Tensor:
+        return super().recall(x, q, None if state is None else state.fitted)
+
+    def forget(self, state: State, rows: Tensor) -> State:
+        keys, values = (torch.where(rows.view(-1, 1, 1, 1), 0.0, x) for x in state[1:])
+        return State(super().forget(state.fitted, rows), keys, values)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Predictions and writes for the whole window, one read, and the projections of the gates and weights."""
+        pairs = (self.window - 1) * (4 * self.key_dim * self.value_dim) + 2 * self.window * self.hidden_size
+        return super().flops_per_token(seq_len) + self.num_heads * pairs
+
+    def state_size(self, seq_len: int) -> int:
+        """Momentum's, and the window's pairs but the newest."""
+        return super().state_size(seq_len) + (self.window - 1) * self.num_heads * (self.key_dim + self.value_dim)
