@@ -25,6 +25,7 @@ from models.parts.features import Identity
 from models.parts.norm import RMSNorm, sum_to_one, unit
 from models.parts.rotary import rotate
 from models.parts.sizes import Sizes
+from models.regression.regressor import Tokens
 
 CONVOLVED = ("qkv", "k")
 PAIRS = ("same", "shift")
@@ -194,7 +195,7 @@ class Mixer(nn.Module):
             log_decay, turn = log_decay[0], _turns(log_decay[1], turn)
             q, k = q * turn.unsqueeze(-1), k * _each(turn, n).unsqueeze(-1)
 
-        o, memory = self.regressor(x, q, k, v, log_decay, memory, segments)
+        o, memory = self.regressor(Tokens(x, q, k, v, log_decay, segments), memory)
         o = self._read_out(o).to(x.dtype)
         if self.gate is not None:
             o = o * self.gate(gate)

@@ -1,15 +1,10 @@
 """What every regressor is: an inner model fitted to the pairs (k, v) seen so far, read at q.
 
-    regressor(x, q, k, v, log_decay=None, state=None, segments=None) -> (o, state)
+    regressor(tokens, state=None) -> (o [B, T, H, V], state)
 
-    x [B, T, D]: the layer's input, from which the regressor projects its own per-token step sizes.
-    q, k [B, T, H, K] and v [B, T, H, V]: queries, keys, values. With n pairs per token k and v are [B, T n, H, *], a
-        token's one after another.
-    log_decay [B, T, H] or [B, T, H, K]: natural logarithm of gamma, <= 0, float32; None forgets nothing.
-    state: the memory after the last token of the previous call, None at the start.
-    segments [B, T]: integers, the document of each token, changing where one ends and the next begins. Documents do not
-        see each other. A state that is passed in belongs to the first document of the call; where it does not, mixer.py
-        has called `forget` on it.
+    tokens: what a call brings, token by token (Tokens below).
+    state: the memory after the last token of the previous call, None at the start. It belongs to the first document of
+        the call; where it does not, mixer.py has called `forget` on it.
 
 A subclass is the last part of its chapter. It states which decays it accepts, which backends it has and why one can't
 run, and counts its own parameters, operations and state.
@@ -32,6 +27,25 @@ BACKENDS = ("auto", "fla", "triton", "torch", "recurrent")
 # A document boundary is a decay that forgets everything: exp(FORGET) = 1.6e-28 is below the rounding of float64. In a
 # cumulative sum it takes the digits of what follows (float32 resolves 64 to 4e-6), so chunked forms count it apart.
 FORGET = -64.0
+
+
+class Tokens(NamedTuple):
+    """What a regressor is given of the tokens of a call.
+
+    x [B, T, D]: the layer's input, from which the regressor projects its own step sizes.
+    q, k [B, T, H, K] and v [B, T, H, V]: queries, keys, values. With n pairs per token k and v are [B, T n, H, *], a
+        token's one after another.
+    log_decay [B, T, H] or [B, T, H, K]: natural logarithm of gamma, <= 0, float32; None forgets nothing.
+    segments [B, T]: integers, the document of each token, changing where one ends and the next begins. Documents do not
+        see each other. None: one document a row.
+    """
+
+    x: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None = None
+    segments: Tensor | None = None
 
 
 class Choice(NamedTuple):
@@ -59,16 +73,7 @@ class Regressor(nn.Module):
         self.hidden_size, self.num_heads, self.num_kv_heads, self.key_dim, self.value_dim = sizes
         self.backend = backend
 
-    def forward(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None = None,
-        state: Any = None,
-        segments: Tensor | None = None,
-    ) -> tuple[Tensor, Any]:
+    def forward(self, tokens: Tokens, state: Any = None) -> tuple[Tensor, Any]:
         raise NotImplementedError
 
     def recall(self, x: Tensor, q: Tensor, state: Any) -> Tensor:

@@ -26,6 +26,7 @@ from models.regression.local.kernel import Factor, gaussian, parallel_intention
 from models.regression.local.pairs import Pairs, View
 from models.regression.local.polynomial import blocked_local_polynomial
 from models.regression.memory import Memory
+from models.regression.regressor import Tokens
 from scripts.benchmarks import peers
 from scripts.benchmarks.timing import Case, Operator, graphed, same
 from scripts.recipes import PRESETS, composed, mixer_of
@@ -194,7 +195,7 @@ def ttt(B: int, T: int, H: int, K: int, inner_model: str) -> Case:
         torch.manual_seed(0)
         module = TTT(Sizes(H * K, H, H, K, K), backend, inner_model).to("cuda")
         module.compile(dynamic=False)
-        return Operator(lambda q, k, v: module(x, q, k, v)[0], inputs, tuple(module.parameters()))
+        return Operator(lambda q, k, v: module(Tokens(x, q, k, v))[0], inputs, tuple(module.parameters()))
 
     operators = {"ours, Triton": by("triton"), "ours, mini-batches": by("torch")}
     if inner_model == "linear":

@@ -13,6 +13,7 @@ import torch
 from models.kernels.ttt import refusal
 from models.parts.sizes import Sizes
 from models.regression.deep.ttt.layer import TTT, dual_ttt, kernel_ttt
+from models.regression.regressor import Tokens
 from tests.kernels.interpreter import run_interpreted
 from tests.regression.deep.test_ttt import DOCUMENTS, draw, largest_error, outcome
 
@@ -84,7 +85,7 @@ def test_more_programs_than_a_gpu_holds_wait_for_one_another():
     for backend in ("triton", "torch"):
         torch.manual_seed(0)
         layer = TTT(Sizes(H * K, H, H, K, K), backend, "mlp").to("cuda")
-        o, _ = layer(x, q, k, v, segments=segments.expand(B, -1))
+        o, _ = layer(Tokens(x, q, k, v, segments=segments.expand(B, -1)))
         found.append([o, *torch.autograd.grad(o.float().square().sum(), [q, k, v, *layer.parameters()])])
     assert all((a - b).float().norm() < 2e-2 * b.float().norm() for a, b in zip(*found, strict=True))
 

@@ -15,7 +15,7 @@ from tests.laws.presets import PRESETS, inputs, mixer
 def call_of(preset: str, T: int = 12, **settings: Any) -> Call:
     """The regressor's arguments inside its own mixer."""
     m, seen = mixer(preset, **settings), []
-    m.regressor.register_forward_hook(lambda module, args, result: seen.append(Call(module, *args[:5], result[0])))
+    m.regressor.register_forward_hook(lambda module, args, result: seen.append(Call(module, *args[0][:5], result[0])))
     with torch.no_grad():
         m(inputs(1, T))
     return seen[0]

@@ -44,7 +44,7 @@ from models.regression.deep.optimizers import INNER_OPTIMIZERS
 from models.regression.local.constant import Softmax
 from models.regression.local.pairs import Pairs
 from models.regression.memory import Memory
-from models.regression.regressor import Regressor
+from models.regression.regressor import Regressor, Tokens
 
 BASE_RATE = 1e-3  # of the learning rates, at the start
 
@@ -116,16 +116,8 @@ class LaCT(Memory):
     def tokens_at_once(self, v: Tensor) -> int:
         return self.chunk or self.grad_batch
 
-    def forward(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None = None,
-        state: State | None = None,
-        segments: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
+    def forward(self, tokens: Tokens, state: State | None = None) -> tuple[Tensor, State]:
+        x, q, k, v, _, segments = tokens
         fitted, pairs = (None, None) if state is None else state
         rates = F.softplus(wide(self.rates(x))).unflatten(-1, (-1, 3))
         momentum = wide(self.momentum(x)).sigmoid()
@@ -134,7 +126,7 @@ class LaCT(Memory):
         speed = (1,) if definition else (self.tokens_at_once(v), self.remat, compiles(v.device))
         given = (q, k, v, rates, gates, fitted, self.grad_batch, segments)
         read, fitted = batches.deep_batches(self.rule, self._begin(), *given, *speed)
-        local, pairs = self.attention(x, q, k, v, None, pairs, segments)
+        local, pairs = self.attention(tokens, pairs)
         o = F.silu(wide(self.scale(x))).unsqueeze(-1) * wide(self.norm(read)) + local
         return o.to(v.dtype), State(fitted, pairs)
 

@@ -47,6 +47,7 @@ from models.regression.deep.network import ACTIVATIONS, LOSSES, Network
 from models.regression.deep.optimizers import INNER_OPTIMIZERS
 from models.regression.deep.slots import in_turn, lay_out, positions, scan
 from models.regression.linear.momentum import Momentum, of_gates
+from models.regression.regressor import Tokens
 
 OPTIMIZERS = ("momentum", "sgd", *INNER_OPTIMIZERS)
 FORGET_TO = ("start", "zero")
@@ -270,16 +271,8 @@ class DeepMemory(Momentum):
         momentum = None if self.momentum is None else wide(self.momentum(x)).sigmoid() / self.grad_batch
         return wide(self.step_size(x)).sigmoid() / self.grad_batch, momentum
 
-    def forward(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None = None,
-        state: Any = None,
-        segments: Tensor | None = None,
-    ) -> tuple[Tensor, Any]:
+    def forward(self, tokens: Tokens, state: Any = None) -> tuple[Tensor, Any]:
+        x, q, k, v, log_decay, segments = tokens
         speed = (self.tokens_at_once(v), self.remat, compiles(v.device))
         backend = self.choose(v.device, v.dtype).backend
         definition = backend == "recurrent" or k.shape[1] == 1  # one token is that

@@ -57,6 +57,7 @@ from models.regression.least_squares.solvers import (
     solve,
 )
 from models.regression.memory import Memory
+from models.regression.regressor import Tokens
 
 # ||H|| counts as no less in a ridge that is scaled by it: where nothing has been written yet, nothing divides nothing.
 LEAST_NORM = 1e-6
@@ -257,38 +258,20 @@ class LeastSquares(Memory):
         if solver == "rls" and query_mix:
             raise ValueError("regressor.query_mix=true is not possible with regressor.solver=rls")
 
-    def forward(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None = None,
-        state: Moments | None = None,
-        segments: Tensor | None = None,
-    ) -> tuple[Tensor, Moments]:
-        b = wide(self.write_weight(x)).sigmoid()
+    def forward(self, tokens: Tokens, state: Moments | None = None) -> tuple[Tensor, Moments]:
+        b, log_decay = wide(self.write_weight(tokens.x)).sigmoid(), tokens.log_decay
         if log_decay is not None and self.decay_cap is not None:
             log_decay = log_decay + torch.log1p((self.decay_cap - 1) * b.square())
-        return self._fit(x, q, k, v, b, log_decay, state, segments)
+        return self._fit(Tokens(*tokens[:4], log_decay, tokens.segments), b, state)
 
     def recall(self, x: Tensor, q: Tensor, state: Moments | None) -> Tensor:
         """The solve again, after pairs of weight zero."""
         k, v = torch.zeros_like(q), q.new_zeros(*q.shape[:3], self.value_dim)
-        return self._fit(x, q, k, v, wide(v[..., 0]), None, state, None)[0]
+        return self._fit(Tokens(x, q, k, v), wide(v[..., 0]), state)[0]
 
-    def _fit(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        b: Tensor,
-        log_decay: Tensor | None,
-        state: Moments | None,
-        segments: Tensor | None,
-    ) -> tuple[Tensor, Moments]:
+    def _fit(self, tokens: Tokens, b: Tensor, state: Moments | None) -> tuple[Tensor, Moments]:
         """What forward does once it knows the write weights b [B, T, H]."""
+        x, q, k, v, log_decay, segments = tokens
         recurrent, ridge = self.choose(v.device, v.dtype).backend == "recurrent", self._ridge(k)
         if self.solver_name == "rls":
             starts = None if segments is None else F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))

@@ -38,7 +38,7 @@ from models.regression.chunks import short
 from models.regression.documents import forget_at_starts
 from models.regression.linear.delta_chunks import ChunkedDelta
 from models.regression.memory import Memory, first_memory
-from models.regression.regressor import FORGET
+from models.regression.regressor import FORGET, Tokens
 
 
 def recurrent_delta(
@@ -182,16 +182,8 @@ class Delta(Memory):
             self.accepts_decay = ("none", "head")
         self.step_size = nn.Linear(sizes.hidden_size, sizes.num_heads * self.pairs_per_token)
 
-    def forward(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None = None,
-        state: Any = None,
-        segments: Tensor | None = None,
-    ) -> tuple[Tensor, Any]:
+    def forward(self, tokens: Tokens, state: Any = None) -> tuple[Tensor, Any]:
+        x, q, k, v, log_decay, segments = tokens
         step_size = self.largest_step * wide(self.step_size(x)).sigmoid().view(k.shape[:3])
         step_size = step_size * self.share(step_size * wide(k).square().sum(-1))
         if log_decay is not None and self.gradient_before_decay:

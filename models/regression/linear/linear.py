@@ -31,6 +31,7 @@ from models.parts.sizes import Sizes
 from models.regression.chunks import fades, from_chunks, into_chunks, short
 from models.regression.documents import forget_at_starts
 from models.regression.memory import Memory, first_memory
+from models.regression.regressor import Tokens
 
 
 def recurrent_linear(
@@ -134,16 +135,8 @@ class Linear(Memory):
         learned = writes in ("weighted", "signed")
         self.write_weight = nn.Linear(sizes.hidden_size, sizes.num_heads) if learned else None
 
-    def forward(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None = None,
-        state: Any = None,
-        segments: Tensor | None = None,
-    ) -> tuple[Tensor, Any]:
+    def forward(self, tokens: Tokens, state: Any = None) -> tuple[Tensor, Any]:
+        x, q, k, v, log_decay, segments = tokens
         if (weight := self._weight(x, log_decay)) is not None:
             k = (k * weight.unsqueeze(-1)).to(k.dtype)
         if self.normalizer:  # z is the memory of a value that is always one

@@ -48,6 +48,7 @@ from models.regression.chunks import fades, from_chunks, into_chunks, short
 from models.regression.documents import forget_at_starts
 from models.regression.linear.mixtures import Mixture, product, scan
 from models.regression.memory import Memory, first_memory
+from models.regression.regressor import Tokens
 
 GATES = ("tied", "free")
 
@@ -339,16 +340,8 @@ class Momentum(Memory):
         step_size = (log_written + log_rest).exp() * wide(self.step_size(x)).sigmoid() / self.grad_batch
         return step_size, log_written + F.pad(logit[:, :-1], (0, 0, 1, 0)), logit[:, -1, :, None, None].exp()
 
-    def forward(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None = None,
-        state: Any = None,
-        segments: Tensor | None = None,
-    ) -> tuple[Tensor, Any]:
+    def forward(self, tokens: Tokens, state: Any = None) -> tuple[Tensor, Any]:
+        x, q, k, v, log_decay, segments = tokens
         step_size, log_momentum, remaining = self.gates(x, log_decay)
         given = (q, k, v, step_size, log_momentum, log_decay, state, self.grad_batch, segments)
         backend = self.choose(v.device, v.dtype).backend

@@ -30,6 +30,7 @@ from models.regression.documents import forget_at_starts
 from models.regression.linear import momentum
 from models.regression.linear.mixtures import Mixture, scan
 from models.regression.linear.momentum import Momentum, first_state, kernel_momentum, last_state, mixtures, references
+from models.regression.regressor import Tokens
 
 
 class State(NamedTuple):
@@ -191,16 +192,8 @@ class Omega(Momentum):
         """Fewer where each makes several writes: the triangular system is as large as without a window."""
         return self.chunk or max(8, super().tokens_at_once(v) // self.window)
 
-    def forward(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None = None,
-        state: Any = None,
-        segments: Tensor | None = None,
-    ) -> tuple[Tensor, Any]:
+    def forward(self, tokens: Tokens, state: Any = None) -> tuple[Tensor, Any]:
+        x, q, k, v, log_decay, segments = tokens
         weights = wide(self.weights(x)).sigmoid().unflatten(-1, (-1, self.window))
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1.0)
         step_size, log_momentum, remaining = self.gates(x, log_decay)

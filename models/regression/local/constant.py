@@ -36,6 +36,7 @@ from torch import Tensor
 from models.parts.precision import working_dtype
 from models.parts.sizes import Sizes
 from models.regression.local.pairs import Nonparametric, Pairs, View, by_head, in_blocks
+from models.regression.regressor import Tokens
 
 POWERS = {"epanechnikov": 1, "biweight": 2, "triweight": 3}
 KERNELS = ("gaussian", "laplace", *POWERS)
@@ -199,20 +200,11 @@ class Softmax(Nonparametric):
             return ""
         return "scaled_dot_product_attention" if self.kernel == "gaussian" else "blocks of queries"
 
-    def forward(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None = None,
-        state: Pairs | None = None,
-        segments: Tensor | None = None,
-    ) -> tuple[Tensor, Pairs]:
-        pairs, view = self.gather(k, v, log_decay, state, segments)
-        o = self.read(q, pairs, view)
+    def forward(self, tokens: Tokens, state: Pairs | None = None) -> tuple[Tensor, Pairs]:
+        pairs, view = self.gather(tokens, state)
+        o = self.read(tokens.q, pairs, view)
         if self.skipped:
-            index = torch.arange(view.past, view.past + q.shape[1], device=q.device)
+            index = torch.arange(view.past, view.past + o.shape[1], device=o.device)
             o = o.masked_fill((view.start > index)[..., None, None], 0.0)
         return o, self.keep(pairs, view)
 

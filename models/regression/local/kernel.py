@@ -32,6 +32,7 @@ from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
 from models.regression.local.constant import of_heads, squared_distance
 from models.regression.local.pairs import Nonparametric, View, document_starts
+from models.regression.regressor import Tokens
 
 # float32 knows the eigenvalues of N x N kernel values to about N 6e-8, 6e-5 for a thousand: below that a system may be
 # none. The smallest ridge of all is LEAST_RIDGE LEAST = 1e-4.
@@ -211,16 +212,8 @@ class Intention(Nonparametric):
             return torch.full((self.num_heads,), self.fixed_ridge, dtype=working_dtype(q), device=q.device)
         return wide(self.log_ridge).exp() + LEAST_RIDGE
 
-    def forward(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None = None,
-        state: Factor | None = None,
-        segments: Tensor | None = None,
-    ) -> tuple[Tensor, Factor]:
+    def forward(self, tokens: Tokens, state: Factor | None = None) -> tuple[Tensor, Factor]:
+        _, q, k, v, log_decay, segments = tokens
         dtype, out_dtype = working_dtype(q, k, v), v.dtype
         q, k, v = (y.to(dtype) for y in (q, k, v))
         factor = _nothing(k, v) if state is None else state

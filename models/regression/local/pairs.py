@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
-from models.regression.regressor import Regressor
+from models.regression.regressor import Regressor, Tokens
 
 
 class Pairs(NamedTuple):
@@ -218,10 +218,9 @@ class Nonparametric(Regressor):
         """The block for this device."""
         return self.block or (256 if q.is_cuda else 64)
 
-    def gather(
-        self, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Pairs | None, segments: Tensor | None
-    ) -> tuple[Pairs, View]:
+    def gather(self, tokens: Tokens, state: Pairs | None) -> tuple[Pairs, View]:
         """All pairs, those of the cache in front, and which of them the queries of this call may use."""
+        _, _, k, v, log_decay, segments = tokens
         T, past, first = k.shape[1], 0, None
         if self.skipped:
             first = torch.full(k.shape[:1], self.skipped, device=k.device)

@@ -39,6 +39,7 @@ from models.parts.rotary import rotate
 from models.parts.sizes import Sizes
 from models.regression.local.constant import kernel_weights, of_heads
 from models.regression.local.pairs import Nonparametric, Pairs, View, by_head, in_blocks
+from models.regression.regressor import Tokens
 
 # C is known to float32's rounding of |phi|^2, 1e-7, and may be that much below zero: a ridge of 1e-3 keeps four digits.
 LEAST_RIDGE = 1e-3
@@ -261,17 +262,8 @@ class LocalPolynomial(Nonparametric):
             return torch.full((self.num_heads,), self.fixed_ridge, dtype=working_dtype(q), device=q.device)
         return wide(self.log_ridge).exp() + LEAST_RIDGE
 
-    def forward(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None = None,
-        state: Pairs | None = None,
-        segments: Tensor | None = None,
-    ) -> tuple[Tensor, Pairs]:
-        pairs, view = self.gather(k, v, log_decay, state, segments)
+    def forward(self, tokens: Tokens, state: Pairs | None = None) -> tuple[Tensor, Pairs]:
+        q, (pairs, view) = tokens.q, self.gather(tokens, state)
         backend, beta, ridge = self.choose(q.device, q.dtype).backend, self.beta(q), self.ridge(q)
         arguments = (q, pairs, beta, ridge, view, self.order, self.cross_terms)
         if backend == "triton":
@@ -347,18 +339,9 @@ class Parallax(Nonparametric):
         self.rotary = rotary
         self.probe = nn.Linear(sizes.hidden_size, sizes.num_heads * sizes.key_dim, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None = None,
-        state: Pairs | None = None,
-        segments: Tensor | None = None,
-    ) -> tuple[Tensor, Pairs]:
-        pairs, view = self.gather(k, v, log_decay, state, segments)
-        u = self.probe(x).unflatten(-1, (self.num_heads, self.key_dim))
+    def forward(self, tokens: Tokens, state: Pairs | None = None) -> tuple[Tensor, Pairs]:
+        q, (pairs, view) = tokens.q, self.gather(tokens, state)
+        u = self.probe(tokens.x).unflatten(-1, (self.num_heads, self.key_dim))
         if self.rotary is not None:
             position = torch.arange(view.past, view.past + q.shape[1], device=q.device).unsqueeze(0)
             u = rotate(u, position if view.start is None else position - view.start, self.rotary)

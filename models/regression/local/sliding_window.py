@@ -24,6 +24,7 @@ from models.parts.precision import working_dtype
 from models.parts.sizes import Sizes
 from models.regression.local.constant import Softmax, local_constant, of_heads
 from models.regression.local.pairs import Pairs, View, by_head
+from models.regression.regressor import Tokens
 
 
 def recurrent_sliding_window(q: Tensor, pairs: Pairs, beta: Tensor, view: View, persistent: Pairs) -> Tensor:
@@ -109,14 +110,12 @@ class SlidingWindow(Softmax):
         self.persistent_values = nn.Parameter(torch.randn(persistent, G, V))
         self.function_class = "constant around q, window"
 
-    def gather(
-        self, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Pairs | None, segments: Tensor | None
-    ) -> tuple[Pairs, View]:
+    def gather(self, tokens: Tokens, state: Pairs | None) -> tuple[Pairs, View]:
         if state is None:  # as many pairs as there ever are, none of which a query uses
-            past, B = self.window - 1, len(k)
-            empty = (x.new_zeros(B, past, *x.shape[2:]) for x in (k, v))
-            state = Pairs(*empty, torch.full((B,), past, device=k.device))
-        return super().gather(k, v, log_decay, state, segments)
+            past, B = self.window - 1, len(tokens.k)
+            empty = (x.new_zeros(B, past, *x.shape[2:]) for x in (tokens.k, tokens.v))
+            state = Pairs(*empty, torch.full((B,), past, device=tokens.k.device))
+        return super().gather(tokens, state)
 
     def read(self, q: Tensor, pairs: Pairs, view: View) -> Tensor:
         persistent = Pairs(self.persistent_keys.unsqueeze(0), self.persistent_values.unsqueeze(0))

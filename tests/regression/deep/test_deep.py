@@ -18,6 +18,7 @@ from models.regression.deep.mlp import DeepMemory, Start, chunked_deep, recurren
 from models.regression.deep.network import SMOOTH, Network
 from models.regression.linear.momentum import State as MatrixState
 from models.regression.linear.momentum import recurrent_momentum
+from models.regression.regressor import Tokens
 from models.training.run import Run
 from tests.test_config import composed
 
@@ -273,7 +274,7 @@ def test_the_inner_loss_falls(inner_loss, inner_optimizer):
     k, v = k.repeat(1, 64, 1, 1), v.repeat(1, 64, 1, 1)
     with torch.no_grad():
         memory.step_size.bias.fill_(4.0)
-        o, _ = memory(torch.zeros(1, 1024, 4), k, k, v)
+        o, _ = memory(Tokens(torch.zeros(1, 1024, 4), k, k, v))
     e, y = v - o, o
     loss = LOSSES[inner_loss](e, y, v).sum((-1, -2)).view(64, 16).mean(1)
     assert (loss[[8, 20, 40, 63]] < loss[[0, 8, 20, 40]]).all(), loss
@@ -297,7 +298,7 @@ def test_no_gates_let_it_diverge(depth, grad_batch, momentum):
         memory.momentum.bias.fill_(momentum)
         shared = F.normalize(torch.randn(32), dim=0)
         k = F.normalize(shared + F.normalize(torch.randn(1, T, H, 32), dim=-1), dim=-1)
-        o, state = memory(torch.zeros(1, T, 4), k, k, torch.randn(1, T, H, 32))
+        o, state = memory(Tokens(torch.zeros(1, T, 4), k, k, torch.randn(1, T, H, 32)))
     assert all(x.isfinite().all() for x in (o, *state.weights, *state.momenta))
     assert o.abs().max() < (100 if depth > 2 and grad_batch == 1 else 10), o.abs().max()
 

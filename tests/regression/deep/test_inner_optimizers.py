@@ -14,6 +14,7 @@ from models.parts.orthogonal import orthogonal
 from models.parts.sizes import Sizes
 from models.regression.deep import DeepMemory
 from models.regression.deep.optimizers import INNER_OPTIMIZERS, Shampoo
+from models.regression.regressor import Tokens
 from tests.regression.deep.test_deep import DOCUMENTS
 
 B, T, H, K, V, b = 2, 37, 2, 6, 5, 8
@@ -70,7 +71,7 @@ def direction(optimizer: str, gradients: list[Tensor], etas: list[Tensor]) -> Te
 def test_it_is_its_loop(optimizer, backend):
     """Gradients by autograd, weights held; what is read within a mini-batch are the weights of its beginning."""
     memory, (x, q, k, v, log_decay) = drawn(optimizer, depth=3, backend=backend)
-    o, _ = memory(x, q, k, v, log_decay)
+    o, _ = memory(Tokens(x, q, k, v, log_decay))
     rates = memory.step_size(x).sigmoid()
     etas = torch.zeros_like(rates) if memory.momentum is None else memory.momentum(x).sigmoid()
     for row, h in ((0, 0), (1, 1)):
@@ -108,7 +109,7 @@ def outcome(memory: DeepMemory, inputs: list[Tensor], splits=(), segments=None) 
     inputs = [x.detach().requires_grad_() for x in inputs]
     state, outputs = None, []
     for i, j in pairwise([0, *splits, T]):
-        o, state = memory(*(x[:, i:j] for x in inputs), state, None if segments is None else segments[:, i:j])
+        o, state = memory(Tokens(*(x[:, i:j] for x in inputs), None if segments is None else segments[:, i:j]), state)
         outputs.append(o)
     held = [torch.cat(outputs, dim=1), *state.learner.weights, *state.learner.gradients, state.learner.sums]
     g = torch.Generator().manual_seed(1)
@@ -146,7 +147,7 @@ def test_the_inner_loss_falls(optimizer, inner_loss):
     k, v, x = k[:, :b].repeat(1, 50, 1, 1), v[:, :b].repeat(1, 50, 1, 1), torch.zeros_like(x)
     with torch.no_grad():
         memory.step_size.bias.fill_(-2.2)
-        o, _ = memory(x, k, k, v)
+        o, _ = memory(Tokens(x, k, k, v))
     loss = (v - o).square().mean((0, 2, 3)).view(50, b).mean(1)
     assert loss[-1] < 0.5 * loss[0] and (loss[[10, 25, 49]] < loss[[0, 10, 25]] + 0.02 * loss[0]).all(), loss
 

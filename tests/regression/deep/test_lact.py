@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.parts.sizes import Sizes
 from models.regression.deep.lact import LaCT, SwiGLU
+from models.regression.regressor import Tokens
 from tests.regression.deep.test_deep import DOCUMENTS
 
 B, T, H, K, V = 2, 40, 2, 6, 5
@@ -29,7 +30,7 @@ def outcome(memory: LaCT, inputs: list[Tensor], splits=(), segments=None) -> lis
     inputs, state, outputs = [x.detach().requires_grad_() for x in inputs], None, []
     for i, j in pairwise([0, *splits, T]):
         documents = None if segments is None else segments[:, i:j]
-        o, state = memory(*(x[:, i:j] for x in inputs), None, state, documents)
+        o, state = memory(Tokens(*(x[:, i:j] for x in inputs), segments=documents), state)
         outputs.append(o)
     held = [torch.cat(outputs, dim=1), *state.fitted.learner.weights, state.pairs.k]
     g = torch.Generator().manual_seed(1)
@@ -68,7 +69,7 @@ def test_every_form_is_the_same(documents):
 def test_columns_keep_their_lengths_and_rates_only_weigh():
     """Ten times all rates: the same layer, since Muon undoes the scale."""
     memory, inputs = layer()
-    _, state = memory(*inputs)
+    _, state = memory(Tokens(*inputs))
     for w, start in zip(state.fitted.learner.weights, memory.start, strict=True):
         torch.testing.assert_close(w.norm(dim=-2), start.norm(dim=-2).expand(B, -1, -1), rtol=1e-4, atol=0)
         assert (w - start).norm() > 0.1 * start.norm()
@@ -76,16 +77,16 @@ def test_columns_keep_their_lengths_and_rates_only_weigh():
     with torch.no_grad():
         memory.rates.weight.zero_()
         memory.rates.bias.fill_(-3.0)
-        once = memory(*inputs)[0]
+        once = memory(Tokens(*inputs))[0]
         memory.rates.bias.copy_((10 * F.softplus(memory.rates.bias)).expm1().log())
-        torch.testing.assert_close(memory(*inputs)[0], once, rtol=0, atol=1e-4)
+        torch.testing.assert_close(memory(Tokens(*inputs))[0], once, rtol=0, atol=1e-4)
     assert 5e-4 < rates.median() < 2e-3
 
 
 def test_a_short_sequence_is_attention_beside_the_start():
     memory, inputs = layer(grad_batch=T + 1)
     with pytest.warns(UserWarning, match=f"grad_batch={T + 1}: .* learns nothing from a sequence of {T} tokens"):
-        _, state = memory(*inputs)
+        _, state = memory(Tokens(*inputs))
     for w, start in zip(state.fitted.learner.weights, memory.start, strict=True):
         assert torch.equal(w, start.expand(B, -1, -1, -1))
 

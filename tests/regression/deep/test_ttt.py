@@ -16,6 +16,7 @@ from torch import Tensor
 from models.parts.sizes import Sizes
 from models.regression.deep.ttt.inner_model import Norm, apply, gelu, gelu_slope, gradients, norm_gradient
 from models.regression.deep.ttt.layer import TTT, State, dual_ttt, recurrent_ttt
+from models.regression.regressor import Tokens
 
 B, T, H, K = 2, 75, 2, 6
 DOCUMENTS = torch.stack([torch.arange(T) // 9, (torch.arange(T) > 20).long() + (torch.arange(T) > 60)])
@@ -145,7 +146,7 @@ def test_keys_that_agree_do_not_let_it_diverge(inner_model, length):
         module.step_size.bias.fill_(20.0)
     k = (length * (torch.randn(16) + torch.randn(1, 2048, H, 16))).requires_grad_()
     x, v = torch.zeros(1, 2048, 4), torch.randn(1, 2048, H, 16)
-    o, state = module(x, k, k, v)
+    o, state = module(Tokens(x, k, k, v))
     gradient = torch.autograd.grad(o.square().mean(), [k, *module.parameters()])
     assert all(t.isfinite().all() for t in (o, *state.weights, *gradient))
     assert (o - k).abs().max() < 30 and max(w.abs().max() for w in state.weights) < 100

@@ -29,6 +29,7 @@ from models.regression.least_squares.solvers import (
     conjugate_gradients,
     default_tolerance,
 )
+from models.regression.regressor import Tokens
 from tests.laws.presets import inputs, largest_difference, mixer, outcome
 
 B, T, H, K, V = 2, 75, 3, 8, 6
@@ -254,14 +255,14 @@ def test_steps_are_reported_and_few_where_the_problem_is_easy():
     module = LeastSquares(Sizes(12, H, H, 32, V), decay_cap=0.9975)
     q, k, v, _, _, log_decay, *_ = draw(256, torch.float32, width=32)
     assert module.diagnostics() == {}
-    module(torch.randn(B, 256, 12), q, k, v, log_decay)
+    module(Tokens(torch.randn(B, 256, 12), q, k, v, log_decay))
     found = module.diagnostics()
     assert module.steps_taken.shape == (B, 256, H, 1)
     assert 1 <= found["solver_steps"] <= 12 and found["solver_steps_max"] <= 15
     assert found["solver_residual"] <= default_tolerance(torch.float64, torch.float32)
     with torch.no_grad():
         module.write_weight.bias.fill_(-20.0)  # H is nearly nothing: the start is the solution
-    module(torch.randn(B, 256, 12), q, k, v, log_decay)
+    module(Tokens(torch.randn(B, 256, 12), q, k, v, log_decay))
     assert module.diagnostics()["solver_steps_max"] <= 1
 
 

@@ -14,7 +14,7 @@ from models.parts.sizes import Sizes
 from models.regression.chunks import unit_inverse
 from models.regression.documents import forget_at_starts
 from models.regression.linear.delta import Delta, chunked_delta, recurrent_delta
-from models.regression.regressor import FORGET
+from models.regression.regressor import FORGET, Tokens
 
 B, T, H, K, V = 2, 75, 3, 8, 6
 NAMES = ("o", "memory", "dq", "dk", "dv", "dstep", "dlog_decay", "dmemory")
@@ -238,12 +238,12 @@ def test_backends_and_decoding_agree():
     twin = copy.deepcopy(module)
     twin.backend = "recurrent"
     segments = (torch.arange(T) // 20).expand(B, T)
-    o, state = module(*inputs, segments=segments)
-    torch.testing.assert_close(twin(*inputs, segments=segments)[0], o, rtol=0, atol=1e-10)
-    first, part = module(*(x[:, :70] for x in inputs), segments=segments[:, :70])
+    o, state = module(Tokens(*inputs, segments))
+    torch.testing.assert_close(twin(Tokens(*inputs, segments))[0], o, rtol=0, atol=1e-10)
+    first, part = module(Tokens(*(x[:, :70] for x in inputs), segments[:, :70]))
     steps = [first]
     for t in range(70, T):
-        step, part = module(*(x[:, t : t + 1] for x in inputs), state=part)
+        step, part = module(Tokens(*(x[:, t : t + 1] for x in inputs)), part)
         steps.append(step)
     torch.testing.assert_close(torch.cat(steps, dim=1), o, rtol=0, atol=1e-10)
     torch.testing.assert_close(part, state, rtol=0, atol=1e-10)
@@ -252,8 +252,8 @@ def test_backends_and_decoding_agree():
 def test_documents_without_a_decay_are_separate():
     module, (x, q, k, v, _) = module_and_inputs()
     segments = (torch.arange(T) >= 30).long().expand(B, T)
-    o, state = module(x, q, k, v, segments=segments)
-    alone, alone_state = module(x[:, 30:], q[:, 30:], k[:, 30:], v[:, 30:])
+    o, state = module(Tokens(x, q, k, v, segments=segments))
+    alone, alone_state = module(Tokens(x[:, 30:], q[:, 30:], k[:, 30:], v[:, 30:]))
     torch.testing.assert_close(o[:, 30:], alone, rtol=0, atol=1e-10)
     torch.testing.assert_close(state, alone_state, rtol=0, atol=1e-10)
 

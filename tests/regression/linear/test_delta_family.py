@@ -12,7 +12,7 @@ from models.parts.sizes import Sizes
 from models.regression.linear.delta import Delta, _decayed_share, chunked_delta, recurrent_delta
 from models.regression.linear.delta_product import DeltaProduct, recurrent_delta_product
 from models.regression.linear.preconditioned import PreconditionedDelta, chunked_curvature, recurrent_curvature
-from models.regression.regressor import FORGET
+from models.regression.regressor import FORGET, Tokens
 from tests.laws.presets import CHUNK, inputs, largest_difference, mixer, outcome, part
 from tests.laws.test_objectives import call_of
 from tests.regression.linear.test_delta import B, H, K, T, V, draw
@@ -71,7 +71,7 @@ def test_a_signed_decay_is_the_recurrence_with_negative_gamma():
     m = mixer("gated_delta", decay=part("decay", "signed"), conv_size=0)
     m.decay.projection.weight.data.mul_(50)  # gates of both signs
     calls, x = [], inputs(1, 20)
-    m.regressor.register_forward_hook(lambda module, args, result: calls.append((*args[1:5], result[0])))
+    m.regressor.register_forward_hook(lambda module, args, result: calls.append((*args[0][1:5], result[0])))
     m(x)
     q, k, v, _, o = (y[0] for y in calls[0])
     log_decay, signs = (y[0] for y in m.decay(x))
@@ -92,7 +92,7 @@ def test_rotary_positions_are_a_complex_decay():
     turning.load_state_dict(plain.state_dict())
     found, seen = [], []
     turning.regressor.register_forward_hook(lambda module, args, result: found.append(result[0][0]))
-    plain.regressor.register_forward_hook(lambda module, args, result: seen.append(args[:5]))
+    plain.regressor.register_forward_hook(lambda module, args, result: seen.append(args[0][:5]))
     x = inputs(1, length)
     plain(x), turning(x)
     (x, q, k, v, log_decay), (o,) = seen[0], found
@@ -149,7 +149,7 @@ def test_with_keys_of_one_channel_each_the_diagonal_is_ridge_regression(backend)
     channel, scale = torch.randint(K, (1, T, H)), 1 + torch.rand(1, T, H, 1, dtype=torch.float64)
     k = scale * F.one_hot(channel, K).double()
     x, q, v = (torch.randn(1, T, *shape, dtype=torch.float64) for shape in ((12,), (H, K), (H, V)))
-    o, _ = m(x, q, k, v)
+    o, _ = m(Tokens(x, q, k, v))
     root = m.step_size(x).sigmoid().sqrt().unsqueeze(-1)
     rows, values = ((root * y)[0].transpose(0, 1) for y in (k, v))
     ridge = torch.diag_embed(m.log_ridge.exp())
@@ -174,7 +174,7 @@ def test_no_key_is_too_long_for_the_diagonal():
     assert call.o.isfinite().all()
     m = PreconditionedDelta(Sizes(12, H, H, K, V))
     x, q, k, v = (torch.randn(1, 200, *shape) for shape in ((12,), (H, K), (H, K), (H, V)))
-    o, _ = m(x, q, 100 * k, v)
+    o, _ = m(Tokens(x, q, 100 * k, v))
     assert o.abs().max() < 10
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from models.parts.decay import ScalarDecay
 from models.regression.chunks import fades
 from models.regression.linear.linear import chunked_linear, recurrent_linear
-from models.regression.regressor import FORGET
+from models.regression.regressor import FORGET, Tokens
 from tests.laws.presets import inputs, largest_difference, mixer, outcome, part
 
 B, T, H, K, V = 2, 75, 3, 8, 6
@@ -62,7 +62,7 @@ def test_many_documents_in_a_chunk_leave_the_others_their_digits():
 def test_with_its_normaliser_it_is_a_weighted_mean():
     settings = {"features": part("features", "elu"), "regressor__normalizer": True}
     m, calls = mixer("mamba2", **settings), []
-    m.regressor.register_forward_hook(lambda module, args, result: calls.append((*args[1:5], result[0])))
+    m.regressor.register_forward_hook(lambda module, args, result: calls.append((*args[0][1:5], result[0])))
     m(inputs(1, 20))
     q, k, v, gates, o = calls[0]
     for t in range(20):
@@ -85,9 +85,9 @@ def test_a_write_and_its_negative_leave_nothing():
     bias = m.write_weight.bias.data
     m.write_weight.weight.data.zero_()
     bias.fill_(1.3)
-    _, memory = m(x, q, k, v)
+    _, memory = m(Tokens(x, q, k, v))
     bias.fill_(-1.3)  # 2 sigmoid - 1 is odd
-    _, memory = m(x, q, k, v, None, memory)
+    _, memory = m(Tokens(x, q, k, v), memory)
     assert memory.abs().max() < 1e-15
 
 
@@ -98,7 +98,7 @@ def test_held_writes_are_what_a_state_space_model_holds():
     q, k, v = (torch.randn(1, 1, 2, 16, dtype=torch.float64) for _ in range(3))
     log_decay = m.decay(x)
     before = torch.randn(1, 2, 16, 16, dtype=torch.float64)
-    _, memory = m.regressor(x, q, k, v, log_decay, before)
+    _, memory = m.regressor(Tokens(x, q, k, v, log_decay), before)
     step = 0.01  # any; the rate is -log_decay / step
     for h in range(2):
         rate = -log_decay[0, 0, h].item() / step
@@ -114,7 +114,7 @@ def test_held_writes_are_what_a_state_space_model_holds():
 def test_signed_decays_are_the_recurrence_with_negative_gamma():
     m, seen = mixer("mamba2", decay=part("decay", "signed"), qk_norm="none"), []
     m.decay.projection.weight.data.mul_(50)  # gates of both signs
-    m.regressor.register_forward_hook(lambda module, args, result: seen.append((*args[1:4], result[0])))
+    m.regressor.register_forward_hook(lambda module, args, result: seen.append((*args[0][1:4], result[0])))
     x = inputs(1, 30)
     m(x)
     q, k, v, o = seen[0]

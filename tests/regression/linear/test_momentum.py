@@ -15,6 +15,7 @@ from torch import Tensor
 from models.parts.sizes import Sizes
 from models.regression.linear.momentum import Momentum, State, chunked_momentum, recurrent_momentum
 from models.regression.linear.omega import Omega, chunked_omega, recurrent_omega
+from models.regression.regressor import Tokens
 
 B, H, K, V = 2, 2, 8, 6
 GRAD_BATCHES = (1, 4, 16, 64, 128)
@@ -204,7 +205,7 @@ def test_no_gates_let_it_diverge(grad_batch, regressor, momentum):
     shared = F.normalize(torch.randn(32), dim=0)
     k = F.normalize(shared + F.normalize(torch.randn(1, 2048, H, 32), dim=-1), dim=-1)
     v = torch.randn(1, 2048, H, V)
-    o, state = module(torch.zeros(1, 2048, 4), k, k, v)
+    o, state = module(Tokens(torch.zeros(1, 2048, 4), k, k, v))
     assert o.isfinite().all() and all(x.isfinite().all() for x in state[:2] if isinstance(x, Tensor))
     assert o.abs().max() < 30, o.abs().max()
 
@@ -227,7 +228,7 @@ def test_no_gates_that_vary_let_it_diverge(fades):
         for t in range(T):
             now = slice(t, t + 1)
             decay = None if log_decay is None else log_decay[:, now]
-            _, state = module(x[:, now], k[:, now], k[:, now], torch.zeros_like(k[:, now]), decay, state)
+            _, state = module(Tokens(x[:, now], k[:, now], k[:, now], torch.zeros_like(k[:, now]), decay), state)
             energy = ((state.memory + state.momentum).square().sum() + state.momentum.square().sum()).item()
             assert energy <= before * (1 + 1e-12)
             before = energy
@@ -249,7 +250,7 @@ def test_free_gates_do_and_tied_ones_do_not(regressor):
                 module.weights.bias.copy_(torch.tensor([20.0, -20.0, -20.0, -20.0]))
         x = torch.tensor([-30.0, 12.0, 12.0, 12.0, 12.0]).repeat(12).view(1, -1, 1)
         key = F.normalize(torch.ones(1, 60, 1, 4), dim=-1)
-        o, _ = module(x, key, key, torch.ones(1, 60, 1, 4))
+        o, _ = module(Tokens(x, key, key, torch.ones(1, 60, 1, 4)))
         found[gates] = o.abs().max().item()
     assert found["free"] > 1e5 and found["tied"] < 2, found
 

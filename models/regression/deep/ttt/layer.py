@@ -42,7 +42,7 @@ from models.regression.chunks import from_chunks, into_chunks
 from models.regression.deep.ttt.inner_model import Norm, Weights, apply, gelu, gradients, layers
 from models.regression.deep.ttt.mini_batches import MiniBatches, mini_batches
 from models.regression.linear.mixtures import product
-from models.regression.regressor import Regressor
+from models.regression.regressor import Regressor, Tokens
 
 HIDDEN = 4  # F / K
 BASE_LR = {"linear": 1.0, "mlp": 0.1}
@@ -319,16 +319,8 @@ class TTT(Regressor):
         count = torch.arange(1, self.grad_batch + 1, device=self.token_offset.device)
         return (1 / count + wide(self.token_offset)).clamp(min=0.0)
 
-    def forward(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None = None,
-        state: Any = None,
-        segments: Tensor | None = None,
-    ) -> tuple[Tensor, Any]:
+    def forward(self, tokens: Tokens, state: Any = None) -> tuple[Tensor, Any]:
+        x, q, k, v, _, segments = tokens
         norm = Norm(self.norm_weight, self.norm_bias)
         given = (q, k, v, self.steps(x), self.token_size(), tuple(self.start), norm, state, segments)
         backend = self.choose(v.device, v.dtype).backend
