@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
+NORM_EPS = 1e-6  # added to the variance in the layer norms of inner networks
+NOTHING = 1e-12  # of a squared error: below it there is nothing to correct
 
 
 def wide(x: Tensor) -> Tensor:

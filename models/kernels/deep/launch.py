@@ -12,7 +12,7 @@ from models.kernels.deep.scans import scan
 from models.kernels.deep.writes import base_gradient, writes_gradient
 from models.kernels.momentum.coefficients import coefficients, coefficients_gradient
 from models.kernels.momentum.tiles import ROWS
-from models.regression.deep.network import NOTHING
+from models.parts.precision import NOTHING
 
 HALF = {  # BF, warps and stages, in 16 bits. Tiles of 32 beside mini-batches of 64 were wrong or met an illegal address
     "scan": (128, 8, 1),

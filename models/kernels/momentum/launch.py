@@ -8,9 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-from models.kernels.momentum import CHUNK, Rule
 from models.kernels.momentum.coefficients import coefficients, coefficients_gradient
 from models.kernels.momentum.products import keys_gradient, outputs, queries_gradient
+from models.kernels.momentum.rule import CHUNK, Rule
 from models.kernels.momentum.scans import scan, scan_gradient
 from models.kernels.momentum.tiles import ROWS
 

@@ -5,15 +5,10 @@ Products take their operands in the dtype of q, k and v, float32 as TF32 on a GP
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from models.kernels import backend
-
-if TYPE_CHECKING:
-    from models.regression.deep.ttt.mini_batches import MiniBatches
 
 MINI_BATCH = 16  # the smallest that Triton's products take, and the paper's
 WIDTHS = {"linear": (16, 32, 64, 128), "mlp": (16, 32, 64)}  # of keys; wider ones' weights do not fit on chip
@@ -49,21 +44,23 @@ def scan(
     init: Tensor,
     gamma: Tensor,
     beta: Tensor,
-    batches: MiniBatches,
+    first: Tensor,
+    fresh: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """All mini-batches of a call.
 
     q, k, v [B, L, H, K].  steps [B, L, H]: eta.  sizes [b]: c.  start [H, P] and init [B, H, P]: the packed weights of
-    a document that begins inside the call, and of the first one.  gamma, beta [H, K].
+    a document that begins inside the call, and of the first one.  gamma, beta [H, K].  first [B, N + 1]: the first
+    token of each mini-batch, and where the last one ends; fresh [B, N]: which begin a document, None where none does.
     Returns o [B, L, H, K] in the dtype of v, and the weights of the last mini-batch [B, H, P].
     """
     (length, _, K), P = q.shape[1:], start.shape[1]
     inner_model = "linear" if K * (K + 1) == P else "mlp"
     span = MINI_BATCH * (GROUP if inner_model == "linear" else 1)
     edges = (torch.arange(-(-length // span) + 1, device=q.device) * span).clamp(max=length)
-    group = torch.searchsorted(batches.first, edges.expand(len(q), -1).contiguous())
-    first, group = batches.first.int(), group.int()
-    fresh = None if batches.fresh is None else batches.fresh.to(torch.int8).contiguous()
+    group = torch.searchsorted(first, edges.expand(len(q), -1).contiguous())
+    first, group = first.int(), group.int()
+    fresh = None if fresh is None else fresh.to(torch.int8).contiguous()
     tensors = (x.contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v, *(x.float() for x in (steps, sizes, start))))
     more = (x.float().contiguous() for x in (init, gamma, beta))
     o, last, _ = ttt_scan(*tensors, *more, first.contiguous(), group, fresh, inner_model)
@@ -93,7 +90,7 @@ def ttt_scan(
         if inner_model == "mlp":
             from models.kernels.ttt.mlp import MLP
 
-            return MLP(*given).forward(init)
+            return MLP(*given, slab(q.shape[0] * q.shape[2])).forward(init)
         from models.kernels.ttt.linear import linear_forward
 
         (B, _, H, _), G = q.shape, group.shape[1] - 1
@@ -134,7 +131,7 @@ def ttt_scan_backward(
         from models.kernels.ttt.mlp import MLP
 
         with torch.cuda.device_of(q):
-            return MLP(*given).backward(do, dlast, kept)
+            return MLP(*given, slab(q.shape[0] * q.shape[2])).backward(do, dlast, kept)
     from models.kernels.ttt.linear import linear_backward
 
     B, _, H, K = q.shape

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models.kernels import backend
-from models.kernels.ttt import mlp_tiles, slab
+from models.kernels.ttt import mlp_tiles
 from models.kernels.ttt.mlp_reads import read, read_gradient, write_gradient
 from models.kernels.ttt.mlp_scans import scan, scan_gradient
 
@@ -30,7 +30,8 @@ OPTIONS = {  # hidden units of a program, or of what it takes at a time; warps a
 
 
 class MLP:
-    """One call: its inputs as ttt_scan has them, and what its kernels have in common. group [B, G + 1]: of C tokens."""
+    """One call: its inputs as ttt_scan has them, and what its kernels have in common. group [B, G + 1]: of C tokens.
+    slab: spans of C tokens that are taken at a time."""
 
     def __init__(
         self,
@@ -45,12 +46,13 @@ class MLP:
         first: Tensor,
         group: Tensor,
         fresh: Tensor | None,
+        slab: int,
     ) -> None:
         self.q, self.k, self.v, self.steps, self.sizes, self.start = q, k, v, steps, sizes, start
         self.given = steps, sizes, gamma, beta, first, group, fresh
         (B, L, self.H, K), C, N, self.G = q.shape, len(sizes), first.shape[1] - 1, group.shape[1] - 1
         self.rows, F = B * self.H, 4 * K
-        self.spans = min(slab(self.rows), self.G)
+        self.spans = min(slab, self.G)
         self.slabs = [(g, min(g + self.spans, self.G)) for g in range(0, self.G, self.spans)]
         self.tokens = (self.spans + 1) * C  # a slab's last mini-batch may reach into the span after
         self.common = {"L": L, "H": self.H, "N": N, "G": self.G, "SPANS": self.spans, "C": C, "K": K, "F": F}

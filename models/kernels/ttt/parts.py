@@ -8,9 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.regression.deep.ttt import inner_model
+from models.parts.precision import NORM_EPS
 
-EPS = tl.constexpr(inner_model.EPS)
+EPS = tl.constexpr(NORM_EPS)
 
 
 @triton.jit

@@ -19,6 +19,8 @@ from models.regression.deep.network import Network
 from models.regression.deep.slots import in_turn
 from models.regression.linear.mixtures import spread
 
+Weights = tuple[Tensor, ...]
+
 
 class Rows(NamedTuple):
     """For every sequence: M_0 of the layers; W, or nothing for W = 0; the norm's scale and shift. [rows, *, *] each."""
@@ -26,6 +28,41 @@ class Rows(NamedTuple):
     first: Sequence[Tensor]
     base: Sequence[Tensor]
     norm: Sequence[Tensor]
+
+
+class State(NamedTuple):
+    """For every layer: weights M [B, H, in, out], momenta S (none for plain gradient descent), and references R, the
+    memory at which the last token took its gradient. phase [B]: how many tokens the mini-batch has, 0 where the next
+    token begins one.
+    """
+
+    weights: Weights
+    momenta: Weights
+    references: Weights
+    phase: Tensor
+
+
+class Start(NamedTuple):
+    """Where a document begins: weights M_0 [H, in, out] of every layer. fades: whether they fade as well (W = 0). norm:
+    scale and shift [H, 1, V] of the network's layer norm, or nothing.
+    """
+
+    weights: Weights
+    fades: bool = False
+    norm: Weights = ()
+
+    def rows(self, B: int, dtype: torch.dtype) -> Rows:
+        """For the rows of B sequences, in this dtype."""
+        first, norm = ([x.to(dtype).repeat(B, 1, 1) for x in part] for part in (self.weights, self.norm))
+        return Rows(first, [] if self.fades else first, norm)
+
+    def state(self, given: State | None, B: int, dtype: torch.dtype, momentum: bool) -> State:
+        """The state to begin with, in this dtype."""
+        if given is not None:
+            return State(*(tuple(x.to(dtype) for x in part) for part in given[:3]), given.phase)
+        weights = tuple(x.to(dtype).expand(B, -1, -1, -1) for x in self.weights)
+        momenta = tuple(torch.zeros_like(x) for x in weights) if momentum else ()
+        return State(weights, momenta, weights, torch.zeros(B, dtype=torch.long, device=weights[0].device))
 
 
 class Fitted(NamedTuple):

@@ -11,17 +11,15 @@ and with momenta SIZE.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels.deep import deep_scan
+from models.regression.deep.chunks import Start, State
 from models.regression.deep.slots import Slots, lay_out
-
-if TYPE_CHECKING:
-    from models.regression.deep.mlp import Start, State
 
 
 class Documents(NamedTuple):

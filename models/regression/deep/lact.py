@@ -35,11 +35,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.parts.norm import RMSNorm
-from models.parts.precision import wide
+from models.parts.precision import NORM_EPS, wide
 from models.parts.sizes import Sizes
 from models.regression.deep import batches
 from models.regression.deep.mlp import compiles
-from models.regression.deep.network import ACTIVATIONS, NORM_EPS
+from models.regression.deep.network import ACTIVATIONS
 from models.regression.deep.optimizers import INNER_OPTIMIZERS
 from models.regression.local.constant import Softmax
 from models.regression.local.pairs import Pairs

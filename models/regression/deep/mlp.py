@@ -31,7 +31,7 @@ from __future__ import annotations
 import importlib.util
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
 from models.regression.chunks import from_chunks, into_chunks, short
 from models.regression.deep import batches, chunks
-from models.regression.deep.chunks import Chunk, Fitted, Rows, advance, stack, unstack
+from models.regression.deep.chunks import Chunk, Fitted, Start, State, Weights, advance, stack, unstack
 from models.regression.deep.documents import kernel_deep
 from models.regression.deep.network import ACTIVATIONS, LOSSES, Network
 from models.regression.deep.optimizers import INNER_OPTIMIZERS
@@ -53,43 +53,6 @@ OPTIMIZERS = ("momentum", "sgd", *INNER_OPTIMIZERS)
 FORGET_TO = ("start", "zero")
 
 AT_ONCE = 4  # chunks of one compiled call, which takes as long to begin as several small kernels take
-
-Weights = tuple[Tensor, ...]
-
-
-class State(NamedTuple):
-    """For every layer: weights M [B, H, in, out], momenta S (none for plain gradient descent), and references R, the
-    memory at which the last token took its gradient. phase [B]: how many tokens the mini-batch has, 0 where the next
-    token begins one.
-    """
-
-    weights: Weights
-    momenta: Weights
-    references: Weights
-    phase: Tensor
-
-
-class Start(NamedTuple):
-    """Where a document begins: weights M_0 [H, in, out] of every layer. fades: whether they fade as well (W = 0). norm:
-    scale and shift [H, 1, V] of the network's layer norm, or nothing.
-    """
-
-    weights: Weights
-    fades: bool = False
-    norm: Weights = ()
-
-    def rows(self, B: int, dtype: torch.dtype) -> Rows:
-        """For the rows of B sequences, in this dtype."""
-        first, norm = ([x.to(dtype).repeat(B, 1, 1) for x in part] for part in (self.weights, self.norm))
-        return Rows(first, [] if self.fades else first, norm)
-
-    def state(self, given: State | None, B: int, dtype: torch.dtype, momentum: bool) -> State:
-        """The state to begin with, in this dtype."""
-        if given is not None:
-            return State(*(tuple(x.to(dtype) for x in part) for part in given[:3]), given.phase)
-        weights = tuple(x.to(dtype).expand(B, -1, -1, -1) for x in self.weights)
-        momenta = tuple(torch.zeros_like(x) for x in weights) if momentum else ()
-        return State(weights, momenta, weights, torch.zeros(B, dtype=torch.long, device=weights[0].device))
 
 
 def recurrent_deep(

@@ -32,11 +32,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.parts.precision import wide
+from models.parts.precision import NORM_EPS, NOTHING, wide
 
 SMOOTH = 1e-6  # c of the loss lp
-NOTHING = 1e-12  # |e|^2 of an error that needs no limit
-NORM_EPS = 1e-6
 
 
 def _silu(z: Tensor) -> tuple[Tensor, Tensor]:

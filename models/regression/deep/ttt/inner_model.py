@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.parts.precision import NORM_EPS
 from models.regression.linear.mixtures import product
-
-EPS = 1e-6  # of the layer norm, as the paper's code has it
 
 Weights = tuple[Tensor, ...]  # W and b of each layer: [M, K, V] and [M, 1, V], or K, F and F, V
 
@@ -36,9 +35,9 @@ class Norm(NamedTuple):
 
 
 def standardise(z: Tensor) -> tuple[Tensor, Tensor]:
-    """(z - mean) / sqrt(var + EPS) along the last axis, and what it was divided by, inverted."""
+    """(z - mean) / sqrt(var + NORM_EPS) along the last axis, and what it was divided by, inverted."""
     z = z - z.mean(-1, keepdim=True)
-    scale = (z.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    scale = (z.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
     return z * scale, scale
 
 

@@ -174,7 +174,8 @@ def kernel_ttt(
     first = learned.expand(len(k), -1, -1)
     if state is not None:
         first = torch.cat([w.flatten(2) for w in state.weights], dim=2)
-    o, last = triton_ttt.scan(call.q, call.k, call.v, call.steps, call.token_size, learned, first, *norm, call.batches)
+    given = (call.q, call.k, call.v, call.steps, call.token_size, learned, first, *norm, *call.batches[:2])
+    o, last = triton_ttt.scan(*given)
     parts = last.flatten(0, 1).split([size.numel() for size in sizes], dim=1)
     return _leave(o, tuple(x.unflatten(1, size) for x, size in zip(parts, sizes, strict=True)), call, v.dtype)
 
