@@ -6,7 +6,8 @@ number shows that it changed none.
 
 A line is a preset and the nats per token of each of 20 steps at size=tiny, float32 on one thread of a CPU, with nine
 digits, which tell a float32 from its neighbours. The text is made here, so that no other Python or corpus changes it.
-Another processor, or another release of torch, sums in another order; the test allows for that and no more.
+Another processor, or another release of torch, sums in another order, and training makes a rounding grow: at step 20 of
+omega, to 3e-3 between two orders of one product whose losses in float64 agree to 1e-12. The test allows for that.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from scripts.recipes import PRESETS, composed
 
 FILE = Path(__file__).with_name("losses.txt")
 STEPS, BATCH, VOCABULARY = 20, 4, 64
-TOLERANCE = 2e-3  # relative; what the rounding of other processors grows to in 20 steps
+TOLERANCES = [1e-3] * 10 + [1e-2] * 10  # relative, of each step
 
 
 def batch(generator: torch.Generator, seq_len: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +66,8 @@ def kept() -> dict[str, list[float]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_losses_are_those_that_were_kept(preset):
-    assert losses(preset) == pytest.approx(kept()[preset], rel=TOLERANCE)
+    found = zip(losses(preset), kept()[preset], TOLERANCES, strict=True)
+    assert all(abs(now - before) < tolerance * before for now, before, tolerance in found)
 
 
 def line(preset: str, found: list[float]) -> str:

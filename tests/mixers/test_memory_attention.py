@@ -202,7 +202,7 @@ def test_tokens_are_laid_out_by_segments():
 def test_recall_is_the_read_of_what_a_call_has_left(preset):
     """What the last query of a call has read, it reads again; and what is empty reads nothing."""
     m, seen = mixer(preset), []
-    m.regressor.register_forward_hook(lambda module, args, result: seen.append((args, result)))
+    m.regressor.register_forward_hook(lambda module, args, result: seen.append((args[0], result)))
     with torch.no_grad():
         m(inputs(2, 11))
         (x, q, *_), (o, state) = seen[0]

@@ -35,6 +35,8 @@ matrices of the state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -113,6 +115,31 @@ def references(k: Tensor, state: State, grad_batch: int, segments: Tensor | None
     return References(source, (start > 0) & (position < grad_batch), (T - 1 - source[:, -1]) % grad_batch)
 
 
+class Opening(NamedTuple):
+    """What every form begins with: the state, the gates with the documents' starts in them, and the references."""
+
+    state: State
+    log_momentum: Tensor
+    log_decay: Tensor | None
+    where: References
+
+
+def opening(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_momentum: Tensor,
+    log_decay: Tensor | None,
+    state: State | None,
+    grad_batch: int,
+    segments: Tensor | None,
+) -> Opening:
+    state = first_state(k, v, state, grad_batch)
+    log_decay = forget_at_starts(log_decay, segments, like=log_momentum)
+    where = references(q, state, grad_batch, segments)
+    return Opening(state, forget_at_starts(log_momentum, segments), log_decay, where)
+
+
 def recurrent_momentum(
     q: Tensor,
     k: Tensor,
@@ -126,31 +153,32 @@ def recurrent_momentum(
 ) -> tuple[Tensor, State]:
     """The definition, one token at a time.
 
-    q, k: [B, T, H, K].  v: [B, T, H, V].  step_size: [B, T, H], theta above.  log_momentum and log_decay: [B, T, H],
-    natural logs of eta and a, <= 0; log_decay None for a = 1.  state: None for zeros.  segments: [B, T], documents.
-    Returns o [B, T, H, V] in the dtype of v, and the state after the last token. Computed in float32 at least.
+    q: [B, T, H, K].  k: [B, T c, H, K], v: [B, T c, H, V] and step_size: [B, T c, H], theta above: those of a token one
+    after another, where it makes c writes; all their errors are taken at its M_ref.  log_momentum and log_decay:
+    [B, T, H], natural logs of eta and a, <= 0; log_decay None for a = 1.  state: None for zeros.  segments: [B, T],
+    documents.  Returns o [B, T, H, V] in the dtype of v, and the state after the last token. Computed in float32 at
+    least.
     """
-    dtype = working_dtype(q, k, v)
-    out_dtype = v.dtype
-    state, log_momentum = first_state(k, v, state, grad_batch), forget_at_starts(log_momentum, segments)
-    log_decay = forget_at_starts(log_decay, segments, like=step_size)
-    source, empty, phase = references(k, state, grad_batch, segments)
+    dtype, out_dtype, T = working_dtype(q, k, v), v.dtype, q.shape[1]
+    state, log_momentum, log_decay, where = opening(q, k, v, log_momentum, log_decay, state, grad_batch, segments)
     memory, momentum, reference = state[:3]
     reference = memory if reference is None else reference
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v, step_size, log_momentum = (x.to(dtype) for x in (q, k, v, step_size, log_momentum))
-        decay = torch.ones_like(step_size) if log_decay is None else log_decay.to(dtype).exp()
-        eta, outputs = log_momentum.exp(), []
-        for t in range(q.shape[1]):
-            begins, nothing = (source[:, t] == t - 1).view(-1, 1, 1, 1), empty[:, t].view(-1, 1, 1, 1)
+        # [B, T, H, c, *]
+        keys, values, steps = (
+            x.to(dtype).unflatten(1, (T, -1)).transpose(2, 3) for x in (k, v, step_size.unsqueeze(-1))
+        )
+        q, eta, outputs = q.to(dtype), log_momentum.to(dtype).exp(), []
+        decay = torch.ones_like(eta) if log_decay is None else log_decay.to(dtype).exp()
+        for t in range(T):
+            begins, nothing = (where.source[:, t] == t - 1).view(-1, 1, 1, 1), where.empty[:, t].view(-1, 1, 1, 1)
             reference = torch.where(begins, memory, reference).masked_fill(nothing, 0.0)
-            error = v[:, t] - (k[:, t, :, None] @ reference).squeeze(-2)
-            write = k[:, t, :, :, None] @ (step_size[:, t, :, None] * error)[:, :, None]
+            write = keys[:, t].mT @ (steps[:, t] * (values[:, t] - keys[:, t] @ reference))
             momentum = eta[:, t, :, None, None] * momentum + write
             memory = decay[:, t, :, None, None] * memory + momentum
             outputs.append((q[:, t, :, None] @ memory).squeeze(-2))
         o = torch.stack(outputs, dim=1).to(out_dtype)
-    return o, last_state((memory, momentum, reference)[: len(state.matrices)], phase)
+    return o, last_state((memory, momentum, reference)[: len(state.matrices)], where.phase)
 
 
 def chunked_momentum(
@@ -176,18 +204,18 @@ def chunked_momentum(
     an earlier token, with G_s, A_s and f_s; or M_0; or, its mini-batch begun in an earlier chunk, a third matrix
     that is carried along, R_0. Since s < t the errors of a chunk solve one unit lower triangular system,
         (I + K K^T * G_s) U = V - diag(A_s) K M_0 - diag(f_s) K S_0 - diag(r) K R_0 .
+    Where a token makes c writes the columns of its i are repeated for each of them, and the system has C c rows.
 
     Arguments and results as in recurrent_momentum. T need not be a multiple of the chunk.
     """
-    state, C = first_state(k, v, state, grad_batch), short(chunk, k.shape[1])
-    dtype, where = state.memory.dtype, references(k, state, grad_batch, segments)
-    log_momentum = forget_at_starts(log_momentum, segments)
-    log_decay = forget_at_starts(log_decay, segments, like=step_size)
+    C, c = short(chunk, q.shape[1]), k.shape[1] // q.shape[1]
+    state, log_momentum, log_decay, where = opening(q, k, v, log_momentum, log_decay, state, grad_batch, segments)
+    dtype = state.memory.dtype
     with torch.autocast(q.device.type, enabled=False):
         mixed = mixtures(step_size, log_momentum, log_decay, where, C, dtype, grad_batch > 1)
-        pairs = (into_chunks(x, C, dtype) for x in (q, k, v))
+        pairs = (into_chunks(x, n, dtype) for x, n in ((q, C), (k, C * c), (v, C * c)))
         o, matrices = scan(*pairs, *mixed, state.matrices)
-    return from_chunks(o, k.shape[:3]).to(v.dtype), last_state(matrices, where.phase)
+    return from_chunks(o, q.shape[:3]).to(v.dtype), last_state(matrices, where.phase)
 
 
 def kernel_momentum(
@@ -200,27 +228,26 @@ def kernel_momentum(
     state: State | None = None,
     grad_batch: int = 1,
     segments: Tensor | None = None,
-    writes: int = 1,
 ) -> tuple[Tensor, State]:
     """The same map by models/kernels/momentum, in chunks of its CHUNK. Arguments and results as in recurrent_momentum;
     q, k and v are cast to one dtype, v's.
 
-    writes: c of them a token, all of whose errors are taken at its M_ref, and which S adds up: k [B, T c, H, K],
-    v [B, T c, H, V] and step_size [B, T c, H] have a token's one after another. They are tokens to the kernels: at the
-    first of a token S fades; at the last M does, S joins it, and it is read. Until then M stands still, so that M_{t-1}
-    is what the write before has left, though a chunk begin in between.
+    The c writes of a token are tokens to the kernels: at the first of a token S fades; at the last M does, S joins it,
+    and it is read. Until then M stands still, so that M_{t-1} is what the write before has left, though a chunk begin
+    in between.
     """
+    writes = k.shape[1] // q.shape[1]
     # mini-batches that are the chunks: no error of a chunk refers to another
     together = grad_batch * writes == kernels.CHUNK and state is None and segments is None
-    state = first_state(k, v, state, grad_batch)
-    where, source = references(q, state, grad_batch, segments), None
+    state, log_momentum, log_decay, where = opening(q, k, v, log_momentum, log_decay, state, grad_batch, segments)
+    source = None
     if grad_batch > 1 or segments is not None:
         # of the writes after which M is still that of token `source`, the last before the one that refers
         before = torch.arange(k.shape[1], device=k.device) - 1
         source = ((where.source + 2) * writes - 2).repeat_interleave(writes, 1).minimum(before)
         source = source.masked_fill(where.empty.repeat_interleave(writes, 1), kernels.EMPTY)
-    log_decay = _among(forget_at_starts(log_decay, segments, like=log_momentum), writes - 1, writes)
-    log_momentum = _among(forget_at_starts(log_momentum, segments), 0, writes)
+    log_decay = _among(log_decay, writes - 1, writes)
+    log_momentum = _among(log_momentum, 0, writes)
     rule = kernels.Rule(carried=grad_batch > 1, solve=not together, writes=writes)
     matrices, q = torch.stack(state.matrices, dim=2), _among(q, writes - 1, writes)
     o, matrices = kernels.momentum_delta(q, k, v, step_size, log_momentum, log_decay, matrices, source, rule)
@@ -245,10 +272,12 @@ def mixtures(
     with_reference: bool,
 ) -> tuple[Mixture, Mixture, Mixture]:
     """What a chunk reads, M_t for its C tokens; what it refers to, M_ref(t); what it carries on, the n matrices after
-    its last token: M, S and, with_reference, M_ref. Gates [B, T, H].
+    its last token: M, S and, with_reference, M_ref. Gates [B, T, H], step_size [B, T c, H].
     """
-    real = into_chunks(torch.ones_like(step_size), chunk, dtype)  # 0 where the last chunk is filled up
-    theta, log_momentum, log_decay = (into_chunks(x, chunk, dtype) for x in (step_size, log_momentum, log_decay))
+    c = step_size.shape[1] // log_momentum.shape[1]
+    real = into_chunks(torch.ones_like(log_momentum), chunk, dtype)  # 0 where the last chunk is filled up
+    theta = into_chunks(step_size, chunk * c, dtype)
+    log_momentum, log_decay = (into_chunks(x, chunk, dtype) for x in (log_momentum, log_decay))
     n, (read, carry) = 3 if with_reference else 2, of_gates(real, theta, log_momentum, log_decay)
     carried, first, token = _places(where, chunk, step_size.shape[2], dtype).split([1, 1, chunk], dim=-1)
     at_token = product(token, torch.cat([*read], dim=-1))
@@ -257,26 +286,35 @@ def mixtures(
     if with_reference:
         states = torch.cat([F.pad(carry.states, (0, 1)), refer.states[:, -1:]], dim=1)
         carry = Mixture(states, torch.cat([carry.writes, refer.writes[:, -1:]], dim=1))
-    return read, refer, carry
+    return read, Mixture(*(_repeated(x, c, 1) for x in refer)), carry
+
+
+def _repeated(x: Tensor, times: int, dim: int) -> Tensor:
+    return x if times == 1 else x.repeat_interleave(times, dim)
 
 
 def of_gates(
     real: Tensor, theta: Tensor, log_momentum: Tensor | None, log_decay: Tensor | None
 ) -> tuple[Mixture, Mixture]:
     """What the tokens of a chunk read, and what it carries on, M and S; without momentum M alone. Gates in chunks
-    [M, C, 1], all 0 where no token is; so is `real`, which is 1 elsewhere.
+    [M, C, 1], theta [M, C c, 1], all 0 where no token is; so is `real`, which is 1 elsewhere.
     """
-    decay = fades(real, log_decay)
+    decay, c = fades(real, log_decay), theta.shape[1] // real.shape[1]
+
+    def of_writes(tokens: Tensor) -> Tensor:
+        """From what is left of each token [M, *, C], what is of each of its writes."""
+        return _repeated(tokens, c, -1) * theta.mT
+
     if log_momentum is None:
-        writes = decay.within * theta.mT
+        writes = of_writes(decay.within)
         return Mixture(decay.start, writes), Mixture(decay.start[:, -1:], writes[:, -1:])
     momentum = fades(real, log_momentum)
     a, eta = (x.within.expand(len(real), -1, -1) for x in (decay, momentum))
     # where no token is nothing fades, and the momentum must not be added to the memory once more
     summed = product(a, torch.cat([momentum.start, eta], dim=-1) * real)
-    read = Mixture(torch.cat([decay.start, summed[..., :1]], dim=-1), summed[..., 1:] * theta.mT)
+    read = Mixture(torch.cat([decay.start, summed[..., :1]], dim=-1), of_writes(summed[..., 1:]))
     states = torch.stack([read.states[:, -1], F.pad(momentum.start[:, -1], (1, 0))], dim=1)
-    return read, Mixture(states, torch.stack([read.writes[:, -1], (eta * theta.mT)[:, -1]], dim=1))
+    return read, Mixture(states, torch.stack([read.writes[:, -1], of_writes(eta[:, -1:])[:, 0]], dim=1))
 
 
 def _places(where: References, chunk: int, heads: int, dtype: torch.dtype) -> Tensor:
@@ -343,15 +381,18 @@ class Momentum(Memory):
     def forward(self, tokens: Tokens, state: Any = None) -> tuple[Tensor, Any]:
         x, q, k, v, log_decay, segments = tokens
         step_size, log_momentum, remaining = self.gates(x, log_decay)
-        given = (q, k, v, step_size, log_momentum, log_decay, state, self.grad_batch, segments)
-        backend = self.choose(v.device, v.dtype).backend
-        if backend == "recurrent" or k.shape[1] == 1:  # one token is the definition
-            o, state = recurrent_momentum(*given)
-        elif backend == "triton":
-            o, state = kernel_momentum(*given)
-        else:
-            o, state = chunked_momentum(*given, self.tokens_at_once(v))
+        gates = (step_size, log_momentum, log_decay)
+        o, state = self.form(tokens)(q, k, v, *gates, state, self.grad_batch, segments)
         return o, state.times(remaining)
+
+    def form(self, tokens: Tokens) -> Callable[..., tuple[Tensor, State]]:
+        """recurrent_momentum or one of the same map, for this call."""
+        backend = self.choose(tokens.v.device, tokens.v.dtype).backend
+        if backend == "recurrent" or tokens.q.shape[1] == 1:  # one token is the definition
+            return recurrent_momentum
+        return (
+            kernel_momentum if backend == "triton" else partial(chunked_momentum, chunk=self.tokens_at_once(tokens.v))
+        )
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
         return {"triton": kernels.refusal(device, dtype, self.key_dim, self.value_dim)}

@@ -18,6 +18,8 @@ Shapes: as in momentum.py; c the window.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +27,8 @@ from torch import Tensor, nn
 
 from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
-from models.regression.chunks import from_chunks, into_chunks, short
-from models.regression.documents import forget_at_starts
 from models.regression.linear import momentum
-from models.regression.linear.mixtures import Mixture, scan
-from models.regression.linear.momentum import Momentum, first_state, kernel_momentum, last_state, mixtures, references
+from models.regression.linear.momentum import Momentum, chunked_momentum, kernel_momentum, recurrent_momentum
 from models.regression.regressor import Tokens
 
 
@@ -66,7 +65,8 @@ def windows(
     return keys, values, weights, *lasting
 
 
-def recurrent_omega(
+def omega(
+    form: Callable[..., tuple[Tensor, momentum.State]],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -77,92 +77,25 @@ def recurrent_omega(
     state: State | None = None,
     grad_batch: int = 1,
     segments: Tensor | None = None,
+    **settings: int,
 ) -> tuple[Tensor, State]:
-    """The definition, one token at a time.
+    """A form of momentum.py with c writes a token: the pairs that it sees, with theta gamma_{t,r} for theta.
 
     weights: [B, T, H, c], gamma_{t,r} of the r-th last pair. The other arguments and the results as in
     recurrent_momentum, but for the state.
     """
-    fitted = first_state(k, v, None if state is None else state.fitted, grad_batch)
-    dtype, outputs = fitted.memory.dtype, []
-    keys, values, weights, *pairs = windows(k, v, weights, state, dtype, segments)
-    log_momentum = forget_at_starts(log_momentum, segments)
-    log_decay = forget_at_starts(log_decay, segments, like=step_size)
-    source, empty, phase = references(k, fitted, grad_batch, segments)
-    memory, speed, *reference = fitted.matrices
-    reference = reference[0] if reference else memory
-    with torch.autocast(q.device.type, enabled=False):
-        eta = log_momentum.to(dtype).exp()
-        decay = torch.ones_like(eta) if log_decay is None else log_decay.to(dtype).exp()
-        weights, query = weights * step_size.to(dtype).unsqueeze(-1), q.to(dtype)
-        for t in range(q.shape[1]):
-            begins, nothing = (source[:, t] == t - 1).view(-1, 1, 1, 1), empty[:, t].view(-1, 1, 1, 1)
-            reference = torch.where(begins, memory, reference).masked_fill(nothing, 0.0)
-            key, value = keys[:, t].transpose(1, 2), values[:, t].transpose(1, 2)  # [B, H, c, *]
-            gradient = key.mT @ (weights[:, t].unsqueeze(-1) * (value - key @ reference))
-            speed = eta[:, t, :, None, None] * speed + gradient
-            memory = decay[:, t, :, None, None] * memory + speed
-            outputs.append((query[:, t, :, None] @ memory).squeeze(-2))
-        o = torch.stack(outputs, dim=1).to(v.dtype)
-    return o, State(last_state((memory, speed, reference)[: len(fitted.matrices)], phase), *pairs)
-
-
-def chunked_omega(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: Tensor,
-    step_size: Tensor,
-    log_momentum: Tensor,
-    log_decay: Tensor | None = None,
-    state: State | None = None,
-    grad_batch: int = 1,
-    segments: Tensor | None = None,
-    chunk: int = 8,
-) -> tuple[Tensor, State]:
-    """The same map: chunked_momentum with c writes a token. What M_t holds of the write of token i is G_ti, and of that
-    token's r-th pair G_ti gamma_{i,r}.
-
-    Arguments and results as in recurrent_omega. T need not be a multiple of the chunk.
-    """
-    fitted = first_state(k, v, None if state is None else state.fitted, grad_batch)
-    C, c, dtype = short(chunk, k.shape[1]), weights.shape[-1], fitted.memory.dtype
-    keys, values, weights, *pairs = windows(k, v, weights, state, dtype, segments)
-    where = references(k, fitted, grad_batch, segments)
-    log_momentum = forget_at_starts(log_momentum, segments)
-    log_decay = forget_at_starts(log_decay, segments, like=step_size)
-    with torch.autocast(q.device.type, enabled=False):
-        mixed = mixtures(step_size, log_momentum, log_decay, where, C, dtype, grad_batch > 1)
-        gamma = into_chunks(weights, C, dtype).flatten(1).unsqueeze(1)
-        read, refer, carry = (Mixture(x.states, x.writes.repeat_interleave(c, -1) * gamma) for x in mixed)
-        refer = Mixture(*(x.repeat_interleave(c, 1) for x in refer))
-        writes = (into_chunks(x.flatten(1, 2), C * c, dtype) for x in (keys, values))
-        o, matrices = scan(into_chunks(q, C, dtype), *writes, read, refer, carry, fitted.matrices)
-    return from_chunks(o, k.shape[:3]).to(v.dtype), State(last_state(matrices, where.phase), *pairs)
-
-
-def kernel_omega(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: Tensor,
-    step_size: Tensor,
-    log_momentum: Tensor,
-    log_decay: Tensor | None = None,
-    state: State | None = None,
-    grad_batch: int = 1,
-    segments: Tensor | None = None,
-) -> tuple[Tensor, State]:
-    """The same map by models/kernels/momentum: kernel_momentum's with c writes a token, for theta theta_t gamma_{t,r}.
-
-    Arguments and results as in recurrent_omega; q, keys and values are cast to one dtype, v's.
-    """
-    keys, values, weights, *pairs = windows(k, v, weights, state, working_dtype(k, v), segments)
-    keys, values = (x.to(v.dtype).flatten(1, 2) for x in (keys, values))
+    keys, values, weights, *pairs = windows(k, v, weights, state, working_dtype(q, k, v), segments)
+    keys, values = keys.to(k.dtype).flatten(1, 2), values.to(v.dtype).flatten(1, 2)
     steps = (weights * step_size.unsqueeze(-1)).transpose(2, 3).flatten(1, 2)
-    gates, fitted = (steps, log_momentum, log_decay), None if state is None else state.fitted
-    o, fitted = kernel_momentum(q, keys, values, *gates, fitted, grad_batch, segments, weights.shape[-1])
+    fitted = None if state is None else state.fitted
+    gates = (steps, log_momentum, log_decay)
+    o, fitted = form(q, keys, values, *gates, fitted, grad_batch, segments, **settings)
     return o, State(fitted, *pairs)
+
+
+recurrent_omega, chunked_omega, kernel_omega = (
+    partial(omega, form) for form in (recurrent_momentum, chunked_momentum, kernel_momentum)
+)
 
 
 class Omega(Momentum):
@@ -197,14 +130,8 @@ class Omega(Momentum):
         weights = wide(self.weights(x)).sigmoid().unflatten(-1, (-1, self.window))
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1.0)
         step_size, log_momentum, remaining = self.gates(x, log_decay)
-        given = (q, k, v, weights, step_size, log_momentum, log_decay, state, self.grad_batch, segments)
-        backend = self.choose(v.device, v.dtype).backend
-        if backend == "recurrent" or k.shape[1] == 1:  # one token is the definition
-            o, state = recurrent_omega(*given)
-        elif backend == "triton":
-            o, state = kernel_omega(*given)
-        else:
-            o, state = chunked_omega(*given, self.tokens_at_once(v))
+        gates = (weights, step_size, log_momentum, log_decay)
+        o, state = omega(self.form(tokens), q, k, v, *gates, state, self.grad_batch, segments)
         fitted, *pairs = state
         return o, State(fitted.times(remaining), *pairs)
 
