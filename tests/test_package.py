@@ -1,0 +1,66 @@
+"""The package: what the code imports is what pyproject.toml asks for, and what it holds is what is installed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions, version
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from setuptools import find_namespace_packages
+
+from tests.conftest import ROOT
+from tests.test_imports import FILES
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+REQUIRED = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["project"]["dependencies"])}
+PEERS = "scripts.benchmarks.peers"  # imports what it is compared with, where that is installed
+WITH_TORCH = {"triton"}  # comes with a CUDA build of torch; code that needs it asks first
+
+
+def imported() -> set[str]:
+    """The distributions of all modules that are no part of Python and none of ours."""
+    names, ours = set(), {name.split(".")[0] for name in FILES}
+    for name, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())) if name != PEERS else ():
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module.split(".")[0])
+    others = names - ours - set(sys.stdlib_module_names) - WITH_TORCH
+    found = packages_distributions()
+    return {canonicalize_name(found[name][0]) for name in others}
+
+
+def test_every_import_is_asked_for():
+    # fla is two distributions, of which flash-linear-attention brings the other
+    assert imported() - {"fla-core"} <= REQUIRED.keys()
+
+
+def test_pins_are_within_the_ranges():
+    for file in ("requirements.txt", "requirements-dev.txt"):
+        for line in (ROOT / file).read_text().splitlines():
+            if "==" in line and not line.startswith("#"):
+                pin = Requirement(line)
+                wanted = REQUIRED.get(canonicalize_name(pin.name))
+                pinned = next(iter(pin.specifier)).version
+                assert file != "requirements.txt" or (wanted and pinned in wanted.specifier), line
+
+
+def test_every_folder_is_packed():
+    patterns = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    packed = set(find_namespace_packages(str(ROOT), include=patterns))
+    assert {".".join(path.relative_to(ROOT).parent.parts) for path in FILES.values()} - {""} <= packed
+    assert {f"conf.{path.parent.name}" for path in (ROOT / "conf").glob("*/*.yaml")} <= packed
+
+
+def test_it_can_be_imported_from_another_folder(tmp_path):
+    try:
+        version("test-time-regression")
+    except ImportError:
+        pytest.skip("not installed: pip install --no-deps -e .")
+    subprocess.run([sys.executable, "-c", "import conf.schema, models.language_model"], cwd=tmp_path, check=True)
