@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +21,8 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 TARGETS = ("models.", "data.", "torch.", "lightning.")
+PACKAGES = "TTR_PACKAGES"  # an environment variable, so that no config can set it
+KNOWN = ("models", "data", "torch", "lightning", "transformers", "hydra", "omegaconf")  # not somebody's own
 HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 
 # Where classes stood before. Runs and exported models of that time name them so, and are read all the same.
@@ -92,12 +97,25 @@ def problems(node: Any, path: str = "", targets: tuple[str, ...] = TARGETS) -> I
         yield from problems(value, f"{path}.{key}" if path else str(key), targets)
 
 
+def allowed_packages() -> tuple[str, ...]:
+    """Packages of somebody else whose classes a config may name: TTR_PACKAGES=first,second. Raises ValueError for one
+    that can't be found."""
+    names = tuple(name.strip() for name in os.environ.get(PACKAGES, "").split(",") if name.strip())
+    for name in names:
+        if not name.isidentifier() or importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"{PACKAGES}={os.environ[PACKAGES]}: {name!r} is not a package that Python finds; it must be "
+                "the name of one that is installed, or whose folder is on PYTHONPATH"
+            )
+    return names
+
+
 def _belongs(target: Any, module: str) -> bool:
     """Whether this is one of our own classes or functions, from the module or package that defines it, or a class of a
     library. What a module imports from elsewhere (a way around TARGETS) and a library's functions (torch.load) are
     neither.
     """
-    if module.split(".")[0] in ("models", "data"):
+    if module.split(".")[0] in ("models", "data", *allowed_packages()):
         ours = inspect.isclass(target) or inspect.isfunction(target)
         return ours and f"{target.__module__}.".startswith(f"{module}.")
     return inspect.isclass(target)
@@ -105,10 +123,13 @@ def _belongs(target: Any, module: str) -> bool:
 
 def _problems_of_target(node: dict[str, Any], path: str, targets: tuple[str, ...]) -> Iterator[str]:
     here = path or "config"
-    name = node["_target_"]
-    if not isinstance(name, str) or not name.startswith(targets):
-        allowed = ", ".join(f"{t}*" for t in targets)
-        yield f"{here}._target_={name} is not allowed; a config may name only {allowed}"
+    name, own = node["_target_"], tuple(f"{package}." for package in allowed_packages())
+    if not isinstance(name, str) or not name.startswith(targets + own):
+        allowed = ", ".join(f"{t}*" for t in targets + own)
+        said = f"{here}._target_={name} is not allowed; a config may name only {allowed}"
+        package = str(name).split(".")[0]
+        yours = package.isidentifier() and package not in sys.stdlib_module_names and package not in KNOWN
+        yield f"{said} ({PACKAGES}={package} allows a package of your own)" if yours else said
         return
     module, _, attribute = name.rpartition(".")
     try:
