@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 import train as entry
 from conf import schema
-from models.build import build, problems
+from models.build import build, current, problems
 from models.language_model import LanguageModel, LanguageModelConfig
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -168,3 +168,10 @@ def test_only_what_belongs_can_be_built():
     assert list(chain(problems({"a": [{"_target_": "os.system"}]}))) == [
         "a[0]._target_=os.system is not allowed; a config may name only models.*, data.*, torch.*, lightning.*"
     ]
+
+
+def test_names_of_before_are_read():
+    """Runs and exported models from before the classes moved."""
+    for old in ("models.regression.delta.Delta", "models.regression.ttt.TTT", "models.regression.local.Softmax"):
+        parts = {"decay": {"_target_": "models.decay.NoDecay"}, "regressor": {"_target_": old, "backend": "auto"}}
+        assert list(problems(current({"_target_": "models.mixer.Mixer", **parts}))) == []

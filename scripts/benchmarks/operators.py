@@ -273,14 +273,14 @@ def regressor_of(preset: str, shape: tuple[int, int, int, int], device: str) -> 
     torch.manual_seed(0)
     sizes = f"model.num_heads={H}", f"model.hidden_size={H * K}"
     mixer, given = mixer_of(composed(preset, *sizes)).to(device), []
-    mixer.regressor.register_forward_pre_hook(lambda module, inputs: given.extend(inputs[:5]))
+    mixer.regressor.register_forward_pre_hook(lambda module, inputs: given.extend(inputs[0][:5]))
     with torch.no_grad(), half(device):
         mixer(torch.randn(B, T, H * K, device=device))
     inputs = [x if x is None else x.detach().clone().requires_grad_() for x in given]
 
     def function(*inputs: Tensor) -> Tensor:
         with half(device):
-            return mixer.regressor.forward(*inputs)[0]
+            return mixer.regressor.forward(Tokens(*inputs))[0]
 
     return Operator(function, inputs, tuple(mixer.regressor.parameters()))
 

@@ -76,7 +76,7 @@ def of_model(folder: Path, tokens: int = 512) -> list[Curve]:
         raise ValueError(f"--model={folder} has a vocabulary of {model.config.vocab_size}; only models that read bytes")
     seen: dict[int, tuple] = {}
     for i, regressor in layers:
-        regressor.register_forward_hook(lambda module, args, result, i=i: seen.update({i: args[1:4]}))
+        regressor.register_forward_hook(lambda module, args, result, i=i: seen.update({i: args[0][1:4]}))
     model(torch.tensor([list(Path(__file__).read_bytes()[:tokens])]))
     found = []
     for i, regressor in layers:
