@@ -1,4 +1,4 @@
-"""pytest tests/laws --recipe conf/mixer/NAME.yaml --objective MODULE: the laws on one recipe, which may be anybody's."""
+"""pytest tests/laws --recipe conf/mixer/NAME.yaml --objective MODULE: the laws on one recipe, maybe somebody else's."""
 
 from __future__ import annotations
 

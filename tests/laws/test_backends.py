@@ -51,18 +51,18 @@ def small(preset: str) -> dict[str, Any]:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_8_interpreted_kernels_equal_the_pytorch_form(half):
     """Many in one process: importing the kernels takes longer than running one."""
+    own = [str(conf / "mixer" / f"{PRESETS[0]}.yaml") for conf in ELSEWHERE]  # the child is told of --recipe
     code = """
     from pathlib import Path
     from tests.laws import presets
-    if %r:  # the recipe of --recipe
-        presets.only(Path(%r, "mixer", %r + ".yaml"))
+    for path in %r:
+        presets.only(Path(path))
     from tests.laws.test_backends import *
     print("FOUND", json.dumps({name: max(errors(*name.split(), "cpu")) for name in %r}))
     """
     if not (names := [f"{preset} {backend}" for preset, backend in ACCELERATED[half::2]]):
         pytest.skip("no kernels")
-    own = str(ELSEWHERE[0]) if ELSEWHERE else ""
-    printed = run_interpreted(textwrap.dedent(code % (own, own, PRESETS[0], names)), timeout=600)
+    printed = run_interpreted(textwrap.dedent(code % (own, names)), timeout=600)
     found = json.loads(printed.split("FOUND")[1])
     assert found.keys() == set(names) and all(error < 1e-4 for error in found.values()), found
 
