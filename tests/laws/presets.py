@@ -1,4 +1,7 @@
-"""Every preset in conf/mixer, built small: what the laws are tried on. A new YAML there needs no line here."""
+"""Every preset in conf/mixer, built small: what the laws are tried on. A new YAML there needs no line here.
+
+`only` puts a recipe from any other conf in their place: pytest tests/laws --recipe (tests/laws/conftest.py).
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,19 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from hydra.utils import get_class as locate
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from conf import schema
-from models.build import build
+from models.build import build, problems
 from models.mixers.mixer import Mixer
 from models.regression.memory import Memory
 
 CONF = Path(__file__).parents[2] / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
+ELSEWHERE: list[Path] = []  # the conf of somebody else that hydra searches too
 HIDDEN, HEADS, CHUNK = 32, 2, 8
 DECAYS = {
     "none": "none",
@@ -31,14 +36,34 @@ DECAYS = {
 }  # conf/decay: kind
 
 
+def only(path: Path) -> None:
+    """The recipe CONF/mixer/NAME.yaml, from whose CONF its parts may come too, is the only preset from here on. Raises
+    ValueError for one that is not there, or can't be composed or built."""
+    path = path.resolve()
+    if not path.is_file() or path.suffix != ".yaml" or path.parent.name != "mixer":
+        raise ValueError("this is not the file of a recipe; it must be one named conf/mixer/NAME.yaml")
+    conf = path.parents[1]
+    if conf != CONF and path.stem in PRESETS:
+        raise ValueError(f"the repository has a mixer {path.stem}, which hydra would take first; choose another name")
+    PRESETS[:], ELSEWHERE[:] = [path.stem], [conf] if conf != CONF else []
+    recipe.cache_clear()
+    try:
+        found = list(problems(recipe(path.stem), "mixer", targets=("models.",)))
+    except HydraException as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    if found:
+        raise ValueError("\n".join(found))
+    mixer(path.stem)
+
+
 @cache
 def recipe(preset: str) -> dict[str, Any]:
     """The preset as conf/mixer has it, for a model of HIDDEN and HEADS; a segment is a chunk."""
     schema.register()
+    searched = [f"hydra.searchpath=[{','.join(f'file://{conf}' for conf in ELSEWHERE)}]"] if ELSEWHERE else []
+    settings = [f"mixer@model.mixers.main={preset}", "name=law", "run_dir=none", f"model.num_heads={HEADS}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(
-            "train", [f"mixer@model.mixers.main={preset}", "name=law", "run_dir=none", f"model.num_heads={HEADS}"]
-        )
+        cfg = compose("train", [*searched, *settings])
     if "segment" in cfg.model.mixers.main:
         cfg.model.mixers.main.segment = CHUNK
     return OmegaConf.to_container(cfg.model.mixers.main, resolve=True)

@@ -1,4 +1,7 @@
-"""The laws that every mixer obeys, float64 on the CPU unless said otherwise. The presets are read from conf/mixer."""
+"""The laws that every mixer obeys, float64 on the CPU unless said otherwise. The presets are read from conf/mixer.
+
+A law that fails says in a sentence what the layer does that it must not.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.mixers.mixer import Mixer
 from tests.laws.presets import CHUNK, DECAYS, PRESETS, inputs, largest_difference, mixer, outcome, part, probe, tensors
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 every_form = pytest.mark.parametrize("backend", ["torch", "recurrent"])
 T = 2 * CHUNK + 5  # two chunks and a rest
+
+
+def counted(preset: str, m: Mixer, name: str, length: int) -> int:
+    """What the mixer says of itself, flops_per_token or state_size."""
+    try:
+        return getattr(m, name)(length)
+    except NotImplementedError:
+        why = f"{preset}: {type(m.regressor).__name__} has no {name}(seq_len), which every regressor must have"
+        pytest.fail(why, pytrace=False)
 
 
 @every_preset
@@ -24,8 +37,9 @@ def test_1_causal(preset, backend):
         changed = x.clone()
         changed[:, t] += 1
         z, _ = m(changed)
-        assert torch.equal(y[:, :t], z[:, :t])
-        assert not torch.equal(y[:, t], z[:, t])
+        same = torch.equal(y[:, :t], z[:, :t])
+        assert same, f"{preset}: changing token {t} changes the output of an earlier token: the layer is not causal"
+        assert not torch.equal(y[:, t], z[:, t]), f"{preset}: changing token {t} does not change its own output"
 
 
 @every_preset
@@ -36,9 +50,9 @@ def test_2_rows_are_independent(preset, backend):
     changed = x.clone()
     changed[1] += 1
     y, z = m(x)[0], m(changed)[0]
-    assert torch.equal(y[[0, 2]], z[[0, 2]])
+    assert torch.equal(y[[0, 2]], z[[0, 2]]), f"{preset}: changing one row of the batch changes the others' outputs"
     alone = torch.cat([m(row.unsqueeze(0))[0] for row in x])
-    assert largest_difference([alone], [y]) < 1e-12
+    assert largest_difference([alone], [y]) < 1e-12, f"{preset}: a row alone is not what it is in a batch"
 
 
 @every_preset
@@ -46,16 +60,22 @@ def test_3_one_map_in_every_form(preset):
     """Recurrent = parallel = any split into calls: outputs, final state, all gradients."""
     x = inputs(2, T)
     truth = outcome(mixer(preset, "recurrent"), x)
-    assert largest_difference(outcome(mixer(preset), x), truth) < 1e-10
+    error = largest_difference(outcome(mixer(preset), x), truth)
+    assert error < 1e-10, f"{preset}: backend=torch, the parallel form, is not backend=recurrent, the definition"
     for backend in ("torch", "recurrent"):
         for splits in ((1,), (CHUNK,), (5, 6, 7, 17), (T - 1,)):
-            assert largest_difference(outcome(mixer(preset, backend), x, splits), truth) < 1e-10, (backend, splits)
+            error = largest_difference(outcome(mixer(preset, backend), x, splits), truth)
+            calls = f"{preset}, backend={backend}: calls that end at {splits} are not one call"
+            assert error < 1e-10, f"{calls}: the state does not carry on what it must"
 
 
 @every_preset
 def test_3_decoding_token_by_token(preset):
     x = inputs(2, 20)
-    assert largest_difference(outcome(mixer(preset), x, tuple(range(1, 20))), outcome(mixer(preset), x)) < 1e-10
+    error = largest_difference(outcome(mixer(preset), x, tuple(range(1, 20))), outcome(mixer(preset), x))
+    assert error < 1e-10, (
+        f"{preset}: token by token is not all tokens at once: the state does not carry on what it must"
+    )
 
 
 @every_preset
@@ -70,14 +90,18 @@ def test_4_packed_documents_are_separate_sequences(preset, backend):
     y = torch.cat([piece for piece, _ in pieces], dim=1)
     separate = [y, *torch.autograd.grad(probe(y), [x, *m.parameters()])]
     packed = outcome(m, x, segments=segments, memory=False)
-    assert largest_difference(packed, separate) < 1e-10
+    seen = f"{preset}: a document sees the one before it in the row: the memory is not emptied where `segments` changes"
+    assert largest_difference(packed, separate) < 1e-10, seen
     for splits in ((1,), (2, 3), (7, 16), (CHUNK,)):
-        assert largest_difference(outcome(m, x, splits, segments, memory=False), packed) < 1e-10, splits
+        error = largest_difference(outcome(m, x, splits, segments, memory=False), packed)
+        assert error < 1e-10, f"{preset}: packed documents in calls that end at {splits} are not those of one call"
     # what the last document leaves behind: read by one more token of it, and by the first of another
     more = inputs(2, 1, seed=3)
     _, state = m(x, None, segments)
-    assert largest_difference([m(more, state, segments[:, -1:])[0]], [m(more, pieces[-1][1])[0]]) < 1e-10
-    assert largest_difference([m(more, state, segments[:, -1:] + 1)[0]], [m(more)[0]]) < 1e-10
+    goes_on = largest_difference([m(more, state, segments[:, -1:])[0]], [m(more, pieces[-1][1])[0]])
+    assert goes_on < 1e-10, f"{preset}: a document that goes on in the next call is not the one that stood alone"
+    begins = largest_difference([m(more, state, segments[:, -1:] + 1)[0]], [m(more)[0]])
+    assert begins < 1e-10, f"{preset}: a document that begins a call sees the one before: `forget` leaves something"
 
 
 @every_preset
@@ -85,7 +109,10 @@ def test_5_gradients_cross_chunks(preset):
     x = inputs(1, 3 * CHUNK).requires_grad_()
     y, _ = mixer(preset)(x)
     (gradient,) = torch.autograd.grad(y[:, 2 * CHUNK :].square().sum(), x)
-    assert (gradient[:, :CHUNK].norm(dim=-1) > 0).all()
+    reaches = (gradient[:, :CHUNK].norm(dim=-1) > 0).all()
+    assert reaches, (
+        f"{preset}: no gradient goes from the third chunk to a token of the first: the memory is cut between"
+    )
 
 
 @every_preset
@@ -104,20 +131,34 @@ def test_7_finite_at_the_extremes(preset, backend, dtype, case):
     m = mixer(preset, backend, torch.float32)
     with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
         found = outcome(m, x)
-    assert all(t.isfinite().all() for t in found)
+    finite = all(t.isfinite().all() for t in found)
+    assert finite, f"{preset}, backend={backend}, {dtype}: an output or a gradient is not finite for input {case!r}"
 
 
 @every_preset
 def test_9_counts(preset):
     """They are what is counted: in the tensors, by torch's counter on the definition, in the state itself."""
     m = mixer(preset, "recurrent")
-    assert m.num_params == sum(p.numel() for p in m.parameters())
+    assert m.num_params == sum(p.numel() for p in m.parameters()), f"{preset}: num_params is not what it has"
     for length in (1, 40):
         with FlopCounterMode(display=False) as counter:
             _, state = m(inputs(1, length))
-        assert counter.get_total_flops() == pytest.approx(m.flops_per_token(length) * length, rel=0.02)
+        done, said = counter.get_total_flops() / length, counted(preset, m, "flops_per_token", length)
+        sentence = f"{preset}: flops_per_token({length}) says {said:.0f}, and backend=recurrent does {done:.0f}"
+        assert done == pytest.approx(said, rel=0.02), sentence
         held = [t for t in [*tensors(state.memory), *tensors(state.tails)] if t.is_floating_point()]
-        assert sum(t.numel() for t in held) == m.state_size(length)
+        holds, said = sum(t.numel() for t in held), counted(preset, m, "state_size", length)
+        assert holds == said, f"{preset}: state_size({length}) says {said}, and the state holds {holds} numbers"
+
+
+@every_preset
+def test_9_it_says_how_it_is_fitted(preset):
+    """In the table that is printed before the first step."""
+    regressor = mixer(preset).regressor
+    said = isinstance(getattr(regressor, "fit", None), str)
+    assert said, (
+        f"{preset}: {type(regressor).__name__} has no `fit`, a few words on how it is fitted, which train.py prints"
+    )
 
 
 @every_preset

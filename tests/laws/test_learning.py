@@ -52,4 +52,4 @@ def test_10_it_learns_to_recall(preset):
     _, predictions = model.score(batch["input_ids"], batch["labels"])
     asked = batch["labels"] >= 0
     accuracy = (predictions == batch["labels"])[asked].float().mean().item()
-    assert accuracy > CHANCE + MARGIN
+    assert accuracy > CHANCE + MARGIN, f"{preset}: {accuracy:.0%} of the values are recalled after {STEPS} steps"

@@ -23,4 +23,8 @@ def call_of(preset: str, T: int = 12, **settings: Any) -> Call:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_6_it_is_the_regression_it_claims(preset):
+    assert preset in CHECKS, (
+        f"{preset}: nothing says what it minimises; write a check with @states({preset!r}), as those in "
+        "tests/laws/objectives, and name its module with --objective where it is not in that folder"
+    )
     CHECKS[preset](call_of(preset))
