@@ -1,6 +1,7 @@
 """The taxonomy, made from the configs: what every mixer in conf/mixer is, and what it costs.
 
     python scripts/recipes.py [--size 340m] [--markdown]
+    python scripts/recipes.py --write       # writes the table into docs/family.md
 
 A recipe is four choices: which decay (how much each past pair counts), which function class (what the memory can
 express), which solver (how the fit is computed), on which backends. State: numbers one layer holds per sequence at the
@@ -26,10 +27,16 @@ from models.mixers.mixer import Mixer
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
+PAGE = CONF.parent / "docs" / "family.md"
+BEGIN, END = "<!-- table: python scripts/recipes.py --write -->", "<!-- end of table -->"
 
 
 class Recipe(NamedTuple):
-    """One row: the choices in words, then the numbers."""
+    """One row: the choices in words, the numbers, and where it stands in the family.
+
+    branch: the folder of models/regression that its memory is in. composite: a memory and something around it, with a
+    class of its own in models/mixers.
+    """
 
     preset: str
     decay: str
@@ -38,6 +45,8 @@ class Recipe(NamedTuple):
     state: int
     flops: int
     backends: str
+    branch: str
+    composite: bool
 
 
 def composed(preset: str, *overrides: str) -> DictConfig:
@@ -73,11 +82,13 @@ def recipe(preset: str, size: str) -> Recipe:
         mixer.state_size(cfg.seq_len),
         mixer.flops_per_token(cfg.seq_len),
         ", ".join([*accelerated, "torch", "recurrent"]),
+        type(regressor).__module__.split(".")[2],
+        type(mixer) is not Mixer,
     )
 
 
 def table(rows: list[Recipe], markdown: bool) -> str:
-    """Lines for a terminal, or for README.md."""
+    """Lines for a terminal, or for docs/family.md."""
     head = ("mixer", "decay", "memory", "solver", "state", "MFLOPs", "backends")
     cells = [head, *((*r[:4], f"{r.state:,}", f"{r.flops / 1e6:.1f}", r.backends) for r in rows)]
     if markdown:
@@ -89,12 +100,23 @@ def table(rows: list[Recipe], markdown: bool) -> str:
     return "\n".join("  ".join(row).rstrip() for row in rows_of_text)
 
 
+def with_table(page: str, lines: str) -> str:
+    """The page with these lines between its markers."""
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{lines}\n\n{END}{rest.split(END)[1]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="340m", choices=sorted(path.stem for path in (CONF / "size").glob("*.yaml")))
-    parser.add_argument("--markdown", action="store_true", help="as README.md has it")
+    parser.add_argument("--markdown", action="store_true", help="as docs/family.md has it")
+    parser.add_argument("--write", action="store_true", help="write it into docs/family.md")
     arguments = parser.parse_args()
-    print(table([recipe(preset, arguments.size) for preset in PRESETS], arguments.markdown))
+    lines = table([recipe(preset, arguments.size) for preset in PRESETS], arguments.markdown or arguments.write)
+    if arguments.write:
+        PAGE.write_text(with_table(PAGE.read_text(), lines))
+    else:
+        print(lines)
 
 
 if __name__ == "__main__":
