@@ -49,6 +49,12 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= LONGEST
 
 
+def test_the_build_of_torch_is_the_pinned_one():
+    """Another version would be replaced by the large build of the pinned one."""
+    (pinned,) = re.findall(r"^torch==.*$", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
+    assert f"pip install {pinned} --index-url" in README
+
+
 def test_named_files_exist():
     for path in re.findall(r"\b(?:models|conf|tests|scripts|data)/[\w/]+\.\w+\b", PAGES):
         if "NAME" not in path:
