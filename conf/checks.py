@@ -7,8 +7,9 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch.strategies import StrategyRegistry
@@ -135,7 +136,7 @@ def mistakes(cfg: DictConfig) -> list[str]:
     """A sentence for each. A part that depends on a setting that is wrong already is not tried."""
     try:
         found = [f"to be set: {key}=..." for key in sorted(OmegaConf.missing_keys(cfg))]
-        config = OmegaConf.to_container(cfg, resolve=True)
+        config = cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True))
     except OmegaConfBaseException as error:
         return [f"{error.full_key}: {str(error).splitlines()[0]}"]
     if leaks := list(secrets(config)):
@@ -152,7 +153,7 @@ def mistakes(cfg: DictConfig) -> list[str]:
     num_steps = 100
     if clear("batch_tokens", "seq_len", "micro_batch", "tokens", "trainer.devices", "trainer.num_nodes"):
         world = schema.world_size(config["trainer"]["devices"], config["trainer"]["num_nodes"])
-        sizes = (config[name] for name in ("batch_tokens", "seq_len", "micro_batch"))
+        sizes = config["batch_tokens"], config["seq_len"], config["micro_batch"]
         try:
             num_steps = batch_arithmetic(*sizes, world, config["tokens"]).num_steps
         except ValueError as error:
@@ -245,7 +246,7 @@ def machine(trainer: dict[str, Any]) -> Iterator[str]:
 
 
 def devices(trainer: dict[str, Any]) -> Iterator[str]:
-    asked = trainer.get("devices")
+    asked: Any = trainer.get("devices")
     ids = asked if isinstance(asked, list) else []
     whole = all(isinstance(i, int) and not isinstance(i, bool) for i in ids or [asked])
     if str(asked) in ("auto", "-1"):
@@ -286,7 +287,7 @@ def model_mistakes(config: dict[str, Any]) -> list[str]:
                 part.choose(where, dtype)
 
     names = dict.fromkeys(model.pattern)
-    return [s for name in names for s in refused(lambda name=name: construct(name), f"model.mixers.{name}: ")]
+    return [s for name in names for s in refused(partial(construct, name), f"model.mixers.{name}: ")]
 
 
 def secrets(config: dict[str, Any]) -> Iterator[str]:

@@ -100,7 +100,7 @@ class PythonSource(Corpus):
 
     def _files(self) -> list[str]:
         """Paths relative to the library, in the order of their characters."""
-        found = []
+        found: list[str] = []
         for folder, subfolders, files in os.walk(self.root):
             subfolders[:] = set(subfolders) - self.EXCLUDED  # os.walk goes on into these only
             # _sysconfigdata*.py holds the paths and compiler flags of this machine

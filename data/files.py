@@ -238,7 +238,8 @@ def _open(file: str) -> BinaryIO:
     suffix = Path(file).suffix
     if suffix == ".zst":  # Python 3.11 has no zstd; pyarrow has
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(file), "zstd"))
-    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)(file, "rb")
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(suffix, open)(file, "rb")
 
 
 def _skip(stream: BinaryIO, file: str, offset: int) -> None:
@@ -250,7 +251,7 @@ def _skip(stream: BinaryIO, file: str, offset: int) -> None:
 
 
 def _is_array(stream: BinaryIO) -> bool:
-    return stream.peek(64).lstrip().startswith(b"[")
+    return stream.peek(64).lstrip().startswith(b"[")  # type: ignore[attr-defined]  # all that _open returns can
 
 
 def _parsed(text: str, where: str) -> Any:

@@ -70,7 +70,8 @@ class Hub(Corpus):
         if self.document_start is None:
             yield from rows
             return
-        lines, behind = [], [shard, row]
+        lines: list[str] = []
+        behind = [shard, row]
         for line, place in rows:
             if lines and self.document_start.match(line):
                 yield "".join(lines), behind

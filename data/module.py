@@ -31,6 +31,8 @@ class DataModule(L.LightningDataModule):
     overfit              train on the first batch over and over
     """
 
+    trainer: L.Trainer  # Lightning sets it before it asks for a loader
+
     def __init__(
         self, task: Any, batch: Batch, validation_tokens: int, seed: int, num_workers: int = 0, overfit: bool = False
     ):

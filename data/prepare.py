@@ -143,7 +143,8 @@ class _Preparation:
         recipe = {"piece": PIECE, "part": PART, "shard_tokens": self.shard_tokens, "format": FORMAT}
         header = json.dumps(recipe | {"tokenizer": self.tokenizer.fingerprint()}).encode() + b"\n"
         journal.seek(0)
-        position, seen, dropped, end = None, set() if self.drop_duplicates else None, 0, len(header)
+        seen: set[str] | None = set() if self.drop_duplicates else None
+        position, dropped, end = None, 0, len(header)
         if journal.readline() == header:
             for line in journal:
                 record = _parsed(line)
@@ -207,11 +208,13 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     """A line of the journal; None for the last one if it is torn."""
     with suppress(ValueError):
         return json.loads(line) if line.endswith(b"\n") else None
+    return None
 
 
 def _pieces(corpus: Corpus, position: Any, seen: set[str] | None, dropped: int) -> Iterator[Piece]:
     """The corpus from this position on. A piece ends behind the first part that fills it and has a position."""
-    parts, hashes, size, started, behind = [], [], 0, False, None
+    parts: list[Part] = []
+    hashes, size, started, behind = [], 0, False, None
     for document in corpus.read(position):
         whole, started = document.last and not started, not document.last
         behind = document.position

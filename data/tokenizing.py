@@ -109,7 +109,9 @@ def _start(tokenizer: Tokenizer, dtype: np.dtype) -> None:
 
 def _end_with_parent() -> None:
     """A killed parent can't end its workers, which would hold its lock for ever."""
-    wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a worker has one
+    wait([parent.sentinel])
     os._exit(1)
 
 

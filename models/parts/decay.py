@@ -45,6 +45,7 @@ class FixedDecay(nn.Module):
     """
 
     kind = "head"
+    log_decay: Tensor
 
     def __init__(self, sizes: Sizes, shortest: float = 5.0, longest: float = 12.0) -> None:
         super().__init__()

@@ -231,7 +231,7 @@ def what_is_wrong(path: Path) -> str:
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, None where none was ever written; and a sentence for every newer one that
     is not. Raises ValueError if there are some and none is whole."""
-    torn = []
+    torn: list[str] = []
     for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
         if not (wrong := what_is_wrong(path)):
             return path, torn

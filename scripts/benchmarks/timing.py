@@ -146,7 +146,7 @@ def compare(size: str, case: Case, device: str, repeats: int) -> list[Row]:
             print(f"{size}  {name}: {took:.0f} s before the first repeat, left out", file=sys.stderr)
             continue
         works[name] = (forward, both)
-    times = {name: ([], []) for name in works}
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in works}
     for _ in range(repeats):
         for name, pair in works.items():
             for work, record in zip(pair, times[name], strict=True):

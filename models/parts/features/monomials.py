@@ -25,6 +25,8 @@ class Monomials(FeatureMap):
     WIDEST of them raise.
     """
 
+    multinomials: Tensor
+
     def __init__(self, sizes: Sizes, a: list[float], setting: str, inverse_temperature: float | str = 1.0) -> None:
         degrees = [j for j, coefficient in enumerate(a) if coefficient]
         _check_width(sizes.key_dim, len(a) - 1, degrees, setting)
