@@ -53,7 +53,7 @@ def memory_mosaic(call: Call) -> None:
 
 @states("epanechnikov")
 def epanechnikov(call: Call) -> None:
-    by_least_squares(call, call.q, lambda b, q, k: (1 - b * (q - k).square().sum(-1) / 2).clamp(min=0), empty=1e-3)
+    by_least_squares(call, call.q, lambda b, q, k: (1 - b * (q - k).square().sum(-1) / 2).clamp(min=0), empty=0.1)
 
 
 @states("laplace")
