@@ -7,7 +7,8 @@ number shows that it changed none.
 A line is a preset and the nats per token of each of 20 steps at size=tiny, float32 on one thread of a CPU, with nine
 digits, which tell a float32 from its neighbours. The text is made here, so that no other Python or corpus changes it.
 Another processor, or another release of torch, sums in another order, and training makes a rounding grow: at step 20 of
-omega, to 3e-3 between two orders of one product whose losses in float64 agree to 1e-12. The test allows for that.
+omega to 3e-3, which is what the first command prints since a product of it is rounded in another order. The test allows
+for that.
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ class Fitted(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """q, k [rows, C, K] and v [rows, C, V]; what its tokens read, and what it carries on (momentum.of_gates)."""
+    """q, k [rows, C, K] and v [rows, C, V]; what its tokens read, and what it carries on (of_gates in
+    linear/coefficients.py)."""
 
     q: Tensor
     k: Tensor

@@ -46,7 +46,8 @@ from models.regression.deep.documents import kernel_deep
 from models.regression.deep.network import ACTIVATIONS, LOSSES, Network
 from models.regression.deep.optimizers import INNER_OPTIMIZERS
 from models.regression.deep.slots import in_turn, lay_out, positions, scan
-from models.regression.linear.momentum import Momentum, of_gates
+from models.regression.linear.coefficients import of_gates
+from models.regression.linear.momentum import Momentum
 from models.regression.regressor import Tokens
 
 OPTIMIZERS = ("momentum", "sgd", *INNER_OPTIMIZERS)

@@ -13,7 +13,9 @@ Members.    linear.py          M_ref = 0: linear attention, RetNet, GLA, Mamba-2
             momentum.py        steps that go on: Titans' rule for a matrix
             omega.py           the same, each step fitting the last few pairs
 Tools.      delta_chunks.py    the delta rule's chunks with their gradient
-            mixtures.py        the same for momentum and omega
+            references.py      where the tokens of momentum and omega take their gradients
+            coefficients.py    of what their chunks read, refer to and carry on
+            mixtures.py        those chunks, from the coefficients, with their gradient
 """
 
 from models.regression.linear.delta import Delta

@@ -2,8 +2,8 @@
 
 Within a chunk everything that such a memory reads, refers to or carries on is a combination of the n matrices that the
 chunk begins with (a memory, a momentum, ...) and of what it writes, k_i^T u_i with u_i = v_i - k_i M_ref(i), the errors
-at a matrix referred to. The coefficients do not depend on keys and values: a chapter states them (`mixtures` in
-momentum.py), and one scan does the rest.
+at a matrix referred to. The coefficients do not depend on keys and values: a chapter states them (momentum's in
+coefficients.py), and one scan does the rest.
 
 Shapes: C chunk, N chunks, M = N B H as in chunks.py, K key width, V value width, W writes of a chunk, n matrices.
 """

@@ -37,7 +37,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,98 +46,14 @@ from torch import Tensor, nn
 from models.kernels import momentum as kernels
 from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
-from models.regression.chunks import fades, from_chunks, into_chunks, short
-from models.regression.documents import forget_at_starts
-from models.regression.linear.mixtures import Mixture, product, scan
-from models.regression.memory import Memory, first_memory
+from models.regression.chunks import from_chunks, into_chunks, short
+from models.regression.linear.coefficients import mixtures
+from models.regression.linear.mixtures import scan
+from models.regression.linear.references import State, last_state, opening
+from models.regression.memory import Memory
 from models.regression.regressor import Tokens
 
 GATES = ("tied", "free")
-
-
-class State(NamedTuple):
-    """memory and momentum: M and S [B, H, K, V]; between the calls of a Momentum with tied gates D. For grad_batch > 1
-    also reference, M_ref of the last token, and phase [B], how many tokens the current mini-batch has, 0 where the next
-    token begins one; else None.
-    """
-
-    memory: Tensor
-    momentum: Tensor
-    reference: Tensor | None = None
-    phase: Tensor | None = None
-
-    @property
-    def matrices(self) -> tuple[Tensor, ...]:
-        return self[:2] if self.reference is None else self[:3]
-
-    def times(self, c: Tensor | float) -> State:
-        """With c S for S."""
-        return State(self.memory, c * self.momentum, *self[2:])
-
-
-class References(NamedTuple):
-    """Where gradients are taken. source [B, T]: at the memory after this token of the call; -1 is the memory that the
-    call begins with, and less the reference that it begins with. empty [B, T]: at zero, since the document began with
-    this mini-batch. phase [B]: the state's, after the call.
-    """
-
-    source: Tensor
-    empty: Tensor
-    phase: Tensor
-
-
-def first_state(k: Tensor, v: Tensor, state: State | None, grad_batch: int) -> State:
-    """The state to begin with, zeros for None, in float32 at least. k [B, T, H, K], v [B, T, H, V]."""
-    given = State(None, None) if state is None else state
-    memory, momentum = first_memory(k, v, given.memory), first_memory(k, v, given.momentum)
-    if grad_batch == 1:
-        return State(memory, momentum)
-    phase = torch.zeros(len(k), dtype=torch.long, device=k.device) if given.phase is None else given.phase
-    return State(memory, momentum, first_memory(k, v, given.reference), phase)
-
-
-def last_state(matrices: tuple[Tensor, ...], phase: Tensor) -> State:
-    """The state after a call: M, S, and where there are mini-batches M_ref and their phase."""
-    return State(*matrices, phase) if len(matrices) == 3 else State(*matrices)
-
-
-def references(k: Tensor, state: State, grad_batch: int, segments: Tensor | None) -> References:
-    """For the tokens of k [B, T, ...]. Mini-batches begin again with every document."""
-    B, T = k.shape[:2]
-    index = torch.arange(T, device=k.device).expand(B, T)
-    start = torch.zeros_like(index)  # of the token's document, 0 for the one that the call begins with
-    if segments is not None:
-        start = torch.where(F.pad(segments[:, 1:] != segments[:, :-1], (1, 0)), index, 0).cummax(1).values
-    position = index - start
-    if state.phase is not None:
-        position = torch.where(start == 0, position + state.phase.unsqueeze(1), position)
-    source = index - position % grad_batch - 1
-    return References(source, (start > 0) & (position < grad_batch), (T - 1 - source[:, -1]) % grad_batch)
-
-
-class Opening(NamedTuple):
-    """What every form begins with: the state, the gates with the documents' starts in them, and the references."""
-
-    state: State
-    log_momentum: Tensor
-    log_decay: Tensor | None
-    where: References
-
-
-def opening(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_momentum: Tensor,
-    log_decay: Tensor | None,
-    state: State | None,
-    grad_batch: int,
-    segments: Tensor | None,
-) -> Opening:
-    state = first_state(k, v, state, grad_batch)
-    log_decay = forget_at_starts(log_decay, segments, like=log_momentum)
-    where = references(q, state, grad_batch, segments)
-    return Opening(state, forget_at_starts(log_momentum, segments), log_decay, where)
 
 
 def recurrent_momentum(
@@ -260,73 +176,6 @@ def _among(x: Tensor | None, place: int, writes: int) -> Tensor | None:
         return x
     others = [0, 0] * (x.ndim - 2) + [place, writes - 1 - place]
     return F.pad(x.unsqueeze(2), others).flatten(1, 2)
-
-
-def mixtures(
-    step_size: Tensor,
-    log_momentum: Tensor,
-    log_decay: Tensor | None,
-    where: References,
-    chunk: int,
-    dtype: torch.dtype,
-    with_reference: bool,
-) -> tuple[Mixture, Mixture, Mixture]:
-    """What a chunk reads, M_t for its C tokens; what it refers to, M_ref(t); what it carries on, the n matrices after
-    its last token: M, S and, with_reference, M_ref. Gates [B, T, H], step_size [B, T c, H].
-    """
-    c = step_size.shape[1] // log_momentum.shape[1]
-    real = into_chunks(torch.ones_like(log_momentum), chunk, dtype)  # 0 where the last chunk is filled up
-    theta = into_chunks(step_size, chunk * c, dtype)
-    log_momentum, log_decay = (into_chunks(x, chunk, dtype) for x in (log_momentum, log_decay))
-    n, (read, carry) = 3 if with_reference else 2, of_gates(real, theta, log_momentum, log_decay)
-    carried, first, token = _places(where, chunk, step_size.shape[2], dtype).split([1, 1, chunk], dim=-1)
-    at_token = product(token, torch.cat([*read], dim=-1))
-    at_first = torch.cat([first, torch.zeros_like(first), carried][:n], dim=-1)
-    refer = Mixture(F.pad(at_token[..., :2], (0, n - 2)) + at_first, at_token[..., 2:])
-    if with_reference:
-        states = torch.cat([F.pad(carry.states, (0, 1)), refer.states[:, -1:]], dim=1)
-        carry = Mixture(states, torch.cat([carry.writes, refer.writes[:, -1:]], dim=1))
-    return read, Mixture(*(_repeated(x, c, 1) for x in refer)), carry
-
-
-def _repeated(x: Tensor, times: int, dim: int) -> Tensor:
-    return x if times == 1 else x.repeat_interleave(times, dim)
-
-
-def of_gates(
-    real: Tensor, theta: Tensor, log_momentum: Tensor | None, log_decay: Tensor | None
-) -> tuple[Mixture, Mixture]:
-    """What the tokens of a chunk read, and what it carries on, M and S; without momentum M alone. Gates in chunks
-    [M, C, 1], theta [M, C c, 1], all 0 where no token is; so is `real`, which is 1 elsewhere.
-    """
-    decay, c = fades(real, log_decay), theta.shape[1] // real.shape[1]
-
-    def of_writes(tokens: Tensor) -> Tensor:
-        """From what is left of each token [M, *, C], what is of each of its writes."""
-        return _repeated(tokens, c, -1) * theta.mT
-
-    if log_momentum is None:
-        writes = of_writes(decay.within)
-        return Mixture(decay.start, writes), Mixture(decay.start[:, -1:], writes[:, -1:])
-    momentum = fades(real, log_momentum)
-    a, eta = (x.within.expand(len(real), -1, -1) for x in (decay, momentum))
-    # where no token is nothing fades, and the momentum must not be added to the memory once more
-    summed = product(a, torch.cat([momentum.start, eta], dim=-1) * real)
-    read = Mixture(torch.cat([decay.start, summed[..., :1]], dim=-1), of_writes(summed[..., 1:]))
-    states = torch.stack([read.states[:, -1], F.pad(momentum.start[:, -1], (1, 0))], dim=1)
-    return read, Mixture(states, torch.stack([read.writes[:, -1], of_writes(eta[:, -1:])[:, 0]], dim=1))
-
-
-def _places(where: References, chunk: int, heads: int, dtype: torch.dtype) -> Tensor:
-    """[M, C, 2 + C]: a one where a token's reference is: the carried one, the chunk's first memory, or that after token
-    0, 1, .. of the chunk; none where it is empty. What fills the last chunk repeats the last token's.
-    """
-    T = where.source.shape[1]
-    index = torch.arange(T + -T % chunk, device=where.source.device)
-    source, empty = (x[:, index.clamp(max=T - 1)].unflatten(1, (-1, chunk)).transpose(0, 1) for x in where[:2])
-    place = (source - index[::chunk].view(-1, 1, 1) + 2).clamp(min=0)  # [N, B, C]
-    found = (place.unsqueeze(-1) == torch.arange(2 + chunk, device=index.device)) & ~empty.unsqueeze(-1)
-    return found.to(dtype).repeat_interleave(heads, 1).flatten(0, 1)
 
 
 class Momentum(Memory):

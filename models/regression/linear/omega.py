@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
-from models.regression.linear import momentum
+from models.regression.linear import references
 from models.regression.linear.momentum import Momentum, chunked_momentum, kernel_momentum, recurrent_momentum
 from models.regression.regressor import Tokens
 
@@ -37,7 +37,7 @@ class State(NamedTuple):
     the newest last; zeros, which write nothing, where it has fewer.
     """
 
-    fitted: momentum.State
+    fitted: references.State
     keys: Tensor
     values: Tensor
 
@@ -66,7 +66,7 @@ def windows(
 
 
 def omega(
-    form: Callable[..., tuple[Tensor, momentum.State]],
+    form: Callable[..., tuple[Tensor, references.State]],
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -42,8 +42,8 @@ POWERS = {"epanechnikov": 1, "biweight": 2, "triweight": 3}
 KERNELS = ("gaussian", "laplace", *POWERS)
 
 # The weight of nothing: a key in the middle of the kernel has weight 1. It bounds the gradient where the nearest key
-# is at the very edge of the support. With 1e-3 one early token could carry half of the gradient, and of four seeds of
-# the law of learning two missed the margin (0.91 and 0.83 recalled); with 0.1 all four recall everything.
+# is at the very edge of the support. A hundred times less, and one early token can outweigh the gradient of
+# all others: what is learned then hangs on the seed.
 EMPTY = 0.1
 # Added to d^2 where its root is taken: at d = 0 the Laplace kernel has a kink, and float32 knows d^2 to 1e-7.
 KINK = 1e-6
