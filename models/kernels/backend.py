@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looked up once: Dynamo warns of caches
+
+
+def unlike(recipe: dict[str, Any], takes: dict[str, tuple[Any, ...]]) -> str | None:
+    """The first setting of a recipe that kernels which take these values do not compute, in words, or None."""
+    for name, allowed in takes.items():
+        if recipe[name] not in allowed:
+            said = " or ".join(str(value).lower() for value in allowed)
+            return f"the kernels take regressor.{name}={said}, not {str(recipe[name]).lower()}"
+    return None
 
 
 def interpreting() -> bool:

@@ -25,12 +25,22 @@ from torch import Tensor
 
 from models.kernels import backend
 
+TAKES = {  # of a recipe
+    "inner_optimizer": ("momentum", "sgd"),
+    "depth": (2,),
+    "activation": ("silu",),
+    "bias": (False,),
+    "residual": (False,),
+    "layer_norm": (False,),
+    "inner_loss": ("l2",),
+    "limit_steps": (True,),
+}
 MINI_BATCHES = (16, 32, 64)
 WIDTHS = (16, 32, 64)  # of keys and values
 INNER = (16, 32, 64, 128, 256)  # of the hidden layer
 
 
-def refusal(device: torch.device, dtype: torch.dtype, grad_batch: int, widths: tuple[int, int, int]) -> str | None:
+def refusal(device: torch.device, dtype: torch.dtype, grad_batch: int, widths: tuple[int, ...]) -> str | None:
     """Why these kernels can't run here, or None if they can. dtype is that of q, k and v; widths those of keys, of the
     hidden layer and of values.
 

@@ -10,22 +10,38 @@ from torch import Tensor
 
 from models.kernels import backend
 
+TAKES = {  # of a recipe
+    "inner_optimizer": ("average",),
+    "depth": (1, 2),
+    "activation": ("gelu_tanh",),
+    "bias": (True,),
+    "residual": (True,),
+    "layer_norm": (True,),
+    "inner_loss": ("l2",),
+    "limit_steps": (False,),
+}
+HIDDEN = 4  # the hidden layer's width over that of keys
 MINI_BATCH = 16  # the smallest that Triton's products take, and the paper's
 WIDTHS = {"linear": (16, 32, 64, 128), "mlp": (16, 32, 64)}  # of keys; wider ones' weights do not fit on chip
 GROUP = 8  # the linear model's weights are kept for the backward pass at every 8th span of MINI_BATCH tokens
 SLAB = 4096  # spans of MINI_BATCH tokens that the MLP's kernels take at a time, of all heads of all sequences
 
 
-def refusal(device: torch.device, dtype: torch.dtype, inner_model: str, key_dim: int, grad_batch: int) -> str | None:
-    """Why the kernels can't run here, or None if they can. dtype is that of q, k and v."""
+def refusal(device: torch.device, dtype: torch.dtype, grad_batch: int, widths: tuple[int, ...]) -> str | None:
+    """Why the kernels can't run here, or None if they can. dtype is that of q, k and v; widths those of keys, of the
+    hidden layer where there is one, and of values.
+    """
     if (reason := backend.refusal(device, dtype)) is not None:
         return reason
     if dtype == torch.float16:
         return "the kernels take bfloat16 and float32, not float16"
     if grad_batch != MINI_BATCH:
         return f"the kernels take mini-batches of {MINI_BATCH}, not regressor.grad_batch={grad_batch}"
-    if key_dim not in WIDTHS[inner_model]:
-        return f"the kernels take keys of width {', '.join(map(str, WIDTHS[inner_model]))}, not {key_dim}"
+    K, *hidden, _ = widths
+    if K not in WIDTHS["mlp" if hidden else "linear"]:
+        return f"the kernels take keys of width {', '.join(map(str, WIDTHS['mlp' if hidden else 'linear']))}, not {K}"
+    if hidden not in ([], [HIDDEN * K]):
+        return f"the kernels take a hidden layer of {HIDDEN} times the keys' {K}, not of {hidden[0]}"
     return None
 
 

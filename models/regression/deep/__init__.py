@@ -17,6 +17,6 @@ Tools.      network.py         networks and the gradients of their losses, writt
 
 from models.regression.deep.lact import LaCT
 from models.regression.deep.mlp import DeepMemory
-from models.regression.deep.ttt.layer import TTT
+from models.regression.deep.ttt import TTT
 
 __all__ = ["TTT", "DeepMemory", "LaCT"]

@@ -26,8 +26,6 @@ Shapes: B batch, T tokens, H heads, K and V widths of keys and values, C tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -37,48 +35,30 @@ from torch import Tensor, nn
 from models.parts.norm import RMSNorm
 from models.parts.precision import NORM_EPS, wide
 from models.parts.sizes import Sizes
-from models.regression.deep import batches
-from models.regression.deep.mlp import compiles
-from models.regression.deep.network import ACTIVATIONS
+from models.regression.deep import forms
+from models.regression.deep.memory import NetworkMemory
+from models.regression.deep.network import SwiGLU
 from models.regression.deep.optimizers import INNER_OPTIMIZERS
+from models.regression.deep.rules import AtEnd, Gates, Start
 from models.regression.local.constant import Softmax
 from models.regression.local.pairs import Pairs
-from models.regression.memory import Memory
 from models.regression.regressor import Regressor, Tokens
 
 BASE_RATE = 1e-3  # of the learning rates, at the start
 
 
-@dataclass(frozen=True)
-class SwiGLU:
-    """f above and the errors of its loss, as network.Network has them; weights in the order W_0, W_2, W_1."""
-
-    def read(self, products: Sequence[Callable[[Tensor], Tensor]], q: Tensor, norm: Sequence[Tensor] = ()) -> Tensor:
-        gate, up, down = products
-        return down((F.silu(wide(gate(q))) * up(q)).to(q.dtype))
-
-    def errors(
-        self, weights: Sequence[Tensor], k: Tensor, v: Tensor, norm: Sequence[Tensor] = ()
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        gate, up, down = weights
-        opened, slope = ACTIVATIONS["silu"](wide(k @ gate))
-        through, error = wide(k @ up), wide(v @ down.mT)
-        errors = [error * through * slope, error * opened, v]
-        return [k, k, (opened * through).to(k.dtype)], [e.to(k.dtype) for e in errors]
-
-
 class State(NamedTuple):
-    """fitted: of the network. pairs: of the window."""
+    """memory: of the network. pairs: of the window."""
 
-    fitted: batches.State
+    memory: forms.State
     pairs: Pairs
 
 
-class LaCT(Memory):
+class LaCT(NetworkMemory):
     """The layer above.
 
     grad_batch: b, a part of the model.  window: w, of attention.  expansion: the network's inner width over K.
-    chunk: tokens at once, a choice of memory only; None for a whole mini-batch.  remat: as in slots.scan.
+    chunk: tokens at once, a choice of memory only; None for a whole mini-batch.  remat: of NetworkMemory.
     """
 
     accepts_decay = ("none",)
@@ -95,17 +75,12 @@ class LaCT(Memory):
         expansion: float = 1.0,
         remat: int = 1,
     ) -> None:
-        super().__init__(sizes, backend, chunk)
-        if grad_batch < 1:
-            raise ValueError(f"regressor.grad_batch={grad_batch} is no number of tokens; a positive integer")
-        if remat < 0:
-            raise ValueError(f"regressor.remat={remat} is no number of chunks; a positive integer, or 0 for never")
+        super().__init__(sizes, backend, chunk, grad_batch, remat)
         D, H, _, K, V = sizes
         if (inner := round(expansion * K)) < 1:
             raise ValueError(f"regressor.expansion={expansion} leaves an inner width of {inner}; it must be positive")
         self.attention = Softmax(sizes, backend, window=window)
-        self.rule = batches.Rule(SwiGLU(), INNER_OPTIMIZERS["muon"], normed=True)
-        self.grad_batch, self.remat = grad_batch, remat
+        self.rule = AtEnd(SwiGLU(), INNER_OPTIMIZERS["muon"], normed=True)
         self.start = nn.ParameterList(
             torch.randn(H, n, m) / math.sqrt(n) for n, m in ((K, inner), (K, inner), (inner, V))
         )
@@ -116,29 +91,27 @@ class LaCT(Memory):
     def tokens_at_once(self, v: Tensor) -> int:
         return self.chunk or self.grad_batch
 
-    def forward(self, tokens: Tokens, state: State | None = None) -> tuple[Tensor, State]:
-        x, q, k, v, _, segments = tokens
-        fitted, pairs = (None, None) if state is None else state
+    def begin(self) -> Start:
+        return Start(tuple(self.start), True)
+
+    def gates(self, x: Tensor, log_decay: Tensor | None = None) -> Gates:
         rates = F.softplus(wide(self.rates(x))).unflatten(-1, (-1, 3))
         momentum = wide(self.momentum(x)).sigmoid()
-        gates = torch.stack([torch.zeros_like(momentum), torch.ones_like(momentum), momentum], dim=-1) / self.grad_batch
-        definition = self.choose(v.device, v.dtype).backend == "recurrent" or k.shape[1] == 1
-        speed = (1,) if definition else (self.tokens_at_once(v), self.remat, compiles(v.device))
-        given = (q, k, v, rates, gates, fitted, self.grad_batch, segments)
-        read, fitted = batches.deep_batches(self.rule, self._begin(), *given, *speed)
+        sums = torch.stack([torch.zeros_like(momentum), torch.ones_like(momentum), momentum], dim=-1) / self.grad_batch
+        return Gates(rates, sums=sums)
+
+    def forward(self, tokens: Tokens, state: State | None = None) -> tuple[Tensor, State]:
+        memory, pairs = (None, None) if state is None else state
+        read, memory = super().forward(tokens, memory)
         local, pairs = self.attention(tokens, pairs)
-        o = F.silu(wide(self.scale(x))).unsqueeze(-1) * wide(self.norm(read)) + local
-        return o.to(v.dtype), State(fitted, pairs)
-
-    def _begin(self) -> batches.Start:
-        return batches.Start(tuple(self.start))
-
-    def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-        return "a compiled step" if backend == "torch" and compiles(device) else ""
+        o = F.silu(wide(self.scale(tokens.x))).unsqueeze(-1) * wide(self.norm(read)) + local
+        return o.to(tokens.v.dtype), State(memory, pairs)
 
     def forget(self, state: State, rows: Tensor) -> State:
-        fitted = batches.forget(self.rule, self._begin(), state.fitted, rows)
-        return State(fitted, self.attention.forget(state.pairs, rows))
+        return State(super().forget(state.memory, rows), self.attention.forget(state.pairs, rows))
+
+    def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+        return {}
 
     def flops_per_token(self, seq_len: int) -> int:
         """Three products with every weight: keys through two and, since the loss needs no prediction, errors back
@@ -146,9 +119,8 @@ class LaCT(Memory):
         the end of each chunk, and attention.
         """
         weights = sum(w.numel() for w in self.start)
-        steps = batches.flops_of_steps(self.rule, self.start, seq_len // self.grad_batch) // seq_len
         gates = 10 * self.num_heads * self.hidden_size
-        return 6 * weights + gates + steps + self.attention.flops_per_token(seq_len)
+        return 6 * weights + gates + self.step_flops(seq_len) + self.attention.flops_per_token(seq_len)
 
     def state_size(self, seq_len: int) -> int:
-        return batches.size(self.rule, self.start) + self.attention.state_size(seq_len)
+        return super().state_size(seq_len) + self.attention.state_size(seq_len)

@@ -1,12 +1,13 @@
 """Inner networks: memories that are no matrix, and the gradients of their losses, written out.
 
-        f(x) = W_L s(... s(x W_1) ...)  [layer norm]  [+ x] ,    l(f(k), v) ,    s an activation
+        f(x) = s(... s(x W_1 [+ b_1]) ...) W_L [+ b_L]  [layer norm]  [+ x] ,    l(f(k), v) ,    s an activation
 
 A gradient by a weight is a product of two vectors, -dl/dW_l = X_l^T E_l, of what the layer takes in and of the error at
 what it gives out,
         X_1 = k ,  X_l = s(X_{l-1} W_{l-1}) ,    E_L = -dl/df (through the norm) ,  E_{l-1} = (E_l W_l^T) * s' .
 So what a token writes is known by L pairs of vectors, and no gradient is ever formed. Autograd does the same at twice
 the price; it differentiates all this once more for the outer model, which needs the activations' second derivatives.
+A bias is one more input of value one: its weights are the last row of W_l, and no formula knows of it.
 
 Losses.     with e = v - y at the prediction y (Behrouz et al. 2025, Miras, section 5, has the second and third):
                 l2      1/2 |e|^2                                     -dl/dy = e
@@ -18,6 +19,7 @@ Limit.      One step moves the token's own prediction by J e, and along e by sum
             matrix and keys of length one, by 1; for a wide layer by its width. `limit_steps` divides a token's errors
             by that number where it is above 1, so that step sizes mean for any network what they mean for a matrix, and
             none of at most 1 overshoots (normalised least mean squares does this to |k|^2).
+SwiGLU.     f(x) = (silu(x W_0) * x W_2) W_1 with the loss dot, of three matrices, as LaCT has it.
 
 Shapes: * any leading axes, C tokens, K and V widths of keys and values, X_l [*, C, in], E_l [*, C, out], W_l [*, in,
 out].
@@ -25,11 +27,13 @@ out].
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.parts.precision import NORM_EPS, NOTHING, wide
@@ -37,17 +41,18 @@ from models.parts.precision import NORM_EPS, NOTHING, wide
 SMOOTH = 1e-6  # c of the loss lp
 
 
-def _silu(z: Tensor) -> tuple[Tensor, Tensor]:
+def _silu_backward(g: Tensor, z: Tensor) -> Tensor:
     gate = z.sigmoid()
-    return z * gate, gate * (1 + z * (1 - gate))
+    return g * (gate * (1 + z * (1 - gate)))
 
 
-def _gelu(z: Tensor) -> tuple[Tensor, Tensor]:
-    share = (1 + torch.erf(z / math.sqrt(2))) / 2
-    return z * share, share + z * (-z.square() / 2).exp() / math.sqrt(2 * math.pi)
-
-
-ACTIVATIONS = {"silu": _silu, "gelu": _gelu}  # z -> s(z), s'(z)
+gelu_backward = torch.ops.aten.gelu_backward  # silu's has no derivative in torch
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    # z -> s(z);  g, z -> g s'(z)
+    "silu": (F.silu, _silu_backward),
+    "gelu": (F.gelu, gelu_backward),
+    "gelu_tanh": (partial(F.gelu, approximate="tanh"), partial(gelu_backward, approximate="tanh")),
+}
 
 # (y, v, the setting that some have) -> -dl/dy
 LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
@@ -60,9 +65,9 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 @dataclass(frozen=True)
 class Network:
-    """The network above. power: p of the loss lp, delta of huber. Weights come with every call, as does `norm`: scale
-    and shift [*, 1, V] of the layer norm, or nothing. Products are in the dtype of what comes in, all else in float32
-    at least.
+    """The network above. power: p of the loss lp, delta of huber. bias: whether layers have one. Weights come with
+    every call, as does `norm`: scale and shift [*, 1, V] of the layer norm, or nothing. Products are in the dtype of
+    what comes in, all else in float32 at least.
     """
 
     activation: str = "silu"
@@ -70,34 +75,38 @@ class Network:
     loss: str = "l2"
     power: float = 1.0
     limit_steps: bool = True
+    bias: bool = False
 
     def read(self, products: Sequence[Callable[[Tensor], Tensor]], q: Tensor, norm: Sequence[Tensor] = ()) -> Tensor:
         """f(q) [*, C, V], each layer's product with its weights given as a function."""
         x = q
         for product in products[:-1]:
-            x = self._activate(product(x))[0]
-        return self._output(products[-1](x), q, norm)[0].to(q.dtype)
+            x = self._activate(product(self._taken(x)))
+        return self._output(products[-1](self._taken(x)), q, norm)[0].to(q.dtype)
 
     def errors(
         self, weights: Sequence[Tensor], k: Tensor, v: Tensor, norm: Sequence[Tensor] = ()
     ) -> tuple[list[Tensor], list[Tensor]]:
         """X_l and E_l of every layer, for pairs k [*, C, K], v [*, C, V]."""
-        inputs, slopes = [k], []
+        inputs, sums, backward = [self._taken(k)], [], ACTIVATIONS[self.activation][1]
         for W in weights[:-1]:
-            x, slope = self._activate(inputs[-1] @ W)
-            inputs.append(x)
-            slopes.append(slope)
+            sums.append(inputs[-1] @ W)
+            inputs.append(self._taken(self._activate(sums[-1])))
         y, normed = self._output(inputs[-1] @ weights[-1], k, norm)
         error = LOSSES[self.loss](y, wide(v), self.power)
         errors = [(error if normed is None else _through_norm(error * norm[0], *normed)).to(k.dtype)]
-        for W, slope in zip(reversed(weights[1:]), reversed(slopes), strict=True):
-            errors.append((wide(errors[-1] @ W.mT) * slope).to(k.dtype))
+        for W, z in zip(reversed(weights[1:]), reversed(sums), strict=True):
+            back = errors[-1] @ W[..., : z.shape[-1], :].mT  # but to the input of a bias
+            errors.append(backward(wide(back), wide(z)).to(k.dtype))
         errors.reverse()
         return inputs, self._limited(inputs, errors, error) if self.limit_steps else errors
 
-    def _activate(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        x, slope = ACTIVATIONS[self.activation](wide(z))
-        return x.to(z.dtype), slope
+    def _taken(self, x: Tensor) -> Tensor:
+        """What a layer takes in: x, and the input of its bias."""
+        return F.pad(x, (0, 1), value=1.0) if self.bias else x
+
+    def _activate(self, z: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation][0](wide(z)).to(z.dtype)
 
     def _output(self, z: Tensor, x: Tensor, norm: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """f where the last layer makes z of the input x, in float32; and of its norm the normed z, 1 / deviation."""
@@ -115,6 +124,26 @@ class Network:
         size = _square(error)
         share = (size + NOTHING) / (torch.maximum(size, moved) + NOTHING)
         return [(e * share).to(e.dtype) for e in errors]
+
+
+@dataclass(frozen=True)
+class SwiGLU:
+    """f above and the errors of its loss, as Network has them; weights in the order W_0, W_2, W_1."""
+
+    bias: ClassVar[bool] = False
+
+    def read(self, products: Sequence[Callable[[Tensor], Tensor]], q: Tensor, norm: Sequence[Tensor] = ()) -> Tensor:
+        gate, up, down = products
+        return down((F.silu(wide(gate(q))) * up(q)).to(q.dtype))
+
+    def errors(
+        self, weights: Sequence[Tensor], k: Tensor, v: Tensor, norm: Sequence[Tensor] = ()
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        gate, up, down = weights
+        z, through, error = wide(k @ gate), wide(k @ up), wide(v @ down.mT)
+        opened = F.silu(z)
+        errors = [_silu_backward(error * through, z), error * opened, v]
+        return [k, k, (opened * through).to(k.dtype)], [e.to(k.dtype) for e in errors]
 
 
 def _square(x: Tensor) -> Tensor:

@@ -1,0 +1,137 @@
+"""Deep memories in PyTorch: rules.py over the tokens of a call, one after another or in chunks.
+
+Shapes: B batch, T tokens, H heads, K and V widths of keys and values, C tokens of a chunk, rows = B H.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.parts.precision import working_dtype
+from models.regression.chunks import from_chunks, into_chunks, short
+from models.regression.deep.rules import Fitted, Fixed, Flag, Gates, Rule, Start, each, where
+from models.regression.deep.slots import in_turn, lay_out, positions, scan
+
+
+class State(NamedTuple):
+    """fitted: [B, H, *, *]. phase [B]: how many tokens the mini-batch has, 0 where the next token begins one."""
+
+    fitted: Fitted
+    phase: Tensor
+
+
+@torch.compiler.disable  # it compiles its own step; and how many slots documents fill depends on the data
+def deep_memory(
+    rule: Rule,
+    start: Start,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    state: State | None = None,
+    grad_batch: int = 64,
+    segments: Tensor | None = None,
+    chunk: int | None = None,
+    remat: int = 0,
+    compiled: bool = False,
+) -> tuple[Tensor, State]:
+    """The rule, token by token: the definition. Or by its dual form, `chunk` tokens at a time, or a mini-batch if that
+    is shorter.
+
+    q, k: [B, T, H, K].  v: [B, T, H, V].  segments: [B, T], documents.  T need not be a multiple of anything.
+    remat: as in slots.scan.  compiled: chunks by torch.compile.
+    Returns o [B, T, H, V] in the dtype of v, and the state after the last token. The definition is computed in float32
+    at least; a chunk's products in the dtype of q, k and v, and its coefficients and weights in float32 at least.
+    """
+    (B, T, H), dtype, size, products = k.shape[:3], working_dtype(q, k, v), 1, working_dtype(q, k, v)
+    if chunk is not None:
+        size = min(short(chunk, T), grad_batch)
+        size = -(-grad_batch // -(-grad_batch // size)) if size < grad_batch and size < T else size
+        products = torch.promote_types(q.dtype, torch.promote_types(k.dtype, v.dtype))
+    phase = None if state is None else state.phase
+    slots = lay_out(k, size, grad_batch, phase, segments)
+
+    def columns(x: Tensor | None) -> Sequence[Tensor | None]:
+        return [None] * slots.count if x is None else x.unflatten(0, (slots.count, B * H)).unbind()
+
+    with torch.autocast(q.device.type, enabled=False):
+        pairs = [into_chunks(slots.fill(x), size, products) for x in (q, k, v)]
+        given = rule.tokens(gates, positions(k, phase, segments)[0] % grad_batch)
+        given = [None if x is None else into_chunks(slots.fill(x), size, dtype) for x in given]
+        fixed = of_rows(rule, start, B, dtype)
+        fitted = fixed.first if state is None else each(lambda x: x.to(dtype).flatten(0, 1), state.fitted)
+        steps, dual = partial(in_turn, partial(advance, rule, chunk is not None)), chunk is not None
+        if dual:
+            given, steps = rule.weigh(*given), compiled_steps(rule) if compiled else steps
+            fixed, fitted = fixed._replace(first=rule.enter(fixed.first, fixed.base)), rule.enter(fitted, fixed.base)
+        # a chunk that is a mini-batch begins one, but for the first of a call
+        opens = slots.batch if rule.refers or size < grad_batch or state is not None else None
+        flags = (slots.document, opens, slots.ends if rule.steps or not dual else None)
+        rows = (slots.flags(x, H) for x in flags)
+        inputs = zip([fixed] * slots.count, *rows, *map(columns, (*pairs, *given)), strict=True)
+        outputs, fitted = scan(steps, fitted, list(inputs), remat, rule.at_once)
+        fitted = rule.leave(fitted, fixed.base) if dual else fitted
+    o = from_chunks(torch.cat(outputs), (B, T if slots.place is None else slots.count * size, H))
+    return slots.empty(o).to(v.dtype), State(each(lambda x: x.unflatten(0, (B, H)), fitted), slots.phase)
+
+
+def of_rows(rule: Rule, start: Start, B: int, dtype: torch.dtype) -> Fixed:
+    """For the rows of B sequences."""
+    base, norm = (tuple(x.to(dtype).repeat(B, 1, 1) for x in part) for part in (start.weights, start.norm))
+    first = each(lambda x: x.flatten(0, 1), rule.begin(start, B, dtype))
+    return Fixed(first, () if start.fades else base, norm)
+
+
+def advance(
+    rule: Rule,
+    dual: bool,
+    fitted: Fitted,
+    fixed: Fixed,
+    begins: Flag | None,
+    opens: Flag | None,
+    ends: Flag | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *given: Tensor | None,
+) -> tuple[Tensor, Fitted]:
+    """One chunk by its dual form, or one token by the definition: o [rows, C, V], and what the next begins with.
+
+    begins, opens, ends: whether it begins another document (None: nowhere) and a mini-batch (None: everywhere), and
+    whether a mini-batch is over with it. given: what the rule weighs the chunk by, or what its token says.
+    """
+    if begins is not None:
+        fitted = where(begins, fixed.first, fitted)
+    R = rule.leave(fitted, fixed.base).weights if dual else fitted.weights
+    if rule.refers:
+        R = R if opens is None else where(opens, R, fitted.references)
+        fitted = fitted._replace(references=R)
+    pairs = list(zip(*rule.network.errors([r.to(q.dtype) for r in R], k, v, fixed.norm), strict=True))
+    if dual:
+        products = rule.products(fitted, fixed, pairs, opens, q.dtype, *given)
+        fitted = rule.carry(fitted, fixed, pairs, ends, *given)
+    else:
+        weights, fitted = rule.learn(fitted, pairs, fixed, ends, *given)
+        products = [partial(torch.matmul, other=w) for w in weights]
+    return rule.network.read(products, q, fixed.norm), fitted
+
+
+@cache
+def compiled_steps(rule: Rule) -> Callable[..., tuple[list[Tensor], Fitted]]:
+    """Some chunks in turn, by torch.compile."""
+
+    def steps(fitted: Fitted, inputs: Sequence[Sequence[Any]]) -> tuple[list[Tensor], Fitted]:
+        return in_turn(partial(advance, rule, True), fitted, inputs)
+
+    return torch.compile(steps, dynamic=False)
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile can: on a GPU, with Triton."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None

@@ -1,0 +1,136 @@
+"""What all deep memories share: a rule, the start of a document, and the forms that compute the same map."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.kernels import deep, ttt
+from models.kernels.backend import unlike
+from models.parts.precision import wide, working_dtype
+from models.parts.sizes import Sizes
+from models.regression.deep.accelerated import kernel_averaged, kernel_online
+from models.regression.deep.forms import State, compiles, deep_memory
+from models.regression.deep.rules import AtEnd, Averaged, Gates, Online, Rule, Start, each
+from models.regression.memory import Memory
+from models.regression.regressor import Tokens
+
+KERNELS: dict[type[Rule], Any] = {Online: (deep, kernel_online), Averaged: (ttt, kernel_averaged)}
+
+
+class NetworkMemory(Memory):
+    """A subclass sets the rule, and the recipe: its settings as kernels compare them. It says what a document begins
+    with, and how gates come from x.
+
+    grad_batch: b, the tokens of a mini-batch, a part of the model.
+    remat: chunks computed again together in the backward pass (slots.scan), a choice of memory and speed; 0: none.
+    """
+
+    rule: Rule
+    recipe: dict[str, Any]
+
+    def __init__(self, sizes: Sizes, backend: str, chunk: int | None, grad_batch: int, remat: int) -> None:
+        super().__init__(sizes, backend, chunk)
+        if grad_batch < 1:
+            raise ValueError(f"regressor.grad_batch={grad_batch} is no number of tokens; a positive integer")
+        if remat < 0:
+            raise ValueError(f"regressor.remat={remat} is no number of chunks; a positive integer, or 0 for never")
+        self.grad_batch, self.remat = grad_batch, remat
+
+    def begin(self) -> Start:
+        """M_0."""
+        raise NotImplementedError
+
+    def gates(self, x: Tensor, log_decay: Tensor | None = None) -> Gates:
+        """For x [B, T, D] and the recipe's decay [B, T, H]."""
+        raise NotImplementedError
+
+    def matrices(self) -> Iterator[tuple[int, int]]:
+        """The widths of every layer, without its bias."""
+        bias = self.rule.network.bias
+        return ((w.shape[1] - bias, w.shape[2]) for w in self.begin().weights)
+
+    def forward(self, tokens: Tokens, state: Any = None) -> tuple[Tensor, Any]:
+        x, q, k, v, log_decay, segments = tokens
+        T, backend = k.shape[1], self.choose(v.device, v.dtype).backend
+        if self.rule.steps and state is None and 1 < T <= self.grad_batch and torch.is_grad_enabled():
+            warnings.warn(
+                f"regressor.grad_batch={self.grad_batch}: a memory that steps at the end of a mini-batch learns "
+                f"nothing from a sequence of {T} tokens, and what sets its steps gets no gradient",
+                stacklevel=2,
+            )
+        given = (self.rule, self.begin(), q, k, v, self.gates(x, log_decay), state, self.grad_batch, segments)
+        if backend == "recurrent" or T == 1:  # one token is the definition
+            return deep_memory(*given)
+        if backend == "triton":
+            return KERNELS[type(self.rule)][1](*given)
+        return deep_memory(*given, self.tokens_at_once(v), self.remat, compiles(v.device))
+
+    def recall(self, x: Tensor, q: Tensor, state: State | None) -> Tensor:
+        dtype, start = working_dtype(q), self.begin()
+        weights, sums, *_ = self.rule.begin(start, len(q), dtype) if state is None else state.fitted
+        if state is not None and (share := self.gates(x).share) is not None:  # what its last token read
+            c = share[state.phase - 1].view(-1, 1, 1, 1)
+            weights = tuple(w + c * s for w, s in zip(weights, sums, strict=True))
+        with torch.autocast(q.device.type, enabled=False):
+            products = [partial(torch.matmul, other=w.to(dtype)) for w in weights]
+            o = self.rule.network.read(products, q.transpose(1, 2).to(dtype), [w.to(dtype) for w in start.norm])
+        return o.transpose(1, 2).to(q.dtype)
+
+    def recall_flops_per_token(self) -> int:
+        return 2 * sum(w.numel() for w in self.begin().weights)
+
+    def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+        if type(self.rule) not in KERNELS:
+            return {"triton": "the kernels take regressor.inner_optimizer=momentum, sgd or average"}
+        kernels, (first, *others) = KERNELS[type(self.rule)][0], self.matrices()
+        widths = (*first, *(out for _, out in others))
+        return {"triton": unlike(self.recipe, kernels.TAKES) or kernels.refusal(device, dtype, self.grad_batch, widths)}
+
+    def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+        return "a compiled step" if backend == "torch" and compiles(device) else ""
+
+    def forget(self, state: Any, rows: Tensor) -> Any:
+        """The memories of the given rows back at the start, and their mini-batches ended."""
+        first = State(self.rule.begin(self.begin(), len(rows), state.fitted.weights[0].dtype), 0 * state.phase)
+        return each(lambda new, now: torch.where(rows.view(-1, *[1] * (now.ndim - 1)), new, now), first, state)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """With every weight three products (predict, write, read), with all but the first layer's one more (errors
+        back); the projections of the gates; and the optimiser's products at the end of each mini-batch.
+        """
+        first, *others = (n * m for n, m in self.matrices())
+        return self.num_heads * (6 * first + 8 * sum(others)) + self.gate_flops() + self.step_flops(seq_len)
+
+    def gate_flops(self) -> int:
+        """Of the projections of the gates, for a token."""
+        raise NotImplementedError
+
+    def step_flops(self, seq_len: int) -> int:
+        """Of the optimiser, for a token."""
+        if not isinstance(self.rule, AtEnd):
+            return 0
+        step = sum(self.rule.optimizer.flops(n, m) for n, m in self.matrices())
+        return self.num_heads * step * (seq_len // self.grad_batch) // seq_len
+
+    def state_size(self, seq_len: int) -> int:
+        found = 0
+
+        def count(x: Tensor) -> Tensor:
+            nonlocal found
+            found += x.numel()
+            return x
+
+        each(count, self.rule.begin(self.begin(), 1, torch.float32))
+        return found
+
+
+def shares(offset: Tensor) -> Tensor:
+    """c [b] of the rule Averaged: max(1/p + learned, 0)."""
+    count = torch.arange(1, len(offset) + 1, device=offset.device)
+    return (1 / count + wide(offset)).clamp(min=0.0)

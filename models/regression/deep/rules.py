@@ -1,0 +1,340 @@
+"""How a memory learns from the tokens of a mini-batch: what their writes do to its weights, and when.
+
+Problem.    All tokens of a mini-batch take their gradients at the same weights R, so that what each wants to write is
+            known at once: D_i = -theta_i dl_i/dW (R) = theta_i X_i^T E_i (network.py). What D does to W is the rule.
+Online.     Weights change with every token. S is a momentum, eta its factor; what fades goes back to W_0 (Titans):
+                S_t = eta_t S_{t-1} + D_t ,    W_t = W_0 + a_t (W_{t-1} - W_0) + S_t .
+            R is what the mini-batch before has left.
+Averaged.   Who reads weighs the whole mini-batch anew, by its own place p in it (TTT):
+                S_t = S_{t-1} + D_t ,    W_t = R + c_p S_t ,    the next R is R + c_b S_b , with S = 0.
+AtEnd.      All tokens read R, and an optimiser (optimizers.py) steps where the mini-batch ends:
+                S_t = S_{t-1} + D_t ,    W_t = R ,    the next R is W_0 + A (R - W_0) + r U(S_b) , with S = 0,
+            A the product of the mini-batch's decays and r the sum of its rates.
+Dual form.  Of a chunk, which is a mini-batch or a part of one, X and E are known at once. With N = W - W_0, what fades,
+            all that the first two rules read and carry on is a combination, with numbers of the gates alone, of N and S
+            at the chunk's beginning and of its writes. W_0 apart, a layer makes of its input y at place t
+                z_t = A_t y N + f_t y S + sum_{i<=t} G_ti (y . X_i) E_i ,
+            a few products of batches of small matrices, and no weights of a single token. N and S lie one above the
+            other, [rows, 2 in, out], so that one product reads both.
+
+A rule states its token (`learn`, the definition) and its chunk (`weigh`, `products`, `carry`).
+
+Shapes: * is B, H in a state and rows = B H in a scan; N chunks, C tokens of one, in and out of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.regression.deep.network import Network, SwiGLU
+from models.regression.deep.optimizers import InnerOptimizer
+from models.regression.linear.coefficients import of_gates
+from models.regression.linear.mixtures import spread
+
+Weights = tuple[Tensor, ...]
+Pairs = Sequence[tuple[Tensor, Tensor]]  # X [rows, C, in] and E [rows, C, out] of every layer
+Flag = Tensor | bool  # of rows [rows, 1, 1], or of all
+
+
+class Start(NamedTuple):
+    """Where a document begins: weights M_0 [H, in, out] of every layer. fades: whether they fade as well (W_0 = 0, not
+    M_0). norm: scale and shift [H, 1, V] of the network's layer norm, or nothing.
+    """
+
+    weights: Weights
+    fades: bool = False
+    norm: Weights = ()
+
+
+class Gates(NamedTuple):
+    """What the tokens of a call say of their steps. step_size: theta [B, T, H], or one for each layer [B, T, H, n].
+    log_momentum, log_decay: natural logs of eta and a [B, T, H], <= 0; None for eta = 0 and for a = 1. share: c [b].
+    sums [B, T, H, 3]: what an optimiser takes, the log decay, the rate and the momentum of a token, each summed over
+    its mini-batch.
+    """
+
+    step_size: Tensor
+    log_momentum: Tensor | None = None
+    log_decay: Tensor | None = None
+    share: Tensor | None = None
+    sums: Tensor | None = None
+
+
+class Fitted(NamedTuple):
+    """What is learned. Of every layer weights W, sums S and references R, [*, in, out] each, and an optimiser's
+    history; and the gates that it sums, [*, 1, 3]. Nothing, (), for what a rule does not have.
+    """
+
+    weights: Weights
+    sums: Weights = ()
+    references: Weights = ()
+    history: tuple[Weights, ...] = ()
+    gates: Weights = ()
+
+
+class Fixed(NamedTuple):
+    """What a scan does not change: what a document begins with; W_0, or nothing for W_0 = 0; the norm's scale and
+    shift.
+    """
+
+    first: Fitted
+    base: Weights
+    norm: Weights
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A network, and how it learns."""
+
+    network: Network | SwiGLU
+    refers: ClassVar[bool] = False  # whether it keeps R; else its weights are R
+    steps: ClassVar[bool] = False  # whether anything happens where a mini-batch ends that coefficients can't tell
+    at_once: ClassVar[int] = 4  # chunks of a compiled call, which takes as long to begin as several small kernels take
+
+    def begin(self, start: Start, B: int, dtype: torch.dtype) -> Fitted:
+        """What a document begins with, [B, H, *, *]."""
+        weights = tuple(w.to(dtype).expand(B, -1, -1, -1) for w in start.weights)
+        return Fitted(weights, _zeros(weights))
+
+    def tokens(self, gates: Gates, place: Tensor) -> tuple[Tensor | None, ...]:
+        """What `learn` and `weigh` are given, [B, T, H] or [B, T, H, n] each. place [B, T]: of tokens in their
+        mini-batches.
+        """
+        raise NotImplementedError
+
+    def learn(
+        self, now: Fitted, pairs: Pairs, fixed: Fixed, ends: Flag, *given: Tensor | None
+    ) -> tuple[Sequence[Tensor], Fitted]:
+        """Of a token the weights that it reads, and what the next begins with. ends: whether its mini-batch is over."""
+        raise NotImplementedError
+
+    def weigh(self, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        """What `products` and `carry` are given, of all chunks, [N rows, *, *]: from what tokens are, [N rows, C, n],
+        zero where there is no token.
+        """
+        return given
+
+    def enter(self, fitted: Fitted, base: Weights) -> Fitted:
+        """As chunks have it."""
+        return fitted
+
+    def leave(self, fitted: Fitted, base: Weights) -> Fitted:
+        """The way back."""
+        return fitted
+
+    def products(
+        self, fitted: Fitted, fixed: Fixed, pairs: Pairs, opens: Flag | None, dtype: torch.dtype, *weighed: Tensor
+    ) -> list[Callable[[Tensor], Tensor]]:
+        """Of every layer what it makes of its inputs y [rows, C, in], where tokens read."""
+        raise NotImplementedError
+
+    def carry(self, fitted: Fitted, fixed: Fixed, pairs: Pairs, ends: Flag, *weighed: Tensor) -> Fitted:
+        """What the next chunk begins with."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Online(Rule):
+    """momentum: whether there is an S. A chunk has N and S of a layer as one matrix, [rows, n in, out], which Fitted
+    calls its weights.
+    """
+
+    momentum: bool = True
+    refers: ClassVar[bool] = True
+
+    def begin(self, start: Start, B: int, dtype: torch.dtype) -> Fitted:
+        weights, sums, *_ = super().begin(start, B, dtype)
+        return Fitted(weights, sums if self.momentum else (), weights)
+
+    def tokens(self, gates: Gates, place: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.ones_like(gates.step_size), *gates[:3]
+
+    def learn(
+        self, now: Fitted, pairs: Pairs, fixed: Fixed, ends: Flag, *given: Tensor | None
+    ) -> tuple[Sequence[Tensor], Fitted]:
+        _, theta, log_eta, log_a = given
+        M, base, writes = now.weights, fixed.base or _zeros(now.weights), _writes(theta, pairs)
+        if log_eta is not None:
+            writes = tuple(log_eta.exp() * s + write for s, write in zip(now.sums, writes, strict=True))
+        if log_a is not None:
+            M = tuple(w + log_a.exp() * (m - w) for w, m in zip(base, M, strict=True))
+        M = tuple(m + write for m, write in zip(M, writes, strict=True))
+        return M, now._replace(weights=M, sums=writes if self.momentum else ())
+
+    def weigh(self, *given: Tensor | None) -> tuple[Tensor, ...]:
+        """A mixture for what tokens read, another for what the chunk carries on."""
+        read, carry = of_gates(*given)
+        return (*read, *carry)
+
+    def enter(self, fitted: Fitted, base: Weights) -> Fitted:
+        fading = tuple(m - w for m, w in zip(fitted.weights, base, strict=True)) if base else fitted.weights
+        parts = zip(fading, *([fitted.sums] if fitted.sums else []), strict=True)
+        return fitted._replace(weights=tuple(torch.cat(x, dim=1) for x in parts), sums=())
+
+    def leave(self, fitted: Fitted, base: Weights) -> Fitted:
+        parts = [x.tensor_split(2 if self.momentum else 1, dim=1) for x in fitted.weights]
+        weights, sums = tuple(x[0] for x in parts), tuple(x[1] for x in parts if len(x) == 2)
+        weights = tuple(w + m for w, m in zip(base, weights, strict=True)) if base else weights
+        return fitted._replace(weights=weights, sums=sums)
+
+    def products(
+        self, fitted: Fitted, fixed: Fixed, pairs: Pairs, opens: Flag | None, dtype: torch.dtype, *weighed: Tensor
+    ) -> list[Callable[[Tensor], Tensor]]:
+        read, writes = weighed[0], weighed[1].to(dtype)
+
+        def product(layer: int, y: Tensor) -> Tensor:
+            inputs, errors = pairs[layer]
+            z = torch.bmm(torch.bmm(y, inputs.mT) * writes, errors)
+            z = torch.baddbmm(z, spread(y, read).to(dtype), fitted.weights[layer].to(dtype))
+            return torch.baddbmm(z, y, fixed.base[layer].to(dtype)) if fixed.base else z
+
+        return [partial(product, layer) for layer in range(len(pairs))]
+
+    def carry(self, fitted: Fitted, fixed: Fixed, pairs: Pairs, ends: Flag, *weighed: Tensor) -> Fitted:
+        states, writes = weighed[2:]
+        following = []
+        for X, (y, e) in zip(fitted.weights, pairs, strict=True):
+            parts = X.split(y.shape[-1], dim=1)
+            kept = [
+                sum(states[:, i : i + 1, j : j + 1] * parts[j] for j in range(i, len(parts))) for i in range(len(parts))
+            ]
+            following.append(torch.cat(kept, dim=1) + torch.bmm(spread(y, writes.mT).to(e.dtype).mT, e))
+        return fitted._replace(weights=tuple(following))
+
+
+class Summed(Rule):
+    """A rule whose weights change at the end of a mini-batch."""
+
+    steps: ClassVar[bool] = True
+
+    def carry(self, fitted: Fitted, fixed: Fixed, pairs: Pairs, ends: Flag, *weighed: Tensor) -> Fitted:
+        S = tuple(s + write for s, write in zip(fitted.sums, _writes(weighed[0], pairs), strict=True))
+        fitted = self.add(fitted._replace(sums=S), *weighed)
+        return fitted if ends is False else where(ends, self.step(fitted, fixed, *weighed), fitted)
+
+    def add(self, fitted: Fitted, *weighed: Tensor) -> Fitted:
+        """With what else the tokens sum up."""
+        return fitted
+
+    def step(self, fitted: Fitted, fixed: Fixed, *weighed: Tensor) -> Fitted:
+        """The next mini-batch's first."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Averaged(Summed):
+    def tokens(self, gates: Gates, place: Tensor) -> tuple[Tensor | None, ...]:
+        """theta; c; and c of the last token of a mini-batch, 0 of the others."""
+        b, c = len(gates.share), gates.share[place]
+        return gates.step_size, *(x.unsqueeze(-1).expand_as(gates.step_size) for x in (c, c * (place == b - 1)))
+
+    def learn(
+        self, now: Fitted, pairs: Pairs, fixed: Fixed, ends: Flag, *given: Tensor | None
+    ) -> tuple[Sequence[Tensor], Fitted]:
+        theta, c, _ = given
+        D = _writes(theta, pairs)
+        read = tuple(m + c * (s + d) for m, s, d in zip(now.weights, now.sums, D, strict=True))
+        return read, self.carry(now, fixed, pairs, ends, *given)
+
+    def weigh(self, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        """And what tokens read of the writes of their chunk."""
+        theta, c, _ = given
+        return *given, (c * theta.mT).tril()
+
+    def products(
+        self, fitted: Fitted, fixed: Fixed, pairs: Pairs, opens: Flag | None, dtype: torch.dtype, *weighed: Tensor
+    ) -> list[Callable[[Tensor], Tensor]]:
+        c, writes = weighed[1], weighed[3].to(dtype)
+
+        def product(layer: int, y: Tensor) -> Tensor:
+            inputs, errors = pairs[layer]
+            z = torch.bmm(torch.bmm(y, inputs.mT) * writes, errors)
+            z = torch.baddbmm(z, y, fitted.weights[layer].to(dtype))
+            return z if opens is None else torch.baddbmm(z, (c * y).to(dtype), fitted.sums[layer].to(dtype))
+
+        return [partial(product, layer) for layer in range(len(pairs))]
+
+    def step(self, fitted: Fitted, fixed: Fixed, *weighed: Tensor) -> Fitted:
+        c = weighed[2].sum(1, keepdim=True)
+        moved = (w + c * s for w, s in zip(fitted.weights, fitted.sums, strict=True))
+        return Fitted(tuple(moved), _zeros(fitted.sums))
+
+
+@dataclass(frozen=True)
+class AtEnd(Summed):
+    """optimizer: of optimizers.py. normed: after every step the columns of W get back the lengths of the start's."""
+
+    optimizer: InnerOptimizer
+    normed: bool = False
+    at_once: ClassVar[int] = 1
+
+    def begin(self, start: Start, B: int, dtype: torch.dtype) -> Fitted:
+        weights, sums, *_ = super().begin(start, B, dtype)
+        zeros, H = sums[0].new_zeros, sums[0].shape[1]
+        shapes = (self.optimizer.shapes(*w.shape[2:]) for w in weights)
+        history = tuple(tuple(zeros(B, H, *shape) for shape in each) for each in shapes)
+        return Fitted(weights, sums, (), history, (zeros(B, H, 1, 3),))
+
+    def tokens(self, gates: Gates, place: Tensor) -> tuple[Tensor | None, ...]:
+        return gates.step_size, gates.sums
+
+    def learn(
+        self, now: Fitted, pairs: Pairs, fixed: Fixed, ends: Flag, *given: Tensor | None
+    ) -> tuple[Sequence[Tensor], Fitted]:
+        return now.weights, self.carry(now, fixed, pairs, ends, *given)
+
+    def products(
+        self, fitted: Fitted, fixed: Fixed, pairs: Pairs, opens: Flag | None, dtype: torch.dtype, *weighed: Tensor
+    ) -> list[Callable[[Tensor], Tensor]]:
+        return [partial(torch.matmul, other=w.to(dtype)) for w in fitted.weights]
+
+    def add(self, fitted: Fitted, *weighed: Tensor) -> Fitted:
+        return fitted._replace(gates=(fitted.gates[0] + weighed[1].sum(1, keepdim=True),))
+
+    def step(self, fitted: Fitted, fixed: Fixed, *weighed: Tensor) -> Fitted:
+        log_decay, rate, eta = fitted.gates[0].split(1, dim=-1)
+        weights, history = [], []
+        for i, (w, D) in enumerate(zip(fitted.weights, fitted.sums, strict=True)):
+            U, remembered = self.optimizer.direction(D, fitted.history[i], eta)
+            origin = fixed.base[i] if fixed.base else 0.0
+            w = origin + log_decay.exp() * (w - origin) + rate * U
+            if self.normed:
+                w = w * (_lengths(fixed.first.weights[i]) / (_lengths(w) + 1e-5))
+            weights.append(w)
+            history.append(tuple(remembered))
+        return Fitted(tuple(weights), _zeros(fitted.sums), (), tuple(history), _zeros(fitted.gates))
+
+
+def where(condition: Flag, new: Any, now: Any) -> Any:
+    """Of trees of (named) tuples of tensors."""
+    if isinstance(condition, bool):
+        return new if condition else now
+    return each(lambda x, y: torch.where(condition, x, y), new, now)
+
+
+def each(function: Callable[..., Tensor], *trees: Any) -> Any:
+    """The function of every tensor of a tree of (named) tuples, or of those at the same place in several."""
+    if isinstance(trees[0], Tensor):
+        return function(*trees)
+    parts, kind = [each(function, *x) for x in zip(*trees, strict=True)], type(trees[0])
+    return kind(*parts) if hasattr(kind, "_fields") else tuple(parts)
+
+
+def _zeros(weights: Weights) -> Weights:
+    return tuple(torch.zeros_like(w) for w in weights)
+
+
+def _writes(theta: Tensor, pairs: Pairs) -> Weights:
+    """D of every layer, summed over the tokens. theta [rows, C, n], n = 1 or one for each layer."""
+    steps = theta.expand(-1, -1, len(pairs)).split(1, dim=-1)
+    return tuple((s * x).to(e.dtype).mT @ e for s, (x, e) in zip(steps, pairs, strict=True))
+
+
+def _lengths(w: Tensor) -> Tensor:
+    return w.norm(dim=-2, keepdim=True)
