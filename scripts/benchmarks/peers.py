@@ -96,7 +96,7 @@ def momentum_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step
 
 
 def ttt_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Another function than the published layer's: models/regression/deep/ttt/layer.py, Others."""
+    """Another function than the published layer's: models/regression/deep/ttt.py, Others."""
     from fla.ops.ttt import chunk_ttt_linear
 
     H, V = v.shape[2:]

@@ -12,10 +12,11 @@ import torch
 
 from models.kernels.ttt import refusal
 from models.parts.sizes import Sizes
-from models.regression.deep.ttt.layer import TTT, dual_ttt, kernel_ttt
+from models.regression.deep import TTT
+from models.regression.deep.accelerated import kernel_averaged
 from models.regression.regressor import Tokens
 from tests.kernels.interpreter import run_interpreted
-from tests.regression.deep.test_ttt import DOCUMENTS, draw, largest_error, outcome
+from tests.regression.deep.test_ttt import DOCUMENTS, draw, dual_ttt, largest_error, outcome
 
 CALLS = ((), (1, 32, 67))
 
@@ -27,7 +28,7 @@ def errors(inner_model: str, device: str = "cpu", width: int = 16, dtype: torch.
     for segments in (None, DOCUMENTS.to(device)):
         exact = outcome(dual_ttt, inputs, segments=segments)
         for splits in CALLS:
-            ours = outcome(kernel_ttt, inputs, dtype, splits=splits, segments=segments)
+            ours = outcome(kernel_averaged, inputs, dtype, splits=splits, segments=segments)
             found.append(largest_error(ours, exact))
     return found
 
@@ -93,9 +94,10 @@ def test_more_programs_than_a_gpu_holds_wait_for_one_another():
 def test_refusals_say_why(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
-    assert refusal(cuda, torch.bfloat16, "mlp", 64, 16) is None
-    assert "128" in refusal(cuda, torch.bfloat16, "mlp", 128, 16)
-    assert "grad_batch=8" in refusal(cuda, torch.bfloat16, "linear", 64, 8)
-    assert "float64" in refusal(cuda, torch.float64, "linear", 64, 16)
+    assert refusal(cuda, torch.bfloat16, 16, (64, 256, 64)) is None
+    assert "128" in refusal(cuda, torch.bfloat16, 16, (128, 512, 128))
+    assert "4 times the keys' 64, not of 128" in refusal(cuda, torch.bfloat16, 16, (64, 128, 64))
+    assert "grad_batch=8" in refusal(cuda, torch.bfloat16, 8, (64, 64))
+    assert "float64" in refusal(cuda, torch.float64, 16, (64, 64))
     with pytest.raises(ValueError, match=r"regressor\.backend=triton can't run TTT here: Triton needs a GPU"):
         TTT(Sizes(12, 2, 2, 16, 16), backend="triton").choose(torch.device("cpu"), torch.float32)

@@ -1,4 +1,4 @@
-"""Titans' deep memory by kernels of our own: models/regression/deep/chunks.py for an MLP of two layers, in Triton.
+"""Titans' deep memory by kernels of our own: the rule Online of models/regression/deep/rules.py, in Triton.
 
 A mini-batch takes its gradients at the memory before it, so that mini-batches go one after another, and all else waits
 for none: a call is three kernels forward, of which only the scan is sequential,

@@ -1,6 +1,6 @@
 """Triton kernels of test-time training: one program a head of a sequence, mini-batch by mini-batch.
 
-models/regression/deep/ttt/layer.py has the formulas. With u = eta dl/dz, A = tril(Q X^T + 1), c the token sizes, of a
+models/regression/deep/ttt.py has the formulas. With u = eta dl/dz, A = tril(Q X^T + 1), c the token sizes, of a
 layer
 
     read    Z' = X' W + b - c * (A u) ,    write    W <- W - c_b X^T u ,    b <- b - c_b sum u ,
@@ -11,7 +11,7 @@ GROUP-th mini-batch of the sequence; it computes the others of a group again bef
 A head's weights are packed as [W b], P numbers, and stay in registers.
 
 Mini-batches: group [B, G + 1] the first of each group, first [B, N + 1] their first tokens, fresh [B, N] those that
-begin a document (mini_batches.py). Shapes: C tokens of a mini-batch, K key width, F hidden width.
+begin a document (models/regression/deep/accelerated.py). Shapes: C tokens of a mini-batch, K key width, F hidden width.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ With X_1 = k, X_2 = gelu(Z_1), Z = X W + b, u_2 = eta dl/dZ_2, u_1 = (u_2 W_2') 
 
 where D and d are the gradients by W and b after a mini-batch, and what stands on the right as du and dX is because of
 queries, which read_gradient has found. (The transpose of the dual form of Sun et al. 2024, section 2.5; the layer is in
-models/regression/deep/ttt/layer.py.)
+models/regression/deep/ttt.py.)
 
 Stores come after the exchange, which would wait for them.
 """

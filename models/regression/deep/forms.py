@@ -17,6 +17,7 @@ from models.parts.precision import working_dtype
 from models.regression.chunks import from_chunks, into_chunks, short
 from models.regression.deep.rules import Fitted, Fixed, Flag, Gates, Rule, Start, each, where
 from models.regression.deep.slots import in_turn, lay_out, positions, scan
+from models.regression.linear.mixtures import product
 
 
 class State(NamedTuple):
@@ -72,7 +73,7 @@ def deep_memory(
             fixed, fitted = fixed._replace(first=rule.enter(fixed.first, fixed.base)), rule.enter(fitted, fixed.base)
         # a chunk that is a mini-batch begins one, but for the first of a call
         opens = slots.batch if rule.refers or size < grad_batch or state is not None else None
-        flags = (slots.document, opens, slots.ends if rule.steps or not dual else None)
+        flags = (slots.document, opens, slots.ends if rule.closes or not dual else None)
         rows = (slots.flags(x, H) for x in flags)
         inputs = zip([fixed] * slots.count, *rows, *map(columns, (*pairs, *given)), strict=True)
         outputs, fitted = scan(steps, fitted, list(inputs), remat, rule.at_once)
@@ -118,7 +119,7 @@ def advance(
         fitted = rule.carry(fitted, fixed, pairs, ends, *given)
     else:
         weights, fitted = rule.learn(fitted, pairs, fixed, ends, *given)
-        products = [partial(torch.matmul, other=w) for w in weights]
+        products = [partial(product, y=w) for w in weights]
     return rule.network.read(products, q, fixed.norm), fitted
 
 

@@ -58,7 +58,7 @@ class NetworkMemory(Memory):
     def forward(self, tokens: Tokens, state: Any = None) -> tuple[Tensor, Any]:
         x, q, k, v, log_decay, segments = tokens
         T, backend = k.shape[1], self.choose(v.device, v.dtype).backend
-        if self.rule.steps and state is None and 1 < T <= self.grad_batch and torch.is_grad_enabled():
+        if isinstance(self.rule, AtEnd) and state is None and 1 < T <= self.grad_batch and torch.is_grad_enabled():
             warnings.warn(
                 f"regressor.grad_batch={self.grad_batch}: a memory that steps at the end of a mini-batch learns "
                 f"nothing from a sequence of {T} tokens, and what sets its steps gets no gradient",
@@ -104,8 +104,9 @@ class NetworkMemory(Memory):
         """With every weight three products (predict, write, read), with all but the first layer's one more (errors
         back); the projections of the gates; and the optimiser's products at the end of each mini-batch.
         """
-        first, *others = (n * m for n, m in self.matrices())
-        return self.num_heads * (6 * first + 8 * sum(others)) + self.gate_flops() + self.step_flops(seq_len)
+        weights = sum(w[0].numel() for w in self.begin().weights)
+        back = sum(n * m for n, m in list(self.matrices())[1:])
+        return self.num_heads * (6 * weights + 2 * back) + self.gate_flops() + self.step_flops(seq_len)
 
     def gate_flops(self) -> int:
         """Of the projections of the gates, for a token."""

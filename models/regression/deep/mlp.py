@@ -126,7 +126,7 @@ class DeepMemory(NetworkMemory):
             self.rule, self.fit = Online(network, has_momentum), "gradient step" + ", momentum" * has_momentum
         self.momentum = momentum if has_momentum else None
         widths, scales = [K, *[inner] * (depth - 1), V], [1.0, *[inner**-0.5] * (depth - 1)]
-        scales[-1] *= self.rule.steps
+        scales[-1] *= isinstance(self.rule, AtEnd)
         drawn = (s * torch.randn(H, n, m) for s, (n, m) in zip(scales, pairwise(widths), strict=True))
         self.start = nn.ParameterList(F.pad(w, (0, 0, 0, int(bias))) for w in drawn)
         self.norm = nn.ParameterList([torch.ones(H, 1, V), torch.zeros(H, 1, V)] if layer_norm else [])
@@ -143,14 +143,14 @@ class DeepMemory(NetworkMemory):
 
     def begin(self) -> Start:
         *others, last = self.start
-        last = last if self.rule.steps else last / self.grad_batch
+        last = last if isinstance(self.rule, AtEnd) else last / self.grad_batch
         return Start((*others, last), self.fades, tuple(self.norm))
 
     def gates(self, x: Tensor, log_decay: Tensor | None = None) -> Gates:
         """1 - eta is the sigmoid of the negative, log eta logsigmoid: neither loses digits where eta is near 1 or 0."""
         rate, b = wide(self.step_size(x)).sigmoid(), self.grad_batch
         logit = None if self.momentum is None else wide(self.momentum(x))
-        if self.rule.steps:
+        if isinstance(self.rule, AtEnd):
             nothing = torch.zeros_like(rate)
             eta = nothing if logit is None else logit.sigmoid() / b
             sums = torch.stack([nothing if log_decay is None else log_decay, rate / b, eta], dim=-1)
@@ -162,7 +162,7 @@ class DeepMemory(NetworkMemory):
         return Gates((-logit).sigmoid() * rate / b, F.logsigmoid(logit), log_decay)
 
     def tokens_at_once(self, v: Tensor) -> int:
-        return self.chunk or (self.grad_batch if self.rule.steps else super().tokens_at_once(v))
+        return self.chunk or (self.grad_batch if isinstance(self.rule, AtEnd) else super().tokens_at_once(v))
 
     def gate_flops(self) -> int:
         return 2 * self.num_heads * self.hidden_size * (1 if self.momentum is None else 2)

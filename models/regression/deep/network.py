@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.parts.precision import NORM_EPS, NOTHING, wide
+from models.regression.linear.mixtures import product
 
 SMOOTH = 1e-6  # c of the loss lp
 
@@ -80,8 +81,8 @@ class Network:
     def read(self, products: Sequence[Callable[[Tensor], Tensor]], q: Tensor, norm: Sequence[Tensor] = ()) -> Tensor:
         """f(q) [*, C, V], each layer's product with its weights given as a function."""
         x = q
-        for product in products[:-1]:
-            x = self._activate(product(self._taken(x)))
+        for layer in products[:-1]:
+            x = self._activate(layer(self._taken(x)))
         return self._output(products[-1](self._taken(x)), q, norm)[0].to(q.dtype)
 
     def errors(
@@ -90,13 +91,13 @@ class Network:
         """X_l and E_l of every layer, for pairs k [*, C, K], v [*, C, V]."""
         inputs, sums, backward = [self._taken(k)], [], ACTIVATIONS[self.activation][1]
         for W in weights[:-1]:
-            sums.append(inputs[-1] @ W)
+            sums.append(product(inputs[-1], W))
             inputs.append(self._taken(self._activate(sums[-1])))
-        y, normed = self._output(inputs[-1] @ weights[-1], k, norm)
+        y, normed = self._output(product(inputs[-1], weights[-1]), k, norm)
         error = LOSSES[self.loss](y, wide(v), self.power)
         errors = [(error if normed is None else _through_norm(error * norm[0], *normed)).to(k.dtype)]
         for W, z in zip(reversed(weights[1:]), reversed(sums), strict=True):
-            back = errors[-1] @ W[..., : z.shape[-1], :].mT  # but to the input of a bias
+            back = product(errors[-1], W[..., : z.shape[-1], :].mT)  # but to the input of a bias
             errors.append(backward(wide(back), wide(z)).to(k.dtype))
         errors.reverse()
         return inputs, self._limited(inputs, errors, error) if self.limit_steps else errors
@@ -140,7 +141,7 @@ class SwiGLU:
         self, weights: Sequence[Tensor], k: Tensor, v: Tensor, norm: Sequence[Tensor] = ()
     ) -> tuple[list[Tensor], list[Tensor]]:
         gate, up, down = weights
-        z, through, error = wide(k @ gate), wide(k @ up), wide(v @ down.mT)
+        z, through, error = (wide(product(x, w)) for x, w in ((k, gate), (k, up), (v, down.mT)))
         opened = F.silu(z)
         errors = [_silu_backward(error * through, z), error * opened, v]
         return [k, k, (opened * through).to(k.dtype)], [e.to(k.dtype) for e in errors]

@@ -35,7 +35,7 @@ from torch import Tensor
 from models.regression.deep.network import Network, SwiGLU
 from models.regression.deep.optimizers import InnerOptimizer
 from models.regression.linear.coefficients import of_gates
-from models.regression.linear.mixtures import spread
+from models.regression.linear.mixtures import product, spread
 
 Weights = tuple[Tensor, ...]
 Pairs = Sequence[tuple[Tensor, Tensor]]  # X [rows, C, in] and E [rows, C, out] of every layer
@@ -94,7 +94,7 @@ class Rule:
 
     network: Network | SwiGLU
     refers: ClassVar[bool] = False  # whether it keeps R; else its weights are R
-    steps: ClassVar[bool] = False  # whether anything happens where a mini-batch ends that coefficients can't tell
+    closes: ClassVar[bool] = False  # whether anything happens where a mini-batch ends that coefficients can't tell
     at_once: ClassVar[int] = 4  # chunks of a compiled call, which takes as long to begin as several small kernels take
 
     def begin(self, start: Start, B: int, dtype: torch.dtype) -> Fitted:
@@ -188,13 +188,13 @@ class Online(Rule):
     ) -> list[Callable[[Tensor], Tensor]]:
         read, writes = weighed[0], weighed[1].to(dtype)
 
-        def product(layer: int, y: Tensor) -> Tensor:
+        def of_layer(layer: int, y: Tensor) -> Tensor:
             inputs, errors = pairs[layer]
-            z = torch.bmm(torch.bmm(y, inputs.mT) * writes, errors)
-            z = torch.baddbmm(z, spread(y, read).to(dtype), fitted.weights[layer].to(dtype))
-            return torch.baddbmm(z, y, fixed.base[layer].to(dtype)) if fixed.base else z
+            z = product(product(y, inputs.mT) * writes, errors)
+            z = z + product(spread(y, read).to(dtype), fitted.weights[layer].to(dtype))
+            return z + product(y, fixed.base[layer].to(dtype)) if fixed.base else z
 
-        return [partial(product, layer) for layer in range(len(pairs))]
+        return [partial(of_layer, layer) for layer in range(len(pairs))]
 
     def carry(self, fitted: Fitted, fixed: Fixed, pairs: Pairs, ends: Flag, *weighed: Tensor) -> Fitted:
         states, writes = weighed[2:]
@@ -204,23 +204,35 @@ class Online(Rule):
             kept = [
                 sum(states[:, i : i + 1, j : j + 1] * parts[j] for j in range(i, len(parts))) for i in range(len(parts))
             ]
-            following.append(torch.cat(kept, dim=1) + torch.bmm(spread(y, writes.mT).to(e.dtype).mT, e))
+            following.append(torch.cat(kept, dim=1) + product(spread(y, writes.mT).to(e.dtype).mT, e))
         return fitted._replace(weights=tuple(following))
 
 
 class Summed(Rule):
     """A rule whose weights change at the end of a mini-batch."""
 
-    steps: ClassVar[bool] = True
+    closes: ClassVar[bool] = True
+
+    def learn(
+        self, now: Fitted, pairs: Pairs, fixed: Fixed, ends: Flag, *given: Tensor | None
+    ) -> tuple[Sequence[Tensor], Fitted]:
+        summed = self.add(now, pairs, *given)
+        return self.read(summed, *given), self.close(summed, fixed, ends, *given)
 
     def carry(self, fitted: Fitted, fixed: Fixed, pairs: Pairs, ends: Flag, *weighed: Tensor) -> Fitted:
-        S = tuple(s + write for s, write in zip(fitted.sums, _writes(weighed[0], pairs), strict=True))
-        fitted = self.add(fitted._replace(sums=S), *weighed)
+        return self.close(self.add(fitted, pairs, *weighed), fixed, ends, *weighed)
+
+    def add(self, fitted: Fitted, pairs: Pairs, *weighed: Tensor) -> Fitted:
+        """With what the tokens sum up."""
+        writes = _writes(weighed[0], pairs)
+        return fitted._replace(sums=tuple(s + write for s, write in zip(fitted.sums, writes, strict=True)))
+
+    def close(self, fitted: Fitted, fixed: Fixed, ends: Flag, *weighed: Tensor) -> Fitted:
         return fitted if ends is False else where(ends, self.step(fitted, fixed, *weighed), fitted)
 
-    def add(self, fitted: Fitted, *weighed: Tensor) -> Fitted:
-        """With what else the tokens sum up."""
-        return fitted
+    def read(self, fitted: Fitted, *given: Tensor) -> Weights:
+        """The weights that a token reads, its own write among the sums."""
+        return fitted.weights
 
     def step(self, fitted: Fitted, fixed: Fixed, *weighed: Tensor) -> Fitted:
         """The next mini-batch's first."""
@@ -234,13 +246,8 @@ class Averaged(Summed):
         b, c = len(gates.share), gates.share[place]
         return gates.step_size, *(x.unsqueeze(-1).expand_as(gates.step_size) for x in (c, c * (place == b - 1)))
 
-    def learn(
-        self, now: Fitted, pairs: Pairs, fixed: Fixed, ends: Flag, *given: Tensor | None
-    ) -> tuple[Sequence[Tensor], Fitted]:
-        theta, c, _ = given
-        D = _writes(theta, pairs)
-        read = tuple(m + c * (s + d) for m, s, d in zip(now.weights, now.sums, D, strict=True))
-        return read, self.carry(now, fixed, pairs, ends, *given)
+    def read(self, fitted: Fitted, *given: Tensor) -> Weights:
+        return tuple(w + given[1] * s for w, s in zip(fitted.weights, fitted.sums, strict=True))
 
     def weigh(self, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         """And what tokens read of the writes of their chunk."""
@@ -252,13 +259,12 @@ class Averaged(Summed):
     ) -> list[Callable[[Tensor], Tensor]]:
         c, writes = weighed[1], weighed[3].to(dtype)
 
-        def product(layer: int, y: Tensor) -> Tensor:
+        def of_layer(layer: int, y: Tensor) -> Tensor:
             inputs, errors = pairs[layer]
-            z = torch.bmm(torch.bmm(y, inputs.mT) * writes, errors)
-            z = torch.baddbmm(z, y, fitted.weights[layer].to(dtype))
-            return z if opens is None else torch.baddbmm(z, (c * y).to(dtype), fitted.sums[layer].to(dtype))
+            z = product(product(y, inputs.mT) * writes, errors) + product(y, fitted.weights[layer].to(dtype))
+            return z if opens is None else z + product((c * y).to(dtype), fitted.sums[layer].to(dtype))
 
-        return [partial(product, layer) for layer in range(len(pairs))]
+        return [partial(of_layer, layer) for layer in range(len(pairs))]
 
     def step(self, fitted: Fitted, fixed: Fixed, *weighed: Tensor) -> Fitted:
         c = weighed[2].sum(1, keepdim=True)
@@ -284,18 +290,14 @@ class AtEnd(Summed):
     def tokens(self, gates: Gates, place: Tensor) -> tuple[Tensor | None, ...]:
         return gates.step_size, gates.sums
 
-    def learn(
-        self, now: Fitted, pairs: Pairs, fixed: Fixed, ends: Flag, *given: Tensor | None
-    ) -> tuple[Sequence[Tensor], Fitted]:
-        return now.weights, self.carry(now, fixed, pairs, ends, *given)
-
     def products(
         self, fitted: Fitted, fixed: Fixed, pairs: Pairs, opens: Flag | None, dtype: torch.dtype, *weighed: Tensor
     ) -> list[Callable[[Tensor], Tensor]]:
-        return [partial(torch.matmul, other=w.to(dtype)) for w in fitted.weights]
+        return [partial(product, y=w.to(dtype)) for w in fitted.weights]
 
-    def add(self, fitted: Fitted, *weighed: Tensor) -> Fitted:
-        return fitted._replace(gates=(fitted.gates[0] + weighed[1].sum(1, keepdim=True),))
+    def add(self, fitted: Fitted, pairs: Pairs, *weighed: Tensor) -> Fitted:
+        gates = fitted.gates[0] + weighed[1].sum(1, keepdim=True)
+        return super().add(fitted, pairs, *weighed)._replace(gates=(gates,))
 
     def step(self, fitted: Fitted, fixed: Fixed, *weighed: Tensor) -> Fitted:
         log_decay, rate, eta = fitted.gates[0].split(1, dim=-1)
@@ -333,7 +335,7 @@ def _zeros(weights: Weights) -> Weights:
 def _writes(theta: Tensor, pairs: Pairs) -> Weights:
     """D of every layer, summed over the tokens. theta [rows, C, n], n = 1 or one for each layer."""
     steps = theta.expand(-1, -1, len(pairs)).split(1, dim=-1)
-    return tuple((s * x).to(e.dtype).mT @ e for s, (x, e) in zip(steps, pairs, strict=True))
+    return tuple(product((s * x).to(e.dtype).mT, e) for s, (x, e) in zip(steps, pairs, strict=True))
 
 
 def _lengths(w: Tensor) -> Tensor:

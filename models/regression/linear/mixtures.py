@@ -123,20 +123,22 @@ def _mix(c: Tensor, X: Tensor) -> Tensor:
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y of [M, *, *], for coefficients: never in half precision, whatever autocast says in the backward pass."""
-    return _Product.apply(x, y)
+    """x @ y of [*, n, m] and [*, m, p] with the same *, in their own precision whatever autocast says in the backward
+    pass. A compiled one is traced where the forward pass is, and autocast off.
+    """
+    return x @ y if torch.compiler.is_compiling() else _Product.apply(x, y)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y):
         ctx.save_for_backward(x, y)
-        return torch.bmm(x, y)
+        return x @ y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         x, y = ctx.saved_tensors
         with torch.autocast(gradient.device.type, enabled=False):
-            dx = torch.bmm(gradient, y.mT) if ctx.needs_input_grad[0] else None
-            return dx, torch.bmm(x.mT, gradient) if ctx.needs_input_grad[1] else None
+            dx = gradient @ y.mT if ctx.needs_input_grad[0] else None
+            return dx, x.mT @ gradient if ctx.needs_input_grad[1] else None

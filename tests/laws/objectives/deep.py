@@ -29,7 +29,7 @@ def step_limits(weights: list[Tensor], k: Tensor, v: Tensor) -> Tensor:
 @states("titans_mlp")
 def momentum(call: Call) -> None:
     """S = eta S - theta grad 1/2 ||v - f(k)||^2 at the last mini-batch's end; M = M_0 + a (M - M_0) + S."""
-    start = [w.detach() for w in call.regressor.beginning()]
+    start = [w.detach() for w in call.regressor.begin().weights]
     eta = call.regressor.momentum(call.x).sigmoid()[0]
     theta = (1 - eta) * call.regressor.step_size(call.x).sigmoid()[0] / call.regressor.grad_batch
     M, S = start, [torch.zeros_like(w) for w in start]

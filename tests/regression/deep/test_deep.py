@@ -4,6 +4,7 @@ weight held, and nothing diverges.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,8 +15,10 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from models.parts.sizes import Sizes
-from models.regression.deep.mlp import DeepMemory, Start, chunked_deep, recurrent_deep
+from models.regression.deep import DeepMemory
+from models.regression.deep.forms import deep_memory
 from models.regression.deep.network import SMOOTH, Network
+from models.regression.deep.rules import Gates, Online, Start
 from models.regression.linear.momentum import State as MatrixState
 from models.regression.linear.momentum import recurrent_momentum
 from models.regression.regressor import Tokens
@@ -30,6 +33,18 @@ LOSSES = {
     "lp": lambda e, y, v: (e.square() + SMOOTH).pow(0.75) / 1.5,
     "dot": lambda e, y, v: -y * v,
 }
+
+
+def recurrent_deep(
+    network: Network, start: Start, *inputs: Tensor, state=None, grad_batch=64, segments=None, **settings
+):
+    """Titans' rule by the definition, for q, k, v and the three gates of draw."""
+    q, k, v, *gates = inputs
+    rule = Online(network, momentum=gates[1] is not None)
+    return deep_memory(rule, start, q, k, v, Gates(*gates), state, grad_batch, segments, **settings)
+
+
+chunked_deep = partial(recurrent_deep, chunk=64)
 
 
 def draw(tokens: int, depth: int = 2, V: int = 5, norm: bool = False) -> tuple[Start, list[Tensor]]:
@@ -52,10 +67,11 @@ def draw(tokens: int, depth: int = 2, V: int = 5, norm: bool = False) -> tuple[S
 
 def f(network: Network, weights: list[Tensor], norm: tuple[Tensor, ...], x: Tensor) -> Tensor:
     """The network by torch's own parts. weights [in, out], x [*, in]."""
-    activation, y = {"silu": F.silu, "gelu": F.gelu}[network.activation], x
-    for W in weights[:-1]:
-        y = activation(y @ W)
-    y = y @ weights[-1]
+    activations = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+    y = x
+    for i, W in enumerate(weights):
+        y = activations[network.activation](y) if i else y
+        y = y @ W[:-1] + W[-1] if network.bias else y @ W
     if norm:
         y = F.layer_norm(y, y.shape[-1:], eps=1e-6) * norm[0] + norm[1]
     return x + y if network.residual else y
@@ -66,8 +82,8 @@ def leaves(start: Start, inputs: list[Tensor]) -> tuple[Start, list[Tensor], lis
     start = start._replace(
         **{x: tuple(w.detach().requires_grad_() for w in getattr(start, x)) for x in ("weights", "norm")}
     )
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    return start, inputs, [*start.weights, *start.norm, *inputs]
+    inputs = [x if x is None else x.detach().requires_grad_() for x in inputs]
+    return start, inputs, [x for x in (*start.weights, *start.norm, *inputs) if x is not None]
 
 
 def outcome(form: Any, network: Network, start: Start, inputs: list[Tensor], splits=(), segments=None, **settings: Any):
@@ -76,10 +92,10 @@ def outcome(form: Any, network: Network, start: Start, inputs: list[Tensor], spl
     state, outputs = None, []
     for a, b in pairwise([0, *splits, given[0].shape[1]]):
         documents = None if segments is None else segments[:, a:b]
-        cut = (x[:, a:b] for x in given)
+        cut = (x if x is None else x[:, a:b] for x in given)
         o, state = form(network, start, *cut, state=state, segments=documents, **settings)
         outputs.append(o)
-    held = [torch.cat(outputs, dim=1), *state.weights, *state.momenta, *state.references]
+    held = [torch.cat(outputs, dim=1), *state.fitted.weights, *state.fitted.sums, *state.fitted.references]
     g = torch.Generator().manual_seed(1)
     loss = sum((x * torch.randn(x.shape, generator=g, dtype=torch.float64)).sum() for x in held)
     return [*held, *torch.autograd.grad(loss, wanted)]
@@ -96,12 +112,15 @@ def largest_error(found: list[Tensor], exact: list[Tensor]) -> float:
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(
-    "activation, residual, norm", [("silu", False, False), ("gelu", True, True), ("silu", False, True)]
+    "activation, residual, norm, bias",
+    [("silu", False, False, False), ("gelu", True, True, False), ("gelu_tanh", False, True, True)],
 )
-def test_errors_are_autograds(depth, loss, activation, residual, norm):
+def test_errors_are_autograds(depth, loss, activation, residual, norm, bias):
     """X^T E of every layer, and their own gradients, which an outer model needs."""
     start, (_, k, v, *_) = draw(4, depth, K, norm)
-    network = Network(activation, residual, loss, {"lp": 1.5, "huber": 0.7}.get(loss, 0.0), limit_steps=False)
+    network = Network(activation, residual, loss, {"lp": 1.5, "huber": 0.7}.get(loss, 0.0), False, bias)
+    if bias:  # some number for each output, below the weights
+        start = start._replace(weights=tuple(torch.cat([w, w[:, :1].sin()], dim=1) for w in start.weights))
     weights, norms = ([w[0].clone().requires_grad_() for w in part] for part in (start.weights, start.norm))
     k, v = k[0, :, 0].requires_grad_(), v[0, :, 0].requires_grad_()
     y = f(network, weights, norms, k)
@@ -139,7 +158,7 @@ def test_a_step_of_one_moves_a_prediction_at_most_to_its_value(depth, scale):
     assert moved[0] > 1 or scale < 10 or depth == 1
 
 
-@pytest.mark.parametrize("form", [recurrent_deep, chunked_deep])
+@pytest.mark.parametrize("form", [recurrent_deep, chunked_deep], ids=["recurrent", "chunked"])
 @pytest.mark.parametrize(
     "depth, fades, momentum", [(1, False, True), (2, False, True), (2, True, True), (4, True, False)]
 )
@@ -170,14 +189,14 @@ def test_it_is_gradient_descent_with_every_weight_held(form, depth, fades, momen
             torch.testing.assert_close(o[at], f(network, M, (), q[at]), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("form", [recurrent_deep, chunked_deep])
+@pytest.mark.parametrize("form", [recurrent_deep, chunked_deep], ids=["recurrent", "chunked"])
 def test_one_layer_from_zero_is_a_matrix(form):
     start, inputs = draw(50, 1)
     start = start._replace(weights=(torch.zeros_like(start.weights[0]),))
     for b in (1, 7, 16):
         o, state = form(Network(), start, *inputs, grad_batch=b)
         expected, last = recurrent_momentum(*inputs, grad_batch=b)
-        found = [state.weights[0], state.momenta[0]]
+        found = [state.fitted.weights[0], state.fitted.sums[0]]
         assert largest_error([o, *found], [expected, *MatrixState(*last[:2]).matrices]) < 1e-10
 
 
@@ -216,20 +235,8 @@ def test_plain_gradient_descent_and_other_losses_in_chunks(fades):
     for loss, power in (("huber", 0.7), ("lp", 1.5), ("dot", 0.0)):
         network = Network(loss=loss, power=power)
 
-        def form(*args, function, **given):
-            return function(*args[:6], None, args[6], **given)
-
-        found = [
-            outcome(
-                lambda *x, g=function, **y: form(*x, function=g, **y),
-                network,
-                start,
-                inputs[:4] + inputs[5:],
-                grad_batch=8,
-                **more,
-            )
-            for function, more in ((recurrent_deep, {}), (chunked_deep, {"chunk": 8, "remat": 3}))
-        ]
+        forms = (recurrent_deep, {}), (chunked_deep, {"chunk": 8, "remat": 3})
+        found = [outcome(form, network, start, inputs, grad_batch=8, **more) for form, more in forms]
         assert largest_error(found[1], found[0]) < 1e-10
 
 
@@ -241,6 +248,16 @@ def test_compiled_steps_are_the_steps(remat):
     settings = {"grad_batch": 8, "chunk": 8, "remat": remat, "segments": DOCUMENTS[:, :40] if remat else None}
     exact, found = (outcome(chunked_deep, Network(), start, inputs, compiled=x, **settings) for x in (False, True))
     assert largest_error(found, exact) < 1e-10
+
+
+def test_autocast_changes_nothing():
+    """In the backward pass too."""
+    start, inputs = draw(40, 2, K, True)
+    start = Start(*(x if isinstance(x, bool) else tuple(w.float() for w in x) for x in start))
+    inputs = [x.float() for x in inputs]
+    expected = outcome(chunked_deep, Network(), start, inputs, grad_batch=16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert largest_error(outcome(chunked_deep, Network(), start, inputs, grad_batch=16), expected) == 0
 
 
 # It learns within the sequence, and nothing diverges
@@ -299,7 +316,7 @@ def test_no_gates_let_it_diverge(depth, grad_batch, momentum):
         shared = F.normalize(torch.randn(32), dim=0)
         k = F.normalize(shared + F.normalize(torch.randn(1, T, H, 32), dim=-1), dim=-1)
         o, state = memory(Tokens(torch.zeros(1, T, 4), k, k, torch.randn(1, T, H, 32)))
-    assert all(x.isfinite().all() for x in (o, *state.weights, *state.momenta))
+    assert all(x.isfinite().all() for x in (o, *state.fitted.weights, *state.fitted.sums))
     assert o.abs().max() < (100 if depth > 2 and grad_batch == 1 else 10), o.abs().max()
 
 
@@ -312,7 +329,7 @@ def test_no_gates_let_it_diverge(depth, grad_batch, momentum):
         ({"depth": 5}, "regressor.depth=5 must be 1, 2, 3 or 4"),
         ({"expansion": 0}, "regressor.expansion=0 must be at least 1 / 32"),
         ({"grad_batch": 0}, "regressor.grad_batch=0"),
-        ({"activation": "relu"}, "regressor.activation=relu is not one of silu, gelu"),
+        ({"activation": "relu"}, "regressor.activation=relu is not one of silu, gelu, gelu_tanh"),
         ({"inner_loss": "l1"}, "regressor.inner_loss=l1 is not one of l2, huber, lp, dot"),
         ({"inner_optimizer": "lion"}, "regressor.inner_optimizer=lion is not one of momentum, sgd"),
         ({"forget_to": "mean"}, "regressor.forget_to=mean is not one of start, zero"),

@@ -92,7 +92,7 @@ def test_it_is_its_loop(optimizer, backend):
 
 
 def token_gradients(y: Tensor, v: Tensor, R: list[Tensor], theta: Tensor) -> list[Tensor]:
-    """-sum theta dl/dM, each token's step limited as inner.py says."""
+    """-sum theta dl/dM, each token's step limited as network.py says."""
     total = [torch.zeros_like(r) for r in R]
     for i in range(len(y)):
         error = v[i] - y[i]
@@ -111,7 +111,7 @@ def outcome(memory: DeepMemory, inputs: list[Tensor], splits=(), segments=None) 
     for i, j in pairwise([0, *splits, T]):
         o, state = memory(Tokens(*(x[:, i:j] for x in inputs), None if segments is None else segments[:, i:j]), state)
         outputs.append(o)
-    held = [torch.cat(outputs, dim=1), *state.learner.weights, *state.learner.gradients, state.learner.sums]
+    held = [torch.cat(outputs, dim=1), *state.fitted.weights, *state.fitted.sums, *state.fitted.gates]
     g = torch.Generator().manual_seed(1)
     loss = sum((x * torch.randn(x.shape, generator=g, dtype=x.dtype)).sum() for x in held)
     return [*held, *torch.autograd.grad(loss, [*inputs, *memory.parameters()])]
@@ -134,7 +134,7 @@ def test_every_form_is_the_same(optimizer, documents):
 def test_a_compiled_step_is_the_step(monkeypatch):
     memory, inputs = drawn("muon")
     exact = outcome(memory, inputs)
-    monkeypatch.setattr("models.regression.deep.mlp.compiles", lambda device: True)
+    monkeypatch.setattr("models.regression.deep.memory.compiles", lambda device: True)
     for x, y in zip(outcome(memory, inputs), exact, strict=True):
         assert (x - y).norm() <= 1e-10 * y.norm()
 

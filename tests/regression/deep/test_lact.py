@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.parts.sizes import Sizes
-from models.regression.deep.lact import LaCT, SwiGLU
+from models.regression.deep import LaCT
+from models.regression.deep.network import SwiGLU
 from models.regression.regressor import Tokens
 from tests.regression.deep.test_deep import DOCUMENTS
 
@@ -32,7 +33,7 @@ def outcome(memory: LaCT, inputs: list[Tensor], splits=(), segments=None) -> lis
         documents = None if segments is None else segments[:, i:j]
         o, state = memory(Tokens(*(x[:, i:j] for x in inputs), segments=documents), state)
         outputs.append(o)
-    held = [torch.cat(outputs, dim=1), *state.fitted.learner.weights, state.pairs.k]
+    held = [torch.cat(outputs, dim=1), *state.memory.fitted.weights, state.pairs.k]
     g = torch.Generator().manual_seed(1)
     loss = sum((x * torch.randn(x.shape, generator=g, dtype=x.dtype)).sum() for x in held)
     return [*held, *torch.autograd.grad(loss, [*inputs, *memory.parameters()])]
@@ -70,7 +71,7 @@ def test_columns_keep_their_lengths_and_rates_only_weigh():
     """Ten times all rates: the same layer, since Muon undoes the scale."""
     memory, inputs = layer()
     _, state = memory(Tokens(*inputs))
-    for w, start in zip(state.fitted.learner.weights, memory.start, strict=True):
+    for w, start in zip(state.memory.fitted.weights, memory.start, strict=True):
         torch.testing.assert_close(w.norm(dim=-2), start.norm(dim=-2).expand(B, -1, -1), rtol=1e-4, atol=0)
         assert (w - start).norm() > 0.1 * start.norm()
     rates = F.softplus(memory.rates(inputs[0]))
@@ -87,7 +88,7 @@ def test_a_short_sequence_is_attention_beside_the_start():
     memory, inputs = layer(grad_batch=T + 1)
     with pytest.warns(UserWarning, match=f"grad_batch={T + 1}: .* learns nothing from a sequence of {T} tokens"):
         _, state = memory(Tokens(*inputs))
-    for w, start in zip(state.fitted.learner.weights, memory.start, strict=True):
+    for w, start in zip(state.memory.fitted.weights, memory.start, strict=True):
         assert torch.equal(w, start.expand(B, -1, -1, -1))
 
 

@@ -1,5 +1,5 @@
-"""Laws of test-time training: that its inner gradients are the gradients, that every form is the same, and that nothing
-diverges.
+"""Laws of test-time training: that every form is the same, and that nothing diverges. That it is what it says has
+tests/laws/objectives/ttt.py, that its gradients are the gradients test_deep.py.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.parts.sizes import Sizes
-from models.regression.deep.ttt.inner_model import Norm, apply, gelu, gelu_slope, gradients, norm_gradient
-from models.regression.deep.ttt.layer import TTT, State, dual_ttt, recurrent_ttt
+from models.regression.deep import TTT, DeepMemory
+from models.regression.deep.forms import State, deep_memory
+from models.regression.deep.network import Network
+from models.regression.deep.rules import Averaged, Gates, Start
 from models.regression.regressor import Tokens
 
 B, T, H, K = 2, 75, 2, 6
 DOCUMENTS = torch.stack([torch.arange(T) // 9, (torch.arange(T) > 20).long() + (torch.arange(T) > 60)])
 Form = Callable[..., tuple[Tensor, State]]
+RULE = Averaged(Network("gelu_tanh", residual=True, limit_steps=False, bias=True))
+recurrent_ttt, dual_ttt = deep_memory, partial(deep_memory, chunk=128)
 every_model = pytest.mark.parametrize("inner_model", ["linear", "mlp"])
 
 
@@ -42,11 +45,14 @@ def draw(inner_model: str, grad_batch: int = 16, width: int = K) -> list[Tensor]
 def in_calls(form: Form, inputs: list[Tensor], splits: tuple[int, ...] = (), segments: Tensor | None = None):
     """The form, the sequence given in calls that end at `splits`: o and the last state."""
     q, k, v, step_size, token_size, gamma, beta, *weights = inputs
+    layers = zip(weights[::2], weights[1::2], strict=True)
+    start = Start(tuple(torch.cat(layer, dim=1) for layer in layers), True, (gamma.unsqueeze(1), beta.unsqueeze(1)))
     outputs, state = [], None
     for a, b in pairwise([0, *splits, q.shape[1]]):
-        tokens = (x[:, a:b] for x in (q, k, v, step_size))
+        *tokens, steps = (x[:, a:b] for x in (q, k, v, step_size))
         documents = None if segments is None else segments[:, a:b]
-        o, state = form(*tokens, token_size, tuple(weights), Norm(gamma, beta), state, documents)
+        gates = Gates(steps, share=token_size)
+        o, state = form(RULE, start, *tokens, gates, state, len(token_size), documents)
         outputs.append(o)
     return torch.cat(outputs, dim=1), state
 
@@ -55,7 +61,7 @@ def outcome(form: Form, inputs: list[Tensor], dtype: torch.dtype = torch.float64
     """The output, the last state, and the gradients of a fixed function of both to all inputs."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
     o, state = in_calls(form, leaves, **given)
-    held = [o, *state.weights, state.keys, state.values, state.steps]
+    held = [o, *state.fitted.weights, *state.fitted.sums]
     g = torch.Generator().manual_seed(1)
     loss = sum((x * torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.device)).sum() for x in held)
     return [*held, *torch.autograd.grad(loss, leaves)]
@@ -65,38 +71,6 @@ def largest_error(found: list[Tensor], exact: list[Tensor]) -> float:
     """In the Euclidean norm, relative to each one's own length."""
     pairs = zip(found, exact, strict=True)
     return max(((x.double() - y).norm() / y.norm().clamp(min=1e-30)).item() for x, y in pairs)
-
-
-# What it is
-
-
-def test_the_layer_norms_gradient_is_autograds():
-    z, target, gamma, beta = (x.requires_grad_() for x in torch.randn(4, 5, 3, 8, dtype=torch.float64).unbind())
-    loss = 0.5 * (target - F.layer_norm(z, (8,), eps=1e-6) * gamma - beta).square().sum()
-    (exact,) = torch.autograd.grad(loss, z, create_graph=True)
-    ours = norm_gradient(z, target, Norm(gamma, beta))
-    assert largest_error([ours], [exact]) < 1e-12
-    leaves = [z, target, gamma, beta]
-    seconds = [torch.autograd.grad(x.sin().sum(), leaves, retain_graph=True) for x in (ours, exact)]
-    assert largest_error(*seconds) < 1e-12
-
-
-def test_the_slope_of_gelu_is_autograds():
-    z = torch.linspace(-30, 30, 1001, dtype=torch.float64, requires_grad=True)
-    (exact,) = torch.autograd.grad(gelu(z).sum(), z)
-    assert (gelu_slope(z) - exact).abs().max() < 1e-14
-    assert torch.autograd.gradcheck(gelu_slope, z[400:600:7].detach().requires_grad_())
-
-
-@every_model
-def test_the_inner_gradients_are_autograds(inner_model):
-    _, k, v, _, _, gamma, beta, *weights = draw(inner_model)
-    k, v, norm = k[0].transpose(0, 1), v[0].transpose(0, 1), Norm(gamma.unsqueeze(1), beta.unsqueeze(1))
-    leaves = [w.requires_grad_() for w in weights]
-    loss = 0.5 * (v - k - norm(apply(k, tuple(leaves)))).square().sum()
-    exact = torch.autograd.grad(loss, leaves)
-    ours = [g for x, e in gradients(k, v, tuple(leaves), norm) for g in (x.mT @ e, e.sum(1, keepdim=True))]
-    assert largest_error(ours, exact) < 1e-12
 
 
 # Every form is the same
@@ -133,6 +107,28 @@ def test_autocast_changes_nothing(inner_model):
         assert largest_error(outcome(dual_ttt, inputs, torch.float32), expected) == 0
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_other_networks_are_averaged_too(depth):
+    """DeepMemory by this rule, in every form; a decay is refused, which it would not apply."""
+    found = []
+    for backend, chunk, splits in (("recurrent", None, []), ("torch", 4, []), ("torch", 8, [1, 30, 67])):
+        torch.manual_seed(0)
+        memory = DeepMemory(Sizes(4, H, H, K, K), backend, chunk, 8, depth, bias=True, inner_optimizer="average")
+        memory, (q, k, v, *_), state, outputs = memory.double(), draw("linear"), None, []
+        for a, b in pairwise([0, *splits, T]):
+            part = (
+                x[:, a:b] for x in (torch.randn(B, T, 4, generator=torch.Generator().manual_seed(1)).double(), q, k, v)
+            )
+            o, state = memory(Tokens(*part, segments=DOCUMENTS[:, a:b]), state)
+            outputs.append(o)
+        o = torch.cat(outputs, dim=1)
+        gradients = torch.autograd.grad(o.sin().sum(), list(memory.parameters()))
+        found.append([o, *state.fitted.weights, *state.fitted.sums, *gradients])
+    assert memory.accepts_decay == ("none",)
+    assert all(largest_error(x, found[0]) < 1e-10 for x in found[1:])
+    torch.testing.assert_close(memory.recall(torch.zeros(B, 1, 4).double(), q[:, -1:], state), o[:, -1:])
+
+
 # Nothing diverges
 
 
@@ -148,8 +144,8 @@ def test_keys_that_agree_do_not_let_it_diverge(inner_model, length):
     x, v = torch.zeros(1, 2048, 4), torch.randn(1, 2048, H, 16)
     o, state = module(Tokens(x, k, k, v))
     gradient = torch.autograd.grad(o.square().mean(), [k, *module.parameters()])
-    assert all(t.isfinite().all() for t in (o, *state.weights, *gradient))
-    assert (o - k).abs().max() < 30 and max(w.abs().max() for w in state.weights) < 100
+    assert all(t.isfinite().all() for t in (o, *state.fitted.weights, *gradient))
+    assert (o - k).abs().max() < 30 and max(w.abs().max() for w in state.fitted.weights) < 100
 
 
 def test_refusals_name_the_setting():
