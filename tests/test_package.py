@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
+from itertools import chain
 
 import pytest
 from packaging.requirements import Requirement
@@ -36,6 +37,12 @@ def imported() -> set[str]:
     return {canonicalize_name(found[name][0]) for name in others}
 
 
+def pinned(file: str) -> dict[str, Requirement]:
+    """The lines of a file of requirements, by name."""
+    lines = [line for line in (ROOT / file).read_text().splitlines() if line and not line.startswith("#")]
+    return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
+
+
 def test_every_import_is_asked_for():
     # fla is two distributions, of which flash-linear-attention brings the other
     assert imported() - {"fla-core"} <= REQUIRED.keys()
@@ -51,13 +58,20 @@ def test_every_import_is_asked_for():
 def test_pins_are_within_the_ranges(file, ranges):
     """All are pinned but what depends on the machine, which has the same range in both files."""
     wanted = {canonicalize_name(r.name): r for r in map(Requirement, ranges)}
-    lines = [line for line in (ROOT / file).read_text().splitlines() if line and not line.startswith("#")]
-    pins = {canonicalize_name(r.name): r for r in map(Requirement, lines)}
+    pins = pinned(file)
     assert pins.keys() == wanted.keys()
     for name, pin in pins.items():
         (only,) = pin.specifier
         assert pin.marker == wanted[name].marker, name
         assert only.version in wanted[name].specifier if only.operator == "==" else pin.marker, name
+
+
+def test_what_builds_the_site_is_pinned_in_one_place():
+    site = pinned("docs/requirements.txt")
+    assert all([clause.operator for clause in pin.specifier] == ["=="] for pin in site.values())
+    asked = chain(PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"].values())
+    others = {canonicalize_name(r.name) for r in map(Requirement, asked)}
+    assert not site.keys() & (others | pinned("requirements.txt").keys() | pinned("requirements-dev.txt").keys())
 
 
 def test_every_folder_is_packed():

@@ -67,11 +67,15 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
+def prose(page: Path) -> str:
+    """A page without its code."""
+    return re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+
+
 @pytest.mark.parametrize("page", FILES, ids=lambda path: path.stem)
 def test_relative_links_resolve(page):
     """To files of the repository and to headings in them. Pages of docs link to docs alone, of which a site is made."""
-    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"[a-z]+:", link):
             continue
         name, _, heading = link.partition("#")
@@ -80,6 +84,13 @@ def test_relative_links_resolve(page):
         assert not heading or heading in anchors(target), f"{page.name}: {link}"
         if page.parent.name == "docs":
             assert target.is_relative_to(ROOT / "docs"), f"{page.name}: {link} leaves docs"
+
+
+@pytest.mark.parametrize("page", FILES, ids=lambda path: path.stem)
+def test_formulas_are_code(page):
+    """The site sets no mathematics, and GitHub sets less than TeX has. Both show plain text alike."""
+    commands = r"^    .*"
+    assert not re.search(r"\$|\\[\[(]", re.sub(commands, "", prose(page), flags=re.MULTILINE))
 
 
 def test_every_page_is_in_reach():

@@ -62,7 +62,7 @@ class FixedDecay(nn.Module):
 
 
 class ScalarDecay(nn.Module):
-    """One gamma per head and token, from the data (Mamba-2, Dao and Gu 2024; Gated DeltaNet, Yang et al. 2024):
+    """One gamma per head and token, from the data (Mamba-2, Dao and Gu 2024; Gated DeltaNet, Yang et al. 2025):
 
         log gamma_t = -rate * softplus(x_t W + bias) ,    rate = exp(log_rate) > 0
 

@@ -11,7 +11,8 @@ Gradients.  With `grad_batch` 1 a gradient is taken where the memory stands, M_r
             after the previous one (equation 16; the paper's t - mod(t, b) would show a mini-batch's last token its own
             write). It is a part of the model, of any size, and has nothing to do with the chunk of the computation.
 Members.    eta = 0: leaky LMS, a M + theta k^T (v - k M). grad_batch as long as the sequence: one linear attention over
-            the errors of the first memory. With grad_batch 1, Momentum DeltaNet (2026) with its write gate at 1.
+            the errors of the first memory. With grad_batch 1, Momentum DeltaNet (Huang et al. 2026) with its write gate
+            at 1.
 Stability.  Free gates let it diverge, with steps of (1 - eta) as well: one token writes with eta near 0, those after it
             keep S moving with eta near 1, past the target, and so again, a larger error every time. (Trained on text
             that repeats, at the largest steps, memories reached 1e19.) So the gates are tied, through D, what is still

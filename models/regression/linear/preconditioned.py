@@ -11,9 +11,9 @@ Solution.   P_t = 1 / (ridge + a_t A_{t-1}) ,    w_t = k_t P_t / (1 + b_t k_t . 
             overshoot. A channel that was often written is written more gently: a mean over its pairs instead of its
             last value. For a = 1 and keys that use one channel each, it is the ridge regression itself; in general it
             lies between delta.py and least_squares.py, at the price of the first.
-Source.     Preconditioned DeltaNet (2026, arXiv 2604.21100) for the diagonal; its preconditioner is another one, a
-            power of A squashed to within a factor 1.5 of 1, and a step size that knows nothing of it. So fla's kernel
-            for that (precond_gated_delta_rule) computes another function and is not used.
+Source.     Preconditioned DeltaNet (Tumma, Loo and Rus 2026, arXiv 2604.21100) for the diagonal; its preconditioner is
+            another one, a power of A squashed to within a factor 1.5 of 1, and a step size that knows nothing of it. So
+            fla's kernel for that (precond_gated_delta_rule) computes another function and is not used.
 Exactness.  A is a decayed sum, found for all tokens at once; with it, the rest is the delta rule with a write key of
             its own, in every form equal to the recurrence up to rounding.
 

@@ -16,7 +16,7 @@ Solution.   The mean, corrected by the slope W for lying at the mean key, not at
             by Sherman and Morrison, and there is nothing to divide by.
 Order 2.    phi(k) has the products k_a k_b as well, all of them or the squares alone. The ridge is on coefficients
             about the origin; about the query, with k - q for k, it would take moments of order four for each.
-Parallax.   Spare the solve and learn u, a projection of x: amortised local linear attention (2026).
+Parallax.   Spare the solve and learn u, a projection of x: amortised local linear attention (Zuo, Pai et al. 2026).
 Exactness.  Both forms solve every query's problem, the blocked one by Cholesky or, for wide phi, by conjugate gradients
             to a tolerance. Gradients are those of the solution, by one more solve and not through the solver. For p = 1
             kernels/local_linear.py does so without holding a block's weights, rounded as it says.
