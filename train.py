@@ -11,6 +11,7 @@ the settings; README.md explains them.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import hydra
 import lightning as L
@@ -55,7 +56,8 @@ def main(cfg: DictConfig) -> None:
         say(overview)
         say("\n".join([*torn, *([f"going on from {checkpoint}"] if checkpoint else [])]))
         for logger in trainer.loggers:
-            logger.resume(step_of(checkpoint) if checkpoint else 0)
+            if isinstance(logger, Tolerant):
+                logger.resume(step_of(checkpoint) if checkpoint else 0)
             logger.log_hyperparams(run.config)
         try:
             trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -70,7 +72,7 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
     """Everything that a run needs, checked and built, but not trained. Raises ValueError for the user's mistakes."""
     if found := mistakes(cfg):
         raise ValueError("\n       ".join(found))
-    plain = OmegaConf.to_container(cfg, resolve=True)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
     world_size = schema.world_size(cfg.trainer.devices, cfg.trainer.num_nodes)
     batch = batch_arithmetic(cfg.batch_tokens, cfg.seq_len, cfg.micro_batch, world_size, cfg.tokens)
     validate_every = every(cfg.validate_every, batch.num_steps, "validate_every")
@@ -85,9 +87,13 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
     datamodule = DataModule(task, batch, cfg.validation_tokens, cfg.seed, cfg.num_workers, cfg.overfit)
 
     model = LanguageModel(LanguageModelConfig(vocab_size=task.vocab_size, **plain["model"]))
-    parts = {"optimizer": build(cfg.optimizer), "schedule": build(cfg.schedule), "compile_blocks": cfg.compile}
-    counts = {"targets_per_token": task.targets_per_token, "bytes_per_token": task.bytes_per_token}
-    guards = {"guard": Guard(cfg.guard.max_skipped, cfg.guard.spike_score), "preemption": preemption}
+    parts: dict[str, Any] = {
+        "optimizer": build(cfg.optimizer),
+        "schedule": build(cfg.schedule),
+        "compile_blocks": cfg.compile,
+    }
+    counts: dict[str, Any] = {"targets_per_token": task.targets_per_token, "bytes_per_token": task.bytes_per_token}
+    guards: dict[str, Any] = {"guard": Guard(cfg.guard.max_skipped, cfg.guard.spike_score), "preemption": preemption}
     module = Training(model, num_steps=batch.num_steps, clip_norm=cfg.clip_norm, **parts, **counts, **guards)
     checkpoints = Checkpoint(run.checkpoints, checkpoint_every, validate_every, preemption)
     last = [preemption, checkpoints, Watchdog(cfg.guard.timeout)]

@@ -11,6 +11,7 @@ epoch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -143,7 +144,7 @@ class Share(Dataset):
     loss is averaged over labels.
     """
 
-    def __init__(self, samples: Dataset, count: int, micro_batch: int, rank: int, world: int):
+    def __init__(self, samples: Sequence[dict[str, Tensor]], count: int, micro_batch: int, rank: int, world: int):
         assert 1 <= count <= len(samples), (count, len(samples))
         self.samples, self.indices = samples, [i * len(samples) // count for i in range(rank, count, world)]
         self.size = -(-count // (world * micro_batch)) * micro_batch

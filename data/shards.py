@@ -67,7 +67,7 @@ class SplitWriter:
         for number, begin, part in self._over_shards(piece.ids):
             with open(self._shard(number), "ab") as file:
                 assert file.tell() == begin * self.dtype.itemsize, (file.name, file.tell(), begin)
-                file.write(part)
+                file.write(part.data)
         ends = piece.ends + self.tokens
         with open(self._offsets, "ab") as file:
             file.write(ends)
@@ -146,8 +146,8 @@ def _read(file: Path, dtype: np.dtype, begin: int, count: int) -> np.ndarray:
 
 
 def _digest(ids: np.ndarray, ends: np.ndarray) -> str:
-    digest = hashlib.sha256(ids)
-    digest.update(ends)
+    digest = hashlib.sha256(ids.data)
+    digest.update(ends.data)
     return digest.hexdigest()
 
 

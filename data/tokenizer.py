@@ -131,7 +131,9 @@ class Bpe(Trainable):
 
     @property
     def eos(self) -> int:
-        return self.rust.token_to_id(EOS)
+        eos = self.rust.token_to_id(EOS)
+        assert eos is not None  # _use has added it
+        return eos
 
     @property
     def rust(self) -> RustTokenizer:
@@ -199,7 +201,7 @@ class HuggingFace(Tokenizer):
 
         self.name = str(name)
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(self.name, trust_remote_code=False)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(self.name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(

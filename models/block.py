@@ -78,13 +78,14 @@ class PersistentMemory(nn.Module):
         return 2 * hidden_size * (hidden_size + inner_size) + num_heads
 
 
-FEED_FORWARDS = {"swiglu": SwiGLU, "persistent_memory": PersistentMemory}
+FeedForward = SwiGLU | PersistentMemory
+FEED_FORWARDS: dict[str, type[FeedForward]] = {"swiglu": SwiGLU, "persistent_memory": PersistentMemory}
 
 
 class Block(nn.Module):
     """One layer of the model."""
 
-    def __init__(self, hidden_size: int, mixer: Mixer, feed_forward: nn.Module, norm_eps: float) -> None:
+    def __init__(self, hidden_size: int, mixer: Mixer, feed_forward: FeedForward, norm_eps: float) -> None:
         super().__init__()
         self.mixer_norm, self.mixer = RMSNorm(hidden_size, norm_eps), mixer
         self.feed_forward_norm, self.feed_forward = RMSNorm(hidden_size, norm_eps), feed_forward
@@ -95,7 +96,7 @@ class Block(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x)), state
 
 
-def feed_forward(kind: str, hidden_size: int, mixer: Mixer, inner_size: int | None = None) -> nn.Module:
+def feed_forward(kind: str, hidden_size: int, mixer: Mixer, inner_size: int | None = None) -> FeedForward:
     """The feed-forward layer of a block with this mixer; without an inner size, of the derived one. Raises ValueError
     for a kind that isn't there.
     """

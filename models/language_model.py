@@ -9,8 +9,9 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,12 +59,12 @@ class LanguageModelConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     @classmethod
-    def get_config_dict(cls, name: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[Any, Any]:
         """transformers' hook. Where a folder has no config.json, transformers would take the defaults above."""
-        folder = Path(name)
+        folder = Path(pretrained_model_name_or_path)
         if (folder.is_dir() or folder.is_absolute()) and not (folder / "config.json").is_file():
             raise ValueError(f"{folder} is not the folder of a model: it has no config.json")
-        return super().get_config_dict(name, **kwargs)
+        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
     @property
     def layers(self) -> list[str]:
@@ -81,7 +82,7 @@ class LanguageModelConfig(PretrainedConfig):
 class Cache:
     """The states of all layers, None at the start: what generate passes from one call to the next."""
 
-    def __init__(self, states: list[State | None]) -> None:
+    def __init__(self, states: Sequence[State | None]) -> None:
         self.states = states
 
     def reorder_cache(self, rows: Tensor) -> None:
@@ -106,14 +107,15 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
     config_class = LanguageModelConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    _no_split_modules = ("Block",)
-    _tied_weights_keys = {"head.weight": "embedding.weight"}  # noqa: RUF012, as transformers declares it
+    _no_split_modules = ["Block"]  # noqa: RUF012, as transformers declares it
+    _tied_weights_keys = {"head.weight": "embedding.weight"}  # noqa: RUF012
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__(config)
         D = config.hidden_size
         self.embedding = nn.Embedding(config.vocab_size, D)
-        self.blocks = nn.ModuleList(_block(config, i, name) for i, name in enumerate(config.layers))
+        blocks = nn.ModuleList(_block(config, i, name) for i, name in enumerate(config.layers))
+        self.blocks = cast("Sequence[Block]", blocks)  # torch says Module of what a list holds
         self.norm = RMSNorm(D, config.norm_eps)
         self.head = nn.Linear(D, config.vocab_size, bias=False)
         self.init_weights_by_depth()
@@ -170,7 +172,8 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
             loss = sum_nats(hidden.flatten(0, 1), self.head.weight, targets) / (targets != IGNORED).sum().clamp(min=1)
         logits = self.head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        return CausalLMOutputWithPast(loss, logits, Cache(states) if use_cache else None)
+        cache: Any = Cache(states) if use_cache else None  # of another kind than transformers' own
+        return CausalLMOutputWithPast(loss, logits, cache)
 
     def sum_nats(self, input_ids: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
         """The sum over tokens of -log p(target), the logits never all at once. targets [B, T]: the token that comes
@@ -199,15 +202,14 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         """Numbers held per sequence after seq_len tokens, in all layers."""
         return sum(block.mixer.state_size(seq_len) for block in self.blocks)
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Cache | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """generate's hook: with states in hand, only the newest token goes in."""
-        started = past_key_values is not None and past_key_values.get_seq_length() > 0
+        cache = kwargs.get("past_key_values")
+        started = cache is not None and cache.get_seq_length() > 0
         return {
             "input_ids": input_ids[:, -1:] if started else input_ids,
             "attention_mask": kwargs.get("attention_mask"),
-            "past_key_values": past_key_values,
+            "past_key_values": cache,
             "use_cache": kwargs.get("use_cache", True),
             "logits_to_keep": 1,
         }

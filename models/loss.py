@@ -54,7 +54,7 @@ class _SumNats(torch.autograd.Function):
                 logits = _logits(a, w)
                 nats, log_sum = _nats(logits, y)
                 total += nats.sum()
-                if not needs:
+                if dw is None:
                     continue
                 # d nats / d logits = softmax - onehot(y), for the tokens that count
                 kept = (y != IGNORED).unsqueeze(1)

@@ -120,7 +120,8 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return tuple(int(re.search(rf"{name}:(\d+)", said).group(1)) for name in ("REG", "STACK"))
+    registers, stack = (re.findall(rf"{name}:(\d+)", said)[0] for name in ("REG", "STACK"))
+    return int(registers), int(stack)
 
 
 def kernels_of(preset: str, key_dim: int, dtype: torch.dtype, *settings: str) -> list[Compiled]:

@@ -81,7 +81,7 @@ class Launch:
         self.command = command
         if command:
             arguments = [sys.executable, "train.py", *words]
-            out = {"stdout": self.log, "stderr": self.log, "start_new_session": True}
+            out: dict[str, Any] = {"stdout": self.log, "stderr": self.log, "start_new_session": True}
             self.pids = [subprocess.Popen(arguments, cwd=ROOT, env=os.environ | environment, **out).pid]
             return
         if world_size > 1:  # what torchrun sets

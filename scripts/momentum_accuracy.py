@@ -14,6 +14,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,9 +62,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")  # fla's, that there is no GPU
-    forms = {
-        "ours": lambda *x: chunked_momentum(*x, chunk=options.chunk)[0],
-        "fla": lambda *x: peers.momentum_delta_formula(*x, chunk=options.chunk),
+    ours = partial(chunked_momentum, chunk=options.chunk)
+    forms: dict[str, Callable[..., Tensor]] = {
+        "ours": lambda *x: ours(*x)[0],
+        "fla": partial(peers.momentum_delta_formula, chunk=options.chunk),
     }
     print(f"float32 against the float64 token loop, {options.tokens} tokens in chunks of {options.chunk}")
     print(f"{'momentum':>16}" + "".join(f"{f'{name}: o':>13}{'gradients':>11}" for name in forms))

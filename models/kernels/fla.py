@@ -49,7 +49,7 @@ def linear(
     kind = "none" if log_decay is None else "head" if log_decay.ndim == 3 else "channel"
     if log_decay is not None:
         log_decay = log_decay.float().clamp(min=LEAST_LOG_DECAY)
-    if route_linear(v.device, kind) == "chunk_simple_gla":
+    if log_decay is None or route_linear(v.device, kind) == "chunk_simple_gla":
         from fla.ops.simple_gla import chunk_simple_gla
 
         return chunk_simple_gla(q, k, v, g=log_decay, **options)

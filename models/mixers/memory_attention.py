@@ -24,7 +24,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from models.mixers.mixer import GATES, Mixer, State
+from models.parts.decay import Decay
+from models.parts.features import FeatureMap
 from models.parts.norm import RMSNorm
+from models.regression.regressor import Regressor
 
 
 class Product(nn.Module):
@@ -63,15 +66,15 @@ class MemoryAttention(nn.Module):
         return mixer
 
     @property
-    def regressor(self) -> nn.Module:
+    def regressor(self) -> Regressor:
         return self.memory.regressor
 
     @property
-    def decay(self) -> nn.Module:
+    def decay(self) -> Decay:
         return self.memory.decay
 
     @property
-    def features(self) -> nn.Module:
+    def features(self) -> FeatureMap:
         return self.memory.features
 
     @property

@@ -247,7 +247,7 @@ class MemoryAsContext(MemoryAttention):
     def _attend(self, h: Tensor, x: Tensor, positions: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Attention in which h_t stands before x_t and segments are documents, numbered as they come."""
         number = (positions % self.segment == 0).cumsum(1)
-        if state is not None:
+        if state is not None and state.segment is not None:
             number = number + state.segment.unsqueeze(1)
         both = torch.stack([h, x], dim=2).flatten(1, 2)
         y, state = self.attention(both, state, number.repeat_interleave(2, dim=1))

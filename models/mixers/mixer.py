@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.parts.convolution import Shift, ShortConvolution
-from models.parts.features import Identity
+from models.parts.decay import Decay
+from models.parts.features import FeatureMap, Identity
 from models.parts.norm import RMSNorm, sum_to_one, unit
 from models.parts.rotary import rotate
 from models.parts.sizes import Sizes
-from models.regression.regressor import Tokens
+from models.regression.regressor import Regressor, Tokens
 
 CONVOLVED = ("qkv", "k")
 PAIRS = ("same", "shift")
@@ -86,9 +87,9 @@ class Mixer(nn.Module):
         self,
         hidden_size: int,
         layer_index: int,
-        regressor: Callable[..., nn.Module],
-        decay: Callable[..., nn.Module],
-        features: Callable[..., nn.Module],
+        regressor: Callable[..., Regressor],
+        decay: Callable[..., Decay],
+        features: Callable[..., FeatureMap],
         num_heads: int,
         num_kv_heads: int | None = None,
         key_dim: int | None = None,
@@ -138,10 +139,9 @@ class Mixer(nn.Module):
         self.projection = nn.Linear(hidden_size, sum(self.sizes) + (H * V if self.gate else 0), bias=False)
         self._build_along(conv_size, conv_on)
         self.shift = Shift(self.sizes[1]) if pairs == "shift" else None
-        if qk_norm == "rms":
-            self.q_norm, self.k_norm = RMSNorm(K, norm_eps), RMSNorm(K, norm_eps)
-        else:
-            self.q_norm = self.k_norm = partial(unit, eps=norm_eps) if qk_norm == "l2" else None
+        to_unit = partial(unit, eps=norm_eps) if qk_norm == "l2" else None
+        self.q_norm = RMSNorm(K, norm_eps) if qk_norm == "rms" else to_unit
+        self.k_norm = RMSNorm(K, norm_eps) if qk_norm == "rms" else to_unit
         same = feature_norm == qk_norm and isinstance(self.features, Identity)  # it is that long already
         self.feature_norm = None if same else FEATURE_NORMS[feature_norm]
         self.output_norm = RMSNorm(V, norm_eps) if output_norm else None
@@ -174,14 +174,13 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> tuple[Tensor, State]:
         if state is not None and segments is not None:
             state = self.enter(state, segments[:, 0])
-        tails, memory, turn = (None,) * (self.num_tails + 1), None, None
-        if state is not None:
-            tails, memory, turn = state.tails, state.memory, state.turn
+        tails = (None,) * (self.num_tails + 1) if state is None else state.tails
+        memory, turn = (None, None) if state is None else (state.memory, state.turn)
         positions = positions_of(x, None if state is None else state.position, segments)
 
         pairs, gate = self._project(x)
-        *tails, last_key = tails
-        (q, k, v), tails = self._along(pairs, tuple(tails), segments)
+        last_key = tails[-1]
+        (q, k, v), tails = self._along(pairs, tails[:-1], segments)
         if self.shift is not None:
             k, last_key = self.shift(k, last_key, segments)
         n = self.regressor.pairs_per_token
@@ -190,14 +189,14 @@ class Mixer(nn.Module):
             for y, m, width in ((q, 1, self.key_dim), (k, n, self.key_dim), (v, n, self.value_dim))
         )
         q, k = self._address(q, positions, self.q_norm), self._address(k, _each(positions, n), self.k_norm)
-        log_decay = self.decay(x)
-        if self.decay.kind == "signed":
-            log_decay, turn = log_decay[0], _turns(log_decay[1], turn)
+        log_decay, signs = self.decay(x)
+        if signs is not None:
+            turn = _turns(signs, turn)
             q, k = q * turn.unsqueeze(-1), k * _each(turn, n).unsqueeze(-1)
 
         o, memory = self.regressor(Tokens(x, q, k, v, log_decay, segments), memory)
         o = self._read_out(o).to(x.dtype)
-        if self.gate is not None:
+        if self.gate is not None and gate is not None:
             o = o * self.gate(gate)
         if self.output is not None:
             o = self.output(o)

@@ -39,11 +39,11 @@ class ShortConvolution(nn.Module):
         for back in range(1, self.width):
             earlier = slice(reach - back, reach - back + T)
             inputs = padded[:, earlier]
-            if documents is not None:
+            if documents is not None and segments is not None:
                 inputs = inputs.masked_fill((documents[:, earlier] != segments).unsqueeze(-1), 0)
             y = torch.addcmul(y, inputs, weight[:, reach - back])
         tail = padded[:, T:]
-        if documents is not None:
+        if documents is not None and segments is not None:
             tail = tail.masked_fill((documents[:, T:] != segments[:, -1:]).unsqueeze(-1), 0)
         return y, tail
 

@@ -1,11 +1,12 @@
 """gamma: how fast the past fades. (Called decay in code, because `weights` means parameters there.)
 
-A decay turns the layer's input into natural logarithms of gamma, <= 0, float32 or wider. Its `kind` says of what shape:
+A decay turns the layer's input into natural logarithms of |gamma|, <= 0, float32 or wider, and the signs of gamma, +1
+or -1, or None where all are positive. Its `kind` says of what shape the logarithms are:
 
     none      None: nothing fades
     head      [B, T, H]
     channel   [B, T, H, K]: every channel of the keys (after the feature map) fades at its own rate
-    signed    [B, T, H] and the signs of gamma, +1 or -1, of the same shape
+    signed    [B, T, H], as are the signs, which no other kind has
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ from models.parts.precision import wide
 from models.parts.sizes import Sizes
 
 
-class NoDecay(nn.Module):
+class Decay(nn.Module):
+    """What all decays share."""
+
+    kind: str
+
+    def flops_per_token(self) -> int:
+        return 0
+
+
+class NoDecay(Decay):
     """gamma = 1: every pair counts the same for ever."""
 
     kind = "none"
@@ -28,14 +38,11 @@ class NoDecay(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
 
-    def forward(self, x: Tensor) -> None:
-        return None
-
-    def flops_per_token(self) -> int:
-        return 0
+    def forward(self, x: Tensor) -> tuple[None, None]:
+        return None, None
 
 
-class FixedDecay(nn.Module):
+class FixedDecay(Decay):
     """One gamma per head, the same for all tokens (RetNet, Sun et al. 2023, section 3.1): of the n-th of H heads
 
     gamma_n = 1 - 2^(-5 - 7 n / (H - 1)) ,    half-lives from 22 to 2,800 tokens; 2^-5 for a single head.
@@ -54,14 +61,11 @@ class FixedDecay(nn.Module):
         exponents = torch.linspace(shortest, longest, sizes.num_heads, dtype=torch.float64)
         self.register_buffer("log_decay", torch.log1p(-torch.exp2(-exponents)).float())
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.log_decay.expand(*x.shape[:2], -1)
-
-    def flops_per_token(self) -> int:
-        return 0
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.log_decay.expand(*x.shape[:2], -1), None
 
 
-class ScalarDecay(nn.Module):
+class ScalarDecay(Decay):
     """One gamma per head and token, from the data (Mamba-2, Dao and Gu 2024; Gated DeltaNet, Yang et al. 2025):
 
         log gamma_t = -rate * softplus(x_t W + bias) ,    rate = exp(log_rate) > 0
@@ -83,14 +87,14 @@ class ScalarDecay(nn.Module):
         step = torch.empty(H).uniform_(math.log(low), math.log(high)).exp()
         self.bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
-    def forward(self, x: Tensor) -> Tensor:
-        return -wide(self.log_rate).exp() * F.softplus(wide(self.projection(x)) + self.bias)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return -wide(self.log_rate).exp() * F.softplus(wide(self.projection(x)) + self.bias), None
 
     def flops_per_token(self) -> int:
         return 2 * self.projection.weight.numel()
 
 
-class ChannelDecay(nn.Module):
+class ChannelDecay(Decay):
     """One gamma per key channel and token, from the data by a bottleneck of `rank` (GLA, Yang et al. 2024, section 4.4;
     Kimi Linear 2025, section 3):
 
@@ -112,8 +116,8 @@ class ChannelDecay(nn.Module):
         self.projection = nn.Linear(sizes.hidden_size, rank, bias=False)
         self.expansion = nn.Linear(rank, sizes.num_heads * sizes.key_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.logsigmoid(wide(self.expansion(self.projection(x)))).unflatten(-1, self.heads) / self.temperature
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return F.logsigmoid(wide(self.expansion(self.projection(x)))).unflatten(-1, self.heads) / self.temperature, None
 
     def flops_per_token(self) -> int:
         return 2 * (self.projection.weight.numel() + self.expansion.weight.numel())
@@ -131,6 +135,6 @@ class SignedDecay(ScalarDecay):
     LEAST = 1e-4
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        gamma = 2 * super().forward(x).exp() - 1
+        gamma = 2 * super().forward(x)[0].exp() - 1
         signs = torch.where(gamma < 0, -1.0, 1.0).to(gamma.dtype)
         return gamma.abs().clamp(min=self.LEAST).log(), signs

@@ -9,14 +9,14 @@ x[n B H : (n + 1) B H] is the n-th chunk of every sequence.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def into_chunks(x: Tensor | None, chunk: int, dtype: torch.dtype) -> Tensor | None:
+def into_chunks(x: Tensor | None, chunk: int, dtype: torch.dtype) -> Tensor | Any:  # None for None
     """[B, T, H, X] or [B, T, H] to [N B H, C, X], zero-padded at the end: zeros write nothing and forget nothing."""
     if x is None:
         return None
@@ -26,7 +26,7 @@ def into_chunks(x: Tensor | None, chunk: int, dtype: torch.dtype) -> Tensor | No
     return x.unflatten(1, (-1, chunk)).permute(1, 0, 3, 2, 4).flatten(0, 2)
 
 
-def from_chunks(x: Tensor, like: tuple[int, int, int]) -> Tensor:
+def from_chunks(x: Tensor, like: tuple[int, ...]) -> Tensor:
     """The way back, [N B H, C, X] to [B, T, H, X]. like: B, T, H."""
     B, T, H = like
     return x.unflatten(0, (-1, B, H)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]

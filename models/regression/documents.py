@@ -7,14 +7,16 @@ zero, and takes its step from there.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from models.regression.regressor import FORGET
 
 
-def forget_at_starts(log_decay: Tensor | None, segments: Tensor | None, like: Tensor | None = None) -> Tensor | None:
-    """The log decay with FORGET at the first token of every document that begins inside the call.
+def forget_at_starts(log_decay: Tensor | None, segments: Tensor | None, like: Tensor | None = None) -> Tensor | Any:
+    """The log decay (or None) with FORGET at the first token of every document that begins inside the call.
 
     log_decay: [B, T, H] or [B, T, H, K], or None for a memory that never fades; then `like` [B, T, H, *] gives the
     shape of the zeros that documents need. segments: [B, T] integers or None for one document a row. No gradient

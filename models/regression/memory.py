@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Memory(Regressor):
     on a GPU, where fewer, larger products are worth more.
     """
 
-    accepts_decay: ClassVar[tuple[str, ...]] = ("none", "head")
+    accepts_decay: tuple[str, ...] = ("none", "head")
 
     def __init__(self, sizes: Sizes, backend: str = "auto", chunk: int | None = None) -> None:
         super().__init__(sizes, backend)

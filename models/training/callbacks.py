@@ -45,30 +45,32 @@ class Throughput(Callback):
     (LanguageModel.flops_per_token).
     """
 
-    def on_fit_start(self, trainer: L.Trainer, module: Training) -> None:
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert isinstance(module, Training)
         batch = trainer.datamodule.batch
         self.tokens_per_step, self.num_devices = batch.tokens, batch.world_size
         self.flops_per_token = 3 * module.model.flops_per_token(batch.seq_len)
         self.peak = peak_flops(module.device)
-        self.seconds, self.steps, self.started = 0.0, 0, None
+        self.steps = 0
+        self.started: float | None = None
         self.rates: list[float] = []
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: Training, batch: Any, index: int) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         if self.started is None:
             self.started = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: Training, outputs: Any, batch: Any, index: int) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.fit_loop._should_accumulate():
             return
         self.steps += 1
-        if trainer.global_step % trainer.log_every_n_steps == 0:
-            self._report(trainer, module)
+        if trainer.global_step % trainer.log_every_n_steps == 0 and self.started is not None:
+            self._report(trainer, module, self.started)
 
-    def _report(self, trainer: L.Trainer, module: Training) -> None:
+    def _report(self, trainer: L.Trainer, module: L.LightningModule, started: float) -> None:
         """Waits for the GPU, so that what was timed is what was done."""
         if module.device.type == "cuda":
             torch.cuda.synchronize(module.device)
-        seconds = time.perf_counter() - self.started
+        seconds = time.perf_counter() - started
         rate = self.steps * self.tokens_per_step / seconds
         self.rates.append(rate)
         metrics = {
@@ -83,7 +85,7 @@ class Throughput(Callback):
         module.log_dict(metrics, rank_zero_only=True)
         self.steps, self.started = 0, None
 
-    def on_validation_start(self, trainer: L.Trainer, module: Training) -> None:
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.steps, self.started = 0, None  # a window that validation interrupts is not reported
 
     def summary(self) -> str:
@@ -100,19 +102,19 @@ class Throughput(Callback):
 class Progress(Callback):
     """A bar of steps where there is a terminal, and a line at every validation wherever the output goes."""
 
-    def on_fit_start(self, trainer: L.Trainer, module: Training) -> None:
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         total, self.started, self.first = trainer.max_steps, time.perf_counter(), trainer.global_step
         hidden = trainer.global_rank > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=self.first, unit="step", dynamic_ncols=True, leave=False, disable=hidden)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: Training, outputs: Any, batch: Any, index: int) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         self.bar.update(trainer.global_step - self.bar.n)
         if not self.bar.disable and trainer.global_step % trainer.log_every_n_steps == 0:
             shown = {"train/loss": "loss", "validation/bits_per_byte": "bits/byte", "validation/accuracy": "accuracy"}
             found = trainer.callback_metrics
             self.bar.set_postfix({label: f"{float(found[name]):.3f}" for name, label in shown.items() if name in found})
 
-    def on_validation_end(self, trainer: L.Trainer, module: Training) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.global_rank or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         step, total, found = trainer.global_step, trainer.max_steps, trainer.callback_metrics
@@ -127,7 +129,7 @@ class Progress(Callback):
         parts.append(f"{timedelta(seconds=round(seconds))} gone, {timedelta(seconds=round(left))} left")
         self.bar.write("   ".join(parts))
 
-    def teardown(self, trainer: L.Trainer, module: Training, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             self.bar.close()
 
@@ -144,7 +146,8 @@ class Sample(Callback):
             raise ValueError(f"callbacks.sample.temperature={temperature} must be positive")
         self.num_tokens, self.num_prompt_tokens, self.temperature = num_tokens, num_prompt_tokens, temperature
 
-    def on_fit_end(self, trainer: L.Trainer, module: Training) -> None:
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert isinstance(module, Training)
         task = trainer.datamodule.task
         if task.tokenizer is None or trainer.global_rank or trainer.interrupted or module.device_mesh is not None:
             return
@@ -172,10 +175,10 @@ class Sample(Callback):
 class LossPlot(Callback):
     """loss.png: training and validation loss against tokens, and the loss by position in the sequence at the end."""
 
-    def on_validation_end(self, trainer: L.Trainer, module: Training) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._draw(trainer)
 
-    def on_fit_end(self, trainer: L.Trainer, module: Training) -> None:
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._draw(trainer)
 
     def _draw(self, trainer: L.Trainer) -> None:

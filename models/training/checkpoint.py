@@ -50,7 +50,7 @@ class Checkpoint(Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.finished = self.saved = trainer.global_step
         if self._saved_random_states:  # here and not before, because to make a loader draws a number
-            self._go_on_drawing(trainer)
+            self._go_on_drawing(trainer, self._saved_random_states)
         if trainer.is_global_zero and self.folder.exists():
             remove(self.folder, lambda step: step > self.saved)  # torn, or they would have been resumed from
 
@@ -104,10 +104,10 @@ class Checkpoint(Callback):
 
     _saved_random_states: list[dict[str, Any]] | None = None
 
-    def _go_on_drawing(self, trainer: L.Trainer) -> None:
+    def _go_on_drawing(self, trainer: L.Trainer, states: list[dict[str, Any]]) -> None:
         """On another number of ranks or kind of device there is no state to go on from: the seed, the step and the rank
         make one."""
-        device, states = trainer.strategy.root_device, self._saved_random_states
+        device = trainer.strategy.root_device
         if len(states) == trainer.world_size and ("cuda" in states[0]) == (device.type == "cuda"):
             set_random_state(states[trainer.global_rank], device)
         else:
@@ -245,7 +245,8 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """Python's, NumPy's, torch's and the device's generator, as what torch.load takes with weights_only."""
-    name, keys, *rest = np.random.get_state()
+    legacy: Any = np.random.get_state()  # a tuple here; numpy says that it may be a dict
+    name, keys, *rest = legacy
     state = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 

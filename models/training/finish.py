@@ -22,7 +22,7 @@ def finish(trainer: L.Trainer, module: Training, datamodule: DataModule, run: Ru
     if datamodule.task.tokenizer is not None:
         datamodule.task.tokenizer.save(run.folder / "model")
     found = trainer.callback_metrics
-    run.finish({name: float(value) for name, value in found.items() if name.startswith("validation/")})
+    run.finish(result := {name: float(value) for name, value in found.items() if name.startswith("validation/")})
     speed = [callback.summary() for callback in trainer.callbacks if isinstance(callback, Throughput)]
-    say(f"finished  {'; '.join([describe(run.result), *speed])}")
+    say(f"finished  {'; '.join([describe(result), *speed])}")
     say(f"          {run.folder}: metrics.csv, loss.png, model/")

@@ -80,8 +80,8 @@ class Guard:
 
 def not_finite(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """Names the parameters, and the gradients, that hold NaN or infinity on any rank, and the values of which."""
-    tensors = [pair for name, p in parameters for pair in ((name, p), (f"the gradient of {name}", p.grad))]
-    tensors = [(name, x) for name, x in tensors if x is not None]
+    pairs = [pair for name, p in parameters for pair in ((name, p), (f"the gradient of {name}", p.grad))]
+    tensors = [(name, x) for name, x in pairs if x is not None]
     flags = torch.stack([_bad(x) for _, x in tensors])
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(flags)
@@ -92,5 +92,5 @@ def not_finite(parameters: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _bad(x: Tensor) -> Tensor:
-    x = x.detach().to_local() if isinstance(x, DTensor) else x.detach()
-    return (~x.isfinite().all()).float()
+    x = x.to_local() if isinstance(x, DTensor) else x
+    return (~x.detach().isfinite().all()).float()

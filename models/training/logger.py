@@ -92,14 +92,14 @@ class CsvLogger(Logger):
         with draft.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
-            writer.writerows(self.rows.values())
+            writer.writerows((self.rows or {}).values())
         draft.replace(self.folder / self.FILE)
 
 
 class Tolerant(Logger):
     """Another logger, which may fail: it is then left alone, one line says so, and the run goes on."""
 
-    def __init__(self, logger: Logger) -> None:
+    def __init__(self, logger: Any) -> None:  # a Logger, with an experiment, which Logger does not declare
         super().__init__()
         self.logger, self.failed = logger, False
 

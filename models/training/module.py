@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -85,7 +86,7 @@ class Training(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.guard.load_state_dict(checkpoint["guard"])
 
-    def training_step(self, batch: dict[str, Tensor | None], index: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor | Any], index: int) -> Tensor:
         labels = batch["labels"]
         nats = self.model.sum_nats(batch["input_ids"], labels, batch["segments"])
         self._window.append(torch.stack([nats.detach(), (labels != IGNORED).sum()]))
@@ -101,7 +102,7 @@ class Training(L.LightningModule):
         and whether one of them was asked to stop.
         """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         window, self._window = torch.stack(self._window).sum(0), []
         sums = _sum_over_ranks(torch.cat([window, window.new_tensor(self.preemption.votes())]))
         whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -132,7 +133,7 @@ class Training(L.LightningModule):
             for name, value in block.mixer.regressor.diagnostics().items()
         }
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer(self.model)
         return {
             "optimizer": optimizer,
@@ -144,7 +145,7 @@ class Training(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._validation = None
 
-    def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
+    def validation_step(self, batch: dict[str, Tensor | Any], index: int) -> None:
         labels = batch["labels"]
         nats, predictions = self.model.score(batch["input_ids"], labels, batch["segments"])
         kept = labels != IGNORED
@@ -154,6 +155,7 @@ class Training(L.LightningModule):
         self._validation = sums if self._validation is None else self._validation + sums
 
     def on_validation_epoch_end(self) -> None:
+        assert self._validation is not None
         sums = _sum_over_ranks(self._validation)
         nats, count = sums[0], sums[1]
         mean = (nats.sum() / count.sum()).item()

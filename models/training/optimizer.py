@@ -47,7 +47,7 @@ def adamw(
     weight_decay: float = 0.1,
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019) with parameter_groups, in one fused kernel."""
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=tuple(betas), eps=eps, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=(*betas,), eps=eps, fused=True)
 
 
 def muon(
@@ -62,7 +62,7 @@ def muon(
     if not 0 <= momentum < 1:
         raise ValueError(f"optimizer.momentum={momentum} must be at least 0 and below 1")
     matrices, rest = parameter_groups(model, weight_decay)
-    return MuonAdamW([{**matrices, "momentum": momentum}, rest], lr=lr, betas=tuple(betas), eps=eps, fused=True)
+    return MuonAdamW([{**matrices, "momentum": momentum}, rest], lr=lr, betas=(*betas,), eps=eps, fused=True)
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -94,12 +94,12 @@ class MuonAdamW(torch.optim.AdamW):
                 by_shape.setdefault(p.shape, []).append(p)
         for shape, params in by_shape.items():  # matrices of one shape go through the products together
             directions = []
-            for p in params:
+            for p, gradient in ((p, p.grad) for p in params if p.grad is not None):
                 state = self.state[p]
                 if not state:
                     state["step"], state["average"] = torch.zeros(()), torch.zeros_like(p)  # AdamW looks for a step
-                average = state["average"].mul_(group["momentum"]).add_(p.grad)
-                direction = p.grad.add(average, alpha=group["momentum"])
+                average = state["average"].mul_(group["momentum"]).add_(gradient)
+                direction = gradient.add(average, alpha=group["momentum"])
                 directions.append(direction.full_tensor() if isinstance(direction, DTensor) else direction)
             length = 0.2 * max(shape) ** 0.5
             for p, update in zip(params, orthogonal(torch.stack(directions)), strict=True):

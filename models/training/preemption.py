@@ -37,7 +37,7 @@ class Stopped(SystemExit):
         self.preemption, self.where = preemption, where
 
     def __str__(self) -> str:
-        return f"stopped by {self.preemption.signal.name} {self.where}; the same command goes on"
+        return f"stopped by {(self.preemption.signal or signal.SIGTERM).name} {self.where}; the same command goes on"
 
 
 class Preemption(Callback):

@@ -54,15 +54,15 @@ class Watchdog(Callback):
         while not self._stop.wait(pause):
             idle, seen = (idle + pause if self.beats == seen else 0.0), self.beats
             self._leave_word(idle)
-            if idle >= self.timeout:
+            if self.timeout is not None and idle >= self.timeout:
                 self._end(idle)
 
     @property
     def _pause(self) -> float:
-        return min(self.timeout / 10, 5.0)
+        return 5.0 if self.timeout is None else min(self.timeout / 10, 5.0)
 
     def _end(self, idle: float) -> None:
-        stream = sys.__stderr__
+        stream = sys.__stderr__ or sys.stderr
         print(
             f"\nrank {self.rank} of {self.world_size} has made no progress for {idle:.0f} s "
             f"(guard.timeout={self.timeout:g}). It was {self.doing}. {self._others()}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -70,9 +70,7 @@ def delta_on_a_gpu(*shape: int) -> Case:
         "ours, Triton": lambda q, k, v, g, b: kernel_delta(q * q.shape[-1] ** -0.5, k, v, b, g)[0],
         "ours, chunked": ours_delta,
         "fla chunk_kda": peers.kda,
-        "SDPA (another model)": lambda q, k, v, g, b: F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True
-        ).transpose(1, 2),
+        "SDPA (another model)": sdpa,
     }
     if fla.route_gated_delta(torch.device("cuda")) == "chunk_gated_delta_rule":
         named = {"fla chunk_gated_delta_rule": peers.gated_delta_rule, **named}
@@ -92,15 +90,13 @@ def momentum(*shape: int) -> Case:
         return kernel_delta(q, k, v, b, a, gradient_before_decay=True)[0]
 
     named = {
-        "ours, Triton": lambda *x: kernel_momentum(*x)[0],
-        "ours, chunked": lambda *x: chunked_momentum(*x, chunk=64)[0],
-        "ours, gradients per 64": lambda *x: kernel_momentum(*x, grad_batch=64)[0],
+        "ours, Triton": output_of(kernel_momentum),
+        "ours, chunked": output_of(partial(chunked_momentum, chunk=64)),
+        "ours, gradients per 64": output_of(partial(kernel_momentum, grad_batch=64)),
         "ours, momentum 0": leaky,
         "fla momentum_delta_rule": lambda q, k, v, b, eta, a: peers.momentum_delta_rule(q, k, v, a, b),
         "fla gated_delta_rule": lambda q, k, v, b, eta, a: peers.gated_delta_rule(q, k, v, a, b),
-        "SDPA": lambda q, k, v, *_: F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True
-        ).transpose(1, 2),
+        "SDPA": sdpa,
     }
     if importlib.util.find_spec("flash_qla") is not None:
         named["FlashQLA"] = lambda q, k, v, b, eta, a: peers.flash_qla(q, k, v, a, b)
@@ -113,7 +109,8 @@ def softmax_layer(B: int, T: int, H: int, K: int, device: str, dtype: torch.dtyp
 
     torch.manual_seed(0)
     sizes = {"hidden_size": H * K, "num_attention_heads": H, "num_key_value_heads": H, "head_dim": K}
-    config = Qwen3Config(**sizes, attn_implementation="sdpa")
+    settings: dict[str, Any] = {**sizes, "attn_implementation": "sdpa"}
+    config = Qwen3Config(**settings)
     theirs, rotary = Qwen3Attention(config, layer_idx=0).to(device), Qwen3RotaryEmbedding(config).to(device)
     ours = mixer_of_qwen3(theirs)
     positions = torch.arange(T, device=device).unsqueeze(0)
@@ -210,8 +207,8 @@ def deep_memory(B: int, T: int, H: int, K: int, device: str) -> Case:
 
     def layer(preset: str, *settings: str) -> Layer:
         torch.manual_seed(0)
-        settings = [f"model.mixers.main.regressor.{setting}" for setting in settings]
-        mixer = mixer_of(composed(preset, *sizes, *settings))
+        chosen = [f"model.mixers.main.regressor.{setting}" for setting in settings]
+        mixer = mixer_of(composed(preset, *sizes, *chosen))
         if device == "cuda":  # as train.py does
             mixer.compile(dynamic=False)
         return Layer(mixer, device)
@@ -292,7 +289,7 @@ def half(device: str) -> torch.autocast:
 
 def mixer_of_qwen3(attention: Qwen3Attention) -> Mixer:
     """Our softmax mixer with the weights of transformers' Qwen3 attention: the same function."""
-    config = attention.config
+    config: Any = attention.config
     K = attention.head_dim
     mixer = Mixer(
         config.hidden_size,
@@ -311,10 +308,20 @@ def mixer_of_qwen3(attention: Qwen3Attention) -> Mixer:
     with torch.no_grad():
         theirs = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
         mixer.projection.weight.copy_(torch.cat(theirs))
-        mixer.output.weight.copy_(attention.o_proj.weight)
-        mixer.q_norm.weight.copy_(attention.q_norm.weight)
-        mixer.k_norm.weight.copy_(attention.k_norm.weight)
+        mixer.get_parameter("output.weight").copy_(attention.o_proj.weight)
+        mixer.get_parameter("q_norm.weight").copy_(attention.q_norm.weight)
+        mixer.get_parameter("k_norm.weight").copy_(attention.k_norm.weight)
     return mixer
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def output_of(form: Callable[..., tuple[Tensor, object]]) -> Callable[..., Tensor]:
+    """The form without the state that it returns."""
+    return lambda *x: form(*x)[0]
 
 
 def ours_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_size: Tensor) -> Tensor:

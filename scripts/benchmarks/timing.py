@@ -6,10 +6,10 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class Operator(NamedTuple):
     """
 
     function: Callable[..., Tensor]
-    inputs: list[Tensor]
+    inputs: Sequence[Tensor | None]
     parameters: tuple[Tensor, ...] = ()
     kept: int = 0
 
@@ -46,7 +46,7 @@ def graphed(module: nn.Module, x: Tensor) -> Operator:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     with torch.autocast("cuda", enabled=False, cache_enabled=False):  # the module's own autocast takes that over
-        replayed = torch.cuda.make_graphed_callables(module, (x,))  # after three calls, which compile and tune
+        replayed: Any = torch.cuda.make_graphed_callables(module, (x,))  # after three calls, which compile and tune
     torch.cuda.empty_cache()
     return Operator(replayed, [x], tuple(module.parameters()), torch.cuda.memory_reserved() - before)
 
@@ -151,7 +151,8 @@ def compare(size: str, case: Case, device: str, repeats: int) -> list[Row]:
         for name, pair in works.items():
             for work, record in zip(pair, times[name], strict=True):
                 record.append(seconds(work, device) * 1e3)
-    rows = [Row(size, name, *(round(statistics.median(r), 3) for r in records)) for name, records in times.items()]
+    median = {name: [round(statistics.median(record), 3) for record in pair] for name, pair in times.items()}
+    rows = [Row(size, name, once, twice) for name, (once, twice) in median.items()]
     for row in rows:
         row.ratio, row.peak_gb = round(rows[0].both_ms / row.both_ms, 2), peaks.get(row.name)
         row.kernels = kernels.get(row.name, {})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -31,7 +32,7 @@ COLUMNS = (("linear", "least_squares"), ("local", "deep"))
 DECAYS = {"none": "#edf2f7", "fixed": "#fefcbf", "scalar": "#bee3f8", "channel": "#d6bcfa", "signed": "#fed7d7"}
 HEAD, ROW, GAP = 1.9, 1.0, 0.7  # heights, in rows
 NAME, DECAY, SOLVER = 0.02, 0.37, 0.53  # where the three columns of a box begin, of its width
-TEXT = {
+TEXT: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "family",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
@@ -49,7 +50,7 @@ def box(ax: Axes, left: float, top: float, width: float, branch: str, rows: list
     bottom = top + HEAD + ROW * (1 + len(rows))
     ax.add_patch(Rectangle((left, top), width, bottom - top, facecolor="white", edgecolor=colour, linewidth=1.2))
     ax.add_patch(Rectangle((left, top), width, HEAD, facecolor=colour, edgecolor=colour))
-    inside = {"va": "center", "fontsize": 9.5}
+    inside: dict[str, Any] = {"va": "center", "fontsize": 9.5}
     ax.text(left + NAME * width, top + 0.6, title, color="white", weight="bold", va="center", fontsize=11)
     ax.text(left + NAME * width, top + 1.4, common, color="white", **inside)
     y = top + HEAD + ROW / 2

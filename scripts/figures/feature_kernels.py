@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -48,7 +49,7 @@ class Point(NamedTuple):
     error: float
 
 
-def relative_error(maps: list[FeatureMap], q: Tensor, k: Tensor, kernel: Tensor) -> float:
+def relative_error(maps: Sequence[FeatureMap], q: Tensor, k: Tensor, kernel: Tensor) -> float:
     """Its median over the maps. q, k [N, K], kernel [N]."""
     positions, found = torch.arange(len(q)).unsqueeze(0), []
     for features in maps:

@@ -83,9 +83,9 @@ def local_fits(q: Tensor, k: Tensor, v: Tensor, bandwidth: float) -> dict[str, T
         o[name] = in_blocks(local_polynomial, (near_q, phi_q), (near_k, v, phi_k), (beta, ridge), View(), 64)
     B, _, T, K = k.shape
     nothing = Factor(k.new_empty(B, 0, 1, K), k.new_empty(B, 1, 0, 0), k.new_empty(B, 1, 0, K), k.new_zeros(B, 1))
-    by_token = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     ridge = k.new_full((B, T, 1), RIDGE)
-    o["kernel ridge"] = parallel_intention(*by_token, beta.flatten(), ridge, View(), nothing)[0].transpose(1, 2)
+    o["kernel ridge"] = parallel_intention(q, k, v, beta.flatten(), ridge, View(), nothing)[0].transpose(1, 2)
     return {name: x.squeeze(1) for name, x in o.items()}
 
 
@@ -93,7 +93,7 @@ def errors(k: Tensor, v: Tensor, unit: bool) -> dict[tuple[str, float | None], T
     """(estimator, bandwidth) -> mean squared error at each token but the first, [T - 1]."""
     k = F.normalize(k, dim=-1) if unit else k
     q, k, known, wanted = k[:, 1:], k[:, :-1], v[:, :-1], v[:, 1:]
-    reads = {(name, None): o for name, o in global_fits(q, k, known).items()}
+    reads: dict[tuple[str, float | None], Tensor] = {(name, None): o for name, o in global_fits(q, k, known).items()}
     for h in BANDWIDTHS:
         reads |= {(name, h): o for name, o in local_fits(q, k, known, h).items()}
     return {which: (o - wanted).square().sum(-1).mean(0) for which, o in reads.items()}
@@ -105,13 +105,11 @@ def draw(found: dict[str, dict[tuple[str, float | None], Tensor]], tokens: int, 
     smooth = torch.ones(1, 1, 9, dtype=torch.float64) / 9
     for (setting, by_estimator), (over_time, over_bandwidth) in zip(found.items(), axes, strict=True):
         for name, colour in COLOURS.items():
-            curve = by_estimator[name, None if (name, None) in by_estimator else SHOWN]
+            flat = (name, None) in by_estimator
+            curve = by_estimator[name, None if flat else SHOWN]
             curve = F.conv1d(curve.view(1, 1, -1), smooth).flatten()
             over_time.plot(range(5, 5 + len(curve)), curve, color=colour, label=name, linewidth=1.5)
-            late = [
-                by_estimator.get((name, h), by_estimator.get((name, None)))[tokens // 2 :].mean() for h in BANDWIDTHS
-            ]
-            flat = (name, None) in by_estimator
+            late = [by_estimator[name, None if flat else h][tokens // 2 :].mean() for h in BANDWIDTHS]
             over_bandwidth.plot(
                 BANDWIDTHS,
                 late,

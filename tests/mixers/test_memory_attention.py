@@ -71,7 +71,7 @@ class Titans:
         q, k, v = sum(weight[:, -1 - j] * self.projected[-1 - j] for j in range(4)).chunk(3)
         k, v = F.normalize(F.silu(k).unflatten(-1, (HEADS, -1)), dim=-1), F.silu(v).unflatten(-1, (HEADS, -1))
         eta, theta = self.memory.regressor.momentum(y).sigmoid(), self.memory.regressor.step_size(y).sigmoid()
-        gates = (x.view(-1, 1, 1) for x in (eta, (1 - eta) * theta, self.memory.decay(y.view(1, 1, -1)).exp()))
+        gates = (x.view(-1, 1, 1) for x in (eta, (1 - eta) * theta, self.memory.decay(y.view(1, 1, -1))[0].exp()))
         eta, theta, alpha = gates
         error = v.unsqueeze(1) - k.unsqueeze(1) @ self.M
         U = self.D + theta * k.unsqueeze(2) @ error

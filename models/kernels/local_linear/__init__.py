@@ -193,14 +193,14 @@ forward.register_autograd(_gradients, setup_context=_keep)
 
 def _launch(
     launches: Launches, q: Tensor, v: Tensor, start: Tensor | None, past: int, window: int | None
-) -> tuple[tuple[int, ...], dict[str, int | bool | str], tuple[int, int]]:
+) -> tuple[tuple[int, ...], dict[str, object], tuple[int, int]]:
     """What the kernels are told of the sizes: numbers, and what they are compiled for."""
     (T, H, K), (S, G, V) = q.shape[1:], v.shape[1:]
     widest = 64 if max(K, V) <= 64 else WIDEST
     BM, BN, num_warps, num_stages = INTERPRETED if interpreting() else launches[widest, v.dtype]
     padded = (max(16, 1 << (width - 1).bit_length()) for width in (K, V))
-    settings = dict(zip(("H", "G", "K", "V", "BK", "BV", "BM", "BN"), (H, G, K, V, *padded, BM, BN), strict=True))
-    settings |= {"DOCUMENTS": start is not None, "PRECISION": _rounding(v.dtype)[0]}
+    settings: dict[str, object] = {"DOCUMENTS": start is not None, "PRECISION": _rounding(v.dtype)[0]}
+    settings |= zip(("H", "G", "K", "V", "BK", "BV", "BM", "BN"), (H, G, K, V, *padded, BM, BN), strict=True)
     settings |= {"num_warps": num_warps, "num_stages": num_stages}
     return (T, S, past, past + T if window is None else window), settings, (BM, BN)
 

@@ -70,7 +70,7 @@ def momentum_delta(
     Returns o [B, T, H, V] and the matrices after the last token, float32.
     """
     assert write_key is None or not (rule.momentum or rule.carried)
-    q, k, write_key = (None if x is None else x.to(v.dtype) for x in (q, k, write_key))
+    q, k, write_key = q.to(v.dtype), k.to(v.dtype), None if write_key is None else write_key.to(v.dtype)
     gates = (None if x is None else x.float() for x in (step_size, log_momentum, log_decay))
     source = None if source is None else source.int()
     return _forward(q, k, v, *gates, matrices.float(), write_key, source, *rule)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -73,7 +73,8 @@ class Launch:
         rule: Rule,
     ) -> None:
         given = (q, k, v, step_size, log_momentum, log_decay, matrices, write_key, source)
-        self.q, self.k, self.v, self.step_size, *rest = (x if x is None else x.contiguous() for x in given)
+        inputs: list[Tensor | Any] = [x if x is None else x.contiguous() for x in given]
+        self.q, self.k, self.v, self.step_size, *rest = inputs
         self.log_momentum, self.log_decay, self.matrices, write_key, self.source = rest
         self.own_writes, self.write_key = write_key is not None, self.k if write_key is None else write_key
         self.rule, (self.B, self.T, self.H, self.K), self.V = rule, q.shape, v.shape[-1]

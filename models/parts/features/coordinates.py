@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from models.parts.features.base import FeatureMap, at_least_one, product
 from models.parts.sizes import Sizes
 
-LAYERS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+LAYERS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
 class Identity(FeatureMap):

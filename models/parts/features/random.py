@@ -20,6 +20,8 @@ class RandomFeatures(FeatureMap):
     draw, which differs from head to head and is the same in every layer. It is no parameter, and saved with them.
     """
 
+    directions: Tensor
+
     def __init__(
         self,
         sizes: Sizes,
@@ -47,6 +49,8 @@ class Cosine(RandomFeatures):
     """Random Fourier features (Rahimi and Recht 2007): phi(x) = sqrt(2/m) cos(W sqrt(b) x + c), c uniform in
     [0, 2 pi). phi(q) . phi(k) is exp(-b |q - k|^2 / 2) in expectation, and of either sign.
     """
+
+    phases: Tensor
 
     def draw(self, sizes: Sizes, orthogonal: bool, generator: torch.Generator) -> None:
         super().draw(sizes, orthogonal, generator)
@@ -77,11 +81,11 @@ class Performer(RandomFeatures):
 
 def _directions(heads: int, num_features: int, key_dim: int, orthogonal: bool, generator: torch.Generator) -> Tensor:
     """W [heads, num_features, key_dim] of RandomFeatures."""
-    like = {"generator": generator, "device": "cpu", "dtype": torch.float32}
-    independent = torch.randn(heads, num_features, key_dim, **like)
+    independent = torch.randn(heads, num_features, key_dim, generator=generator, device="cpu", dtype=torch.float32)
     if not orthogonal:
         return independent
-    blocks = torch.randn(heads, -(-num_features // key_dim), key_dim, key_dim, **like)
+    n = -(-num_features // key_dim)
+    blocks = torch.randn(heads, n, key_dim, key_dim, generator=generator, device="cpu", dtype=torch.float32)
     Q, R = torch.linalg.qr(blocks)
     Q = Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # uniform over the rotations (Mezzadri 2007)
     return Q.mT.flatten(1, 2)[:, :num_features] * independent.norm(dim=-1, keepdim=True)

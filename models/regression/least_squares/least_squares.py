@@ -33,7 +33,7 @@ Shapes: B batch, T tokens, H heads, K key width, V value width, C chunk, N chunk
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -153,7 +153,7 @@ def chunked_least_squares(
             found = solve(Normal(*A[:4], size), q, solver, pairs)
         query = _mixed(q, found.x, None if mix is None else mix.squeeze(-1))
         o = torch.bmm(query, G) * start + torch.bmm(torch.bmm(query, k.mT) * weights, values)
-        found = Solution(*(None if x is None else from_chunks(x, (B, T, H)) for x in found))
+        found = Solution._make(None if x is None else from_chunks(x, (B, T, H)) for x in found)
     return from_chunks(o, (B, T, H)).to(v.dtype), Moments(*last.unflatten(0, (B, H)).split([K, v.shape[-1]], -1)), found
 
 
@@ -220,13 +220,13 @@ class LeastSquares(Memory):
             raise ValueError(f"regressor.max_steps={max_steps} must be at least 1, or null")
         H, K = self.num_heads, self.key_dim
         self.fit = f"least squares, {solver.replace('_', ' ')}"
+        self.fixed_ridge = None if ridge == "learned" else float(ridge)  # a number for chebyshev
         self.solver_name, self.scaled_ridge, self.decay_cap = solver, scaled_ridge, decay_cap
-        self.solver = {
+        self.solver: Any = {
             "conjugate_gradients": partial(conjugate_gradients, tolerance=tolerance, max_steps=max_steps),
-            "chebyshev": partial(chebyshev, scale=ridge, tolerance=tolerance, max_steps=max_steps),
+            "chebyshev": partial(chebyshev, scale=self.fixed_ridge or 1.0, tolerance=tolerance, max_steps=max_steps),
             "cholesky": cholesky,
         }.get(solver)
-        self.fixed_ridge = None if ridge == "learned" else float(ridge)
         if ridge == "learned":
             self.ridge = nn.Parameter(torch.full((H, K), 1 - self.FLOOR).expm1().log())  # softplus inverted
         self.write_weight = nn.Linear(sizes.hidden_size, H)
@@ -274,6 +274,7 @@ class LeastSquares(Memory):
         x, q, k, v, log_decay, segments = tokens
         recurrent, ridge = self.choose(v.device, v.dtype).backend == "recurrent", self._ridge(k)
         if self.solver_name == "rls":
+            assert ridge.size is not None
             starts = None if segments is None else F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
             form = recurrent_fading_ridge if recurrent else recursive_least_squares
             return form(q, k, v, b, ridge.size, log_decay, state, starts)
@@ -300,7 +301,7 @@ class LeastSquares(Memory):
         solver took, on average and at most, and the largest relative residual left. {} where nothing was iterated.
         """
         steps, residual = self.steps_taken, self.residual
-        if steps is None:
+        if steps is None or residual is None:
             return {}
         return {"solver_steps": steps.mean(), "solver_steps_max": steps.max(), "solver_residual": residual.max()}
 

@@ -29,11 +29,11 @@ def first_moments(q: Tensor, k: Tensor, v: Tensor, moments: Moments | None) -> M
     """The moments to begin with, zeros for None, with twice the digits of q, k [B, T, H, K] and v [B, T, H, V]."""
     dtype = doubled_dtype(k.device, q.dtype, k.dtype, v.dtype)
     if moments is not None:
-        return Moments(*(x if x is None else x.to(dtype) for x in moments))
+        return Moments._make(x if x is None else x.to(dtype) for x in moments)
     B, _, H, K = k.shape
     return Moments(*(torch.zeros(B, H, K, X, dtype=dtype, device=k.device) for X in (K, v.shape[-1])))
 
 
 def forget(moments: Moments, rows: Tensor) -> Moments:
     """With those of the given rows (bool [B]) emptied, and their ridge whole."""
-    return Moments(*(x if x is None else x.masked_fill(rows.view(-1, *[1] * (x.ndim - 1)), 0.0) for x in moments))
+    return Moments._make(x if x is None else x.masked_fill(rows.view(-1, *[1] * (x.ndim - 1)), 0.0) for x in moments)

@@ -40,14 +40,14 @@ def recurrent_fading_ridge(
     Arguments and results as in recurrent_least_squares; ridge [H, K]; starts [B, T]: true at the first tokens of
     documents that begin inside the call, where the memory is empty and the ridge whole again.
     """
-    tokens, moments = _tokens(q, k, v, write_weight, log_decay, moments, starts)
-    ridge, outputs = ridge.to(tokens[0].q.dtype), []
+    tokens, H, G, log_ridge = _tokens(q, k, v, write_weight, log_decay, moments, starts)
+    ridge, outputs = ridge.to(H.dtype), []
     with torch.autocast(q.device.type, enabled=False):
         for token in tokens:
-            moments = _after(moments, token)
-            A = moments.keys + torch.diag_embed(moments.log_ridge.exp().unsqueeze(-1) * ridge)
-            outputs.append(_read(torch.linalg.solve(A, token.q), moments.pairs))
-        return torch.stack(outputs, dim=1).to(v.dtype), moments
+            H, G, log_ridge = _after(H, G, log_ridge, token)
+            A = H + torch.diag_embed(log_ridge.exp().unsqueeze(-1) * ridge)
+            outputs.append(_read(torch.linalg.solve(A, token.q), G))
+        return torch.stack(outputs, dim=1).to(v.dtype), Moments(H, G, log_ridge)
 
 
 def recursive_least_squares(
@@ -62,20 +62,20 @@ def recursive_least_squares(
 ) -> tuple[Tensor, Moments]:
     """The same by the recursion above, from one inverse at the beginning of the call. Arguments and results as in
     recurrent_fading_ridge."""
-    tokens, moments = _tokens(q, k, v, write_weight, log_decay, moments, starts)
-    ridge, outputs = torch.diag_embed(ridge.to(tokens[0].q.dtype)), []
+    tokens, H, G, log_ridge = _tokens(q, k, v, write_weight, log_decay, moments, starts)
+    ridge, outputs = torch.diag_embed(ridge.to(H.dtype)), []
     with torch.autocast(q.device.type, enabled=False):
-        P = torch.linalg.inv(moments.keys + moments.log_ridge.exp()[..., None, None] * ridge)
-        S, first_P = P @ moments.pairs, torch.linalg.inv(ridge)
+        P = torch.linalg.inv(H + log_ridge.exp()[..., None, None] * ridge)
+        S, first_P = P @ G, torch.linalg.inv(ridge)
         for token in tokens:
-            moments = _after(moments, token)
+            H, G, log_ridge = _after(H, G, log_ridge, token)
             P, S = torch.where(token.start, first_P, P) / token.decay, S.masked_fill(token.start, 0.0)
             Pk = (P @ token.k.unsqueeze(-1)).squeeze(-1)
             gain = token.b * Pk / (1 + token.b * torch.linalg.vecdot(token.k, Pk).unsqueeze(-1))
             S = S + gain.unsqueeze(-1) * (token.v - _read(token.k, S)).unsqueeze(-2)
             P = P - gain.unsqueeze(-1) * Pk.unsqueeze(-2)
             outputs.append(_read(token.q, S))
-        return torch.stack(outputs, dim=1).to(v.dtype), moments
+        return torch.stack(outputs, dim=1).to(v.dtype), Moments(H, G, log_ridge)
 
 
 class _Token(NamedTuple):
@@ -98,26 +98,23 @@ def _tokens(
     log_decay: Tensor | None,
     moments: Moments | None,
     starts: Tensor | None,
-) -> tuple[list[_Token], Moments]:
+) -> tuple[list[_Token], Tensor, Tensor, Tensor]:
     """The arguments token by token, in the dtype of the moments, and the moments to begin with."""
-    moments = first_moments(q, k, v, moments)
-    dtype = moments.keys.dtype
-    if moments.log_ridge is None:
-        moments = Moments(*moments[:2], moments.keys.new_zeros(moments.keys.shape[:2]))
+    H, G, log_ridge = first_moments(q, k, v, moments)
+    dtype, log_ridge = H.dtype, H.new_zeros(H.shape[:2]) if log_ridge is None else log_ridge
     log_decay = torch.zeros_like(b, dtype=dtype) if log_decay is None else log_decay.to(dtype)
     starts = torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device) if starts is None else starts
     decay = log_decay.exp()[..., None, None]
     columns = (*(x.to(dtype) for x in (q, k, v, b.unsqueeze(-1))), starts[..., None, None, None], log_decay, decay)
-    return [_Token(*token) for token in zip(*(x.unbind(1) for x in columns), strict=True)], moments
+    return [_Token(*token) for token in zip(*(x.unbind(1) for x in columns), strict=True)], H, G, log_ridge
 
 
-def _after(moments: Moments, token: _Token) -> Moments:
+def _after(H: Tensor, G: Tensor, log_ridge: Tensor, token: _Token) -> tuple[Tensor, Tensor, Tensor]:
     """The moments after a token."""
-    H, G, log_ridge = moments
     H, G = (x.masked_fill(token.start, 0.0) * token.decay for x in (H, G))
     write = (token.b * token.k).unsqueeze(-1)
     log_ridge = log_ridge.masked_fill(token.start.flatten(1), 0.0) + token.log_decay
-    return Moments(H + write @ token.k.unsqueeze(-2), G + write @ token.v.unsqueeze(-2), log_ridge)
+    return H + write @ token.k.unsqueeze(-2), G + write @ token.v.unsqueeze(-2), log_ridge
 
 
 def _read(x: Tensor, memory: Tensor) -> Tensor:

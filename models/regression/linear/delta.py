@@ -142,7 +142,7 @@ def _decayed_share(s: Tensor) -> Tensor:
     return torch.where(small, series.masked_fill(~small, 0.0), -torch.expm1(-large) / large)
 
 
-STEPS = {"gradient": torch.ones_like, "implicit": lambda s: 1 / (1 + s), "exact": _decayed_share}
+STEPS: dict[str, Any] = {"gradient": torch.ones_like, "implicit": lambda s: 1 / (1 + s), "exact": _decayed_share}
 
 
 class Delta(Memory):
@@ -197,15 +197,15 @@ class Delta(Memory):
         self, backend: str, q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_decay: Tensor | None, state: Any
     ) -> tuple[Tensor, Any]:
         """The rule by one of its forms. Arguments and results as recurrent_delta's, the state for the memory."""
-        early = {"gradient_before_decay": self.gradient_before_decay}
+        early = self.gradient_before_decay
         if backend == "recurrent":
-            return recurrent_delta(q, k, v, step_size, log_decay, state, **early)
+            return recurrent_delta(q, k, v, step_size, log_decay, state, gradient_before_decay=early)
         if backend == "fla":
-            form = fla.leaky_delta if self.gradient_before_decay else fla.gated_delta
+            form = fla.leaky_delta if early else fla.gated_delta
             return form(q, k, v, step_size, log_decay, state)
         if backend == "triton":
-            return kernel_delta(q, k, v, step_size, log_decay, state, **early)
-        return chunked_delta(q, k, v, step_size, log_decay, state, self.tokens_at_once(v), **early)
+            return kernel_delta(q, k, v, step_size, log_decay, state, gradient_before_decay=early)
+        return chunked_delta(q, k, v, step_size, log_decay, state, self.tokens_at_once(v), None, early)
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
         shape = device, dtype, self.key_dim, self.value_dim

@@ -97,11 +97,11 @@ class ChunkedDelta(torch.autograd.Function):
                 dlog_decay = from_chunks(dc.flip(-2).cumsum(-2).flip(-2), ctx.like)
                 dlog_decay = dlog_decay if channels else dlog_decay.squeeze(-1)
             if not ctx.own:
-                dk, dw = dk.add_(dw), None
+                dk.add_(dw)
             dv, dmemory = E.mul_(b), dS[:rows].unflatten(0, ctx.like[::2])
             dq, dk, dv, db = (from_chunks(x, ctx.like) for x in (dq, dk, dv, db))
-            dw = None if dw is None else from_chunks(dw, ctx.like)
-            return dq, dk, dw, dv, db.squeeze(-1), dlog_decay, dmemory, None, None
+            dw_own = from_chunks(dw, ctx.like) if ctx.own else None
+            return dq, dk, dw_own, dv, db.squeeze(-1), dlog_decay, dmemory, None, None
 
 
 def _before_decay(fade: Tensor, start: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ Shapes: B batch, T tokens, H heads, K key width, V value width, C chunk, N chunk
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +113,7 @@ class Linear(Memory):
     normalizer: divide by q_t z_t; for positive features only.
     """
 
-    accepts_decay: ClassVar[tuple[str, ...]] = ("none", "head", "channel", "signed")
+    accepts_decay: tuple[str, ...] = ("none", "head", "channel", "signed")
 
     def __init__(
         self,
@@ -161,6 +161,7 @@ class Linear(Memory):
     def _weight(self, x: Tensor, log_decay: Tensor | None) -> Tensor | None:
         """w [B, T, H], or None for one."""
         if self.writes == "held":
+            assert log_decay is not None
             return -torch.expm1(log_decay)
         if self.write_weight is None:
             return None

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -130,8 +130,8 @@ def chunked_momentum(
     dtype = state.memory.dtype
     with torch.autocast(q.device.type, enabled=False):
         mixed = mixtures(step_size, log_momentum, log_decay, where, C, dtype, grad_batch > 1)
-        pairs = (into_chunks(x, n, dtype) for x, n in ((q, C), (k, C * c), (v, C * c)))
-        o, matrices = scan(*pairs, *mixed, state.matrices)
+        Q, K, V = (into_chunks(x, n, dtype) for x, n in ((q, C), (k, C * c), (v, C * c)))
+        o, matrices = scan(Q, K, V, *mixed, state.matrices)
     return from_chunks(o, q.shape[:3]).to(v.dtype), last_state(matrices, where.phase)
 
 
@@ -171,8 +171,8 @@ def kernel_momentum(
     return o[:, writes - 1 :: writes], last_state(matrices.unbind(2), where.phase)
 
 
-def _among(x: Tensor | None, place: int, writes: int) -> Tensor | None:
-    """[B, T, H, *] to [B, T writes, H, *]: x at one place of every token's, zeros at the others."""
+def _among(x: Tensor | None, place: int, writes: int) -> Tensor | Any:
+    """[B, T, H, *] to [B, T writes, H, *]: x at one place of every token's, zeros at the others. None for None."""
     if x is None or writes == 1:
         return x
     others = [0, 0] * (x.ndim - 2) + [place, writes - 1 - place]
@@ -191,7 +191,7 @@ class Momentum(Memory):
     grad_batch: the tokens of a mini-batch, whose gradients are taken at the memory before it; 1 is the exact rule.
     """
 
-    accepts_decay: ClassVar[tuple[str, ...]] = ("none", "head")
+    accepts_decay: tuple[str, ...] = ("none", "head")
     fit = "gradient step, momentum"
 
     def __init__(
@@ -247,7 +247,7 @@ class Momentum(Memory):
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
         return {"triton": kernels.refusal(device, dtype, self.key_dim, self.value_dim)}
 
-    def forget(self, state: State, rows: Tensor) -> State:
+    def forget(self, state: Any, rows: Tensor) -> Any:
         """The matrices of the given rows emptied, and their mini-batches ended."""
         matrices = tuple(super(Momentum, self).forget(x, rows) for x in state.matrices)
         return last_state(matrices, rows if state.phase is None else state.phase.masked_fill(rows, 0))

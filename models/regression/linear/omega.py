@@ -49,10 +49,8 @@ def windows(
     for another document's pairs. And what the next call's tokens will, as State has it.
     """
     (B, T, H), past = k.shape[:3], weights.shape[-1] - 1
-    if state is None:
-        tails = (x.new_zeros(B, past, H, x.shape[-1], dtype=dtype) for x in (k, v))
-    else:
-        tails = (state.keys, state.values)
+    none = (x.new_zeros(B, past, H, x.shape[-1], dtype=dtype) for x in (k, v))
+    tails = none if state is None else state[1:]
     pairs = [torch.cat([tail, x.to(dtype)], dim=1) for tail, x in zip(tails, (k, v), strict=True)]
     lasting = [x[:, T:] for x in pairs]
     if segments is not None:
@@ -62,7 +60,7 @@ def windows(
         other = (document[:, T:] != segments[:, -1:]).view(B, past, 1, 1)
         lasting = [x.masked_fill(other, 0.0) for x in lasting]
     keys, values = (x.unfold(1, past + 1, 1).flip(-1).permute(0, 1, 4, 2, 3) for x in pairs)
-    return keys, values, weights, *lasting
+    return keys, values, weights, lasting[0], lasting[1]
 
 
 def omega(

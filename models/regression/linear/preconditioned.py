@@ -23,7 +23,7 @@ Shapes: B batch, T tokens, H heads, K key width, V value width, C chunk, M chunk
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ class PreconditionedDelta(Delta):
     the smaller, the more of a first value is stored at once.
     """
 
-    accepts_decay: ClassVar[tuple[str, ...]] = ("none", "head", "signed")
+    accepts_decay: tuple[str, ...] = ("none", "head", "signed")
 
     def __init__(self, sizes: Sizes, backend: str = "auto", chunk: int | None = None, ridge: float = 0.1) -> None:
         super().__init__(sizes, backend, chunk)

@@ -31,7 +31,7 @@ class State(NamedTuple):
 
     @property
     def matrices(self) -> tuple[Tensor, ...]:
-        return self[:2] if self.reference is None else self[:3]
+        return self[:2] if self.reference is None else (self.memory, self.momentum, self.reference)
 
     def times(self, c: Tensor | float) -> State:
         """With c S for S."""
@@ -51,12 +51,12 @@ class References(NamedTuple):
 
 def first_state(k: Tensor, v: Tensor, state: State | None, grad_batch: int) -> State:
     """The state to begin with, zeros for None, in float32 at least. k [B, T, H, K], v [B, T, H, V]."""
-    given = State(None, None) if state is None else state
-    memory, momentum = first_memory(k, v, given.memory), first_memory(k, v, given.momentum)
+    memory, momentum, reference, phase = (None, None, None, None) if state is None else state
+    memory, momentum = first_memory(k, v, memory), first_memory(k, v, momentum)
     if grad_batch == 1:
         return State(memory, momentum)
-    phase = torch.zeros(len(k), dtype=torch.long, device=k.device) if given.phase is None else given.phase
-    return State(memory, momentum, first_memory(k, v, given.reference), phase)
+    phase = torch.zeros(len(k), dtype=torch.long, device=k.device) if phase is None else phase
+    return State(memory, momentum, first_memory(k, v, reference), phase)
 
 
 def last_state(matrices: tuple[Tensor, ...], phase: Tensor) -> State:

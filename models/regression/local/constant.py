@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,7 @@ def local_constant(
     kernel: str = "gaussian",
 ) -> Tensor:
     """The weighted mean, for as many queries as are given. q_age [B, H, T, 1] and k_age [B, H, S, 1]: Pairs.age."""
-    fade = None if k_age is None else k_age.mT - q_age
+    fade = None if k_age is None or q_age is None else k_age.mT - q_age
     return kernel_weights(kernel, visible, q, k, beta, fade) @ v
 
 
@@ -131,7 +131,9 @@ def parallel_softmax(q: Tensor, pairs: Pairs, beta: Tensor, view: View | None = 
         q, k, v = (F.pad(x, (0, channels - x.shape[-1])) for x in (q, k, v))
     masked = view.start is not None or (view.past and T > 1) or (view.window is not None and view.window < S)
     o = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)),
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
         attn_mask=view.visible(slice(0, T), slice(0, S), q.device).unsqueeze(1) if masked else None,
         is_causal=not masked and T > 1,
         scale=1.0,
@@ -176,7 +178,7 @@ class Softmax(Nonparametric):
     where it falls off between d = 0 and orthogonal keys as far as the Gaussian does.
     """
 
-    accepts_decay: ClassVar[tuple[str, ...]] = ("none",)
+    accepts_decay: tuple[str, ...] = ("none",)
 
     def __init__(
         self,
@@ -204,7 +206,7 @@ class Softmax(Nonparametric):
     def forward(self, tokens: Tokens, state: Pairs | None = None) -> tuple[Tensor, Pairs]:
         pairs, view = self.gather(tokens, state)
         o = self.read(tokens.q, pairs, view)
-        if self.skipped:
+        if self.skipped and view.start is not None:
             index = torch.arange(view.past, view.past + o.shape[1], device=o.device)
             o = o.masked_fill((view.start > index)[..., None, None], 0.0)
         return o, self.keep(pairs, view)
@@ -226,7 +228,7 @@ class Softmax(Nonparametric):
 class Forgetting(Softmax):
     """Softmax whose weights fade with a decay per head and token as well."""
 
-    accepts_decay: ClassVar[tuple[str, ...]] = ("head",)
+    accepts_decay: tuple[str, ...] = ("head",)
 
     def state_size(self, seq_len: int) -> int:
         """The pairs, and of each how far every head has forgotten it."""

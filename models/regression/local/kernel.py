@@ -185,7 +185,7 @@ class Intention(Nonparametric):
     inverse_temperature: pairs.py.
     """
 
-    accepts_decay: ClassVar[tuple[str, ...]] = ("none", "head")
+    accepts_decay: tuple[str, ...] = ("none", "head")
     grouped_heads: ClassVar[bool] = False
     function_class = "Gaussian kernels"
     fit = "ridge regression, Cholesky"

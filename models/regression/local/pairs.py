@@ -64,14 +64,15 @@ class View(NamedTuple):
 
 
 Form = Callable[..., Tensor]
+Tensors = tuple[Tensor | Any, ...]  # None for what is absent, which the first never is
 
 
 @torch.compiler.disable
 def in_blocks(
     form: Form,
-    queries: tuple[Tensor | None, ...],
-    pairs: tuple[Tensor | None, ...],
-    shared: tuple[Tensor | None, ...],
+    queries: Tensors,
+    pairs: Tensors,
+    shared: Tensors,
     view: View,
     block: int,
 ) -> Tensor:
@@ -96,7 +97,7 @@ class _Call(NamedTuple):
     view: View
     block: int
 
-    def spans(self, tensors: tuple[Tensor | None, ...]) -> Iterator[slice]:
+    def spans(self, tensors: Tensors) -> Iterator[slice]:
         T = tensors[0].shape[2]
         return (slice(a, min(a + self.block, T)) for a in range(0, T, self.block))
 
@@ -106,14 +107,14 @@ class _Call(NamedTuple):
             return span
         return self.view.reach(span) if index < self.num_queries + self.num_pairs else slice(None)
 
-    def cut(self, span: slice, tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    def cut(self, span: slice, tensors: Tensors) -> list[Tensor | Any]:
         parts = ((x, self.part(i, span)) for i, x in enumerate(tensors))
         return [x if x is None or part == slice(None) else x[:, :, part] for x, part in parts]
 
-    def on(self, span: slice, tensors: tuple[Tensor | None, ...]) -> Tensor:
+    def on(self, span: slice, tensors: Tensors) -> Tensor:
         return self.compute(span, self.cut(span, tensors))
 
-    def compute(self, span: slice, parts: list[Tensor | None]) -> Tensor:
+    def compute(self, span: slice, parts: list[Tensor | Any]) -> Tensor:
         visible = self.view.visible(span, self.view.reach(span), parts[0].device)
         with torch.autocast(parts[0].device.type, enabled=False):
             return self.form(visible.unsqueeze(1), *parts)
@@ -131,10 +132,10 @@ class _InBlocks(torch.autograd.Function):
     def backward(ctx, do: Tensor) -> tuple[Any, ...]:
         call, tensors = ctx.call, ctx.saved_tensors
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-        gradients = [torch.zeros_like(x) if i in wanted else None for i, x in enumerate(tensors)]
+        gradients: list[Tensor | Any] = [torch.zeros_like(x) if i in wanted else None for i, x in enumerate(tensors)]
         for span in call.spans(tensors):
             with torch.enable_grad():
-                parts = [None if x is None else x.detach() for x in call.cut(span, tensors)]
+                parts: list[Tensor | Any] = [None if x is None else x.detach() for x in call.cut(span, tensors)]
                 for i in wanted:
                     parts[i].requires_grad_()
                 o = call.compute(span, parts)
@@ -228,7 +229,7 @@ class Nonparametric(Regressor):
         if state is not None:
             past, first = state.k.shape[1], state.first
             k, v = torch.cat([state.k.to(k.dtype), k], dim=1), torch.cat([state.v.to(v.dtype), v], dim=1)
-            if age is not None:
+            if age is not None and state.age is not None:
                 age = torch.cat([state.age, age], dim=1)
         return Pairs(k, v, first, age), View(past, document_starts(T, past, first, segments, self.skipped), self.window)
 

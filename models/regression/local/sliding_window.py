@@ -56,7 +56,7 @@ def blocked_sliding_window(q: Tensor, pairs: Pairs, beta: Tensor, view: View, pe
     """The same by torch's fused kernels, C = min(W, T) queries at a time, each block with its C + W - 1 pairs and the
     persistent ones: memory is linear in T. Arguments as in recurrent_sliding_window; view.past is W - 1.
     """
-    (T, H), W = q.shape[1:3], view.window
+    (T, H), W = q.shape[1:3], view.past + 1
     C = min(W, T)
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -T % C)) for x in (q * beta.to(q.dtype).unsqueeze(-1), *pairs[:2]))
     q = q.unflatten(1, (-1, C)).transpose(2, 3)  # [B, n, H, C, K]
@@ -92,6 +92,8 @@ class SlidingWindow(Softmax):
     and is free to grow: it may always count more, or less, than any token.
     """
 
+    window: int
+
     def __init__(
         self,
         sizes: Sizes,
@@ -113,8 +115,8 @@ class SlidingWindow(Softmax):
     def gather(self, tokens: Tokens, state: Pairs | None) -> tuple[Pairs, View]:
         if state is None:  # as many pairs as there ever are, none of which a query uses
             past, B = self.window - 1, len(tokens.k)
-            empty = (x.new_zeros(B, past, *x.shape[2:]) for x in (tokens.k, tokens.v))
-            state = Pairs(*empty, torch.full((B,), past, device=tokens.k.device))
+            keys, values = (x.new_zeros(B, past, *x.shape[2:]) for x in (tokens.k, tokens.v))
+            state = Pairs(keys, values, torch.full((B,), past, device=tokens.k.device))
         return super().gather(tokens, state)
 
     def read(self, q: Tensor, pairs: Pairs, view: View) -> Tensor:

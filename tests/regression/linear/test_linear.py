@@ -96,7 +96,7 @@ def test_held_writes_are_what_a_state_space_model_holds():
     m = mixer("mamba2", regressor__writes="held")
     x = inputs(1, 1)
     q, k, v = (torch.randn(1, 1, 2, 16, dtype=torch.float64) for _ in range(3))
-    log_decay = m.decay(x)
+    log_decay, _ = m.decay(x)
     before = torch.randn(1, 2, 16, 16, dtype=torch.float64)
     _, memory = m.regressor(Tokens(x, q, k, v, log_decay), before)
     step = 0.01  # any; the rate is -log_decay / step
@@ -118,7 +118,7 @@ def test_signed_decays_are_the_recurrence_with_negative_gamma():
     x = inputs(1, 30)
     m(x)
     q, k, v, o = seen[0]
-    gamma = 2 * ScalarDecay.forward(m.decay, x).exp() - 1
+    gamma = 2 * ScalarDecay.forward(m.decay, x)[0].exp() - 1
     assert (gamma < 0).any() and (gamma > 0).any()
     turns = gamma.sign().cumprod(1).unsqueeze(-1)
     q, k, M = q * turns, k * turns, torch.zeros(1, 2, 16, 16, dtype=torch.float64)  # as they were before they turned
