@@ -74,15 +74,21 @@ def _compile(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Com
     parameters = {p.name: p for p in kernel.params}
     given = dict(zip(parameters, args, strict=False)) | {k: v for k, v in options.items() if k in parameters}
     signature, constants, attributes = {}, {}, {}
-    for i, (name, parameter) in enumerate(parameters.items()):
-        value = given[name]
+
+    def describe(value: Any, parameter: Any, place: tuple[int, ...]) -> Any:
+        """The type of an argument, or of each in a tuple of them."""
+        if isinstance(value, tuple) and not parameter.is_constexpr:
+            return type(value)(*(describe(x, parameter, (*place, i)) for i, x in enumerate(value)))
         special = isinstance(value, int) and not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (special and value == 1):
-            signature[name], constants[(i,)] = "constexpr", value
-            continue
-        signature[name] = _type(value)
+            constants[place] = value
+            return "constexpr"
         if isinstance(value, Tensor) or (special and value % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            attributes[place] = [["tt.divisibility", 16]]
+        return _type(value)
+
+    for i, (name, parameter) in enumerate(parameters.items()):
+        signature[name] = describe(given[name], parameter, (i,))
     launch = {k: v for k, v in options.items() if k not in parameters}
     made = triton.compile(
         ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", 90, 32), options=launch
