@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from models.kernels import backend
+from models.kernels.deep.arguments import Scan
 
 MINI_BATCHES = (16, 32, 64)
 WIDTHS = (16, 32, 64)  # of keys and values
@@ -57,104 +58,64 @@ def refusal(device: torch.device, dtype: torch.dtype, grad_batch: int, widths: t
     return None
 
 
-def deep_scan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    step_size: Tensor,
-    log_momentum: Tensor | None,
-    log_decay: Tensor | None,
-    filled: Tensor | None,
-    begin: Tensor,
-    base: Tensor | None,
-    reference: Tensor | None,
-    runs: Tensor,
-    grad_batch: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """All mini-batches of a call, N of C = grad_batch tokens, T = N C. q, k [B, T, H, K] and v [B, T, H, V] of one
-    dtype; step_size, log_momentum and log_decay [B, T, H], n = 2 matrices with a momentum and 1 without; filled [B, T]:
-    where tokens are, None for everywhere. runs [P, 4], of a document: its row of the batch, its first mini-batch, the
-    one after its last, and the last that has tokens. Weights are packed, W_1 [K, F] and W_2 [F, V] one after the other,
-    PAIR numbers: begin [P H, n PAIR], N and S before a document; base [H, PAIR], W, or None for 0; reference [B H,
-    PAIR], R of the first mini-batch of every row, or None for W + N.
+def deep_scan(scan: Scan, grad_batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All mini-batches of a call, of C = grad_batch tokens.
 
     Returns o [B, T, H, V]; N and S after each document [P H, n PAIR]; N at the last mini-batch of it that has tokens [P
     H, PAIR].
     """
-    gates = (None if x is None else x.float() for x in (step_size, log_momentum, log_decay))
-    weights = (None if x is None else x.float() for x in (begin, base, reference))
-    filled = None if filled is None else filled.to(torch.int8)
-    return _forward(q.to(v.dtype), k.to(v.dtype), v, *gates, filled, *weights, runs, grad_batch)
+    q, k, v, *numbers, filled, runs = scan
+    numbers = [x if x is None else x.float() for x in numbers]
+    filled = filled if filled is None else filled.to(torch.int8)
+    scan = Scan._make((q.to(v.dtype), k.to(v.dtype), v, *numbers, filled, runs))
+    given = {name: x for name, x in scan._asdict().items() if x is not None}
+    return _forward(list(given.values()), " ".join(given), grad_batch)
+
+
+def _scan(given: list[Tensor], names: str) -> Scan:
+    """Of what is there; in a list with None in it torch (2.13) would not see the tensors that want gradients."""
+    return Scan(**{**dict.fromkeys(Scan._fields), **dict(zip(names.split(), given, strict=True))})
 
 
 @torch.library.custom_op("test_time_regression::deep_scan", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    step_size: Tensor,
-    log_momentum: Tensor | None,
-    log_decay: Tensor | None,
-    filled: Tensor | None,
-    begin: Tensor,
-    base: Tensor | None,
-    reference: Tensor | None,
-    runs: Tensor,
-    grad_batch: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(given: list[Tensor], names: str, grad_batch: int) -> tuple[Tensor, Tensor, Tensor]:
     from models.kernels.deep.launch import Launch
 
-    with torch.cuda.device_of(q):
-        call = Launch(q, k, v, step_size, log_momentum, log_decay, filled, begin, base, reference, runs, grad_batch)
-        return call.forward()
+    with torch.cuda.device_of(given[0]):
+        return Launch(_scan(given, names), grad_batch).forward()
 
 
 @_forward.register_fake
-def _(q, k, v, step_size, log_momentum, log_decay, filled, begin, *_):
-    held = begin.new_empty(len(begin), begin.shape[-1] // (1 if log_momentum is None else 2))
-    return (*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, begin)), held)
+def _(given, names, grad_batch):
+    scan = _scan(given, names)
+    held = scan.begin.new_empty(len(scan.begin), scan.begin.shape[-1] // (1 if scan.log_momentum is None else 2))
+    return (*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (scan.v, scan.begin)), held)
 
 
 @torch.library.custom_op("test_time_regression::deep_scan_backward", mutates_args=())
 def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    step_size: Tensor,
-    log_momentum: Tensor | None,
-    log_decay: Tensor | None,
-    filled: Tensor | None,
-    begin: Tensor,
-    base: Tensor | None,
-    reference: Tensor | None,
-    runs: Tensor,
-    grad_batch: int,
-    do: Tensor,
-    dlast: Tensor,
-    dheld: Tensor,
+    given: list[Tensor], names: str, grad_batch: int, do: Tensor, dlast: Tensor, dheld: Tensor
 ) -> list[Tensor]:
     from models.kernels.deep.launch import Launch
 
-    with torch.cuda.device_of(q):
-        call = Launch(q, k, v, step_size, log_momentum, log_decay, filled, begin, base, reference, runs, grad_batch)
-        return call.backward(do, dlast, dheld)
+    with torch.cuda.device_of(given[0]):
+        return Launch(_scan(given, names), grad_batch).backward(do, dlast, dheld)
 
 
 @_backward.register_fake
-def _(q, k, v, step_size, log_momentum, log_decay, filled, begin, base, reference, *_):
-    given = (q, k, v, step_size, log_momentum, log_decay, begin, base, reference)
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given if x is not None]
+def _(given, names, *_):
+    numbers = _scan(given, names)[:-2]  # all but filled and runs
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in numbers if x is not None]
 
 
 def _keep(ctx, inputs, output) -> None:
-    *tensors, ctx.grad_batch = inputs
-    ctx.save_for_backward(*tensors)
+    given, *ctx.known = inputs
+    ctx.save_for_backward(*given)
 
 
-def _gradients(ctx, do: Tensor, dlast: Tensor, dheld: Tensor) -> tuple[Tensor | None, ...]:
-    *given, runs = ctx.saved_tensors
-    found = iter(_backward(*given, runs, ctx.grad_batch, do, dlast, dheld))
-    return (*(None if x is None or i == 6 else next(found) for i, x in enumerate(given)), None, None)
+def _gradients(ctx, *gradients: Tensor) -> tuple[list[Tensor | None], None, None]:
+    found = _backward(list(ctx.saved_tensors), *ctx.known, *gradients)
+    return [*found, *[None] * (len(ctx.saved_tensors) - len(found))], None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from models.kernels import backend
+from models.kernels.deep.arguments import Call, Found, Left, Scan, Sizes
 from models.kernels.deep.gradient import scan_gradient
 from models.kernels.deep.outputs import outputs, outputs_gradient
 from models.kernels.deep.scans import scan
 from models.kernels.deep.writes import base_gradient, writes_gradient
 from models.kernels.momentum.coefficients import coefficients, coefficients_gradient
 from models.kernels.momentum.tiles import ROWS
-from models.parts.precision import NOTHING
 
 HALF = {  # BF, warps and stages, in 16 bits. Tiles of 32 beside mini-batches of 64 were wrong or met an illegal address
     "scan": (128, 8, 1),
@@ -29,130 +29,99 @@ GROUPS = 16  # of mini-batches, whose gradients by W are summed apart
 class Launch:
     """One call: its inputs, made contiguous, and what its kernels have in common."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        step_size: Tensor,
-        log_momentum: Tensor | None,
-        log_decay: Tensor | None,
-        filled: Tensor | None,
-        begin: Tensor,
-        base: Tensor | None,
-        reference: Tensor | None,
-        runs: Tensor,
-        grad_batch: int,
-    ) -> None:
-        given = (q, k, v, step_size, log_momentum, log_decay, filled, begin, base, reference, runs)
-        self.q, self.k, self.v, *rest = (x if x is None else x.contiguous() for x in given)
-        *self.gates, self.filled, self.begin, self.base, self.reference, self.runs = rest
-        self.fades = base is None
-        # where there is none kernels get an address that they do not read
-        self.rounded = self.q if self.fades else self.base.to(q.dtype)
-        (self.B, T, self.H, K), V, C, n = q.shape, v.shape[-1], grad_batch, 1 if log_momentum is None else 2
-        self.N, self.BH, self.pair = T // C, self.B * self.H, begin.shape[-1] // n
-        self.M, self.hidden = self.BH * self.N, self.pair // (K + V)
-        self.precision = {"PRECISION": "tf32" if q.dtype != torch.float32 else "tf32x3"}
-        self.shared = {"C": C, "K": K, "F": self.hidden, "V": V, "MOMENTUM": n == 2, "BASE": base is not None}
-        self.shared |= self.precision
+    def __init__(self, scan: Scan, grad_batch: int) -> None:
+        self.scan = scan = Scan(*(x if x is None else x.contiguous() for x in scan))
+        self.gates, self.momentum = scan[3:6], scan.log_momentum is not None
+        (self.B, T, self.H, self.K), self.C, self.V = scan.q.shape, grad_batch, scan.v.shape[-1]
+        self.N, self.BH, self.pair = T // self.C, self.B * self.H, scan.begin.shape[-1] // (1 + self.momentum)
+        self.M, self.F = self.BH * self.N, self.pair // (self.K + self.V)
+        self.half = scan.q.dtype != torch.float32
+        self.precision = "tf32" if self.half else "tf32x3"
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """o, N and S after every document, and N at its last mini-batch."""
-        G, vectors = self._coefficients()
-        last, held, states, _, *errors, _, _ = self._scan(vectors)
-        o = torch.empty_like(self.v)
-        outputs[self.N, self.BH](
-            self.q, self.k, G, vectors, self.rounded, states, *errors, o, self.N, self.H, **self._options("outputs")
-        )
+        call = self._coefficients()
+        left, last, held = self._scan(call)
+        o = torch.empty_like(call.v)
+        outputs[self.N, self.BH](call, left, o, **self._options("outputs"))
         return o, last, held
 
     def backward(self, do: Tensor, dlast: Tensor, dheld: Tensor) -> list[Tensor]:
-        """The gradients by all inputs but filled and runs."""
-        G, vectors = self._coefficients()
-        _, _, states, references, *errors, slopes, curves = self._scan(vectors, gradient=True)
-        hidden, _, errors2, _ = errors
-        do, dheld, dfirst = do.contiguous(), dheld.contiguous(), dlast.clone(memory_format=torch.contiguous_format)
-        dq, dkeys, dk, dv, dG, dvectors = (torch.empty_like(x) for x in (self.q, self.k, self.k, self.v, G, vectors))
-        inner, dinner, dhidden, derrors1, dback, dz = (torch.empty_like(hidden) for _ in range(6))
-        derrors2, dstates, dlength = torch.empty_like(errors2), torch.empty_like(states), self._new(*hidden.shape[:2])
-        dreference = None if self.reference is None else torch.empty_like(self.reference)
-        outputs_gradient[self.N, self.BH](
-            self.q, self.k, G, vectors, self.rounded, states, *errors, do,
-            inner, dinner, dq, dkeys, dhidden, derrors1, derrors2, dG, dvectors, self.N, self.H,
-            **self._options("outputs_gradient"),
-        )  # fmt: skip
-        options, split = self._shared_out("scan_gradient")
-        scan_gradient[(len(dfirst) * split,)](
-            self.q, self.k, vectors, self.runs, references, *errors, slopes, curves,
-            inner, dinner, do, dhidden, derrors1, derrors2, dheld, dfirst, dstates, dback, dz, dv, dlength,
-            dreference, *self._meeting(split, 2 * self.v.shape[-1] + 1), self.N, self.H, **options,
-        )  # fmt: skip
-        writes_gradient[self.N, self.BH](
-            self.k, vectors, states, references, *errors, dkeys, dstates, dz, dlength,
-            dk, dvectors, self.N, self.H, **self._options("writes_gradient"),
-        )  # fmt: skip
+        """The gradients by all of the Scan but filled and runs."""
+        call = self._coefficients()
+        left, *_ = self._scan(call, gradient=True)
+        like = dict.fromkeys(("inner", "dinner", "dhidden", "derrors1", "dback", "dz"), left.hidden)
+        like |= {"dq": call.q, "dk": call.k, "dkeys": call.k, "dv": call.v, "derrors2": left.errors2}
+        like |= {"dcoefficients": call.G, "dvectors": call.vectors, "dlength": call.vectors[:, 0]}
+        like["dstates"] = left.states
+        found = Found(
+            do=do.contiguous(),
+            dheld=dheld.contiguous(),
+            dfirst=dlast.clone(memory_format=torch.contiguous_format),
+            dreference=None if call.reference is None else torch.empty_like(call.reference),
+            **{name: torch.empty_like(x, memory_format=torch.contiguous_format) for name, x in like.items()},
+        )
+        outputs_gradient[self.N, self.BH](call, left, found, **self._options("outputs_gradient"))
+        grid, meeting, options = self._documents("scan_gradient", 2 * self.V + 1)
+        scan_gradient[grid](call, left, found, *meeting, **options)
+        writes_gradient[self.N, self.BH](call, left, found, **self._options("writes_gradient"))
         dgates = [x if x is None else torch.empty_like(x) for x in self.gates]
         coefficients_gradient[self.N, self.BH](
-            *self.gates, None, self.filled, dG, dvectors, *dgates, self.N * self.shared["C"], self.N, self.H,
-            C=self.shared["C"], MOMENTUM=self.shared["MOMENTUM"], DECAY=self.gates[2] is not None, CARRIED=False,
-            SOURCES=False, WRITES=1, **self.precision, num_warps=4,
+            *self.gates, None, self.scan.filled, found.dcoefficients, found.dvectors, *dgates,
+            self.N * self.C, self.N, self.H, C=self.C, MOMENTUM=self.momentum, DECAY=self.gates[2] is not None,
+            CARRIED=False, SOURCES=False, WRITES=1, PRECISION=self.precision, num_warps=4,
         )  # fmt: skip
-        found = [dq, dk, dv, *(x for x in dgates if x is not None), dfirst]
-        if not self.fades:
-            options = {**self._options("base_gradient"), "REFERENCE": dreference is not None}
-            dbase = self._new(GROUPS, *self.base.shape)
-            base_gradient[(self.hidden // options["BF"], self.H, GROUPS)](
-                self.q, self.k, hidden, errors2, inner, dinner, do, dback, dz, dv, dbase, self.B, self.N, self.H,
-                **options,
-            )  # fmt: skip
-            found.append(dbase.sum(0))
-        return found if dreference is None else [*found, dreference]
+        dbase = None
+        if call.base is not None:
+            options, parts = self._options("base_gradient"), self._new(GROUPS, self.H, self.pair)
+            base_gradient[options["S"].split, self.H, GROUPS](call, left, found, parts, **options)
+            dbase = parts.sum(0)
+        gradients = (found.dq, found.dk, found.dv, *dgates, found.dfirst, dbase, found.dreference)
+        return [x for x in gradients if x is not None]
 
-    def _coefficients(self) -> tuple[Tensor, Tensor]:
-        """Those of models/kernels/momentum, whose errors refer to the chunk's first memory here: G, and vectors."""
-        C, K = self.shared["C"], self.shared["K"]
+    def _coefficients(self) -> Call:
+        """With those of models/kernels/momentum, whose errors refer to the chunk's first memory here."""
+        (q, k, v), base, C = self.scan[:3], self.scan.base, self.C
         G, vectors = self._new(self.M, C, C), self._new(self.M, ROWS, C)
         coefficients[self.N, self.BH](
-            self.k, self.k, *self.gates, None, self.filled, G, G, vectors, self.N * C, self.N, self.H, K,
-            C=C, LOG_C=C.bit_length() - 1, BK=K, MOMENTUM=self.shared["MOMENTUM"], DECAY=self.gates[2] is not None,
-            SOURCES=False, DECAYED=False, SOLVE=False, WRITES=1, OWN_WRITES=False, **self.precision, num_warps=4,
+            k, k, *self.gates, None, self.scan.filled, G, G, vectors, self.N * C, self.N, self.H, self.K,
+            C=C, LOG_C=C.bit_length() - 1, BK=self.K, MOMENTUM=self.momentum, DECAY=self.gates[2] is not None,
+            SOURCES=False, DECAYED=False, SOLVE=False, WRITES=1, OWN_WRITES=False, PRECISION=self.precision,
+            num_warps=4,
         )  # fmt: skip
-        return G, vectors
+        base = base if base is None else base.to(q.dtype)
+        return Call(q, k, v, base, self.scan.reference, self.scan.runs, G, vectors, self.B, self.N, self.H)
 
-    def _scan(self, vectors: Tensor, gradient: bool = False) -> tuple[Tensor, ...]:
-        """N and S after every document, N at its last mini-batch; N and S, R, X_2, E_1, E_2 and the limits of all, and
-        what the backward pass wants to know of the activation."""
-        C, F, V = (self.shared[name] for name in "CFV")
-        last, new = self.begin.clone(), self.q.new_empty
+    def _scan(self, call: Call, gradient: bool = False) -> tuple[Left, Tensor, Tensor]:
+        """What it leaves behind, N and S after every document, and N at its last mini-batch."""
+        M, C, new, last = self.M, self.C, call.q.new_empty, self.scan.begin.clone()
+        left = Left(
+            states=new(M, last.shape[-1]),
+            references=new(M, self.pair),
+            hidden=new(M, C, self.F),
+            errors1=new(M, C, self.F),
+            errors2=new(M, C, self.V),
+            limits=self._new(M, 3, C),
+            slopes=new(M, C, self.F) if gradient else None,
+            curves=new(M, C, self.F) if gradient else None,
+        )
         held = self._new(len(last), self.pair)
-        states, references = new(self.M, self.begin.shape[-1]), new(self.M, self.pair)
-        errors = new(self.M, C, F), new(self.M, C, F), new(self.M, C, V), self._new(self.M, 3, C)
-        slopes, curves = (new(self.M, C, F) if gradient else errors[0] for _ in range(2))
-        options, split = self._shared_out("scan")
-        scan[(len(last) * split,)](
-            self.k, self.v, vectors, self.rounded, self.reference, self.runs,
-            last, held, states, references, *errors, slopes, curves, *self._meeting(split, V + 2),
-            self.N, self.H, GRADIENT=gradient, **options,
-        )  # fmt: skip
-        return last, held, states, references, *errors, slopes, curves
+        grid, meeting, options = self._documents("scan", self.V + 2)
+        scan[grid](call, left, last, held, *meeting, **options)
+        return left, last, held
 
     def _new(self, *shape: int) -> Tensor:
-        return self.begin.new_empty(shape)
+        return self.scan.begin.new_empty(shape)
 
-    def _meeting(self, split: int, width: int) -> tuple[Tensor, Tensor]:
-        """Where the programs of a document exchange `width` numbers a token, and count who has come."""
-        sums = self._new(len(self.begin), split, self.shared["C"] * width)
-        return sums, torch.zeros(len(self.begin), dtype=torch.int32, device=sums.device)
+    def _documents(self, kernel: str, width: int) -> tuple[tuple[int], tuple[Tensor, Tensor], dict[str, object]]:
+        """A scan's grid; where the programs of a document of a head exchange `width` numbers a token, and count who has
+        come; and its options. One program for each in the interpreter, where they run one after another."""
+        options, documents = self._options(kernel, self.F if backend.interpreting() else None), len(self.scan.begin)
+        split = options["S"].split
+        sums = self._new(documents, split, self.C * width)
+        return (documents * split,), (sums, torch.zeros_like(sums[:, 0, 0], dtype=torch.int32)), options
 
-    def _shared_out(self, kernel: str) -> tuple[dict[str, object], int]:
-        """The options of a scan, and how many programs a document of a head has; one in the interpreter, where programs
-        run one after another."""
-        options = {**self._options(kernel), "REFERENCE": self.reference is not None, "NOTHING": NOTHING}
-        if backend.interpreting():
-            options["BF"] = self.hidden
-        return options, self.hidden // options["BF"]
-
-    def _options(self, kernel: str) -> dict[str, object]:
-        tile, warps, stages = HALF[kernel] if self.q.dtype != torch.float32 else WHOLE
-        return {**self.shared, "BF": min(tile, self.hidden), "num_warps": warps, "num_stages": stages}
+    def _options(self, kernel: str, tile: int | None = None) -> dict[str, object]:
+        width, warps, stages = HALF[kernel] if self.half else WHOLE
+        sizes = Sizes(self.C, self.K, self.F, self.V, self.momentum, self.precision, tile or min(width, self.F))
+        return {"S": sizes, "num_warps": warps, "num_stages": stages}

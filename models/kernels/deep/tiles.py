@@ -1,9 +1,8 @@
 """What the kernels of deep memories share: where tiles lie, and the activation.
 
-Triton code. `chunk` is one of [B H N], its C tokens rows of [B, N C, H, *] from `first_token` on; K and V are widths
-of keys and values, F of the hidden layer, of which a tile has BF. The weights of a network are packed, W_1 [K, F] and
-then W_2 [F, V], PAIR numbers; a state is N of both, and S of both after it, SIZE. Tiles are float32 unless they are
-operands of a product, which have the dtype of q, k, v.
+Triton code; the tuples `call`, `left` and `found` and the sizes S are in arguments.py. A chunk's tokens begin at
+`first_token`. Of the hidden layer a tile has BF units, from j BF on. Tiles are float32 unless they are operands of a
+product, which have the dtype of q, k, v.
 """
 
 from __future__ import annotations
@@ -11,10 +10,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from models.parts import precision
+
+NOTHING = tl.constexpr(precision.NOTHING)
+
 
 @triton.jit
-def dot(x, y, PRECISION: tl.constexpr):
-    return tl.dot(x, y, input_precision=PRECISION)
+def dot(x, y, S: tl.constexpr):
+    return tl.dot(x, y, input_precision=S.PRECISION)
+
+
+@triton.jit
+def zeros(R: tl.constexpr, X: tl.constexpr):
+    """[R, X]. Triton 3.6 makes no shape of fields of S themselves."""
+    return tl.zeros([R, X], tl.float32)
 
 
 @triton.jit
@@ -30,9 +39,70 @@ def turned(pointer, offset, R: tl.constexpr, X: tl.constexpr, STRIDE):
 
 
 @triton.jit
-def first_token(bh, n, N, H, C: tl.constexpr):
+def first_token(bh, n, call, S: tl.constexpr):
     """The row of [B, N C, H, *] that a chunk begins with; its tokens are H rows apart."""
-    return ((bh // H) * N + n) * C * H + bh % H
+    return ((bh // call.H) * call.N + n) * S.C * call.H + bh % call.H
+
+
+@triton.jit
+def of_tokens(pointer, tokens, X: tl.constexpr, call, S: tl.constexpr):
+    """Addresses [C, X] of [B, N C, H, X], from a first token on."""
+    return tile(pointer, tokens * X, S.C, X, call.H * X)
+
+
+@triton.jit
+def of_chunk(pointer, chunk, X: tl.constexpr, S: tl.constexpr):
+    """Addresses [C, X] of [B H N, C, X]."""
+    return tile(pointer, chunk * (S.C * X), S.C, X, X)
+
+
+@triton.jit
+def of_units(pointer, chunk, j, S: tl.constexpr):
+    """Addresses [C, BF] of [B H N, C, F]."""
+    return tile(pointer, chunk * (S.C * S.F) + j * S.BF, S.C, S.BF, S.F)
+
+
+@triton.jit
+def turned_units(pointer, chunk, j, S: tl.constexpr):
+    """Addresses [BF, C] of [B H N, C, F]."""
+    return turned(pointer, chunk * (S.C * S.F) + j * S.BF, S.BF, S.C, S.F)
+
+
+@triton.jit
+def of_layers(pointer, offset, j, S: tl.constexpr):
+    """Addresses of weights from `offset` on: [K, BF] of W_1 and [BF, V] of W_2."""
+    second = S.K * S.F + j * S.BF * S.V
+    return tile(pointer, offset + j * S.BF, S.K, S.BF, S.F), tile(pointer, offset + second, S.BF, S.V, S.V)
+
+
+@triton.jit
+def turned_layers(pointer, offset, j, S: tl.constexpr):
+    """The same, with the first turned: [BF, K]."""
+    second = S.K * S.F + j * S.BF * S.V
+    return turned(pointer, offset + j * S.BF, S.BF, S.K, S.F), tile(pointer, offset + second, S.BF, S.V, S.V)
+
+
+@triton.jit
+def load_layers(pointer, offset, j, S: tl.constexpr):
+    at1, at2 = turned_layers(pointer, offset, j, S)
+    return tl.load(at1), tl.load(at2)
+
+
+@triton.jit
+def store_layers(pointer, offset, j, x1, x2, S: tl.constexpr):
+    at1, at2 = turned_layers(pointer, offset, j, S)
+    tl.store(at1, x1)
+    tl.store(at2, x2)
+
+
+@triton.jit
+def of_document(call, S: tl.constexpr):
+    """A program's document of a head, of [P H], and its part of the hidden layer; bh; the document's first mini-batch,
+    the one after its last, and the last that has tokens."""
+    program, part = (tl.program_id(0) // S.split).to(tl.int64), tl.program_id(0) % S.split
+    run = call.runs + 4 * (program // call.H)
+    bh = tl.load(run).to(tl.int64) * call.H + program % call.H
+    return program, part, bh, tl.load(run + 1), tl.load(run + 2), tl.load(run + 3)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.deep import deep_scan
+from models.kernels.deep import Scan, deep_scan
 from models.regression.deep.chunks import Start, State
 from models.regression.deep.slots import Slots, lay_out
 
@@ -105,7 +105,7 @@ def kernel_deep(
             reference = torch.where((state.phase == 0).view(-1, 1, 1), M, R)
         weights = (begin.flatten(0, 1), None if start.fades else base)
         handed = None if reference is None else reference.flatten(0, 1)
-        o, last, held = deep_scan(*given, filled, *weights, handed, runs, C)
+        o, last, held = deep_scan(Scan(*given, *weights, handed, filled, runs), C)
 
         last, held = (x.unflatten(0, (-1, H))[last_run] for x in (last, held))
         M, S = last[..., : base.shape[-1]] + base, last[..., base.shape[-1] :]
