@@ -8,7 +8,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.kernels.deep.tiles import dot, first_token, of_chunk, of_layers, of_tokens, of_units, row_sum, scaled, silu
+from models.kernels.deep.tiles import (
+    dot,
+    first_token,
+    of_chunk,
+    of_layers,
+    of_tokens,
+    of_units,
+    row_sum,
+    scaled,
+    silu,
+    zeros,
+)
 from models.kernels.momentum import tiles as rows
 
 
@@ -49,8 +60,8 @@ def outputs(call, left, o, S: tl.constexpr):
     chunk, tokens, head, query, key, of_writes, read_m, read_s, share = _chunk(call, left, S)
     TYPE: tl.constexpr = query.dtype
     attend = (dot(query, tl.trans(key), S) * of_writes).to(TYPE)
-    scores, z = tl.zeros([S.C, S.C], tl.float32), tl.zeros([S.C, S.V], tl.float32)
-    z_m, z_s = tl.zeros([S.C, S.V], tl.float32), tl.zeros([S.C, S.V], tl.float32)
+    scores, z = zeros(S.C, S.C), zeros(S.C, S.V)
+    z_m, z_s = zeros(S.C, S.V), zeros(S.C, S.V)
     for j in range(0, S.split):
         y, _ = silu(_first_layer(query, attend, share, read_m, read_s, chunk, head, j, call, left, S)[0])
         y = y.to(TYPE)
@@ -74,7 +85,7 @@ def outputs_gradient(call, left, found, S: tl.constexpr):
     """Of do: from `inner` to `dvectors`."""
     chunk, tokens, head, query, key, of_writes, read_m, read_s, share = _chunk(call, left, S)
     TYPE: tl.constexpr = query.dtype
-    scores1, scores2 = dot(query, tl.trans(key), S), tl.zeros([S.C, S.C], tl.float32)
+    scores1, scores2 = dot(query, tl.trans(key), S), zeros(S.C, S.C)
     attend = (scores1 * of_writes).to(TYPE)
     for j in range(0, S.split):
         y, _ = silu(_first_layer(query, attend, share, read_m, read_s, chunk, head, j, call, left, S)[0])
@@ -88,9 +99,9 @@ def outputs_gradient(call, left, found, S: tl.constexpr):
     du2 = dot(tl.trans((scores2 * of_writes).to(TYPE)), doutput, S)
     tl.store(of_chunk(found.derrors2, chunk, S.V, S), du2)
 
-    dread_m, dread_s, dattend = tl.zeros([S.C, 1], tl.float32), tl.zeros([S.C, 1], tl.float32), tl.zeros_like(dattend)
-    seen_m, seen_s = tl.zeros([S.C, S.K], tl.float32), tl.zeros([S.C, S.K], tl.float32)
-    dquery = tl.zeros([S.C, S.K], tl.float32)
+    dread_m, dread_s, dattend = zeros(S.C, 1), zeros(S.C, 1), tl.zeros_like(dattend)
+    seen_m, seen_s = zeros(S.C, S.K), zeros(S.C, S.K)
+    dquery = zeros(S.C, S.K)
     for j in range(0, S.split):
         z, u1 = _first_layer(query, attend, share, read_m, read_s, chunk, head, j, call, left, S)
         y, slope = silu(z)

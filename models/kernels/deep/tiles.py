@@ -21,6 +21,12 @@ def dot(x, y, S: tl.constexpr):
 
 
 @triton.jit
+def zeros(R: tl.constexpr, X: tl.constexpr):
+    """[R, X]. Triton 3.6 makes no shape of fields of S themselves."""
+    return tl.zeros([R, X], tl.float32)
+
+
+@triton.jit
 def tile(pointer, offset, R: tl.constexpr, X: tl.constexpr, STRIDE):
     """Addresses [R, X] from `offset` (int64), rows STRIDE apart."""
     return pointer + offset + tl.arange(0, R)[:, None] * STRIDE + tl.arange(0, X)[None, :]

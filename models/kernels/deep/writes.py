@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.kernels.deep.tiles import dot, first_token, of_chunk, of_layers, of_tokens, of_units, row_sum, scaled
+from models.kernels.deep.tiles import dot, first_token, of_chunk, of_layers, of_tokens, of_units, row_sum, scaled, zeros
 from models.kernels.momentum import tiles as rows
 
 
@@ -21,8 +21,8 @@ def writes_gradient(call, left, found, S: tl.constexpr):
     share = tl.load(left.limits + chunk * (3 * S.C) + t)[:, None]
     dkey = tl.load(of_tokens(found.dkeys, tokens, S.K, call, S)).to(tl.float32)
     dkey += 2 * tl.load(found.dlength + chunk * S.C + t)[:, None] * key.to(tl.float32)
-    from_m, from_s = tl.zeros([S.C, S.K], tl.float32), tl.zeros([S.C, S.K], tl.float32)
-    seen_m, seen_s = tl.zeros([S.C, S.V], tl.float32), tl.zeros([S.C, S.V], tl.float32)
+    from_m, from_s = zeros(S.C, S.K), zeros(S.C, S.K)
+    seen_m, seen_s = zeros(S.C, S.V), zeros(S.C, S.V)
     dkept_m, dcarried, dkept_s = 0.0, 0.0, 0.0
     for j in range(0, S.split):
         u1 = scaled(share, tl.load(of_units(left.errors1, chunk, j, S)))
@@ -63,7 +63,7 @@ def base_gradient(call, left, found, dbase, S: tl.constexpr):
     q^T dz_q and dback^T E_2 - X_2^T dv + y^T do, summed over mini-batches. An R that was handed in does not hang on W.
     """
     j, head, group, groups = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
-    by1, by2 = tl.zeros([S.K, S.BF], tl.float32), tl.zeros([S.BF, S.V], tl.float32)
+    by1, by2 = zeros(S.K, S.BF), zeros(S.BF, S.V)
     for m in range(group, call.B * call.N, groups):
         n, bh = m % call.N, ((m // call.N) * call.H + head).to(tl.int64)
         chunk, tokens = bh * call.N + n, first_token(bh, n, call, S)
