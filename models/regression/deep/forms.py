@@ -70,11 +70,11 @@ def deep_memory(
         steps, dual = partial(in_turn, partial(advance, rule, chunk is not None)), chunk is not None
         if dual:
             given, steps = rule.weigh(*given), compiled_steps(rule) if compiled else steps
-            fixed, fitted = fixed._replace(first=rule.enter(fixed.first, fixed.base)), rule.enter(fitted, fixed.base)
+            fitted, fixed = rule.enter(fitted, fixed.base), Fixed(rule.enter(fixed.first, fixed.base), *fixed[1:])
         # a chunk that is a mini-batch begins one, but for the first of a call
         opens = slots.batch if rule.refers or size < grad_batch or state is not None else None
         flags = (slots.document, opens, slots.ends if rule.closes or not dual else None)
-        rows = (slots.flags(x, H) for x in flags)
+        rows = (slots.flags(x, H, alike=compiled and rule.at_once > 1) for x in flags)
         inputs = zip([fixed] * slots.count, *rows, *map(columns, (*pairs, *given)), strict=True)
         outputs, fitted = scan(steps, fitted, list(inputs), remat, rule.at_once)
         fitted = rule.leave(fitted, fixed.base) if dual else fitted
@@ -112,7 +112,7 @@ def advance(
     R = rule.leave(fitted, fixed.base).weights if dual else fitted.weights
     if rule.refers:
         R = R if opens is None else where(opens, R, fitted.references)
-        fitted = fitted._replace(references=R)
+        fitted = Fitted(fitted.weights, fitted.sums, R)
     pairs = list(zip(*rule.network.errors([r.to(q.dtype) for r in R], k, v, fixed.norm), strict=True))
     if dual:
         products = rule.products(fitted, fixed, pairs, opens, q.dtype, *given)
@@ -125,7 +125,7 @@ def advance(
 
 @cache
 def compiled_steps(rule: Rule) -> Callable[..., tuple[list[Tensor], Fitted]]:
-    """Some chunks in turn, by torch.compile."""
+    """Some chunks in turn, by torch.compile. (Dynamo of torch 2.11 stumbles over a named tuple's _replace.)"""
 
     def steps(fitted: Fitted, inputs: Sequence[Sequence[Any]]) -> tuple[list[Tensor], Fitted]:
         return in_turn(partial(advance, rule, True), fitted, inputs)

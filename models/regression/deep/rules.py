@@ -165,7 +165,7 @@ class Online(Rule):
         if log_a is not None:
             M = tuple(w + log_a.exp() * (m - w) for w, m in zip(base, M, strict=True))
         M = tuple(m + write for m, write in zip(M, writes, strict=True))
-        return M, now._replace(weights=M, sums=writes if self.momentum else ())
+        return M, Fitted(M, writes if self.momentum else (), now.references)
 
     def weigh(self, *given: Tensor | None) -> tuple[Tensor, ...]:
         """A mixture for what tokens read, another for what the chunk carries on."""
@@ -175,13 +175,13 @@ class Online(Rule):
     def enter(self, fitted: Fitted, base: Weights) -> Fitted:
         fading = tuple(m - w for m, w in zip(fitted.weights, base, strict=True)) if base else fitted.weights
         parts = zip(fading, *([fitted.sums] if fitted.sums else []), strict=True)
-        return fitted._replace(weights=tuple(torch.cat(x, dim=1) for x in parts), sums=())
+        return Fitted(tuple(torch.cat(x, dim=1) for x in parts), (), fitted.references)
 
     def leave(self, fitted: Fitted, base: Weights) -> Fitted:
         parts = [x.tensor_split(2 if self.momentum else 1, dim=1) for x in fitted.weights]
         weights, sums = tuple(x[0] for x in parts), tuple(x[1] for x in parts if len(x) == 2)
         weights = tuple(w + m for w, m in zip(base, weights, strict=True)) if base else weights
-        return fitted._replace(weights=weights, sums=sums)
+        return Fitted(weights, sums, fitted.references)
 
     def products(
         self, fitted: Fitted, fixed: Fixed, pairs: Pairs, opens: Flag | None, dtype: torch.dtype, *weighed: Tensor
@@ -205,7 +205,7 @@ class Online(Rule):
                 sum(states[:, i : i + 1, j : j + 1] * parts[j] for j in range(i, len(parts))) for i in range(len(parts))
             ]
             following.append(torch.cat(kept, dim=1) + product(spread(y, writes.mT).to(e.dtype).mT, e))
-        return fitted._replace(weights=tuple(following))
+        return Fitted(tuple(following), (), fitted.references)
 
 
 class Summed(Rule):
@@ -224,8 +224,8 @@ class Summed(Rule):
 
     def add(self, fitted: Fitted, pairs: Pairs, *weighed: Tensor) -> Fitted:
         """With what the tokens sum up."""
-        writes = _writes(weighed[0], pairs)
-        return fitted._replace(sums=tuple(s + write for s, write in zip(fitted.sums, writes, strict=True)))
+        sums = tuple(s + write for s, write in zip(fitted.sums, _writes(weighed[0], pairs), strict=True))
+        return Fitted(fitted.weights, sums, (), fitted.history, fitted.gates)
 
     def close(self, fitted: Fitted, fixed: Fixed, ends: Flag, *weighed: Tensor) -> Fitted:
         return fitted if ends is False else where(ends, self.step(fitted, fixed, *weighed), fitted)
@@ -296,8 +296,8 @@ class AtEnd(Summed):
         return [partial(product, y=w.to(dtype)) for w in fitted.weights]
 
     def add(self, fitted: Fitted, pairs: Pairs, *weighed: Tensor) -> Fitted:
-        gates = fitted.gates[0] + weighed[1].sum(1, keepdim=True)
-        return super().add(fitted, pairs, *weighed)._replace(gates=(gates,))
+        weights, sums, _, history, gates = super().add(fitted, pairs, *weighed)
+        return Fitted(weights, sums, (), history, (gates[0] + weighed[1].sum(1, keepdim=True),))
 
     def step(self, fitted: Fitted, fixed: Fixed, *weighed: Tensor) -> Fitted:
         log_decay, rate, eta = fitted.gates[0].split(1, dim=-1)

@@ -49,9 +49,15 @@ class Slots(NamedTuple):
         index = self.place.view(*self.place.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
         return x.gather(1, index)
 
-    def flags(self, x: Tensor | list[Tensor | bool] | None, heads: int) -> list[Tensor | bool | None]:
-        """batch, document or ends for each slot, for rows of B times heads: [rows, 1, 1], or what says so for all."""
-        rows = [None] * self.count if x is None else x
+    def flags(
+        self, x: Tensor | list[Tensor | bool] | None, heads: int, alike: bool = False
+    ) -> list[Tensor | bool | None]:
+        """batch, document or ends for each slot, for rows of B times heads: [rows, 1, 1], or what says so for all.
+        alike: a tensor for each if for one, so that slots do not have to be compiled in all combinations.
+        """
+        rows = [None] * self.count if x is None else list(x)
+        if alike and any(isinstance(r, Tensor) for r in rows):
+            rows = [torch.as_tensor(r, device=self.phase.device).expand(len(self.phase)) for r in rows]
         return [r.repeat_interleave(heads).view(-1, 1, 1) if isinstance(r, Tensor) else r for r in rows]
 
 
