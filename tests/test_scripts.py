@@ -90,10 +90,12 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(train, tmp_path, num_wor
         environment = train.environment | {"TTR_CACHE": str(tmp_path / cache)}
         return Started(tmp_path, ["data=text_files", *settings], environment, "scripts.prepare_data")
 
-    def ends_well(process):
-        return process.end() is not None and process.returncode == 0
+    def end_well(*processes):
+        for process in processes:
+            said = process.end()
+            assert process.returncode == 0, said
 
-    assert ends_well(start("whole"))
+    end_well(start("whole"))
     kept = []
     for kill in range(5):
         before = progress(tmp_path / "killed")
@@ -104,8 +106,7 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(train, tmp_path, num_wor
         process.send_signal(signal.SIGKILL)
         process.end()
         kept.append(progress(tmp_path / "killed"))
-    pair = [start("killed"), start("killed")]
-    assert all(ends_well(process) for process in pair)
+    end_well(start("killed"), start("killed"))
     assert kept == sorted(kept) and kept[-1] > 1, "what was done is kept"
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
