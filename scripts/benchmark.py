@@ -27,11 +27,12 @@ from scripts.benchmarks.timing import HEAD, compare, machine
 
 def ops(only: str | None, repeats: int, kernels: bool, path: Path | None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cases = {size: make for size, make in operators.cases(device).items() if not only or only in size}
-    if not cases:
-        sys.exit(f"error: --only={only} is part of no size here: {', '.join(operators.cases(device))}")
     if kernels and device == "cpu":
         sys.exit("error: --kernels needs a GPU, and there is none here")
+    sizes = operators.cases(device)
+    cases = {size: make for size, make in sizes.items() if not only or only in size}
+    if not cases:
+        sys.exit(f"error: --only={only} is part of no size here: {', '.join(sizes)}")
     print(f"{machine(device)}; error: largest difference to the first of its size, relative to its largest value")
     print(HEAD)
     rows = []

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.started import Started
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,23 +19,22 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
-    """One cache of prepared data for the whole session."""
-    return tmp_path_factory.mktemp("cache")
+    """One cache of prepared data for the whole session. Of several workers one prepares, and the others wait."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers
+    (folder / "cache").mkdir(exist_ok=True)
+    return folder / "cache"
 
 
 @pytest.fixture
 def train(tmp_path, cache):
     """train(*overrides, timeout=...) runs train.py in a process of its own, with runs/ below tmp_path."""
 
-    def run(*overrides: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "train.py", *overrides],
-            cwd=ROOT,
-            env=run.environment | environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+    def run(*overrides: str, timeout: float = 300) -> Started:
+        started = Started(tmp_path, list(overrides), run.environment)
+        started.end(timeout)
+        return started
 
     run.environment = os.environ | {"RUNS": str(tmp_path / "runs"), "TTR_CACHE": str(cache)}
     run.runs = tmp_path / "runs"

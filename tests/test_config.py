@@ -22,7 +22,8 @@ from models.language_model import LanguageModel, LanguageModelConfig
 CONF = Path(__file__).parents[1] / "conf"
 BASES = {"model/base"}  # parts of others, not choices
 NETWORK = {"data/fineweb_edu", "data/slimpajama", "data/wikitext", "tokenizer/hugging_face"}
-GROUPS = sorted({path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml")} - BASES)
+CHOICES = {path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml")} - BASES
+GROUPS = sorted(choice for choice in CHOICES if not choice.startswith("mixer/"))  # those are in models of their names
 
 
 def composed(*overrides: str):
@@ -38,8 +39,7 @@ def composed(*overrides: str):
 @pytest.mark.parametrize("choice", GROUPS)
 def test_every_choice_composes_and_names_what_exists(choice):
     group, name = choice.split("/")
-    where = {"mixer": "mixer@model.mixers.main", "decay": "decay@model.mixers.main.decay"}
-    where |= {part: f"{part}@model.mixers.main.{part}" for part in ("features", "regressor")}
+    where = {part: f"{part}@model.mixers.main.{part}" for part in ("decay", "features", "regressor")}
     extra = ["data.corpus.path=x"] if choice == "data/text_files" else []
     cfg = composed(f"{where.get(group, group)}={name}", *extra)
     assert list(problems(OmegaConf.to_container(cfg, resolve=True))) == []
@@ -53,7 +53,8 @@ def test_every_file_says_what_it_is(path):
 
 
 def test_every_mixer_has_a_model_of_its_name():
-    assert {p.stem for p in (CONF / "mixer").glob("*.yaml")} <= {p.stem for p in (CONF / "model").glob("*.yaml")}
+    for path in (CONF / "mixer").glob("*.yaml"):
+        assert f"/mixer@mixers.main: {path.stem}," in (CONF / "model" / path.name).read_text(), path.stem
 
 
 @pytest.mark.parametrize(
@@ -86,43 +87,28 @@ def test_mixers_are_swapped_by_override(overrides):
     assert LanguageModel(LanguageModelConfig(**sizes)).num_parameters() > 0
 
 
-# what is typed -> what the one error must say
+# what is typed -> what the one error must say; test_mistakes.py has many more, without Hydra and main
 MISTAKES = {
     # misspelt keys, wherever they stand
     "model.num_layer=4": "num_layer",
-    "+model.num_layer=4": "model.num_layer=4 is not a setting; did you mean model.num_layers?",
     "model.mixer=softmax": "mixer",
     "experiment=misspelt": "tokenz",
     "seq_length=256": "seq_length",
     "optimizer.learning_rate=0.1": "learning_rate",
-    "+optimizer.learning_rate=0.1": "optimizer.learning_rate=0.1 is not a setting",
-    "+model.mixers.main.n_head=4": "model.mixers.main.n_head=4 is not a setting",
     "+model.mixers.main.regressor.windw=4": "model.mixers.main.regressor.windw=4 is not a setting",
     "+trainer.max_step=4": "trainer.max_step=4 is not a setting",
-    "+sede=4": "sede=4 is not a setting; did you mean seed?",
     # wrong choices and types
     "model=gated_dleta": "gated_dleta",
     "size=huge": "huge",
     "model.num_layers=twelve": "num_layers",
-    "optimizer._target_=os.system": "optimizer._target_=os.system is not allowed",
-    "model.mixers.main._target_=models.mixers.Mixr": "model.mixers.main._target_=models.mixers.Mixr does not exist",
-    "model.mixers.main.qk_norm=l3": "qk_norm=l3 is not one of none, l2, rms",
-    "model.mixers.main.regressor.backend=cuda": "backend='cuda' is not a backend; one of auto",
     "model.mixers.main.regressor.backend=fla": "backend=fla can't run",
     # impossible settings
-    "batch_tokens=1000": "batch_tokens=1000 is not a multiple of seq_len=128",
     "micro_batch=5": "micro_batch=5 does not divide",
     "tokens=10": "tokens=10 is less than one step",
-    "model.num_heads=5": "num_heads=5 does not divide hidden_size=96",
     "+model.mixers.main.num_kv_heads=2": "num_kv_heads=2 does not divide num_heads=3",
     "model.pattern=[attention]": "model.pattern names 'attention'",
-    "model.pattern=[]": "model.pattern is empty",
-    "clip_norm=0": "clip_norm=0",
     "schedule.warmup=2": "schedule.warmup=2",
-    "validate_every=0": "validate_every=0",
     "seq_len=10000000": "seq_len=10000000",
-    "trainer.devices=3": "which 3 devices cannot share equally",
-    "data=text_files": "data.corpus.path",
     "data=text_files data.corpus.path=/nowhere/*.txt": "data.corpus.path='/nowhere/*.txt'",
     "data=mqar data.num_pairs=100": "data.num_pairs=100",
     "tokenizer=hugging_face tokenizer.name=/nowhere": "tokenizer.name",

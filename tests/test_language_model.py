@@ -74,7 +74,7 @@ def test_a_recurrent_state_has_constant_size():
 
 
 def test_padding_on_either_side_changes_no_logit():
-    m = model(*PRESETS)
+    m = model(*PRESETS, num_layers=len(PRESETS))
     ids = tokens(2, 9)
     logits = m(ids).logits
     for pad in ((4, 0), (0, 4), (2, 3)):
@@ -133,7 +133,7 @@ def test_the_pattern_repeats_and_names_what_is_there():
 
 
 def test_cache_reorders():
-    m = model(*PRESETS)
+    m = model(*PRESETS, num_layers=len(PRESETS))
     _, states = m.hidden(tokens())
     cache = Cache(states)
     before = [s.memory for s in states]

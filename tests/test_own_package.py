@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 
 from models.build import build
 from models.parts.sizes import Sizes
 from models.training.logger import CsvLogger, read_metrics
+from tests.conftest import ROOT
 
 SIZES = Sizes(12, 2, 2, 6, 6)
 NODE = {"_target_": "own_mixer.regressor.Kaczmarz", "_partial_": True}
@@ -61,10 +64,16 @@ def test_train_py_trains_it(package, train):
     sizes = ("model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "seq_len=32", "batch_tokens=256")
     budget = ("tokens=2560", "validation_tokens=1024", "log_every=1", "callbacks.sample.num_tokens=2")
     given = (f"hydra.searchpath=[file://{package}/conf]", "model=kaczmarz", "name=own", *sizes, *budget)
-    refused = train(*given, PYTHONPATH=str(package))
+
+    def typed(**environment: str) -> subprocess.CompletedProcess[str]:
+        environment = train.environment | {"PYTHONPATH": str(package)} | environment
+        command = [sys.executable, "train.py", *given]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+    refused = typed()
     assert refused.returncode == 1 and "TTR_PACKAGES=own_mixer allows" in refused.stderr, refused.stderr[-2000:]
     assert "Traceback" not in refused.stderr
-    done = train(*given, PYTHONPATH=str(package), TTR_PACKAGES="own_mixer")
+    done = typed(TTR_PACKAGES="own_mixer")
     assert done.returncode == 0, done.stderr[-3000:]
     losses = [row["train/loss"] for row in read_metrics(train.runs / "own" / CsvLogger.FILE) if "train/loss" in row]
     assert len(losses) == 10 and all(map(math.isfinite, losses)) and losses[-1] < losses[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 from scripts.benchmarks.data import write_text
 from scripts.figures import feature_kernels
 from tests.conftest import ROOT
+from tests.started import Started
 
 
 def script(*command: str, **settings) -> subprocess.CompletedProcess[str]:
@@ -46,11 +48,13 @@ def test_the_benchmark_says_what_it_does_not_have(monkeypatch):
 
 
 @pytest.mark.slow
-def test_prepare_data(train):
+def test_prepare_data(train, tmp_path):
     done = script("scripts/prepare_data.py", "data=python_source", env=train.environment)
     assert done.returncode == 0 and "documents" in done.stdout, done.stderr
-    done = script("scripts/prepare_data.py", "data=text_files", "data.corpus.path=/nowhere/*", env=train.environment)
-    assert done.returncode != 0 and "data.corpus.path='/nowhere/*'" in done.stderr and "Traceback" not in done.stderr
+    words = ["data=text_files", "data.corpus.path=/nowhere/*"]
+    refused = Started(tmp_path, words, train.environment, "scripts.prepare_data")
+    assert "data.corpus.path='/nowhere/*'" in refused.end() and "Traceback" not in refused.said
+    assert refused.returncode != 0
 
 
 @pytest.mark.slow
@@ -81,25 +85,28 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(train, tmp_path, num_wor
     """SIGKILL at moments that differ, the same command again and again, at last beside itself: one set of bytes."""
     write_text(tmp_path / "text.jsonl", 70)
     settings = [f"data.corpus.path={tmp_path}/text.jsonl", "data.drop_duplicates=true", f"num_workers={num_workers}"]
-    command = [sys.executable, "scripts/prepare_data.py", "data=text_files", *settings]
 
     def start(cache):
         environment = train.environment | {"TTR_CACHE": str(tmp_path / cache)}
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        return Started(tmp_path, ["data=text_files", *settings], environment, "scripts.prepare_data")
 
-    assert start("whole").wait(300) == 0
+    def end_well(*processes):
+        for process in processes:
+            said = process.end()
+            assert process.returncode == 0, said
+
+    end_well(start("whole"))
     kept = []
     for kill in range(5):
         before = progress(tmp_path / "killed")
         process = start("killed")
-        while process.poll() is None and progress(tmp_path / "killed") < before + kill % 2:
+        while process.returncode is None and progress(tmp_path / "killed") < before + kill % 2:
             time.sleep(0.01)
         time.sleep(random.Random(kill).uniform(0, 0.2))
-        process.kill()
-        process.wait()
+        process.send_signal(signal.SIGKILL)
+        process.end()
         kept.append(progress(tmp_path / "killed"))
-    pair = [start("killed"), start("killed")]
-    assert [process.wait(300) for process in pair] == [0, 0]
+    end_well(start("killed"), start("killed"))
     assert kept == sorted(kept) and kept[-1] > 1, "what was done is kept"
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 

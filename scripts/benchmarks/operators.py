@@ -250,8 +250,9 @@ class Layer(nn.Module):
 
 def memories(B: int, T: int, H: int, K: int, device: str) -> dict[str, Callable[[], Case]]:
     """Every preset with a memory of fixed size, beside the gated delta rule; on a GPU also fla's own operator."""
-    recipes = {name: composed(name).model.mixers.main for name in PRESETS}
-    own = {name: node.regressor for name, node in recipes.items() if "regressor" in node}  # not another preset's inside
+    every = [f"+mixer@model.mixers.{name}={name}" for name in PRESETS]  # at once, since Hydra is slow
+    recipes = composed("gated_delta", *every).model.mixers
+    own = {name: recipes[name].regressor for name in PRESETS if "regressor" in recipes[name]}  # not one that is inside
     found = [name for name, node in own.items() if issubclass(get_class(node._target_), Memory)]
     return {f"memory {name} B{B} T{T} H{H} K{K}": partial(memory, name, (B, T, H, K), device) for name in found}
 

@@ -67,8 +67,10 @@ def kept() -> dict[str, list[float]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_losses_are_those_that_were_kept(preset):
-    found = zip(losses(preset), kept()[preset], TOLERANCES, strict=True)
-    assert all(abs(now - before) < tolerance * before for now, before, tolerance in found)
+    found = losses(preset)
+    compared = zip(found, kept()[preset], TOLERANCES, strict=True)
+    assert all(abs(now - before) < tolerance * before for now, before, tolerance in compared)
+    assert found[-1] < found[0] - 0.3, "twenty steps hardly lower the loss"
 
 
 def line(preset: str, found: list[float]) -> str:

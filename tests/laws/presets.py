@@ -46,7 +46,7 @@ def only(path: Path) -> None:
     if conf != CONF and path.stem in PRESETS:
         raise ValueError(f"the repository has a mixer {path.stem}, which hydra would take first; choose another name")
     PRESETS[:], ELSEWHERE[:] = [path.stem], [conf] if conf != CONF else []
-    recipe.cache_clear()
+    recipes.cache_clear()
     try:
         found = list(problems(recipe(path.stem), "mixer", targets=("models.",)))
     except HydraException as error:
@@ -57,16 +57,23 @@ def only(path: Path) -> None:
 
 
 @cache
-def recipe(preset: str) -> dict[str, Any]:
-    """The preset as conf/mixer has it, for a model of HIDDEN and HEADS; a segment is a chunk."""
+def recipes() -> dict[str, dict[str, Any]]:
+    """Every preset as conf/mixer has it, for a model of HIDDEN and HEADS; a segment is a chunk. Composed at once, which
+    takes a third of the time of one after the other."""
     schema.register()
     searched = [f"hydra.searchpath=[{','.join(f'file://{conf}' for conf in ELSEWHERE)}]"] if ELSEWHERE else []
-    settings = [f"mixer@model.mixers.main={preset}", "name=law", "run_dir=none", f"model.num_heads={HEADS}"]
+    chosen = [f"+mixer@model.mixers.{preset}={preset}" for preset in PRESETS]
+    settings = ["name=law", "run_dir=none", f"model.num_heads={HEADS}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", [*searched, *settings])
-    if "segment" in cfg.model.mixers.main:
-        cfg.model.mixers.main.segment = CHUNK
-    return OmegaConf.to_container(cfg.model.mixers.main, resolve=True)
+        mixers = compose("train", [*searched, *chosen, *settings]).model.mixers
+    for preset in PRESETS:
+        if "segment" in mixers[preset]:
+            mixers[preset].segment = CHUNK
+    return OmegaConf.to_container(mixers, resolve=True)
+
+
+def recipe(preset: str) -> dict[str, Any]:
+    return recipes()[preset]
 
 
 def parts(node: dict[str, Any]) -> list[dict[str, Any]]:

@@ -79,6 +79,7 @@ def test_8_kernels_equal_the_pytorch_form(preset, backend, dtype, tolerance):
     assert max(found) < tolerance, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_8_a_compiled_mixer_is_the_mixer(preset):
     """What Dynamo makes of it, which Inductor is then handed on a GPU. (Torch 2.11's fails at a named tuple that

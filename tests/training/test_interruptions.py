@@ -495,7 +495,7 @@ def test_one_to_two_to_four_processes_and_back(tmp_path, cache):
     """Stopped by a signal to the first process alone, every few steps; the batches stay the same, so that the losses
     are those of one process to rounding."""
     slow = ("optimizer.lr=1e-4", "micro_batch=1", "tokens=30720", "validate_every=60")  # what rounding is amplified by
-    said, _ = start(tmp_path / "one", cache, *slow).communicate(timeout=300)
+    said = start(tmp_path / "one", cache, *slow).end()
     assert "finished" in said, said
     metrics = tmp_path / "more" / "run" / CsvLogger.FILE
     starts = []
@@ -504,12 +504,12 @@ def test_one_to_two_to_four_processes_and_back(tmp_path, cache):
         process = start(tmp_path / "more", cache, *slow, *split)
         done = len(metrics.read_text().splitlines()) - 1 if metrics.exists() else 0
         starts.append(done)
-        while len(starts) < 5 and process.poll() is None:
+        while len(starts) < 5 and process.returncode is None:
             if metrics.exists() and len(metrics.read_text().splitlines()) > done + 2:
                 process.send_signal(signal.SIGUSR1)
                 break
             time.sleep(0.005)
-        said, _ = process.communicate(timeout=300)
+        said = process.end()
         assert process.returncode == (UNFINISHED if len(starts) < 5 else 0), said
     ours, theirs = rows(tmp_path / "more" / "run"), rows(tmp_path / "one" / "run")
     assert [row["step"] for row in ours] == list(range(60))

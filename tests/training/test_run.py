@@ -21,6 +21,7 @@ from models.training.logger import CsvLogger, read_metrics
 from models.training.preemption import UNFINISHED
 from scripts.faults import differences, state
 from tests.conftest import ROOT
+from tests.started import Started
 
 SMALL = [
     "name=run",
@@ -48,17 +49,27 @@ def rows(folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, cache):
+    """By the command as it is typed, which those that are started here are compared with."""
     runs = tmp_path_factory.mktemp("undisturbed")
-    done = start(runs, cache).communicate(timeout=240)
-    assert "finished" in done[0], done
-    return runs / "run", done[0]
+    done = typed(runs, cache)
+    assert "finished" in done, done
+    return runs / "run", done
 
 
-def start(runs, cache, *overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    environment = os.environ | {"RUNS": str(runs), "TTR_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "train.py", *SMALL, *overrides]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+def environment(runs, cache) -> dict[str, str]:
+    return os.environ | {"RUNS": str(runs), "TTR_CACHE": str(cache)}
+
+
+def typed(runs, cache, *overrides: str) -> str:
+    """What the command says."""
+    command = [sys.executable, "train.py", *SMALL, *overrides]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.run(command, cwd=ROOT, env=environment(runs, cache), **output, timeout=240).stdout
+
+
+def start(runs, cache, *overrides: str, plot: bool = False) -> Started:
+    """Without loss.png, which takes half of the time of so short a run."""
+    return Started(runs, [*SMALL, *([] if plot else ["~callbacks.plot"]), *overrides], environment(runs, cache))
 
 
 @pytest.mark.slow
@@ -99,13 +110,13 @@ def test_killed_at_a_random_step_and_started_again_it_is_the_same_run(seed, undi
     process = start(tmp_path, cache)
     metrics = tmp_path / "run" / CsvLogger.FILE
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.returncode is None:
         if metrics.exists() and len(metrics.read_text().splitlines()) > target:
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    again, _ = start(tmp_path, cache).communicate(timeout=240)
+    process.end()
+    again = start(tmp_path, cache).end()
     assert "finished" in again, again
     if target > 8:
         assert "going on from" in again
@@ -118,9 +129,9 @@ def test_killed_at_a_random_step_and_started_again_it_is_the_same_run(seed, undi
 @pytest.mark.slow
 def test_a_finished_run_says_so_and_another_config_is_refused(undisturbed, cache):
     folder, _ = undisturbed
-    said, _ = start(folder.parent, cache).communicate(timeout=120)
+    said = start(folder.parent, cache, plot=True).end()
     assert re.search(r"run is finished: validation .* bits per byte", said), said
-    said, _ = start(folder.parent, cache, "seed=1", "model=softmax").communicate(timeout=120)
+    said = start(folder.parent, cache, "seed=1", "model=softmax", plot=True).end()
     assert "holds a run of this name with another config" in said
     assert "seed: 0 before, 1 now" in said and "Traceback" not in said
 
@@ -134,7 +145,7 @@ def test_a_finished_run_says_so_and_another_config_is_refused(undisturbed, cache
 def test_the_same_run_however_its_batches_are_split(split, undisturbed, tmp_path, cache):
     """Accumulation, and two processes (gloo). The first steps agree to rounding, which training then amplifies: the
     norm of a gradient more than a loss."""
-    said, _ = start(tmp_path, cache, *split).communicate(timeout=300)
+    said = start(tmp_path, cache, *split).end()
     assert "finished" in said, said
     ours, theirs = rows(tmp_path / "run"), rows(undisturbed[0])
     bounds = (("train/loss", 10, 1e-5), ("train/gradient_norm", 10, 2e-3), ("train/loss", 40, 2e-3))
@@ -160,7 +171,7 @@ def test_the_same_run_however_its_batches_are_split(split, undisturbed, tmp_path
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_other_tasks_and_overlays(overrides, says, tmp_path, cache):
-    said, _ = start(tmp_path, cache, *overrides).communicate(timeout=240)
+    said = start(tmp_path, cache, *overrides).end()
     assert "finished" in said and says in said, said
 
 
@@ -168,15 +179,15 @@ def test_other_tasks_and_overlays(overrides, says, tmp_path, cache):
 def test_text_files_through_train(tmp_path, cache):
     for i in range(12):
         (tmp_path / f"{i}.txt").write_text("to be, or not to be: that is the question.\n" * 50)
-    said, _ = start(
+    said = start(
         tmp_path, cache, "data=text_files", f"data.corpus.path={tmp_path}/*.txt", "data.corpus.validation_fraction=0.3"
-    ).communicate(timeout=240)
+    ).end()
     assert "finished" in said, said
 
 
 @pytest.mark.slow
 def test_wandb_offline_needs_no_account(tmp_path, cache):
-    said, _ = start(tmp_path, cache, "logger=wandb", "debug=one_batch").communicate(timeout=240)
+    said = typed(tmp_path, cache, "logger=wandb", "debug=one_batch", "~callbacks.plot")
     assert "finished" in said, said
     assert list(tmp_path.glob("**/wandb/offline-run-*"))
 
@@ -186,21 +197,21 @@ def test_a_suspended_rank_is_named_and_the_same_command_goes_on(tmp_path, cache)
     """One of two processes is suspended in the middle: the other says so and ends, and leaves none behind."""
     split = ("trainer.devices=2", "strategy=ddp", "micro_batch=4", "guard.timeout=15")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    said, _ = start(whole, cache, *split).communicate(timeout=240)
+    said = start(whole, cache, *split).end()
     assert "finished" in said, said
     process = start(broken, cache, *split)
     metrics = broken / "run" / "metrics.csv"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 8):
+    while process.returncode is None and not (metrics.exists() and metrics.read_text().count("\n") > 8):
         time.sleep(0.01)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     (other,) = [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(other, signal.SIGSTOP)
-    said, _ = process.communicate(timeout=120)
+    said = process.end(120)
     assert process.returncode == UNFINISHED, said
     assert "rank 0 of 2 has made no progress for 1" in said, said
     assert re.search(r"Rank 1 has not been heard of for \d+ s, it is suspended or gone; it was \w+", said), said
     with pytest.raises(ProcessLookupError):
         os.kill(other, 0)
-    said, _ = start(broken, cache, *split).communicate(timeout=240)
+    said = start(broken, cache, *split).end()
     assert "finished" in said, said
     assert not differences(state(whole / "run"), state(broken / "run"))
