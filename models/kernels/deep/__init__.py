@@ -20,6 +20,8 @@ docs/kernels.md says what was expected and what happened.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -84,7 +86,8 @@ def deep_scan(scan: Scan, grad_batch: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _scan(given: list[Tensor], names: str) -> Scan:
     """Of what is there; in a list with None in it torch (2.13) would not see the tensors that want gradients."""
-    return Scan(**{**dict.fromkeys(Scan._fields), **dict(zip(names.split(), given, strict=True))})
+    found: dict[str, Any] = dict(zip(names.split(), given, strict=True))
+    return Scan._make(found.get(name) for name in Scan._fields)
 
 
 @torch.library.custom_op("test_time_regression::deep_scan", mutates_args=())

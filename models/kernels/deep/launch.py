@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ class Launch:
     """One call: its inputs, made contiguous, and what its kernels have in common."""
 
     def __init__(self, scan: Scan, grad_batch: int) -> None:
-        self.scan = scan = Scan(*(x if x is None else x.contiguous() for x in scan))
+        self.scan = scan = Scan._make(x if x is None else x.contiguous() for x in scan)
         self.gates, self.momentum = scan[3:6], scan.log_momentum is not None
         (self.B, T, self.H, self.K), self.C, self.V = scan.q.shape, grad_batch, scan.v.shape[-1]
         self.N, self.BH, self.pair = T // self.C, self.B * self.H, scan.begin.shape[-1] // (1 + self.momentum)
@@ -113,7 +115,7 @@ class Launch:
     def _new(self, *shape: int) -> Tensor:
         return self.scan.begin.new_empty(shape)
 
-    def _documents(self, kernel: str, width: int) -> tuple[tuple[int], tuple[Tensor, Tensor], dict[str, object]]:
+    def _documents(self, kernel: str, width: int) -> tuple[tuple[int], tuple[Tensor, Tensor], dict[str, Any]]:
         """A scan's grid; where the programs of a document of a head exchange `width` numbers a token, and count who has
         come; and its options. One program for each in the interpreter, where they run one after another."""
         options, documents = self._options(kernel, self.F if backend.interpreting() else None), len(self.scan.begin)
@@ -121,7 +123,7 @@ class Launch:
         sums = self._new(documents, split, self.C * width)
         return (documents * split,), (sums, torch.zeros_like(sums[:, 0, 0], dtype=torch.int32)), options
 
-    def _options(self, kernel: str, tile: int | None = None) -> dict[str, object]:
+    def _options(self, kernel: str, tile: int | None = None) -> dict[str, Any]:
         width, warps, stages = HALF[kernel] if self.half else WHOLE
         sizes = Sizes(self.C, self.K, self.F, self.V, self.momentum, self.precision, tile or min(width, self.F))
         return {"S": sizes, "num_warps": warps, "num_stages": stages}

@@ -5,6 +5,8 @@ Products take their operands in the dtype of q, k and v, float32 as TF32 on a GP
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -171,9 +173,9 @@ def _(do, dlast, q, k, v, steps, sizes, start, gamma, beta, first, group, fresh,
     return [*(torch.empty_like(x) for x in (q, k, v, steps)), shared[0], *weights, *shared[1:]]
 
 
-def _sizes(q: Tensor, first: Tensor, group: Tensor, fresh: Tensor | None) -> dict[str, object]:
+def _sizes(q: Tensor, first: Tensor, group: Tensor, fresh: Tensor | None) -> dict[str, Any]:
     _, L, H, K = q.shape
-    sizes = {"L": L, "H": H, "N": first.shape[1] - 1, "G": group.shape[1] - 1, "C": MINI_BATCH, "K": K}
+    sizes: dict[str, Any] = {"L": L, "H": H, "N": first.shape[1] - 1, "G": group.shape[1] - 1, "C": MINI_BATCH, "K": K}
     return sizes | {"DOCUMENTS": fresh is not None, "num_warps": 4 if K <= 64 else 8, "num_stages": 1}
 
 

@@ -12,6 +12,8 @@ of C tokens at a time (SLAB); what is kept for the backward pass is the weights 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -123,7 +125,7 @@ class MLP:
         sums = self._new(2, split, len(self.sizes) * self.q.shape[-1])
         return sums, torch.zeros(self.rows, dtype=torch.int32, device=sums.device)
 
-    def _shared_out(self, kernel: str) -> tuple[dict[str, object], int]:
+    def _shared_out(self, kernel: str) -> tuple[dict[str, Any], int]:
         """The options of a scan, and how many programs a head of a sequence has; one in the interpreter, where programs
         run one after another."""
         options = self._options(kernel)
@@ -131,6 +133,6 @@ class MLP:
             options["BF"] = self.common["F"]
         return options, self.common["F"] // options["BF"]
 
-    def _options(self, kernel: str) -> dict[str, object]:
+    def _options(self, kernel: str) -> dict[str, Any]:
         units, warps, stages = OPTIONS[kernel]
         return {**self.common, "BF": min(units, self.common["F"]), "num_warps": warps, "num_stages": stages}

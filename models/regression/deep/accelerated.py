@@ -38,7 +38,7 @@ class Documents(NamedTuple):
 
 def documents(slots: Slots, B: int, device: torch.device) -> Documents:
     """The documents of B rows, in order. What a row has of empty slots belongs to its last one."""
-    N, rows = slots.count, torch.arange(B, device=device)
+    N, rows = slots.num, torch.arange(B, device=device)
     full = torch.full_like(rows, N)
     final = full - 1 if slots.place is None else slots.place[:, -1] // slots.size
     if slots.document is None:
@@ -88,10 +88,10 @@ def kernel_online(
         if x is None:
             return None
         x = slots.fill(x)
-        return F.pad(x, (0, 0) * (x.ndim - 2) + (0, slots.count * C - x.shape[1]))
+        return F.pad(x, (0, 0) * (x.ndim - 2) + (0, slots.num * C - x.shape[1]))
 
     with torch.autocast(q.device.type, enabled=False):
-        filled = None if slots.place is None and slots.count * C == T else places(k.new_ones(B, T))
+        filled = None if slots.place is None and slots.num * C == T else places(k.new_ones(B, T))
         given = [places(x) for x in (q.to(products), k.to(products), v.to(products), *gates[:3])]
 
         first = pack([w.to(dtype) for w in start.weights])
@@ -99,22 +99,22 @@ def kernel_online(
         momenta = [torch.zeros_like(first)] if rule.momentum else []
         begin, reference = torch.cat([first - base, *momenta], dim=-1).expand(len(runs), -1, -1), None
         if state is not None:
-            M, S, R = (pack([w.to(dtype) for w in part]) if part else None for part in state.fitted[:3])
-            goes_on = torch.cat([M - base, *([] if S is None else [S])], dim=-1)[runs[:, 0]]
+            M, S, R = ([pack([w.to(dtype) for w in part])] if part else [] for part in state.fitted[:3])
+            goes_on = torch.cat([M[0] - base, *S], dim=-1)[runs[:, 0]]
             begin = torch.where((runs[:, 1] == 0).view(-1, 1, 1), goes_on, begin)
-            reference = torch.where((state.phase == 0).view(-1, 1, 1), M, R)
+            reference = torch.where((state.phase == 0).view(-1, 1, 1), M[0], R[0])
         weights = (begin.flatten(0, 1), None if start.fades else base)
         handed = None if reference is None else reference.flatten(0, 1)
-        o, last, held = deep_scan(Scan(*given, *weights, handed, filled, runs), C)
+        o, last, held = deep_scan(Scan._make((*given, *weights, handed, filled, runs)), C)
 
         last, held = (x.unflatten(0, (-1, H))[last_run] for x in (last, held))
-        M, S = last[..., : base.shape[-1]] + base, last[..., base.shape[-1] :]
-        R = held + base
+        fading, sums = last[..., : base.shape[-1]], last[..., base.shape[-1] :]
+        held = held + base
         if reference is not None:
-            R = torch.where((runs[last_run, 3] == 0).view(-1, 1, 1), reference, R)
-        parts = (unpack(x, start.weights) if x.shape[-1] else () for x in (M, S, R))
+            held = torch.where((runs[last_run, 3] == 0).view(-1, 1, 1), reference, held)
+        parts = [unpack(x, start.weights) if x.shape[-1] else () for x in (fading + base, sums, held)]
     o = o[:, :T] if slots.place is None else slots.empty(o)
-    return o.to(v.dtype), State(Fitted(*parts), slots.phase)
+    return o.to(v.dtype), State(Fitted(parts[0], parts[1], parts[2]), slots.phase)
 
 
 def kernel_averaged(

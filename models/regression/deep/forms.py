@@ -50,7 +50,8 @@ def deep_memory(
     Returns o [B, T, H, V] in the dtype of v, and the state after the last token. The definition is computed in float32
     at least; a chunk's products in the dtype of q, k and v, and its coefficients and weights in float32 at least.
     """
-    (B, T, H), dtype, size, products = k.shape[:3], working_dtype(q, k, v), 1, working_dtype(q, k, v)
+    (B, T, H), dtype, dual = k.shape[:3], working_dtype(q, k, v), chunk is not None
+    size, products = 1, dtype
     if chunk is not None:
         size = min(short(chunk, T), grad_batch)
         size = -(-grad_batch // -(-grad_batch // size)) if size < grad_batch and size < T else size
@@ -58,27 +59,27 @@ def deep_memory(
     phase = None if state is None else state.phase
     slots = lay_out(k, size, grad_batch, phase, segments)
 
-    def columns(x: Tensor | None) -> Sequence[Tensor | None]:
-        return [None] * slots.count if x is None else x.unflatten(0, (slots.count, B * H)).unbind()
+    def columns(x: Tensor | None) -> Sequence[Any]:
+        return [None] * slots.num if x is None else x.unflatten(0, (slots.num, B * H)).unbind()
 
     with torch.autocast(q.device.type, enabled=False):
         pairs = [into_chunks(slots.fill(x), size, products) for x in (q, k, v)]
-        given = rule.tokens(gates, positions(k, phase, segments)[0] % grad_batch)
-        given = [None if x is None else into_chunks(slots.fill(x), size, dtype) for x in given]
+        told = rule.tokens(gates, positions(k, phase, segments)[0] % grad_batch)
+        given = tuple(None if x is None else into_chunks(slots.fill(x), size, dtype) for x in told)
         fixed = of_rows(rule, start, B, dtype)
         fitted = fixed.first if state is None else each(lambda x: x.to(dtype).flatten(0, 1), state.fitted)
-        steps, dual = partial(in_turn, partial(advance, rule, chunk is not None)), chunk is not None
+        steps: Any = partial(in_turn, partial(advance, rule, dual))
         if dual:
             given, steps = rule.weigh(*given), compiled_steps(rule) if compiled else steps
             fitted, fixed = rule.enter(fitted, fixed.base), Fixed(rule.enter(fixed.first, fixed.base), *fixed[1:])
-        # a chunk that is a mini-batch begins one, but for the first of a call
+        # a chunk as long as a mini-batch begins one, but for the first of a call
         opens = slots.batch if rule.refers or size < grad_batch or state is not None else None
         flags = (slots.document, opens, slots.ends if rule.closes or not dual else None)
         rows = (slots.flags(x, H, alike=compiled and rule.at_once > 1) for x in flags)
-        inputs = zip([fixed] * slots.count, *rows, *map(columns, (*pairs, *given)), strict=True)
+        inputs = zip([fixed] * slots.num, *rows, *map(columns, (*pairs, *given)), strict=True)
         outputs, fitted = scan(steps, fitted, list(inputs), remat, rule.at_once)
         fitted = rule.leave(fitted, fixed.base) if dual else fitted
-    o = from_chunks(torch.cat(outputs), (B, T if slots.place is None else slots.count * size, H))
+    o = from_chunks(torch.cat(outputs), (B, T if slots.place is None else slots.num * size, H))
     return slots.empty(o).to(v.dtype), State(each(lambda x: x.unflatten(0, (B, H)), fitted), slots.phase)
 
 
@@ -96,11 +97,11 @@ def advance(
     fixed: Fixed,
     begins: Flag | None,
     opens: Flag | None,
-    ends: Flag | None,
+    ends: Flag | Any,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *given: Tensor | None,
+    *given: Any,
 ) -> tuple[Tensor, Fitted]:
     """One chunk by its dual form, or one token by the definition: o [rows, C, V], and what the next begins with.
 

@@ -101,14 +101,14 @@ class DeepMemory(NetworkMemory):
             raise ValueError(
                 f"regressor.residual=true adds keys of width {K} to values of width {V}; only false is possible"
             )
-        for name, value, holds, says in (
+        for name, number, holds, says in (
             ("depth", depth, 1 <= depth <= 4, "1, 2, 3 or 4"),
             ("expansion", expansion, inner >= 1, f"at least 1 / {K}, for an inner width of one"),
             ("p", p, p >= 1, "at least 1"),
             ("delta", delta, delta > 0, "positive"),
         ):
             if not holds:
-                raise ValueError(f"regressor.{name}={value} must be {says}")
+                raise ValueError(f"regressor.{name}={number} must be {says}")
         self.fades, self.function_class = forget_to == "zero", f"MLP of {depth} layers"
         power = {"lp": p, "huber": delta}.get(inner_loss, 0.0)
         network = Network(activation, residual, inner_loss, power, bias=bias)

@@ -121,8 +121,8 @@ class Network:
 
     @staticmethod
     def _limited(inputs: list[Tensor], errors: list[Tensor], error: Tensor) -> list[Tensor]:
-        moved = sum(_square(x) * _square(e) for x, e in zip(inputs, errors, strict=True))
         size = _square(error)
+        moved = sum((_square(x) * _square(e) for x, e in zip(inputs, errors, strict=True)), torch.zeros_like(size))
         share = (size + NOTHING) / (torch.maximum(size, moved) + NOTHING)
         return [(e * share).to(e.dtype) for e in errors]
 

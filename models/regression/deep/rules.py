@@ -14,8 +14,9 @@ Dual form.  Of a chunk, which is a mini-batch or a part of one, X and E are know
             all that the first two rules read and carry on is a combination, with numbers of the gates alone, of N and S
             at the chunk's beginning and of its writes. W_0 apart, a layer makes of its input y at place t
                 z_t = A_t y N + f_t y S + sum_{i<=t} G_ti (y . X_i) E_i ,
-            a few products of batches of small matrices, and no weights of a single token. N and S lie one above the
-            other, [rows, 2 in, out], so that one product reads both.
+            a few products of batches of small matrices, and no weights of a single token. Online has N and S one above
+            the other, [rows, 2 in, out], so that one product reads both. Averaged has A = 1, f = c and G_ti = c_t
+            theta_i, and S = 0 where a mini-batch begins.
 
 A rule states its token (`learn`, the definition) and its chunk (`weigh`, `products`, `carry`).
 
@@ -62,7 +63,7 @@ class Gates(NamedTuple):
     step_size: Tensor
     log_momentum: Tensor | None = None
     log_decay: Tensor | None = None
-    share: Tensor | None = None
+    share: Tensor | Any = None
     sums: Tensor | None = None
 
 
@@ -102,19 +103,19 @@ class Rule:
         weights = tuple(w.to(dtype).expand(B, -1, -1, -1) for w in start.weights)
         return Fitted(weights, _zeros(weights))
 
-    def tokens(self, gates: Gates, place: Tensor) -> tuple[Tensor | None, ...]:
+    def tokens(self, gates: Gates, place: Tensor) -> tuple[Any, ...]:
         """What `learn` and `weigh` are given, [B, T, H] or [B, T, H, n] each. place [B, T]: of tokens in their
         mini-batches.
         """
         raise NotImplementedError
 
     def learn(
-        self, now: Fitted, pairs: Pairs, fixed: Fixed, ends: Flag, *given: Tensor | None
+        self, now: Fitted, pairs: Pairs, fixed: Fixed, ends: Flag, *given: Any
     ) -> tuple[Sequence[Tensor], Fitted]:
         """Of a token the weights that it reads, and what the next begins with. ends: whether its mini-batch is over."""
         raise NotImplementedError
 
-    def weigh(self, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+    def weigh(self, *given: Any) -> tuple[Any, ...]:
         """What `products` and `carry` are given, of all chunks, [N rows, *, *]: from what tokens are, [N rows, C, n],
         zero where there is no token.
         """
@@ -129,12 +130,14 @@ class Rule:
         return fitted
 
     def products(
-        self, fitted: Fitted, fixed: Fixed, pairs: Pairs, opens: Flag | None, dtype: torch.dtype, *weighed: Tensor
+        self, fitted: Fitted, fixed: Fixed, pairs: Pairs, opens: Flag | None, dtype: torch.dtype, *weighed: Any
     ) -> list[Callable[[Tensor], Tensor]]:
-        """Of every layer what it makes of its inputs y [rows, C, in], where tokens read."""
+        """Of every layer what it makes of its inputs y [rows, C, in], where tokens read. opens: None if no token before
+        them is of their mini-batch.
+        """
         raise NotImplementedError
 
-    def carry(self, fitted: Fitted, fixed: Fixed, pairs: Pairs, ends: Flag, *weighed: Tensor) -> Fitted:
+    def carry(self, fitted: Fitted, fixed: Fixed, pairs: Pairs, ends: Flag, *weighed: Any) -> Fitted:
         """What the next chunk begins with."""
         raise NotImplementedError
 
@@ -152,11 +155,11 @@ class Online(Rule):
         weights, sums, *_ = super().begin(start, B, dtype)
         return Fitted(weights, sums if self.momentum else (), weights)
 
-    def tokens(self, gates: Gates, place: Tensor) -> tuple[Tensor | None, ...]:
+    def tokens(self, gates: Gates, place: Tensor) -> tuple[Any, ...]:
         return torch.ones_like(gates.step_size), *gates[:3]
 
     def learn(
-        self, now: Fitted, pairs: Pairs, fixed: Fixed, ends: Flag, *given: Tensor | None
+        self, now: Fitted, pairs: Pairs, fixed: Fixed, ends: Flag, *given: Any
     ) -> tuple[Sequence[Tensor], Fitted]:
         _, theta, log_eta, log_a = given
         M, base, writes = now.weights, fixed.base or _zeros(now.weights), _writes(theta, pairs)
@@ -167,7 +170,7 @@ class Online(Rule):
         M = tuple(m + write for m, write in zip(M, writes, strict=True))
         return M, Fitted(M, writes if self.momentum else (), now.references)
 
-    def weigh(self, *given: Tensor | None) -> tuple[Tensor, ...]:
+    def weigh(self, *given: Any) -> tuple[Tensor, ...]:
         """A mixture for what tokens read, another for what the chunk carries on."""
         read, carry = of_gates(*given)
         return (*read, *carry)
@@ -184,7 +187,7 @@ class Online(Rule):
         return Fitted(weights, sums, fitted.references)
 
     def products(
-        self, fitted: Fitted, fixed: Fixed, pairs: Pairs, opens: Flag | None, dtype: torch.dtype, *weighed: Tensor
+        self, fitted: Fitted, fixed: Fixed, pairs: Pairs, opens: Flag | None, dtype: torch.dtype, *weighed: Any
     ) -> list[Callable[[Tensor], Tensor]]:
         read, writes = weighed[0], weighed[1].to(dtype)
 
@@ -196,7 +199,7 @@ class Online(Rule):
 
         return [partial(of_layer, layer) for layer in range(len(pairs))]
 
-    def carry(self, fitted: Fitted, fixed: Fixed, pairs: Pairs, ends: Flag, *weighed: Tensor) -> Fitted:
+    def carry(self, fitted: Fitted, fixed: Fixed, pairs: Pairs, ends: Flag, *weighed: Any) -> Fitted:
         states, writes = weighed[2:]
         following = []
         for X, (y, e) in zip(fitted.weights, pairs, strict=True):
@@ -209,53 +212,55 @@ class Online(Rule):
 
 
 class Summed(Rule):
-    """A rule whose weights change at the end of a mini-batch."""
+    """A rule that sums up writes, and steps at the end of a mini-batch."""
 
     closes: ClassVar[bool] = True
 
     def learn(
-        self, now: Fitted, pairs: Pairs, fixed: Fixed, ends: Flag, *given: Tensor | None
+        self, now: Fitted, pairs: Pairs, fixed: Fixed, ends: Flag, *given: Any
     ) -> tuple[Sequence[Tensor], Fitted]:
         summed = self.add(now, pairs, *given)
         return self.read(summed, *given), self.close(summed, fixed, ends, *given)
 
-    def carry(self, fitted: Fitted, fixed: Fixed, pairs: Pairs, ends: Flag, *weighed: Tensor) -> Fitted:
+    def carry(self, fitted: Fitted, fixed: Fixed, pairs: Pairs, ends: Flag, *weighed: Any) -> Fitted:
         return self.close(self.add(fitted, pairs, *weighed), fixed, ends, *weighed)
 
-    def add(self, fitted: Fitted, pairs: Pairs, *weighed: Tensor) -> Fitted:
+    def add(self, fitted: Fitted, pairs: Pairs, *weighed: Any) -> Fitted:
         """With what the tokens sum up."""
         sums = tuple(s + write for s, write in zip(fitted.sums, _writes(weighed[0], pairs), strict=True))
         return Fitted(fitted.weights, sums, (), fitted.history, fitted.gates)
 
-    def close(self, fitted: Fitted, fixed: Fixed, ends: Flag, *weighed: Tensor) -> Fitted:
+    def close(self, fitted: Fitted, fixed: Fixed, ends: Flag, *weighed: Any) -> Fitted:
         return fitted if ends is False else where(ends, self.step(fitted, fixed, *weighed), fitted)
 
-    def read(self, fitted: Fitted, *given: Tensor) -> Weights:
+    def read(self, fitted: Fitted, *given: Any) -> Weights:
         """The weights that a token reads, its own write among the sums."""
         return fitted.weights
 
-    def step(self, fitted: Fitted, fixed: Fixed, *weighed: Tensor) -> Fitted:
+    def step(self, fitted: Fitted, fixed: Fixed, *weighed: Any) -> Fitted:
         """The next mini-batch's first."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Averaged(Summed):
-    def tokens(self, gates: Gates, place: Tensor) -> tuple[Tensor | None, ...]:
+    """The step at a mini-batch's end is the sum, times the last c."""
+
+    def tokens(self, gates: Gates, place: Tensor) -> tuple[Any, ...]:
         """theta; c; and c of the last token of a mini-batch, 0 of the others."""
         b, c = len(gates.share), gates.share[place]
         return gates.step_size, *(x.unsqueeze(-1).expand_as(gates.step_size) for x in (c, c * (place == b - 1)))
 
-    def read(self, fitted: Fitted, *given: Tensor) -> Weights:
+    def read(self, fitted: Fitted, *given: Any) -> Weights:
         return tuple(w + given[1] * s for w, s in zip(fitted.weights, fitted.sums, strict=True))
 
-    def weigh(self, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+    def weigh(self, *given: Any) -> tuple[Any, ...]:
         """And what tokens read of the writes of their chunk."""
         theta, c, _ = given
         return *given, (c * theta.mT).tril()
 
     def products(
-        self, fitted: Fitted, fixed: Fixed, pairs: Pairs, opens: Flag | None, dtype: torch.dtype, *weighed: Tensor
+        self, fitted: Fitted, fixed: Fixed, pairs: Pairs, opens: Flag | None, dtype: torch.dtype, *weighed: Any
     ) -> list[Callable[[Tensor], Tensor]]:
         c, writes = weighed[1], weighed[3].to(dtype)
 
@@ -266,7 +271,7 @@ class Averaged(Summed):
 
         return [partial(of_layer, layer) for layer in range(len(pairs))]
 
-    def step(self, fitted: Fitted, fixed: Fixed, *weighed: Tensor) -> Fitted:
+    def step(self, fitted: Fitted, fixed: Fixed, *weighed: Any) -> Fitted:
         c = weighed[2].sum(1, keepdim=True)
         moved = (w + c * s for w, s in zip(fitted.weights, fitted.sums, strict=True))
         return Fitted(tuple(moved), _zeros(fitted.sums))
@@ -287,19 +292,19 @@ class AtEnd(Summed):
         history = tuple(tuple(zeros(B, H, *shape) for shape in each) for each in shapes)
         return Fitted(weights, sums, (), history, (zeros(B, H, 1, 3),))
 
-    def tokens(self, gates: Gates, place: Tensor) -> tuple[Tensor | None, ...]:
+    def tokens(self, gates: Gates, place: Tensor) -> tuple[Any, ...]:
         return gates.step_size, gates.sums
 
     def products(
-        self, fitted: Fitted, fixed: Fixed, pairs: Pairs, opens: Flag | None, dtype: torch.dtype, *weighed: Tensor
+        self, fitted: Fitted, fixed: Fixed, pairs: Pairs, opens: Flag | None, dtype: torch.dtype, *weighed: Any
     ) -> list[Callable[[Tensor], Tensor]]:
         return [partial(product, y=w.to(dtype)) for w in fitted.weights]
 
-    def add(self, fitted: Fitted, pairs: Pairs, *weighed: Tensor) -> Fitted:
+    def add(self, fitted: Fitted, pairs: Pairs, *weighed: Any) -> Fitted:
         weights, sums, _, history, gates = super().add(fitted, pairs, *weighed)
         return Fitted(weights, sums, (), history, (gates[0] + weighed[1].sum(1, keepdim=True),))
 
-    def step(self, fitted: Fitted, fixed: Fixed, *weighed: Tensor) -> Fitted:
+    def step(self, fitted: Fitted, fixed: Fixed, *weighed: Any) -> Fitted:
         log_decay, rate, eta = fitted.gates[0].split(1, dim=-1)
         weights, history = [], []
         for i, (w, D) in enumerate(zip(fitted.weights, fitted.sums, strict=True)):

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Slots(NamedTuple):
-    """place [B, T]: of each token, among the N C of its row; None where token t has place t. count: N. batch [N, B]:
+    """place [B, T]: of each token, among the N C of its row; None where token t has place t. num: N. batch [N, B]:
     in which slots a mini-batch begins, document [N, B]: and a document that is not the state's; None where a mini-batch
     begins in every slot, or no document in any. ends: for each slot [B], where a mini-batch is over with it; True or
     False for all rows. phase [B]: how many tokens the last mini-batch has, 0 where the next
@@ -28,11 +28,11 @@ class Slots(NamedTuple):
     """
 
     place: Tensor | None
-    count: int
+    num: int
     size: int
     batch: Tensor | None
     document: Tensor | None
-    ends: list[Tensor | bool]
+    ends: Sequence[Tensor | bool]
     phase: Tensor
 
     def fill(self, x: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class Slots(NamedTuple):
         if self.place is None:
             return x
         index = self.place.view(*self.place.shape, *[1] * (x.ndim - 2)).expand_as(x)
-        return x.new_zeros(len(x), self.count * self.size, *x.shape[2:]).scatter(1, index, x)
+        return x.new_zeros(len(x), self.num * self.size, *x.shape[2:]).scatter(1, index, x)
 
     def empty(self, x: Tensor) -> Tensor:
         """The way back."""
@@ -50,12 +50,12 @@ class Slots(NamedTuple):
         return x.gather(1, index)
 
     def flags(
-        self, x: Tensor | list[Tensor | bool] | None, heads: int, alike: bool = False
+        self, x: Tensor | Sequence[Tensor | bool] | None, heads: int, alike: bool = False
     ) -> list[Tensor | bool | None]:
         """batch, document or ends for each slot, for rows of B times heads: [rows, 1, 1], or what says so for all.
         alike: a tensor for each if for one, so that slots do not have to be compiled in all combinations.
         """
-        rows = [None] * self.count if x is None else list(x)
+        rows: list[Any] = [None] * self.num if x is None else list(x)
         if alike and any(isinstance(r, Tensor) for r in rows):
             rows = [torch.as_tensor(r, device=self.phase.device).expand(len(self.phase)) for r in rows]
         return [r.repeat_interleave(heads).view(-1, 1, 1) if isinstance(r, Tensor) else r for r in rows]
@@ -94,10 +94,10 @@ def lay_out(
     place = slot * size + index - torch.where(opens, index, 0).cummax(1).values
     empty = torch.zeros(B, int(slot[:, -1].max()) + 1, dtype=torch.long, device=device)
     flags = ((within == 0) & opens, document & opens, within == grad_batch - 1)
-    batch, document, ends = (empty.scatter_add(1, slot, x.long()).bool().T for x in flags)
-    ends = [row if some else False for row, some in zip(ends, ends.any(1).tolist(), strict=True)]
+    batch, document, over = (empty.scatter_add(1, slot, x.long()).bool().T for x in flags)
+    some = [row if any_row else False for row, any_row in zip(over, over.any(1).tolist(), strict=True)]
     phase = (within[:, -1] + 1) % grad_batch
-    return Slots(place, empty.shape[1], size, batch, None if segments is None else document, ends, phase)
+    return Slots(place, empty.shape[1], size, batch, None if segments is None else document, some, phase)
 
 
 Step = Callable[..., tuple[Tensor, Any]]
