@@ -9,11 +9,13 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -21,9 +23,11 @@ from transformers.utils import logging as transformers_logging
 
 from models.block import Block, feed_forward
 from models.build import build
+from models.calls import documents, refuse_unknown
 from models.loss import IGNORED, score, sum_nats
 from models.mixers.mixer import State
 from models.parts.norm import RMSNorm
+from models.parts.precision import wide
 
 transformers_logging.disable_progress_bar()  # over a single file of weights
 
@@ -37,6 +41,7 @@ class LanguageModelConfig(PretrainedConfig):
     """
 
     model_type = "test_time_regression"
+    attribute_map = {"num_hidden_layers": "num_layers", "intermediate_size": "feed_forward_size"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -80,18 +85,27 @@ class LanguageModelConfig(PretrainedConfig):
 
 
 class Cache:
-    """The states of all layers, None at the start: what generate passes from one call to the next."""
+    """The states of all layers, None at the start: what generate passes from one call to the next. seen: how many
+    tokens, padding included, have been handed in.
+    """
 
-    def __init__(self, states: Sequence[State | None]) -> None:
-        self.states = states
+    def __init__(self, states: Sequence[State | None], seen: int = 0) -> None:
+        self.states, self.seen = states, seen
+
+    is_compileable = False  # generate asks
+
+    @property
+    def segment(self) -> Tensor | None:
+        """The number of the last token's document [B], None where none was told."""
+        return None if self.states[0] is None else self.states[0].segment
 
     def reorder_cache(self, rows: Tensor) -> None:
         """Beam search: row i goes on from what was row rows[i]."""
         self.states = [_map_tensors(state, lambda t: t.index_select(0, rows)) for state in self.states]
 
     def get_seq_length(self) -> int:
-        """Tokens seen, in the longest row."""
-        return 0 if self.states[0] is None else int(self.states[0].position.max())
+        """What generate calls `seen`."""
+        return self.seen
 
     @property
     def num_bytes(self) -> int:
@@ -107,6 +121,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
     config_class = LanguageModelConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012, as transformers declares it
     _tied_weights_keys = {"head.weight": "embedding.weight"}  # noqa: RUF012
 
@@ -118,6 +133,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         self.blocks = cast("Sequence[Block]", blocks)  # torch says Module of what a list holds
         self.norm = RMSNorm(D, config.norm_eps)
         self.head = nn.Linear(D, config.vocab_size, bias=False)
+        self.gradient_checkpointing = False  # transformers' switch, with the function that does it
         self.init_weights_by_depth()
         self.post_init()
 
@@ -142,45 +158,91 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, segments: Tensor | None = None, cache: Cache | None = None
     ) -> tuple[Tensor, list[State]]:
         """input_ids [B, T] -> what the head reads [B, T, D], and the states after the last token."""
-        x = self.embedding(input_ids)
-        states: list[State] = []
+        each, states = self._layers(self.embedding(input_ids), segments, cache)
+        return each[-1], states
+
+    def _layers(
+        self, x: Tensor, segments: Tensor | None, cache: Cache | None
+    ) -> tuple[tuple[Tensor, ...], list[State]]:
+        """What each block is given, and at last what the head is; the states."""
+        each, states = [], []
         for i, block in enumerate(self.blocks):
-            x, state = block(x, None if cache is None else cache.states[i], segments)
+            each.append(x)
+            state = None if cache is None else cache.states[i]
+            if self.gradient_checkpointing and self.training:
+                x, state = self._gradient_checkpointing_func(block.__call__, x, state, segments)
+            else:
+                x, state = block(x, state, segments)
             states.append(state)
-        return self.norm(x), states
+        return (*each, self.norm(x)), states
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         segments: Tensor | None = None,
-        logits_to_keep: int = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """transformers' interface. labels are the input_ids themselves (shifted here), -100 to ignore. Padding, on
-        either side, is treated as another document, which no token of the text sees; segments [B, T] number packed
-        documents.
+        logits_to_keep: int | Tensor = 0,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        **unknown: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """transformers' interface. Keywords that mean nothing here are an error (calls.py).
+
+        labels: the input_ids themselves (shifted here), -100 to ignore; shift_labels: shifted already. The loss is the
+        mean over those that count, or their sum / num_items_in_batch, with which Trainer accumulates. segments [B, T]
+        number packed documents; or attention_mask, position_ids, seq_idx or cu_seqlens tell them (calls.documents).
+        logits_to_keep: of so many last tokens (0: all), or of these places. output_hidden_states: what each block is
+        given, and what the head is.
         """
-        if segments is None and attention_mask is not None and not attention_mask.all():
-            segments = _segments_of(attention_mask)[:, -input_ids.shape[1] :]
-        hidden, states = self.hidden(input_ids, segments, past_key_values)
-        loss = None
-        if labels is not None:
-            targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-            loss = sum_nats(hidden.flatten(0, 1), self.head.weight, targets) / (targets != IGNORED).sum().clamp(min=1)
-        logits = self.head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        cache: Any = Cache(states) if use_cache else None  # of another kind than transformers' own
-        return CausalLMOutputWithPast(loss, logits, cache)
+        refuse_unknown(unknown, [name for name in inspect.signature(self.forward).parameters if name != "unknown"])
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("one of input_ids and inputs_embeds must be given, and not both")
+        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        if not x.numel():
+            raise ValueError(f"a batch of {x.shape[0]} x {x.shape[1]} tokens is empty; it must have at least one")
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if segments is None:
+            ends = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
+            number = None if past_key_values is None else past_key_values.segment
+            segments = documents(x, attention_mask, position_ids, seq_idx, ends, seen, number)
+        each, states = self._layers(x, segments, past_key_values)
+        hidden, loss, targets = each[-1], None, shift_labels
+        if targets is None and labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if targets is not None:
+            counted = (targets != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss = self._sum_nats(hidden, targets) / counted
+        if isinstance(logits_to_keep, Tensor):
+            logits = self.head(hidden[:, logits_to_keep])
+        else:
+            logits = self.head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        cache: Any = Cache(states, seen + x.shape[1]) if use_cache else None  # of another kind than transformers' own
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        found = CausalLMOutputWithPast(loss, logits, cache, each if wanted else None)
+        return found.to_tuple() if return_dict is False else found
 
     def sum_nats(self, input_ids: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
         """The sum over tokens of -log p(target), the logits never all at once. targets [B, T]: the token that comes
         after each, -100 to ignore.
         """
-        hidden, _ = self.hidden(input_ids, segments)
-        return sum_nats(hidden.flatten(0, 1), self.head.weight, targets.flatten())
+        return self._sum_nats(self.hidden(input_ids, segments)[0], targets)
+
+    def _sum_nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        if type(self.head) is nn.Linear:
+            return sum_nats(hidden, self.head.weight, targets)
+        # an adapter stands before the head, and its weight is not all that it computes
+        return F.cross_entropy(wide(self.head(hidden)), targets, ignore_index=IGNORED, reduction="sum")
 
     def score(self, input_ids: Tensor, targets: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """-log p(target) of each token [B, T], 0 where ignored, and the likeliest token in its place [B, T]. No
@@ -202,14 +264,30 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         """Numbers held per sequence after seq_len tokens, in all layers."""
         return sum(block.mixer.state_size(seq_len) for block in self.blocks)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """generate's hook: with states in hand, only the newest token goes in."""
-        cache = kwargs.get("past_key_values")
-        started = cache is not None and cache.get_seq_length() > 0
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers', but for ways of it that take tokens back: a state has no token to take back."""
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: tokens that are refused must be taken back, and a state can't; leave it out")
+        return super().generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """generate's hook: what a cache has seen does not go in again."""
+        mask = kwargs.get("attention_mask")
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if seen >= input_ids.shape[1]:
+            raise ValueError(
+                f"the cache has seen {seen} tokens, and input_ids has {input_ids.shape[1]}; it must begin with those, "
+                "and go on with at least one more"
+            )
+        if mask is not None and seen == 0 and not mask[:, -1].all():
+            raise ValueError("a row ends with padding, where its text should go on; pad on the left to generate")
         return {
-            "input_ids": input_ids[:, -1:] if started else input_ids,
-            "attention_mask": kwargs.get("attention_mask"),
-            "past_key_values": cache,
+            "input_ids": input_ids[:, seen:],
+            "attention_mask": mask,
+            "past_key_values": past_key_values,
             "use_cache": kwargs.get("use_cache", True),
             "logits_to_keep": 1,
         }
@@ -224,17 +302,18 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Linear:
         return self.head
 
+    def set_input_embeddings(self, value: Any) -> None:
+        self.embedding = value
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        self.head = new_embeddings
+
 
 def _block(config: LanguageModelConfig, layer_index: int, name: str) -> Block:
     D = config.hidden_size
     # Only the project's own classes: a config may come with somebody else's checkpoint.
     mixer = build(config.mixers[name], targets=("models.",), hidden_size=D, layer_index=layer_index)
     return Block(D, mixer, feed_forward(config.feed_forward, D, mixer, config.feed_forward_size), config.norm_eps)
-
-
-def _segments_of(attention_mask: Tensor) -> Tensor:
-    """Numbers runs of equal mask values, so that padding and text are different documents. [B, T]"""
-    return torch.nn.functional.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0)).cumsum(1)
 
 
 def _map_tensors(node: Any, function: Any) -> Any:

@@ -1,0 +1,75 @@
+"""What callers of transformers' interface say, in our terms: which tokens are documents of their own, and which
+keywords mean something here.
+
+transformers' models take any keyword and leave out those that they do not know. So a misspelt attention_mask pads with
+text, and documents that a collator has packed see each other, silently. Here every keyword is obeyed or is an error.
+
+Shapes: B batch, T tokens, N documents.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# They say nothing that is not said elsewhere: lengths of documents that cu_seq_lens_q has as well, the place in a cache
+# that knows it.
+SAID_ELSEWHERE = ("cu_seq_lens_k", "max_length_q", "max_length_k", "cache_position")
+
+
+def refuse_unknown(given: dict[str, Any], known: list[str]) -> None:
+    """Raises TypeError for the first keyword of a call that is not None and means nothing here."""
+    for name, value in given.items():
+        if value is None or name in SAID_ELSEWHERE or (name == "output_attentions" and not value):
+            continue
+        if name == "output_attentions":
+            raise TypeError("output_attentions=True: a test-time regressor has no matrix of attention; leave it out")
+        near = get_close_matches(name, known, n=1)
+        meant = f"; did you mean {near[0]}?" if near else f"; it knows {', '.join(known)}"
+        raise TypeError(f"LanguageModel knows no keyword {name}{meant}")
+
+
+def documents(
+    like: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seen: int = 0,
+    number: Tensor | None = None,
+) -> Tensor | None:
+    """segments [B, T] of tokens like [B, T], whatever way they are told; None where no document begins.
+
+    seen: how many tokens are in a cache; number: of the document [B] that goes on, None for 0.
+    attention_mask: [B, T] or [B, seen + T]: padding, on either side, is another document. position_ids: [1 or B, T]: a
+    document begins where they do not go on by one. seq_idx: [1 or B, T], numbers of documents. cu_seqlens: [N + 1], for
+    B = 1 the tokens before each document and after the last.
+    """
+    B, T = like.shape[:2]
+    starts = torch.zeros(B, T, dtype=torch.bool, device=like.device)
+    if attention_mask is not None:
+        if tuple(attention_mask.shape) not in ((B, T), (B, seen + T)):
+            raise ValueError(
+                f"attention_mask has the shape {tuple(attention_mask.shape)}; it must be [{B}, {seen + T}], a number "
+                "for each token, those in the cache first"
+            )
+        changes = F.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0))
+        starts |= changes[:, -T:]
+    if position_ids is not None:
+        starts[:, 1:] |= position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if seq_idx is not None:
+        starts[:, 1:] |= seq_idx[:, 1:] != seq_idx[:, :-1]
+    if cu_seqlens is not None:
+        if B != 1 or int(cu_seqlens[-1]) != T:
+            raise ValueError(
+                f"cu_seqlens ends with {int(cu_seqlens[-1])} in a batch of {B} x {T} tokens; it must be of one row "
+                "that has all documents one after another, and end with their number of tokens"
+            )
+        starts[0, cu_seqlens[1:-1].long()] = True
+    if not torch.compiler.is_compiling() and not starts.any():
+        return None
+    return starts.cumsum(1) + (0 if number is None else number.unsqueeze(1))

@@ -1,0 +1,206 @@
+"""What transformers' callers say is obeyed or refused: keywords, documents, caches, adapters. Beside a test is where
+people met its case."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DataCollatorWithFlattening
+
+from models.language_model import LanguageModel, LanguageModelConfig
+from tests.laws.presets import recipe
+
+MIXERS = ("gated_delta", "softmax", "titans", "mesa", "ttt_linear")
+every_mixer = pytest.mark.parametrize("preset", MIXERS)
+V = 61
+IDS = torch.randint(1, V, (2, 20), generator=torch.Generator().manual_seed(1))
+
+
+def model(preset: str = "gated_delta", **settings) -> LanguageModel:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": V, "hidden_size": 32, "num_layers": 2} | settings
+    return LanguageModel(LanguageModelConfig(mixers={"m": recipe(preset)}, pattern=["m"], **sizes)).double()
+
+
+# Keywords
+
+
+@every_mixer
+def test_the_loss_is_divided_by_the_items_of_the_whole_step(preset):
+    """Trainer counts them over all pieces of a step (huggingface/transformers issues 34242 and 47688)."""
+    m = model(preset)
+    whole = m(IDS, labels=IDS).loss
+    for count in (38, torch.tensor(38)):
+        parts = sum(m(IDS[i : i + 1], labels=IDS[i : i + 1], num_items_in_batch=count).loss for i in (0, 1))
+        torch.testing.assert_close(parts, whole)
+    shifted = F.pad(IDS[:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(m(IDS, shift_labels=shifted).loss, whole)
+
+
+def test_a_keyword_that_means_nothing_is_refused():
+    m = model()
+    with pytest.raises(TypeError, match=r"no keyword atention_mask; did you mean attention_mask\?"):
+        m(IDS, atention_mask=torch.ones_like(IDS))
+    with pytest.raises(TypeError, match=r"no keyword token_type_ids; "):
+        m(IDS, token_type_ids=torch.zeros_like(IDS))
+    with pytest.raises(TypeError, match="has no matrix of attention"):
+        m(IDS, output_attentions=True)
+    with pytest.raises(ValueError, match="a batch of 0 x 20 tokens is empty"):
+        m(IDS[:0])
+    with pytest.raises(ValueError, match=r"attention_mask has the shape \(2, 19\); it must be \[2, 20\]"):
+        m(IDS, attention_mask=torch.ones(2, 19))
+    with pytest.raises(ValueError, match="one of input_ids and inputs_embeds"):
+        m()
+    m(IDS, token_type_ids=None, output_attentions=False, cache_position=torch.arange(20))
+
+
+@every_mixer
+def test_what_is_returned_is_what_was_asked_for(preset):
+    """huggingface/transformers pull request 29605 (hidden states and use_cache of state space models)."""
+    m = model(preset)
+    out = m(IDS, output_hidden_states=True)
+    assert len(out.hidden_states) == 3 and m(IDS).hidden_states is None
+    torch.testing.assert_close(out.hidden_states[0], m.embedding(IDS))
+    torch.testing.assert_close(m.head(out.hidden_states[-1]), out.logits)
+    assert torch.equal(m(IDS, return_dict=False)[0], out.logits)
+    assert torch.equal(m(IDS, logits_to_keep=torch.tensor([3, 7])).logits, out.logits[:, [3, 7]])
+    assert torch.equal(m(IDS, logits_to_keep=2).logits, out.logits[:, -2:])
+    torch.testing.assert_close(m(inputs_embeds=m.embedding(IDS)).logits, out.logits)
+
+
+# Documents
+
+
+@every_mixer
+def test_packed_rows_are_separate_however_they_are_told(preset):
+    """By transformers' collator (huggingface/transformers pull requests 31629 and 36456), and by fla's cu_seqlens
+    (fla-org/flash-linear-attention issue 313)."""
+    m = model(preset)
+    rows = [IDS[0, :13], IDS[1, :7]]
+    apart = torch.cat([m(row.unsqueeze(0)).logits[0] for row in rows])
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    batch = collator([{"input_ids": row.tolist()} for row in rows])
+    labels, flat = batch.pop("labels"), batch["input_ids"]
+    told = (batch, *({"input_ids": flat, name: batch[name]} for name in ("position_ids", "seq_idx", "cu_seq_lens_q")))
+    for given in (*told, {"input_ids": flat, "cu_seqlens": torch.tensor([0, 13, 20])}):
+        torch.testing.assert_close(m(**given).logits[0], apart, msg=str(sorted(given)))
+    expected = F.cross_entropy(apart[:-1], labels[0, 1:], ignore_index=-100)
+    torch.testing.assert_close(m(**batch, labels=labels).loss, expected)
+    with pytest.raises(ValueError, match="cu_seqlens ends with 19 in a batch of 1 x 20 tokens"):
+        m(flat, cu_seqlens=torch.tensor([0, 13, 19]))
+
+
+@every_mixer
+def test_padding_of_a_single_row_too(preset):
+    """Left padding of one row flowed into the text elsewhere (huggingface/transformers pull request 46773)."""
+    m = model(preset)
+    padded, mask = F.pad(IDS[:1], (5, 0)), F.pad(torch.ones(1, 20), (5, 0))
+    torch.testing.assert_close(m(padded, attention_mask=mask).logits[:, 5:], m(IDS[:1]).logits)
+
+
+# Caches and generate
+
+
+def generated(m: LanguageModel, ids: torch.Tensor, **settings) -> torch.Tensor:
+    return m.eval().generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0, **settings)[:, ids.shape[1] :]
+
+
+@every_mixer
+def test_generate_goes_on_from_a_prefix_of_any_length(preset):
+    """A prompt that many requests share, or a chat's next turn (huggingface/transformers issues 24841 and 36151)."""
+    m = model(preset)
+    expected = generated(m, IDS)
+    for length in (1, 12, 19):
+        cache = m(IDS[:, :length], use_cache=True).past_key_values
+        assert cache.get_seq_length() == length
+        assert m.prepare_inputs_for_generation(IDS, cache)["input_ids"].shape == (2, 20 - length)
+        assert torch.equal(generated(m, IDS, past_key_values=cache), expected)
+    with pytest.raises(ValueError, match="the cache has seen 20 tokens, and input_ids has 20"):
+        generated(m, IDS, past_key_values=m(IDS, use_cache=True).past_key_values)
+
+
+@every_mixer
+def test_a_cache_goes_on_in_its_own_document(preset):
+    m = model(preset)
+    documents = {"position_ids": torch.arange(12).remainder(7).unsqueeze(0)}
+    cache = m(IDS[:, :12], use_cache=True, **documents).past_key_values
+    expected = m(IDS[:, 7:]).logits[:, 5:]
+    torch.testing.assert_close(m(IDS[:, 12:], past_key_values=cache).logits, expected)
+    positions = torch.tensor([[5, 6, 7, 8, 0, 1, 2, 3]])
+    apart = torch.cat([expected[:, :4], m(IDS[:, 16:]).logits], dim=1)
+    torch.testing.assert_close(m(IDS[:, 12:], past_key_values=cache, position_ids=positions).logits, apart)
+
+
+def test_what_generate_can_not_do_is_refused():
+    """Tokens taken back (huggingface/transformers pull request 45745), and right padding, which spoils a state silently
+    elsewhere (issue 48256)."""
+    m = model()
+    with pytest.raises(ValueError, match=r"prompt_lookup_num_tokens: .* must be taken back"):
+        generated(m, IDS[:1], prompt_lookup_num_tokens=3)
+    with pytest.raises(ValueError, match=r"assistant_model: .* must be taken back"):
+        generated(m, IDS[:1], assistant_model=model())
+    with pytest.raises(ValueError, match="pad on the left to generate"):
+        generated(m, IDS, attention_mask=F.pad(torch.ones(2, 15), (0, 5)))
+
+
+# The surface of a PreTrainedModel
+
+
+def test_the_vocabulary_grows():
+    """zai-org/ChatGLM3 issue 340; with the head, whether it is tied or not (huggingface/transformers issue 45276)."""
+    for tied in (True, False):
+        m = model(tie_embeddings=tied)
+        before = m(IDS).logits
+        m.resize_token_embeddings(64, mean_resizing=False)
+        assert m.config.vocab_size == 64 and m.head.weight.shape == m.embedding.weight.shape == (64, 32)
+        assert (m.head.weight is m.embedding.weight) == tied
+        torch.testing.assert_close(m(IDS).logits[..., :V], before)
+    assert m.config.num_hidden_layers == 2
+
+
+@every_mixer
+def test_gradient_checkpointing_changes_no_gradient(preset):
+    gradients = []
+    for checkpointing in (False, True):
+        m = model(preset).train()
+        if checkpointing:
+            m.gradient_checkpointing_enable()
+        m(IDS, labels=IDS).loss.backward()
+        gradients.append([p.grad for p in m.parameters()])
+    for x, y in zip(*gradients, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_an_adapter_before_the_head_is_in_the_loss():
+    """Losses that read the head's weight leave it out (huggingface/trl issue 4612 and pull request 5676)."""
+
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base, self.delta = base, nn.Linear(32, V, bias=False).double()
+
+        @property
+        def weight(self) -> torch.Tensor:
+            return self.base.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + self.delta(x)
+
+    m = model(tie_embeddings=False)
+    m.set_output_embeddings(Adapted(m.head))
+    out = m(IDS, labels=IDS)
+    expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(m.sum_nats(IDS, F.pad(IDS[:, 1:], (0, 1), value=-100)), 38 * expected)
+    out.loss.backward()
+    assert m.head.delta.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.slow
+def test_it_compiles_whole_with_a_mask():
+    m = model("gated_delta").eval()
+    mask = torch.ones_like(IDS)
+    compiled = torch.compile(m, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(IDS, attention_mask=mask).logits, m(IDS, attention_mask=mask).logits)
