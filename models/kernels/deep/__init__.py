@@ -29,7 +29,6 @@ from models.kernels import backend
 from models.kernels.deep.arguments import Scan
 
 TAKES = {  # of a recipe
-    "inner_optimizer": ("momentum", "sgd"),
     "depth": (2,),
     "activation": ("silu",),
     "bias": (False,),

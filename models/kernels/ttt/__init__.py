@@ -13,7 +13,6 @@ from torch import Tensor
 from models.kernels import backend
 
 TAKES = {  # of a recipe
-    "inner_optimizer": ("average",),
     "depth": (1, 2),
     "activation": ("gelu_tanh",),
     "bias": (True,),

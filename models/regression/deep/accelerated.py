@@ -22,8 +22,8 @@ from torch import Tensor
 
 from models.kernels import ttt as averaged
 from models.kernels.deep import Scan, deep_scan
-from models.regression.deep.forms import State, deep_memory
-from models.regression.deep.rules import Averaged, Fitted, Gates, Online, Start, Weights, where
+from models.regression.deep.forms import Call, State, deep_memory
+from models.regression.deep.rules import Averaged, Fitted, Online, Weights, where
 from models.regression.deep.slots import Slots, lay_out, positions
 
 
@@ -66,19 +66,10 @@ def unpack(x: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 @torch.compiler.disable  # how many documents there are depends on the data
-def kernel_online(
-    rule: Online,
-    start: Start,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
-    state: State | None = None,
-    grad_batch: int = 64,
-    segments: Tensor | None = None,
-) -> tuple[Tensor, State]:
-    """Arguments and results as in deep_memory."""
-    (B, T, H), C, dtype = k.shape[:3], grad_batch, torch.float32
+def kernel_online(rule: Online, call: Call) -> tuple[Tensor, State]:
+    """Results as of deep_memory."""
+    start, q, k, v, gates, state, C, segments = call
+    (B, T, H), dtype = k.shape[:3], torch.float32
     slots = lay_out(k, C, C, None if state is None else state.phase, segments)
     runs, last_run = documents(slots, B, k.device)
     products = torch.promote_types(q.dtype, torch.promote_types(k.dtype, v.dtype))
@@ -117,19 +108,10 @@ def kernel_online(
     return o.to(v.dtype), State(Fitted(parts[0], parts[1], parts[2]), slots.phase)
 
 
-def kernel_averaged(
-    rule: Averaged,
-    start: Start,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
-    state: State | None = None,
-    grad_batch: int = 16,
-    segments: Tensor | None = None,
-) -> tuple[Tensor, State]:
-    """Arguments and results as in deep_memory."""
-    (B, T), b, index = k.shape[:2], grad_batch, torch.arange(k.shape[1], device=k.device)
+def kernel_averaged(rule: Averaged, call: Call) -> tuple[Tensor, State]:
+    """Results as of deep_memory."""
+    start, q, k, v, gates, state, b, segments = call
+    (B, T), index = k.shape[:2], torch.arange(k.shape[1], device=k.device)
     position, begins = positions(k, None if state is None else state.phase, segments)
     opens, first, fresh = position % b == 0, index.new_zeros(B, 1), None
     if segments is not None:  # there may be as many as tokens, and to count them a GPU would have to wait
@@ -144,7 +126,7 @@ def kernel_averaged(
     if state is not None:
         mine, few = opens.cumsum(1) == 0, slice(min(b - 1, T))  # tokens of the mini-batch that the state has begun
         only = gates._replace(step_size=(gates.step_size * mine.unsqueeze(-1))[:, few])
-        before, (fitted, _) = deep_memory(rule, start, *(x[:, few] for x in (q, k, v)), only, state, b, chunk=b)
+        before, (fitted, _) = deep_memory(rule, Call(start, q[:, few], k[:, few], v[:, few], only, state, b), chunk=b)
     scale, shift = (x.squeeze(1) for x in start.norm)
     given = (q, k, v, gates.step_size, gates.share, learned, pack(fitted.weights), scale, shift, first, fresh)
     o, last = averaged.scan(*given)
@@ -152,24 +134,17 @@ def kernel_averaged(
         o = torch.where(mine[..., None, None], F.pad(before, (0, 0, 0, 0, 0, T - before.shape[1])), o)
     weights, sums = unpack(last, start.weights), fitted.sums
     if segments is not None or state is not None or T % b:
-        sums = _unfinished(rule, weights, start, k, v, gates, position, opens, sums)
+        sums = _unfinished(rule, call, weights, position, opens, sums)
     return o.to(v.dtype), State(Fitted(weights, sums), (position[:, -1] + 1) % b)
 
 
 def _unfinished(
-    rule: Averaged,
-    weights: Weights,
-    start: Start,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
-    position: Tensor,
-    opens: Tensor,
-    sums: Weights,
+    rule: Averaged, call: Call, weights: Weights, position: Tensor, opens: Tensor, sums: Weights
 ) -> Weights:
     """S of every row's last mini-batch: of the tokens since it began, or nothing if it is over; `sums` where an earlier
     call has begun it."""
-    T, b = k.shape[1], len(gates.share)
+    start, _, k, v, gates, *_ = call
+    T, b = k.shape[1], call.grad_batch
     index = (T - 1 - position[:, -1:] % b) + torch.arange(b, device=k.device)
     real = (index < T) & (position[:, -1:] % b < b - 1)
     places = index.clamp(0, T - 1)[..., None, None]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.parts.precision import working_dtype
 from models.regression.chunks import from_chunks, into_chunks, short
-from models.regression.deep.rules import Fitted, Fixed, Flag, Gates, Rule, Start, each, where
+from models.regression.deep.rules import Chunk, Fitted, Fixed, Flag, Gates, Rule, Start, each, where
 from models.regression.deep.slots import in_turn, lay_out, positions, scan
 from models.regression.linear.mixtures import product
 
@@ -27,29 +27,33 @@ class State(NamedTuple):
     phase: Tensor
 
 
+class Call(NamedTuple):
+    """What a form computes with.
+
+    q, k: [B, T, H, K].  v: [B, T, H, V].  grad_batch: b, the tokens of a mini-batch.  segments: [B, T], documents.
+    """
+
+    start: Start
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Gates
+    state: State | None = None
+    grad_batch: int = 64
+    segments: Tensor | None = None
+
+
 @torch.compiler.disable  # it compiles its own step; and how many slots documents fill depends on the data
 def deep_memory(
-    rule: Rule,
-    start: Start,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
-    state: State | None = None,
-    grad_batch: int = 64,
-    segments: Tensor | None = None,
-    chunk: int | None = None,
-    remat: int = 0,
-    compiled: bool = False,
+    rule: Rule, call: Call, chunk: int | None = None, remat: int = 0, compiled: bool = False
 ) -> tuple[Tensor, State]:
     """The rule, token by token: the definition. Or by its dual form, `chunk` tokens at a time, or a mini-batch if that
-    is shorter.
+    is shorter. T need not be a multiple of anything. remat: as in slots.scan.  compiled: chunks by torch.compile.
 
-    q, k: [B, T, H, K].  v: [B, T, H, V].  segments: [B, T], documents.  T need not be a multiple of anything.
-    remat: as in slots.scan.  compiled: chunks by torch.compile.
     Returns o [B, T, H, V] in the dtype of v, and the state after the last token. The definition is computed in float32
     at least; a chunk's products in the dtype of q, k and v, and its coefficients and weights in float32 at least.
     """
+    start, q, k, v, gates, state, grad_batch, segments = call
     (B, T, H), dtype, dual = k.shape[:3], working_dtype(q, k, v), chunk is not None
     size, products = 1, dtype
     if chunk is not None:
@@ -115,13 +119,11 @@ def advance(
         R = R if opens is None else where(opens, R, fitted.references)
         fitted = Fitted(fitted.weights, fitted.sums, R)
     pairs = list(zip(*rule.network.errors([r.to(q.dtype) for r in R], k, v, fixed.norm), strict=True))
+    chunk = Chunk(fitted, fixed, pairs, opens, ends, given)
     if dual:
-        products = rule.products(fitted, fixed, pairs, opens, q.dtype, *given)
-        fitted = rule.carry(fitted, fixed, pairs, ends, *given)
-    else:
-        weights, fitted = rule.learn(fitted, pairs, fixed, ends, *given)
-        products = [partial(product, y=w) for w in weights]
-    return rule.network.read(products, q, fixed.norm), fitted
+        return rule.network.read(rule.products(chunk), q, fixed.norm), rule.carry(chunk)
+    weights, fitted = rule.learn(chunk)
+    return rule.network.read([partial(product, y=w) for w in weights], q, fixed.norm), fitted
 
 
 @cache

@@ -15,7 +15,7 @@ from models.kernels.backend import unlike
 from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
 from models.regression.deep.accelerated import kernel_averaged, kernel_online
-from models.regression.deep.forms import State, compiles, deep_memory
+from models.regression.deep.forms import Call, State, compiles, deep_memory
 from models.regression.deep.rules import AtEnd, Averaged, Gates, Online, Rule, Start, each
 from models.regression.memory import Memory
 from models.regression.regressor import Tokens
@@ -24,15 +24,13 @@ KERNELS: dict[type[Rule], Any] = {Online: (deep, kernel_online), Averaged: (ttt,
 
 
 class NetworkMemory(Memory):
-    """A subclass sets the rule, and the recipe: its settings as kernels compare them. It says what a document begins
-    with, and how gates come from x.
+    """A subclass sets the rule. It says what a document begins with, and how gates come from x.
 
     grad_batch: b, the tokens of a mini-batch, a part of the model.
     remat: chunks computed again together in the backward pass (slots.scan), a choice of memory and speed; 0: none.
     """
 
     rule: Rule
-    recipe: dict[str, Any]
 
     def __init__(self, sizes: Sizes, backend: str, chunk: int | None, grad_batch: int, remat: int) -> None:
         super().__init__(sizes, backend, chunk)
@@ -64,12 +62,12 @@ class NetworkMemory(Memory):
                 f"nothing from a sequence of {T} tokens, and what sets its steps gets no gradient",
                 stacklevel=2,
             )
-        given = (self.rule, self.begin(), q, k, v, self.gates(x, log_decay), state, self.grad_batch, segments)
+        call = Call(self.begin(), q, k, v, self.gates(x, log_decay), state, self.grad_batch, segments)
         if backend == "recurrent" or T == 1:  # one token is the definition
-            return deep_memory(*given)
+            return deep_memory(self.rule, call)
         if backend == "triton":
-            return KERNELS[type(self.rule)][1](*given)
-        return deep_memory(*given, self.tokens_at_once(v), self.remat, compiles(v.device))
+            return KERNELS[type(self.rule)][1](self.rule, call)
+        return deep_memory(self.rule, call, self.tokens_at_once(v), self.remat, compiles(v.device))
 
     def recall(self, x: Tensor, q: Tensor, state: State | None) -> Tensor:
         dtype, start = working_dtype(q), self.begin()
@@ -88,9 +86,11 @@ class NetworkMemory(Memory):
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
         if type(self.rule) not in KERNELS:
             return {"triton": "the kernels take regressor.inner_optimizer=momentum, sgd or average"}
-        kernels, (first, *others) = KERNELS[type(self.rule)][0], self.matrices()
+        kernels, start, (first, *others) = KERNELS[type(self.rule)][0], self.begin(), self.matrices()
+        recipe = {"depth": len(start.weights), "layer_norm": bool(start.norm), "inner_loss": self.rule.network.loss}
+        recipe |= vars(self.rule.network)
         widths = (*first, *(out for _, out in others))
-        return {"triton": unlike(self.recipe, kernels.TAKES) or kernels.refusal(device, dtype, self.grad_batch, widths)}
+        return {"triton": unlike(recipe, kernels.TAKES) or kernels.refusal(device, dtype, self.grad_batch, widths)}
 
     def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         return "a compiled step" if backend == "torch" and compiles(device) else ""
@@ -133,5 +133,5 @@ class NetworkMemory(Memory):
 
 def shares(offset: Tensor) -> Tensor:
     """c [b] of the rule Averaged: max(1/p + learned, 0)."""
-    count = torch.arange(1, len(offset) + 1, device=offset.device)
-    return (1 / count + wide(offset)).clamp(min=0.0)
+    learned = wide(offset)
+    return (1 / torch.arange(1, len(learned) + 1).to(learned) + learned).clamp(min=0.0)

@@ -130,16 +130,6 @@ class DeepMemory(NetworkMemory):
         drawn = (s * torch.randn(H, n, m) for s, (n, m) in zip(scales, pairwise(widths), strict=True))
         self.start = nn.ParameterList(F.pad(w, (0, 0, 0, int(bias))) for w in drawn)
         self.norm = nn.ParameterList([torch.ones(H, 1, V), torch.zeros(H, 1, V)] if layer_norm else [])
-        self.recipe = {
-            "inner_optimizer": inner_optimizer,
-            "depth": depth,
-            "activation": activation,
-            "bias": bias,
-            "residual": residual,
-            "layer_norm": layer_norm,
-            "inner_loss": inner_loss,
-            "limit_steps": network.limit_steps,
-        }
 
     def begin(self) -> Start:
         *others, last = self.start

@@ -132,6 +132,7 @@ class SwiGLU:
     """f above and the errors of its loss, as Network has them; weights in the order W_0, W_2, W_1."""
 
     bias: ClassVar[bool] = False
+    loss: ClassVar[str] = "dot"
 
     def read(self, products: Sequence[Callable[[Tensor], Tensor]], q: Tensor, norm: Sequence[Tensor] = ()) -> Tensor:
         gate, up, down = products

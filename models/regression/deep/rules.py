@@ -89,6 +89,20 @@ class Fixed(NamedTuple):
     norm: Weights
 
 
+class Chunk(NamedTuple):
+    """What a rule is told of a chunk, or of a token: what it begins with, what never changes, and what its pairs are at
+    R. opens: whether it begins a mini-batch; None if all do, so that no token before it is of its mini-batch. ends:
+    whether a mini-batch is over with it. given: by `tokens` of a token, by `weigh` of a chunk.
+    """
+
+    fitted: Fitted
+    fixed: Fixed
+    pairs: Pairs
+    opens: Flag | None
+    ends: Flag | Any
+    given: tuple[Any, ...]
+
+
 @dataclass(frozen=True)
 class Rule:
     """A network, and how it learns."""
@@ -109,10 +123,8 @@ class Rule:
         """
         raise NotImplementedError
 
-    def learn(
-        self, now: Fitted, pairs: Pairs, fixed: Fixed, ends: Flag, *given: Any
-    ) -> tuple[Sequence[Tensor], Fitted]:
-        """Of a token the weights that it reads, and what the next begins with. ends: whether its mini-batch is over."""
+    def learn(self, token: Chunk) -> tuple[Sequence[Tensor], Fitted]:
+        """The weights that a token reads, and what the next begins with."""
         raise NotImplementedError
 
     def weigh(self, *given: Any) -> tuple[Any, ...]:
@@ -129,15 +141,11 @@ class Rule:
         """The way back."""
         return fitted
 
-    def products(
-        self, fitted: Fitted, fixed: Fixed, pairs: Pairs, opens: Flag | None, dtype: torch.dtype, *weighed: Any
-    ) -> list[Callable[[Tensor], Tensor]]:
-        """Of every layer what it makes of its inputs y [rows, C, in], where tokens read. opens: None if no token before
-        them is of their mini-batch.
-        """
+    def products(self, chunk: Chunk) -> list[Callable[[Tensor], Tensor]]:
+        """Of every layer what it makes of its inputs y [rows, C, in], where tokens read."""
         raise NotImplementedError
 
-    def carry(self, fitted: Fitted, fixed: Fixed, pairs: Pairs, ends: Flag, *weighed: Any) -> Fitted:
+    def carry(self, chunk: Chunk) -> Fitted:
         """What the next chunk begins with."""
         raise NotImplementedError
 
@@ -158,11 +166,9 @@ class Online(Rule):
     def tokens(self, gates: Gates, place: Tensor) -> tuple[Any, ...]:
         return torch.ones_like(gates.step_size), *gates[:3]
 
-    def learn(
-        self, now: Fitted, pairs: Pairs, fixed: Fixed, ends: Flag, *given: Any
-    ) -> tuple[Sequence[Tensor], Fitted]:
-        _, theta, log_eta, log_a = given
-        M, base, writes = now.weights, fixed.base or _zeros(now.weights), _writes(theta, pairs)
+    def learn(self, token: Chunk) -> tuple[Sequence[Tensor], Fitted]:
+        now, (_, theta, log_eta, log_a) = token.fitted, token.given
+        M, base, writes = now.weights, token.fixed.base or _zeros(now.weights), _writes(theta, token.pairs)
         if log_eta is not None:
             writes = tuple(log_eta.exp() * s + write for s, write in zip(now.sums, writes, strict=True))
         if log_a is not None:
@@ -186,29 +192,27 @@ class Online(Rule):
         weights = tuple(w + m for w, m in zip(base, weights, strict=True)) if base else weights
         return Fitted(weights, sums, fitted.references)
 
-    def products(
-        self, fitted: Fitted, fixed: Fixed, pairs: Pairs, opens: Flag | None, dtype: torch.dtype, *weighed: Any
-    ) -> list[Callable[[Tensor], Tensor]]:
-        read, writes = weighed[0], weighed[1].to(dtype)
+    def products(self, chunk: Chunk) -> list[Callable[[Tensor], Tensor]]:
+        fitted, base, (read, writes, *_) = chunk.fitted, chunk.fixed.base, chunk.given
 
         def of_layer(layer: int, y: Tensor) -> Tensor:
-            inputs, errors = pairs[layer]
-            z = product(product(y, inputs.mT) * writes, errors)
-            z = z + product(spread(y, read).to(dtype), fitted.weights[layer].to(dtype))
-            return z + product(y, fixed.base[layer].to(dtype)) if fixed.base else z
+            inputs, errors = chunk.pairs[layer]
+            z = product(product(y, inputs.mT) * writes.to(y.dtype), errors)
+            z = z + product(spread(y, read).to(y.dtype), fitted.weights[layer].to(y.dtype))
+            return z + product(y, base[layer].to(y.dtype)) if base else z
 
-        return [partial(of_layer, layer) for layer in range(len(pairs))]
+        return [partial(of_layer, layer) for layer in range(len(chunk.pairs))]
 
-    def carry(self, fitted: Fitted, fixed: Fixed, pairs: Pairs, ends: Flag, *weighed: Any) -> Fitted:
-        states, writes = weighed[2:]
+    def carry(self, chunk: Chunk) -> Fitted:
+        states, writes = chunk.given[2:]
         following = []
-        for X, (y, e) in zip(fitted.weights, pairs, strict=True):
+        for X, (y, e) in zip(chunk.fitted.weights, chunk.pairs, strict=True):
             parts = X.split(y.shape[-1], dim=1)
             kept = [
                 sum(states[:, i : i + 1, j : j + 1] * parts[j] for j in range(i, len(parts))) for i in range(len(parts))
             ]
             following.append(torch.cat(kept, dim=1) + product(spread(y, writes.mT).to(e.dtype).mT, e))
-        return Fitted(tuple(following), (), fitted.references)
+        return Fitted(tuple(following), (), chunk.fitted.references)
 
 
 class Summed(Rule):
@@ -216,28 +220,27 @@ class Summed(Rule):
 
     closes: ClassVar[bool] = True
 
-    def learn(
-        self, now: Fitted, pairs: Pairs, fixed: Fixed, ends: Flag, *given: Any
-    ) -> tuple[Sequence[Tensor], Fitted]:
-        summed = self.add(now, pairs, *given)
-        return self.read(summed, *given), self.close(summed, fixed, ends, *given)
+    def learn(self, token: Chunk) -> tuple[Sequence[Tensor], Fitted]:
+        summed = self.add(token)
+        return self.read(summed, *token.given), self.close(summed, token)
 
-    def carry(self, fitted: Fitted, fixed: Fixed, pairs: Pairs, ends: Flag, *weighed: Any) -> Fitted:
-        return self.close(self.add(fitted, pairs, *weighed), fixed, ends, *weighed)
+    def carry(self, chunk: Chunk) -> Fitted:
+        return self.close(self.add(chunk), chunk)
 
-    def add(self, fitted: Fitted, pairs: Pairs, *weighed: Any) -> Fitted:
+    def add(self, chunk: Chunk) -> Fitted:
         """With what the tokens sum up."""
-        sums = tuple(s + write for s, write in zip(fitted.sums, _writes(weighed[0], pairs), strict=True))
+        fitted, writes = chunk.fitted, _writes(chunk.given[0], chunk.pairs)
+        sums = tuple(s + write for s, write in zip(fitted.sums, writes, strict=True))
         return Fitted(fitted.weights, sums, (), fitted.history, fitted.gates)
 
-    def close(self, fitted: Fitted, fixed: Fixed, ends: Flag, *weighed: Any) -> Fitted:
-        return fitted if ends is False else where(ends, self.step(fitted, fixed, *weighed), fitted)
+    def close(self, fitted: Fitted, chunk: Chunk) -> Fitted:
+        return fitted if chunk.ends is False else where(chunk.ends, self.step(fitted, chunk), fitted)
 
     def read(self, fitted: Fitted, *given: Any) -> Weights:
         """The weights that a token reads, its own write among the sums."""
         return fitted.weights
 
-    def step(self, fitted: Fitted, fixed: Fixed, *weighed: Any) -> Fitted:
+    def step(self, fitted: Fitted, chunk: Chunk) -> Fitted:
         """The next mini-batch's first."""
         raise NotImplementedError
 
@@ -259,20 +262,19 @@ class Averaged(Summed):
         theta, c, _ = given
         return *given, (c * theta.mT).tril()
 
-    def products(
-        self, fitted: Fitted, fixed: Fixed, pairs: Pairs, opens: Flag | None, dtype: torch.dtype, *weighed: Any
-    ) -> list[Callable[[Tensor], Tensor]]:
-        c, writes = weighed[1], weighed[3].to(dtype)
+    def products(self, chunk: Chunk) -> list[Callable[[Tensor], Tensor]]:
+        fitted, (_, c, _, writes) = chunk.fitted, chunk.given
 
         def of_layer(layer: int, y: Tensor) -> Tensor:
-            inputs, errors = pairs[layer]
-            z = product(product(y, inputs.mT) * writes, errors) + product(y, fitted.weights[layer].to(dtype))
-            return z if opens is None else z + product((c * y).to(dtype), fitted.sums[layer].to(dtype))
+            inputs, errors = chunk.pairs[layer]
+            z = product(product(y, inputs.mT) * writes.to(y.dtype), errors)
+            z = z + product(y, fitted.weights[layer].to(y.dtype))
+            return z if chunk.opens is None else z + product((c * y).to(y.dtype), fitted.sums[layer].to(y.dtype))
 
-        return [partial(of_layer, layer) for layer in range(len(pairs))]
+        return [partial(of_layer, layer) for layer in range(len(chunk.pairs))]
 
-    def step(self, fitted: Fitted, fixed: Fixed, *weighed: Any) -> Fitted:
-        c = weighed[2].sum(1, keepdim=True)
+    def step(self, fitted: Fitted, chunk: Chunk) -> Fitted:
+        c = chunk.given[2].sum(1, keepdim=True)
         moved = (w + c * s for w, s in zip(fitted.weights, fitted.sums, strict=True))
         return Fitted(tuple(moved), _zeros(fitted.sums))
 
@@ -295,16 +297,15 @@ class AtEnd(Summed):
     def tokens(self, gates: Gates, place: Tensor) -> tuple[Any, ...]:
         return gates.step_size, gates.sums
 
-    def products(
-        self, fitted: Fitted, fixed: Fixed, pairs: Pairs, opens: Flag | None, dtype: torch.dtype, *weighed: Any
-    ) -> list[Callable[[Tensor], Tensor]]:
-        return [partial(product, y=w.to(dtype)) for w in fitted.weights]
+    def products(self, chunk: Chunk) -> list[Callable[[Tensor], Tensor]]:
+        return [partial(product, y=w.to(chunk.pairs[0][0].dtype)) for w in chunk.fitted.weights]
 
-    def add(self, fitted: Fitted, pairs: Pairs, *weighed: Any) -> Fitted:
-        weights, sums, _, history, gates = super().add(fitted, pairs, *weighed)
-        return Fitted(weights, sums, (), history, (gates[0] + weighed[1].sum(1, keepdim=True),))
+    def add(self, chunk: Chunk) -> Fitted:
+        weights, sums, _, history, gates = super().add(chunk)
+        return Fitted(weights, sums, (), history, (gates[0] + chunk.given[1].sum(1, keepdim=True),))
 
-    def step(self, fitted: Fitted, fixed: Fixed, *weighed: Any) -> Fitted:
+    def step(self, fitted: Fitted, chunk: Chunk) -> Fitted:
+        fixed = chunk.fixed
         log_decay, rate, eta = fitted.gates[0].split(1, dim=-1)
         weights, history = [], []
         for i, (w, D) in enumerate(zip(fitted.weights, fitted.sums, strict=True)):

@@ -86,16 +86,6 @@ class TTT(NetworkMemory):
         self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(H, K)), nn.Parameter(torch.zeros(H, K))
         self.token_offset = nn.Parameter(torch.zeros(grad_batch))
         self.step_size = nn.Linear(sizes.hidden_size, H)
-        self.recipe = {
-            "inner_optimizer": "average",
-            "depth": len(widths) - 1,
-            "activation": "gelu_tanh",
-            "bias": True,
-            "residual": True,
-            "layer_norm": True,
-            "inner_loss": "l2",
-            "limit_steps": False,
-        }
 
     def begin(self) -> Start:
         """Of every layer W_0 above b_0; W_0 and b_0 take turns in self.start."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.parts.sizes import Sizes
 from models.regression.deep import DeepMemory
-from models.regression.deep.forms import deep_memory
+from models.regression.deep.forms import Call, deep_memory
 from models.regression.deep.network import SMOOTH, Network
 from models.regression.deep.rules import Gates, Online, Start
 from models.regression.linear.momentum import State as MatrixState
@@ -41,7 +41,7 @@ def recurrent_deep(
     """Titans' rule by the definition, for q, k, v and the three gates of draw."""
     q, k, v, *gates = inputs
     rule = Online(network, momentum=gates[1] is not None)
-    return deep_memory(rule, start, q, k, v, Gates(*gates), state, grad_batch, segments, **settings)
+    return deep_memory(rule, Call(start, q, k, v, Gates(*gates), state, grad_batch, segments), **settings)
 
 
 chunked_deep = partial(recurrent_deep, chunk=64)

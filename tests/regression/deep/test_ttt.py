@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.parts.sizes import Sizes
 from models.regression.deep import TTT, DeepMemory
-from models.regression.deep.forms import State, deep_memory
+from models.regression.deep.forms import Call, State, deep_memory
 from models.regression.deep.network import Network
 from models.regression.deep.rules import Averaged, Gates, Start
 from models.regression.regressor import Tokens
@@ -52,7 +52,7 @@ def in_calls(form: Form, inputs: list[Tensor], splits: tuple[int, ...] = (), seg
         *tokens, steps = (x[:, a:b] for x in (q, k, v, step_size))
         documents = None if segments is None else segments[:, a:b]
         gates = Gates(steps, share=token_size)
-        o, state = form(RULE, start, *tokens, gates, state, len(token_size), documents)
+        o, state = form(RULE, Call(start, *tokens, gates, state, len(token_size), documents))
         outputs.append(o)
     return torch.cat(outputs, dim=1), state
 
