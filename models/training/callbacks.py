@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 from tqdm import tqdm
 
 from models.training.logger import CsvLogger, read_metrics
@@ -159,17 +160,29 @@ class Sample(Callback):
         eager, precision = torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context()
         with torch.random.fork_rng(devices=devices), eager, precision:
             torch.manual_seed(0)
-            ids = model.generate(
-                prompt.unsqueeze(0),
-                attention_mask=torch.ones_like(prompt).unsqueeze(0),
-                max_new_tokens=self.num_tokens,
-                do_sample=True,
-                temperature=self.temperature,
-                pad_token_id=task.tokenizer.eos,
-            )[0]
+            try:
+                ids = model.generate(
+                    prompt.unsqueeze(0),
+                    attention_mask=torch.ones_like(prompt).unsqueeze(0),
+                    max_new_tokens=self.num_tokens,
+                    do_sample=True,
+                    temperature=self.temperature,
+                    pad_token_id=task.tokenizer.eos,
+                    logits_processor=[_finite],
+                )[0]
+            except FloatingPointError as error:
+                print(f"warning: no sample.txt, since {error}", flush=True)
+                return
         start, text = (task.tokenizer.decode(part.tolist()) for part in (ids[: len(prompt)], ids[len(prompt) :]))
         (Path(trainer.default_root_dir) / "sample.txt").write_text(f"{start}{text}\n", encoding="utf-8")
         print(f"\nAfter {trainer.global_step:,} steps, a validation text ...\n\n{start}\n\n... goes on:\n\n{text}\n")
+
+
+def _finite(ids: Tensor, scores: Tensor) -> Tensor:
+    """The scores of the next token. Raises FloatingPointError where no token can be drawn by them."""
+    if scores.isnan().any() or scores.isposinf().any():
+        raise FloatingPointError(f"the model's output is not finite after {ids.shape[1]} tokens")
+    return scores
 
 
 class LossPlot(Callback):
