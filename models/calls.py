@@ -33,6 +33,19 @@ def refuse_unknown(given: dict[str, Any], known: list[str]) -> None:
         raise TypeError(f"LanguageModel knows no keyword {name}{meant}")
 
 
+def refuse_documents(told: dict[str, Tensor | None], others: dict[str, Any], seen: int) -> None:
+    """Raises ValueError where documents are told twice, or in a way that says too little. told: by keyword."""
+    if told["segments"] is not None:
+        for name in (name for name, value in told.items() if value is not None and name != "segments"):
+            raise ValueError(f"segments and {name} both say where documents begin; give one of them")
+    if told["cu_seqlens"] is not None and told["cu_seq_lens_q"] is not None:
+        raise ValueError("cu_seqlens and cu_seq_lens_q both say where documents begin; give one of them")
+    if others.get("cu_seq_lens_k") is not None and told["cu_seq_lens_q"] is None:
+        raise ValueError("cu_seq_lens_k says where documents begin, and cu_seq_lens_q is missing, which is read here")
+    if seen and told["seq_idx"] is not None:
+        raise ValueError("seq_idx with a cache: it can't say whether the cache's document goes on; give segments")
+
+
 def documents(
     like: Tensor,
     attention_mask: Tensor | None,
@@ -58,16 +71,19 @@ def documents(
                 "for each token, those in the cache first"
             )
         changes = F.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0))
+        if not torch.compiler.is_compiling() and (changes.sum(1) + (attention_mask[:, 0] != 0) > 2).any():
+            raise ValueError("attention_mask has padding inside a row's text, which would cut it in two; leave it out")
         starts |= changes[:, -T:]
     if position_ids is not None:
+        starts[:, 0] |= (position_ids[:, 0] == 0) & (seen > 0)
         starts[:, 1:] |= position_ids[:, 1:] != position_ids[:, :-1] + 1
     if seq_idx is not None:
         starts[:, 1:] |= seq_idx[:, 1:] != seq_idx[:, :-1]
     if cu_seqlens is not None:
-        if B != 1 or int(cu_seqlens[-1]) != T:
+        if B != 1 or int(cu_seqlens[0]) or int(cu_seqlens[-1]) != T or (cu_seqlens.diff() <= 0).any():
             raise ValueError(
-                f"cu_seqlens ends with {int(cu_seqlens[-1])} in a batch of {B} x {T} tokens; it must be of one row "
-                "that has all documents one after another, and end with their number of tokens"
+                f"cu_seqlens={cu_seqlens.tolist()} in a batch of {B} x {T} tokens; it must be of one row that has all "
+                "documents one after another, begin with 0, rise, and end with the number of tokens"
             )
         starts[0, cu_seqlens[1:-1].long()] = True
     if not torch.compiler.is_compiling() and not starts.any():

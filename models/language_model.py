@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from models.block import Block, feed_forward
 from models.build import build
-from models.calls import documents, refuse_unknown
+from models.calls import documents, refuse_documents, refuse_unknown
 from models.loss import IGNORED, score, sum_nats
 from models.mixers.mixer import State
 from models.parts.norm import RMSNorm
@@ -193,8 +194,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
-        **unknown: Any,
+        **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """transformers' interface. Keywords that mean nothing here are an error (calls.py).
 
@@ -204,19 +204,31 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         logits_to_keep: of so many last tokens (0: all), or of these places. output_hidden_states: what each block is
         given, and what the head is.
         """
-        refuse_unknown(unknown, [name for name in inspect.signature(self.forward).parameters if name != "unknown"])
+        # not a parameter: Trainer evaluates only where all parameters with "label" in their names are in the batch
+        targets: Tensor | None = others.pop("shift_labels", None)
+        refuse_unknown(others, [name for name in inspect.signature(self.forward).parameters if name != "others"])
+        if past_key_values is not None and not isinstance(past_key_values, Cache):
+            kind = type(past_key_values).__name__
+            raise ValueError(f"past_key_values is a {kind}; it must be what a call with use_cache=True has returned")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("one of input_ids and inputs_embeds must be given, and not both")
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         if not x.numel():
             raise ValueError(f"a batch of {x.shape[0]} x {x.shape[1]} tokens is empty; it must have at least one")
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        told = {
+            "position_ids": position_ids,
+            "seq_idx": seq_idx,
+            "cu_seqlens": cu_seqlens,
+            "cu_seq_lens_q": cu_seq_lens_q,
+        }
+        refuse_documents(told | {"attention_mask": attention_mask, "segments": segments}, others, seen)
         if segments is None:
             ends = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
             number = None if past_key_values is None else past_key_values.segment
             segments = documents(x, attention_mask, position_ids, seq_idx, ends, seen, number)
         each, states = self._layers(x, segments, past_key_values)
-        hidden, loss, targets = each[-1], None, shift_labels
+        hidden, loss = each[-1], None
         if targets is None and labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if targets is not None:
@@ -266,6 +278,9 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers', but for ways of it that take tokens back: a state has no token to take back."""
+        for name in ("segments", "seq_idx", "position_ids", "cu_seqlens", "cu_seq_lens_q"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: generate goes on with one document a row; leave it out, and pad on the left")
         for name in ("assistant_model", "prompt_lookup_num_tokens"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: tokens that are refused must be taken back, and a state can't; leave it out")
@@ -328,3 +343,5 @@ def _map_tensors(node: Any, function: Any) -> Any:
 
 AutoConfig.register(LanguageModelConfig.model_type, LanguageModelConfig)
 AutoModelForCausalLM.register(LanguageModelConfig, LanguageModel)
+# Trainer shifts labels that it smooths itself for the classes that are named here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LanguageModelConfig.model_type] = LanguageModel.__name__

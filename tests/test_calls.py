@@ -7,7 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, DynamicCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.trainer_pt_utils import LabelSmoother
+from transformers.utils.generic import find_labels
 
 from models.language_model import LanguageModel, LanguageModelConfig
 from tests.laws.presets import recipe
@@ -88,8 +91,39 @@ def test_packed_rows_are_separate_however_they_are_told(preset):
         torch.testing.assert_close(m(**given).logits[0], apart, msg=str(sorted(given)))
     expected = F.cross_entropy(apart[:-1], labels[0, 1:], ignore_index=-100)
     torch.testing.assert_close(m(**batch, labels=labels).loss, expected)
-    with pytest.raises(ValueError, match="cu_seqlens ends with 19 in a batch of 1 x 20 tokens"):
-        m(flat, cu_seqlens=torch.tensor([0, 13, 19]))
+    for ends in ([0, 13, 19], [7, 20], [0, 12, 7, 20], [0, 25, 20]):
+        with pytest.raises(ValueError, match=r"cu_seqlens=\[.*\] in a batch of 1 x 20 tokens"):
+            m(flat, cu_seqlens=torch.tensor(ends))
+
+
+def test_documents_are_told_once():
+    m, ends = model(), torch.tensor([0, 7, 20])
+    segments = torch.zeros_like(IDS)
+    mask = torch.ones_like(IDS)
+    mask[0, 8:11] = 0
+    for says, given in (
+        ("segments and attention_mask both", {"segments": segments, "attention_mask": torch.ones_like(IDS)}),
+        ("segments and position_ids both", {"segments": segments, "position_ids": segments}),
+        ("cu_seqlens and cu_seq_lens_q both", {"cu_seqlens": ends, "cu_seq_lens_q": ends}),
+        ("cu_seq_lens_q is missing", {"cu_seq_lens_k": ends}),
+        ("padding inside a row's text", {"attention_mask": mask}),
+        ("seq_idx with a cache", {"seq_idx": segments, "past_key_values": m(IDS, use_cache=True).past_key_values}),
+        ("past_key_values is a DynamicCache", {"past_key_values": DynamicCache()}),
+    ):
+        with pytest.raises(ValueError, match=says):
+            m(IDS, **given)
+    for name in ("segments", "seq_idx", "position_ids"):
+        with pytest.raises(ValueError, match=f"{name}: generate goes on with one document"):
+            generated(m, IDS, **{name: segments})
+
+
+def test_trainer_finds_the_labels_and_shifts_what_it_smooths():
+    """Parameters with "label" in their names are labels to Trainer, which evaluates only if all are in a batch."""
+    assert find_labels(LanguageModel) == ["labels"]
+    m = model()
+    smoothed = LabelSmoother(epsilon=0.0)(m(IDS), IDS.clone(), shift_labels=True)
+    torch.testing.assert_close(smoothed, m(IDS, labels=IDS).loss)
+    assert LanguageModel.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 @every_mixer
@@ -129,6 +163,8 @@ def test_a_cache_goes_on_in_its_own_document(preset):
     expected = m(IDS[:, 7:]).logits[:, 5:]
     torch.testing.assert_close(m(IDS[:, 12:], past_key_values=cache).logits, expected)
     positions = torch.tensor([[5, 6, 7, 8, 0, 1, 2, 3]])
+    anew = m(IDS[:, 12:], past_key_values=cache, position_ids=torch.arange(8).unsqueeze(0)).logits
+    torch.testing.assert_close(anew, m(IDS[:, 12:]).logits)
     apart = torch.cat([expected[:, :4], m(IDS[:, 16:]).logits], dim=1)
     torch.testing.assert_close(m(IDS[:, 12:], past_key_values=cache, position_ids=positions).logits, apart)
 
