@@ -281,8 +281,9 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         for name in ("segments", "seq_idx", "position_ids", "cu_seqlens", "cu_seq_lens_q"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: generate goes on with one document a row; leave it out, and pad on the left")
-        for name in ("assistant_model", "prompt_lookup_num_tokens"):
-            if kwargs.get(name) is not None:
+        config = kwargs.get("generation_config") or self.generation_config
+        for name in ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"):
+            if kwargs.get(name, getattr(config, name, None)) is not None:
                 raise ValueError(f"{name}: tokens that are refused must be taken back, and a state can't; leave it out")
         return super().generate(*args, **kwargs)
 

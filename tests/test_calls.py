@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DataCollatorWithFlattening, DynamicCache
+from transformers import DataCollatorWithFlattening, DynamicCache, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils.generic import find_labels
@@ -175,6 +175,8 @@ def test_what_generate_can_not_do_is_refused():
     m = model()
     with pytest.raises(ValueError, match=r"prompt_lookup_num_tokens: .* must be taken back"):
         generated(m, IDS[:1], prompt_lookup_num_tokens=3)
+    with pytest.raises(ValueError, match=r"prompt_lookup_num_tokens: .* must be taken back"):
+        generated(m, IDS[:1], generation_config=GenerationConfig(prompt_lookup_num_tokens=3))
     with pytest.raises(ValueError, match=r"assistant_model: .* must be taken back"):
         generated(m, IDS[:1], assistant_model=model())
     with pytest.raises(ValueError, match="pad on the left to generate"):

@@ -106,6 +106,8 @@ MISTAKES = {
     "model.mixers.main.regressor.backend=fla": "backend=fla can't run",
     # impossible settings
     "micro_batch=5": "micro_batch=5 does not divide",
+    "model=titans_mlp model.mixers.main.regressor.depth=2.5": "regressor.depth=2.5 must be a whole number",
+    "model=titans_mlp model.mixers.main.regressor.expansion=.inf": "regressor.expansion=.inf is not a number",
     "tokens=10": "tokens=10 is less than one step",
     "+model.mixers.main.num_kv_heads=2": "num_kv_heads=2 does not divide num_heads=3",
     "model.pattern=[attention]": "model.pattern names 'attention'",

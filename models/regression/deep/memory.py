@@ -27,18 +27,19 @@ class NetworkMemory(Memory):
     """A subclass sets the rule. It says what a document begins with, and how gates come from x.
 
     grad_batch: b, the tokens of a mini-batch, a part of the model.
-    remat: chunks computed again together in the backward pass (slots.scan), a choice of memory and speed; 0: none.
+    remat: chunks computed again together in the backward pass (slots.scan), a choice of memory and speed; 0 or None:
+        none.
     """
 
     rule: Rule
 
-    def __init__(self, sizes: Sizes, backend: str, chunk: int | None, grad_batch: int, remat: int) -> None:
+    def __init__(self, sizes: Sizes, backend: str, chunk: int | None, grad_batch: int, remat: int | None) -> None:
         super().__init__(sizes, backend, chunk)
         if grad_batch < 1:
             raise ValueError(f"regressor.grad_batch={grad_batch} is no number of tokens; a positive integer")
-        if remat < 0:
+        if (remat or 0) < 0:
             raise ValueError(f"regressor.remat={remat} is no number of chunks; a positive integer, or 0 for never")
-        self.grad_batch, self.remat = grad_batch, remat
+        self.grad_batch, self.remat = grad_batch, remat or 0
 
     def begin(self) -> Start:
         """M_0."""

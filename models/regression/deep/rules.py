@@ -2,12 +2,14 @@
 
 Problem.    All tokens of a mini-batch take their gradients at the same weights R, so that what each wants to write is
             known at once: D_i = -theta_i dl_i/dW (R) = theta_i X_i^T E_i (network.py). What D does to W is the rule.
-Online.     Weights change with every token. S is a momentum, eta its factor; what fades goes back to W_0 (Titans):
+Online.     Weights change with every token. S is a momentum, eta its factor; what fades goes back to W_0 (Titans,
+            Behrouz et al. 2025, equations 13 to 16):
                 S_t = eta_t S_{t-1} + D_t ,    W_t = W_0 + a_t (W_{t-1} - W_0) + S_t .
             R is what the mini-batch before has left.
-Averaged.   Who reads weighs the whole mini-batch anew, by its own place p in it (TTT):
+Averaged.   Who reads weighs the whole mini-batch anew, by its own place p in it (TTT, Sun et al. 2024, section 2.4):
                 S_t = S_{t-1} + D_t ,    W_t = R + c_p S_t ,    the next R is R + c_b S_b , with S = 0.
-AtEnd.      All tokens read R, and an optimiser (optimizers.py) steps where the mini-batch ends:
+AtEnd.      All tokens read R, and an optimiser (optimizers.py) steps where the mini-batch ends (LaCT, Zhang et al.
+            2025):
                 S_t = S_{t-1} + D_t ,    W_t = R ,    the next R is W_0 + A (R - W_0) + r U(S_b) , with S = 0,
             A the product of the mini-batch's decays and r the sum of its rates.
 Dual form.  Of a chunk, which is a mini-batch or a part of one, X and E are known at once. With N = W - W_0, what fades,

@@ -65,7 +65,7 @@ class TTT(NetworkMemory):
     ) -> None:
         if remat is not None and remat < 1:
             raise ValueError(f"regressor.remat={remat} is no number of mini-batches; a positive integer, or null")
-        super().__init__(sizes, backend, chunk, grad_batch, remat or 0)
+        super().__init__(sizes, backend, chunk, grad_batch, remat)
         H, K = sizes.num_heads, sizes.key_dim
         if inner_model not in BASE_LR:
             raise ValueError(f"regressor.inner_model={inner_model} is not one of {', '.join(BASE_LR)}")
