@@ -51,7 +51,7 @@ def main(cfg: DictConfig) -> None:
             say("For another run choose another name=, or overwrite=true to delete this one.")
             return
         say(f"run       {run.folder}")
-        say("\n".join(f"data      {line}" for line in datamodule.task.describe()))
+        say("\n".join(f"data      {line}" for line in datamodule.describe()))
         say(f"batch     {datamodule.batch}")
         say(overview)
         say("\n".join([*torn, *([f"going on from {checkpoint}"] if checkpoint else [])]))
@@ -82,7 +82,7 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
     L.seed_everything(cfg.seed, verbose=False)
     task = build(cfg.data, tokenizer=build(cfg.tokenizer), seq_len=cfg.seq_len)
     task.prepare(cfg.num_workers)
-    if found := misfits(task, batch, cfg.validation_tokens):
+    if found := misfits(task, batch):
         raise ValueError("\n       ".join(found))
     datamodule = DataModule(task, batch, cfg.validation_tokens, cfg.seed, cfg.num_workers, cfg.overfit)
 

@@ -8,7 +8,7 @@ Where a corpus has no validation split of its own, the hash of a document's name
 side when others are added, and no sequence of the validation split has a neighbour from its own document in training.
 
     PythonSource   the Python standard library of the running interpreter: source code that every machine has already
-    TextFiles      files of your own: .txt, .json, .jsonl and .parquet (see files.py)
+    TextFiles      files of your own: text, JSON, tables, pages (see files.py)
     Hub            a data set of the Hugging Face hub (see hub.py)
 """
 
@@ -54,6 +54,10 @@ class Corpus(ABC):
         """How much of the corpus lies before this position, None where that is not known."""
         return None
 
+    def with_both_splits(self) -> Corpus:
+        """What is prepared: this corpus, or one whose splits are not empty where this one's would be."""
+        return self
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash of everything that decides the documents and their order. Cheap: it does not read the texts."""
@@ -61,6 +65,10 @@ class Corpus(ABC):
     @abstractmethod
     def describe(self) -> str:
         """One line: what it is and where from."""
+
+    def left_out(self) -> str:
+        """A line about what was found and is not read, "" where there is nothing to say."""
+        return ""
 
     def texts(self, split: str) -> Iterator[str]:
         return (document.text for document in self if document.split == split)
@@ -124,16 +132,21 @@ class PythonSource(Corpus):
         return f"the standard library of Python {sys.version.split()[0]}"
 
 
-def text_of(row: Any, text_field: str, source: str) -> str:
-    """The text of a table's row; `source` says where the row is."""
+def text_of(row: Any, text_field: str, source: str, otherwise: str = "; name the column that holds the text") -> str:
+    """The text of a table's row, "" where it is null. `source` says where the row is, `otherwise` what to do where it
+    has no such column.
+    """
     if not isinstance(row, dict):
         raise ValueError(
             f"{source} holds {type(row).__name__}, a row with data.corpus.text_field={text_field!r} is needed"
         )
     if text_field not in row:
         raise ValueError(
-            f"data.corpus.text_field={text_field!r} is not a column of {source}, which has {', '.join(sorted(row))}"
+            f"data.corpus.text_field={text_field!r} is not a column of {source}, which has "
+            f"{', '.join(sorted(row)) or 'none'}{otherwise}"
         )
+    if row[text_field] is None:
+        return ""
     if not isinstance(row[text_field], str):
         raise ValueError(
             f"data.corpus.text_field={text_field!r} of {source} holds {type(row[text_field]).__name__}, text is needed"

@@ -45,6 +45,12 @@ class DataModule(L.LightningDataModule):
         self.task, self.batch, self.seed, self.num_workers = task, batch, seed, num_workers
         self.validation_tokens, self.overfit = validation_tokens, overfit
 
+    def describe(self) -> list[str]:
+        """The lines of the task, and one where it has fewer tokens to validate on than asked for."""
+        held = len(self.task.validation_samples()) * self.batch.seq_len
+        fewer = f"validation_tokens={self.validation_tokens} is more than are held out: all {held:,} are validated on"
+        return [*self.task.describe(), *([fewer] if held < self.validation_tokens else [])]
+
     def setup(self, stage: str | None = None) -> None:
         self.task.prepare()
 
@@ -89,7 +95,7 @@ class DataModule(L.LightningDataModule):
         }
 
 
-def misfits(task: Any, batch: Batch, validation_tokens: int) -> list[str]:
+def misfits(task: Any, batch: Batch) -> list[str]:
     """A sentence for each setting that does not fit the data, which is known when these are prepared."""
     found, sizes = [], {}
     for split, samples in (("train", task.train_samples), ("validation", task.validation_samples)):
@@ -102,8 +108,6 @@ def misfits(task: Any, batch: Batch, validation_tokens: int) -> list[str]:
             f"batch_tokens={batch.tokens} is {batch.sequences:,} sequences of seq_len={batch.seq_len}, and the data "
             f"has {sizes['train']:,} to train on"
         )
-    if not found and validation_tokens > (total := sum(sizes.values()) * batch.seq_len):
-        found.append(f"validation_tokens={validation_tokens} is more than all of the data, {total:,} tokens")
     return found
 
 

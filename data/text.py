@@ -82,6 +82,8 @@ class Text:
 
     def describe(self) -> list[str]:
         lines = [f"{self.name}: {self._shards('train').meta['source']}"]
+        if left_out := self.corpus.left_out():
+            lines.append(f"left out: {left_out}")
         for split in ("train", "validation"):
             s = self._shards(split)
             lines.append(f"{split}: {s.num_documents:,} documents, {s.num_tokens:,} tokens, {s.num_bytes:,} bytes")

@@ -92,7 +92,7 @@ def test_errors_name_the_setting(tmp_path):
     fails("data.corpus.text_field='id' of .* holds int, text is needed", str(rows), text_field="id")
     fails("data.corpus.validation_fraction=1.5 must lie between 0 and 1", str(rows), validation_fraction=1.5)
     (tmp_path / "image.png").write_bytes(b"")
-    fails("image.png, which is not .txt, .json, .jsonl or .parquet", str(tmp_path / "*.png"))
+    fails("matches nothing that can be read, but 1 .png; what can be is .txt, .text", str(tmp_path / "*.png"))
     (tmp_path / "broken.jsonl").write_text("not json at all")
     fails("line 1 of .*broken.jsonl is not JSON", str(tmp_path / "broken.jsonl"))
     (tmp_path / "broken.parquet").write_text("not parquet at all")

@@ -174,6 +174,12 @@ def test_validation_is_capped_by_what_there_is_and_can_be_longer():
     assert len(longer) == 3 and next(iter(longer))["labels"].shape == (1, 16)
 
 
+def test_fewer_tokens_to_validate_on_are_said():
+    said = "validation_tokens=81 is more than are held out: all 80 are validated on"
+    assert module(validation_tokens=81).describe() == [*recall().describe(), said]
+    assert module(validation_tokens=80).describe() == recall().describe()
+
+
 def test_workers_change_nothing():
     def batches(num_workers):
         data = attached(module(2, num_workers=num_workers, num_steps=2), accumulation=4)
