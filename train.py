@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from conf import schema
 from conf.checks import mistakes
 from data.batch import batch_arithmetic, every
-from data.module import DataModule, misfits
+from data.module import DataModule, OtherDataError, misfits
 from models.build import build
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training.checkpoint import Checkpoint, newest_whole, step_of
@@ -64,7 +64,7 @@ def main(cfg: DictConfig) -> None:
             if trainer.global_step < module.num_steps:
                 sys.exit(f"stopped after {trainer.global_step} of {module.num_steps} steps; the same command goes on")
             finish(trainer, module, datamodule, run)
-        except RunError as error:
+        except (RunError, OtherDataError) as error:
             sys.exit(f"error: {error}")
 
 

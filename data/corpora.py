@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import sys
 import sysconfig
 from abc import ABC, abstractmethod
@@ -66,6 +67,10 @@ class Corpus(ABC):
     def describe(self) -> str:
         """One line: what it is and where from."""
 
+    def edition(self) -> str:
+        """Which one it is, where one name stands for several texts; "" where it stands for one."""
+        return ""
+
     def left_out(self) -> str:
         """A line about what was found and is not read, "" where there is nothing to say."""
         return ""
@@ -93,7 +98,8 @@ def hash_of(*parts: object) -> str:
 
 
 class PythonSource(Corpus):
-    """The .py files of the standard library, without installed packages and tests. About 11 MB, 730 documents.
+    """The .py files of the standard library, without installed packages and tests. About 11 MB, 730 documents. They are
+    those of the running Python: of another release they are other text, and a run goes on with the one it began with.
 
     Tests are left out (`test`, `tests` with the fixtures of lib2to3, `idle_test`): they are another 19 MB, and some are
     broken on purpose. So is `pydoc_data`: its one large file is the English of the reference manual in a string, not
@@ -128,8 +134,11 @@ class PythonSource(Corpus):
         sizes = (f"{name} {(self.root / name).stat().st_size}" for name in self._files())
         return hash_of("python_source", sys.version, self.validation_fraction, *sizes)
 
+    def edition(self) -> str:
+        return f"{platform.python_implementation()} {platform.python_version()}"
+
     def describe(self) -> str:
-        return f"the standard library of Python {sys.version.split()[0]}"
+        return f"the standard library of {self.edition()}"
 
 
 def text_of(row: Any, text_field: str, source: str, otherwise: str = "; name the column that holds the text") -> str:

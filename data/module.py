@@ -73,7 +73,7 @@ class DataModule(L.LightningDataModule):
             "sequences in a batch": self.batch.sequences,
             "seq_len": self.batch.seq_len,
         }
-        return TrainLoader(identity, samples, batch_sampler=order, **self._loader_settings())
+        return TrainLoader(identity, self.task.describe()[0], samples, batch_sampler=order, **self._loader_settings())
 
     def val_dataloader(self) -> DataLoader:
         return self.validation_loader(self.batch.seq_len)
@@ -118,15 +118,23 @@ def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor | None]:
     return batch if batch["segments"].any() else {**batch, "segments": None}
 
 
-class TrainLoader(DataLoader):
-    """A loader that saves no position, which the step gives, but what must stay for a step to mean the same batch."""
+class OtherDataError(ValueError):
+    """A checkpoint was made on other data than the run now has."""
 
-    def __init__(self, identity: dict[str, Any], dataset: Dataset, **settings: Any):
+
+class TrainLoader(DataLoader):
+    """A loader that saves no position, which the step gives, but what must stay for a step to mean the same batch: the
+    identity. Beside it stands what a person calls the data, so that a refusal can say it.
+    """
+
+    CALLED = "data"  # checkpoints of before have no such entry
+
+    def __init__(self, identity: dict[str, Any], called: str, dataset: Dataset, **settings: Any):
         super().__init__(dataset, **settings)
-        self.identity = identity
+        self.identity, self.called = identity, called
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self.identity)
+        return {**self.identity, self.CALLED: self.called}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         changed = [
@@ -135,9 +143,11 @@ class TrainLoader(DataLoader):
             if saved.get(name) != now
         ]
         if changed:
-            raise ValueError(
-                f"the checkpoint was made on other data, so that this run can't resume it: {'; '.join(changed)}. Use "
-                "another run name, or the settings it was started with"
+            was = saved.get(self.CALLED, "what was not recorded")
+            raise OtherDataError(
+                f"the checkpoint was made on other data, so that this run can't resume it: then {was}, now "
+                f"{self.called}; {'; '.join(changed)}. Give the settings, files and Python that it was started with, "
+                "or another name="
             )
 
 

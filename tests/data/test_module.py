@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from data.batch import batch_arithmetic
-from data.module import DataModule
+from data.module import DataModule, TrainLoader
 from data.synthetic import AssociativeRecall
 from data.text import IGNORE
 
@@ -140,6 +140,18 @@ def test_other_data_are_refused(uninterrupted, tmp_path):
     checkpoint = uninterrupted[0] / "step=3.ckpt"
     with pytest.raises(ValueError, match=r"made on other data.*data fingerprint was .* and is .*seed was 3 and is 4"):
         run(tmp_path, module(task=recall(seed=1), seed=4), checkpoint=checkpoint)
+
+
+def test_a_loader_says_what_the_data_were_and_are():
+    """Checkpoints of before did not keep it, and go on where the data are the same."""
+    now = TrainLoader({"data fingerprint": "a"}, "python_source (CPython 3.13.0)", [0])
+    now.load_state_dict({"data fingerprint": "a"})
+    now.load_state_dict({"data fingerprint": "a", "data": "the same by another name"})
+    other = TrainLoader({"data fingerprint": "b"}, "python_source (CPython 3.11.7)", [0]).state_dict()
+    for saved, was in ((other, "python_source (CPython 3.11.7)"), ({"data fingerprint": "b"}, "what was not recorded")):
+        with pytest.raises(ValueError, match="data fingerprint was 'b' and is 'a'") as caught:
+            now.load_state_dict(saved)
+        assert f"it: then {was}, now python_source (CPython 3.13.0); data" in str(caught.value)
 
 
 def attached(data, rank=0, world=1, step=0, accumulation=1):
