@@ -217,8 +217,10 @@ def _cut(stream: BinaryIO, separator: bytes, offset: int, index: int) -> Iterato
         elif len(buffer) - begin > PART:
             stop = behind = boundary(buffer, begin, begin + PART)
             last = False
-        else:
+        elif begin < len(buffer) or not index:
             stop, last, behind = len(buffer), True, len(buffer)
+        else:
+            return  # behind the last separator, or where reading went on at the end
         offset, index = offset + behind - begin, index + last
         yield buffer[begin:stop], last, [offset, index]
         begin = behind

@@ -6,13 +6,14 @@ all text is trained on but the last A bytes of the longest document, the first o
     A = min(max(fraction x all bytes, LEAST), half of that document)
 
 It is cut before those A bytes, at the end of a paragraph where one ends among the A bytes before; else at the end of a
-line, else at a blank, else between two characters (of the part of the document that is read at once). The split by
-names stands where it holds out LEAST bytes, or as much as the cut would. Nothing but the texts and their order decides,
-so that every machine cuts at the same place.
+line, else at a blank, else between two characters (of the part of the document that is read at once). Copies of that
+document are left out. The split by names stands where it holds out LEAST bytes, or as much as the cut would. Nothing
+but the texts and their order decides, so that every machine cuts at the same place.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,22 +26,30 @@ LEAST = 4096  # bytes: some sequences of the smallest model
 def end_held_out(corpus: Corpus, fraction: float) -> Corpus:
     """The corpus itself where its own split will do. It is read until that is known, which takes few documents."""
     held_out = dict.fromkeys(SPLITS, 0)
-    number = size = total = longest = length = 0
+    number = size = total = length = 0
     name = ""
+    longest: dict[int, bytes] = {}  # the documents of this length, and their hashes
+    digest = hashlib.sha256()
     for document in corpus:
-        num_bytes = len(_raw(document.text))
+        raw = _raw(document.text)
+        digest.update(raw)
+        num_bytes = len(raw)
         held_out[document.split] += num_bytes
         total, size = total + num_bytes, size + num_bytes
         if held_out["train"] and held_out["validation"] >= LEAST:
             return corpus
         if document.last:
             if size > length:
-                longest, length, name = number, size, document.name
-            number, size = number + 1, 0
+                longest, length, name = {}, size, document.name
+            if size == length:
+                longest[number] = digest.digest()
+            number, size, digest = number + 1, 0, hashlib.sha256()
     amount = min(max(int(fraction * total), LEAST), length // 2)
-    if held_out["train"] and held_out["validation"] >= min(LEAST, max(amount, 1)):
+    if not amount or (held_out["train"] and held_out["validation"] >= min(LEAST, amount)):
         return corpus
-    return EndHeldOut(corpus, longest, name, length - amount, amount) if amount else corpus
+    first, *others = longest
+    copies = frozenset(other for other in others if longest[other] == longest[first])
+    return EndHeldOut(corpus, first, name, length - amount, amount, copies)
 
 
 def _raw(text: str) -> bytes:
@@ -48,13 +57,15 @@ def _raw(text: str) -> bytes:
 
 
 class EndHeldOut(Corpus):
-    """A corpus in training, but for the end of its document of this number, which is cut at `cut` bytes or before.
+    """A corpus in training, but for the end of its document of this number, which is cut at `cut` bytes or before, and
+    for copies of that document.
 
     A position is that of the corpus, the number of the document that comes next, and how many bytes of it are done.
     """
 
-    def __init__(self, corpus: Corpus, number: int, name: str, cut: int, amount: int):
+    def __init__(self, corpus: Corpus, number: int, name: str, cut: int, amount: int, copies: frozenset[int]):
         self.corpus, self.number, self.name, self.cut, self.amount = corpus, number, name, cut, amount
+        self.copies = copies
 
     def read(self, position: tuple[Any, int, int] | None = None) -> Iterator[Document]:
         behind, number, done = position or (None, 0, 0)
@@ -64,7 +75,8 @@ class EndHeldOut(Corpus):
             place = (document.position, number, done) if not document.last else (document.position, number + 1, 0)
             whole = document._replace(split="train", position=place)
             if number != self.number or done <= self.cut:
-                yield whole
+                if number not in self.copies:
+                    yield whole
             elif begin > self.cut:
                 yield whole._replace(split="validation")
             else:
@@ -91,6 +103,7 @@ class EndHeldOut(Corpus):
         return (
             f"{self.corpus.describe()}; these are few documents, so that the end of {self.name.rpartition(':')[0]}, "
             f"some {self.amount:,} bytes, is the validation split"
+            f"{f', and {len(self.copies):,} copies of it are left out' if self.copies else ''}"
         )
 
     def left_out(self) -> str:

@@ -83,7 +83,7 @@ class _Preparation:
     """One preparation, from the start or from where another was killed."""
 
     def __init__(self, corpus, tokenizer, folder, shard_tokens, num_workers, drop_duplicates):
-        self.fingerprint = corpus.fingerprint()
+        self.fingerprint, self.given = corpus.fingerprint(), corpus
         self.corpus = corpus.with_both_splits()
         self.tokenizer, self.folder, self.shard_tokens = tokenizer, folder, shard_tokens
         self.num_workers, self.drop_duplicates = num_workers, drop_duplicates
@@ -143,7 +143,9 @@ class _Preparation:
         """Keeps the pieces that are whole, and says where reading goes on, what has been seen, and how many documents
         have been dropped and were empty.
         """
-        recipe = {"piece": PIECE, "part": PART, "shard_tokens": self.shard_tokens, "format": FORMAT}
+        recipe: dict[str, Any] = {"piece": PIECE, "part": PART, "shard_tokens": self.shard_tokens, "format": FORMAT}
+        if self.corpus is not self.given:  # its positions are others
+            recipe["corpus"] = self.corpus.describe()
         header = json.dumps(recipe | {"tokenizer": self.tokenizer.fingerprint()}).encode() + b"\n"
         journal.seek(0)
         seen: set[str] | None = set() if self.drop_duplicates else None

@@ -60,7 +60,7 @@ TEXTS = {  # a text -> what its training part ends with
 
 
 @pytest.mark.parametrize("kind", TEXTS)
-@pytest.mark.parametrize("part", [8, 2**20])
+@pytest.mark.parametrize("part", [64, 2**20])
 def test_a_text_without_paragraphs(tmp_path, monkeypatch, kind, part):
     """However it is read, and read on from any place."""
     text, end = TEXTS[kind]
@@ -70,14 +70,13 @@ def test_a_text_without_paragraphs(tmp_path, monkeypatch, kind, part):
     assert isinstance(corpus, EndHeldOut)
     documents = list(corpus)
     splits = {s: "".join(d.text for d in documents if d.split == s) for s in ("train", "validation")}
-    assert splits["train"] + splits["validation"] == text and all(splits.values())
-    assert splits["train"].endswith(end) or part < len(end) + 8  # which is looked for in what is read at once
+    assert splits["train"] + splits["validation"] == text and all(splits.values()) and splits["train"].endswith(end)
     assert [d.last for d in documents if d.split == "train"][-1] and documents[-1].last
     for i in range(0, len(documents), 1 + len(documents) // 20):
         if documents[i].position is not None:
             rest = list(corpus.read(json.loads(json.dumps(documents[i].position))))
             assert "".join(d.text for d in rest) == "".join(d.text for d in documents[i + 1 :])
-            assert {(d.split, d.name) for d in rest if d.text} == {(d.split, d.name) for d in documents[i + 1 :]}
+            assert {(d.split, d.name) for d in rest} == {(d.split, d.name) for d in documents[i + 1 :]}
 
 
 def test_the_longest_of_few_is_cut_and_the_others_are_trained_on(tmp_path):
@@ -116,6 +115,16 @@ def test_a_tokenizer_does_not_see_what_is_held_out(tmp_path, monkeypatch):
     assert "".join(seen) == splits["train"][0] and splits["train"][0] + splits["validation"][0] == BOOK
 
 
+def test_copies_of_what_is_cut_are_left_out(tmp_path):
+    """Else training would hold what is validated on."""
+    for name, text in (("a", BOOK), ("b", "b" * len(BOOK.encode())), ("c", BOOK), ("d", "d")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    splits = prepared(TextFiles(str(tmp_path / "*.txt")), tmp_path / "shards")
+    assert [text[:1] for text in splits["train"]] == ["P", "b", "d"]
+    assert splits["train"][0] + splits["validation"][0] == BOOK
+    assert "the validation split, and 1 copies of it are left out" in (tmp_path / "shards" / "meta.json").read_text()
+
+
 def test_a_single_character_can_not_be_cut(tmp_path):
     (tmp_path / "a.txt").write_text("世")
     with pytest.raises(
@@ -127,8 +136,8 @@ def test_a_single_character_can_not_be_cut(tmp_path):
 def test_a_killed_preparation_cuts_at_the_same_place(tmp_path, monkeypatch):
     monkeypatch.setattr("data.formats.PART", 1000)
     monkeypatch.setattr("data.prepare.PIECE", 3000)
-    (tmp_path / "a.txt").write_text(BOOK[:30000])
-    (tmp_path / "b.txt").write_text("b")
+    for name, text in (("a", "a" * 7000), ("b", BOOK[:30000]), ("c", "c")):
+        (tmp_path / f"{name}.txt").write_text(text)
     whole = prepared(TextFiles(str(tmp_path / "*.txt")), tmp_path / "whole")
     read, count = EndHeldOut.read, 0
 
@@ -148,3 +157,25 @@ def test_a_killed_preparation_cuts_at_the_same_place(tmp_path, monkeypatch):
         except KeyboardInterrupt:
             pass
     assert count > 20 and (tmp_path / "killed").exists()
+
+
+def test_what_was_prepared_without_a_cut_is_begun_anew(tmp_path, monkeypatch):
+    """A position of the corpus itself, in the journal of a release that did not cut, is none of the one that is cut."""
+    monkeypatch.setattr("data.formats.PART", 1000)
+    monkeypatch.setattr("data.prepare.PIECE", 3000)
+    (tmp_path / "a.txt").write_text(BOOK[:30000])
+    path, read = str(tmp_path / "a.txt"), TextFiles.read
+
+    def killed(self, position=None):
+        for number, document in enumerate(read(self, position)):
+            if number == 20:
+                raise KeyboardInterrupt
+            yield document
+
+    with monkeypatch.context() as before, pytest.raises(KeyboardInterrupt):
+        before.setattr(TextFiles, "with_both_splits", lambda self: self)
+        before.setattr(TextFiles, "read", killed)
+        prepare(TextFiles(path), Bytes(), tmp_path / "shards")
+    assert len((tmp_path / "shards.partial" / "journal.jsonl").read_text().splitlines()) > 3
+    splits = prepared(TextFiles(path), tmp_path / "shards")
+    assert splits["train"] + splits["validation"] == [splits["train"][0], BOOK[len(splits["train"][0]) : 30000]]
