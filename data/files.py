@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.corpora import Corpus, Document, check_fraction, hash_of, split_of
-from data.finding import find
+from data.finding import find, id_of
 from data.formats import ROWS, TEXT, Reader
 from data.held_out import end_held_out
 
@@ -43,12 +43,12 @@ class TextFiles(Corpus):
         self.found = {"train": find("data.corpus.path", path)}
         if validation is not None:
             self.found["validation"] = find("data.corpus.validation", validation)
-            both = self.found["train"].ids.keys() & self.found["validation"].ids.keys()
+            known = self.found["train"].ids
+            both = [file for file in self.found["validation"].files if id_of(Path(file).stat()) in known]
             if both:
-                files = sorted(self.found["validation"].ids[i] for i in both)
                 raise ValueError(
                     f"data.corpus.validation={validation!r} and data.corpus.path={path!r} share {len(both)} files, "
-                    f"such as {files[0]}; keep what to validate on in a folder of its own"
+                    f"such as {both[0]}; keep what to validate on in a folder of its own"
                 )
         self.files = [(split, file) for split, found in self.found.items() for file in found.files]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import os
 from collections import Counter
@@ -16,13 +17,17 @@ HIDDEN = "hidden"
 NOWHERE = "links to nothing"
 
 
+Id = tuple[int, int]
+
+
 class Found(NamedTuple):
     """files: each path, with its name relative to where its pattern starts, in the order of the patterns and, within
-    one, of the paths.  ids: device and inode of each.  left_out: what was found too, and how often.
+    one, of the paths.  ids: device and inode of all that was found, and whether it was found again.  left_out: what was
+    found too, and how often.
     """
 
     files: dict[str, str]
-    ids: dict[tuple[int, int], str]
+    ids: dict[Id, bool]
     left_out: Counter[str]
 
     def sentence(self) -> str:
@@ -39,7 +44,7 @@ def find(setting: str, path: str | list[str]) -> Found:
     found = Found({}, {}, Counter())
     patterns = [str(item) for item in (path if isinstance(path, list) else [path])]
     for pattern in patterns:
-        if not pattern.strip():
+        if not pattern.strip() or path is None:
             raise ValueError(f"{setting}={path!r} names nothing; a file, a folder or a pattern is needed")
         start, files = _files(pattern, found.left_out, setting)
         for file in sorted(files):
@@ -48,7 +53,7 @@ def find(setting: str, path: str | list[str]) -> Found:
         return found
     shown = path if isinstance(path, list) else patterns[0]
     if not found.left_out:
-        raise ValueError(f"{setting}={shown!r} matches no file")
+        raise ValueError(f"{setting}={shown!r} matches no file{_missing(Path(patterns[0]).expanduser())}")
     raise ValueError(
         f"{setting}={shown!r} matches nothing that can be read, but {found.sentence()}; what can be is "
         f"{', '.join(SUFFIXES)}, all but the last also compressed ({', '.join(COMPRESSED)})"
@@ -63,14 +68,33 @@ def _add(found: Found, file: str, start: Path) -> None:
         return
     if not Path(file).is_file():
         return  # a folder that a pattern matches, or a pipe
-    if not readable(file):
+    if (found_before := found.ids.get(key := id_of(stat))) is not None:
+        found.left_out[REACHED_TWICE] += not found_before
+        found.ids[key] = True
+        return
+    found.ids[key] = False
+    if readable(file):
+        found.files[file] = Path(file).relative_to(start).as_posix()
+    else:
         suffixes = [s.lower() for s in Path(file).suffixes[-1 - compressed(file) :]]
         found.left_out["".join(suffixes) or "without a suffix"] += 1
-    elif (stat.st_dev, stat.st_ino) in found.ids:
-        found.left_out[REACHED_TWICE] += 1
-    else:
-        found.files[file] = Path(file).relative_to(start).as_posix()
-        found.ids[stat.st_dev, stat.st_ino] = file
+
+
+def id_of(stat: os.stat_result) -> Id:
+    """The same for all paths of one file, and for no other file."""
+    return stat.st_dev, stat.st_ino
+
+
+def _missing(path: Path) -> str:
+    """The first part of a path that is not there, with the near match."""
+    for part in (*reversed(path.parents), path):
+        if glob.has_magic(part.name):
+            return ""
+        if not part.exists():
+            folder = part.parent.absolute()
+            near = difflib.get_close_matches(part.name, os.listdir(folder) if folder.is_dir() else [], n=1)
+            return f": {folder} has no {part.name!r}{f'; did you mean {near[0]!r}?' if near else ''}"
+    return ""
 
 
 def _files(pattern: str, left_out: Counter[str], setting: str) -> tuple[Path, list[str]]:
@@ -95,12 +119,11 @@ def _walk(folder: Path, left_out: Counter[str], setting: str) -> Iterator[str]:
 
     seen = set()
     for root, folders, files in os.walk(folder, followlinks=True, onerror=fail):
-        stat = os.stat(root)
-        if (stat.st_dev, stat.st_ino) in seen:  # by a link that leads back, or twice to one place
+        if (key := id_of(os.stat(root))) in seen:  # by a link that leads back, or twice to one place
             left_out[REACHED_TWICE] += 1
             folders.clear()
             continue
-        seen.add((stat.st_dev, stat.st_ino))
+        seen.add(key)
         hidden = {name for name in (*folders, *files) if name.startswith(".") or name == "__MACOSX"}
         if hidden:
             left_out[HIDDEN] += len(hidden)

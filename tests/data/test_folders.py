@@ -178,6 +178,9 @@ def test_a_folder_is_all_of_its_files_once(tmp_path, capsys):
     task.prepare()
     assert task.describe()[1] == f"left out: {counted}"
     assert "1 of 6 documents are empty or null and were left out" in capsys.readouterr().out
+    with_loops = TextFiles(str(folder / "**"))
+    assert sorted(d.text for d in with_loops) == sorted(text for _, text in names)
+    assert "1 .pdf" in with_loops.left_out()
     several = TextFiles([str(folder / "*.txt"), str(folder), str(elsewhere)])
     assert sorted(d.text for d in several) == sorted(text for _, text in names)
 
@@ -200,7 +203,12 @@ def test_a_path_is_taken_as_it_is_written(tmp_path):
 
 
 def test_what_is_not_a_path(tmp_path):
-    for path in ("", [" "]):
+    (tmp_path / "texts").mkdir()
+    with pytest.raises(ValueError, match=r"text/\*.txt' matches no file: .* has no 'text'; did you mean 'texts'\?"):
+        TextFiles(str(tmp_path / "text" / "*.txt"))
+    with pytest.raises(ValueError, match=r"texts/\*.txt' matches no file$"):
+        TextFiles(str(tmp_path / "texts" / "*.txt"))
+    for path in ("", [" "], None):
         with pytest.raises(ValueError, match="names nothing; a file, a folder or a pattern is needed"):
             TextFiles(path)
     (tmp_path / "a.txt").write_text("a")
