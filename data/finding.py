@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.formats import COMPRESSED, SUFFIXES, compressed, readable
+from data.shards import cache_folder
 
 REACHED_TWICE = "reached twice"
-HIDDEN = "hidden"
+HIDDEN, OWN = "hidden", "of runs or prepared data"
 NOWHERE = "links to nothing"
 
 
@@ -38,8 +39,8 @@ def find(setting: str, path: str | list[str]) -> Found:
     """The files that can be read among those that `path` means; several are a list.
 
     A path that exists is taken as it is written, brackets and all. A folder stands for all files below it but hidden
-    ones, and links are followed. Other patterns are those of `glob`, where ** crosses folders. Raises ValueError where
-    there is nothing to read.
+    ones and those of runs, and links are followed. Other patterns are those of `glob`, where ** crosses folders. Raises
+    ValueError where there is nothing to read.
     """
     found = Found({}, {}, Counter())
     patterns = [str(item) for item in (path if isinstance(path, list) else [path])]
@@ -117,6 +118,8 @@ def _walk(folder: Path, left_out: Counter[str], setting: str) -> Iterator[str]:
     def fail(error: OSError) -> None:
         raise ValueError(f"{setting}={str(folder)!r}: {error.filename} can't be read ({error.strerror})") from error
 
+    # what was made of the text is no text: runs and prepared data that lie in the folder
+    own = [os.path.realpath(place) for place in (os.path.expanduser(os.environ.get("RUNS") or "runs"), cache_folder())]
     seen = set()
     for root, folders, files in os.walk(folder, followlinks=True, onerror=fail):
         if (key := id_of(os.stat(root))) in seen:  # by a link that leads back, or twice to one place
@@ -125,7 +128,7 @@ def _walk(folder: Path, left_out: Counter[str], setting: str) -> Iterator[str]:
             continue
         seen.add(key)
         hidden = {name for name in (*folders, *files) if name.startswith(".") or name == "__MACOSX"}
-        if hidden:
-            left_out[HIDDEN] += len(hidden)
-        folders[:] = sorted(set(folders) - hidden)
+        made = {name for name in folders if os.path.realpath(os.path.join(root, name)) in own}
+        left_out.update({what: len(names) for what, names in ((HIDDEN, hidden), (OWN, made)) if names})
+        folders[:] = sorted(set(folders) - hidden - made)
         yield from (os.path.join(root, name) for name in files if name not in hidden)

@@ -10,10 +10,11 @@ HIDDEN = frozenset(("script", "style", "template", "noscript", "title", "svg"))
 CELLS = ("td", "th")
 KEPT = "\x00"  # a blank within <pre>, until the others have been joined
 # Elements that do not begin a line of their own; all others do.
-INLINE = """
+NAMES = """
     a abbr acronym b bdi bdo big button cite code data del dfn em font i img input ins kbd label mark meter output q
     ruby rb rp rt rtc s samp select small span strike strong sub sup time tt u var wbr
 """
+INLINE = frozenset(NAMES.split())
 
 
 def visible_text(page: str) -> str:
@@ -52,7 +53,7 @@ class _Visible(HTMLParser):
             self.pieces.append(data.replace(" ", KEPT) if self.preformatted else re.sub(r"\s+", " ", data))
 
     def _break(self, tag: str) -> None:
-        if self.hidden or tag in HIDDEN or tag in INLINE.split():
+        if self.hidden or tag in HIDDEN or tag in INLINE:
             return
         in_row = tag in CELLS and self.pieces and not self.pieces[-1].endswith("\n")
         self.pieces.append("\t" if in_row else "\n")

@@ -142,6 +142,11 @@ def test_hub_without_one_holds_documents_out(hub):
     assert {d.split for d in documents} == {"train", "validation"}
 
 
+def test_hub_rows_without_text_are_empty(hub):
+    """https://github.com/Lightning-AI/litgpt/issues/1759"""
+    assert [d.text for d in Hub(on_the_hub(hub, train=["a", None, "b"]))] == ["a", "", "b"]
+
+
 LINES = ["", " = One = \n", "text\n", " = = Section = = \n", "more\n", " = Two = \n", "end\n"]
 
 

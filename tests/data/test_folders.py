@@ -185,6 +185,22 @@ def test_a_folder_is_all_of_its_files_once(tmp_path, capsys):
     assert sorted(d.text for d in several) == sorted(text for _, text in names)
 
 
+def test_runs_within_the_folder_are_no_text(tmp_path, monkeypatch):
+    """Else the same command, given again in the folder of the texts, would find other data than before."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RUNS", raising=False)
+    (tmp_path / "a.txt").write_text("a")
+    before = TextFiles(".").fingerprint()
+    for name in ("runs/first/metrics.csv", "cache/text_files/meta.json"):  # the cache of these tests is tmp_path/cache
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("step\n1\n")
+    corpus = TextFiles(".")
+    assert corpus.fingerprint() == before and corpus.left_out() == "2 of runs or prepared data"
+    (tmp_path / "runs" / "first" / "sample.txt").write_text("what a model wrote")
+    assert texts("runs/first/sample.txt") == texts("runs/first/*.txt") == ["what a model wrote"]
+    assert texts("runs/first/sample.txt", validation="a.txt") == ["what a model wrote", "a"]
+
+
 def test_a_path_is_taken_as_it_is_written(tmp_path):
     """https://github.com/huggingface/datasets/issues/7468, https://github.com/ultralytics/ultralytics/pull/24353"""
     folder = tmp_path / "[Draft] notes *"
