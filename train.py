@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from conf import schema
 from conf.checks import mistakes
 from data.batch import batch_arithmetic, every
-from data.module import DataModule, misfits
+from data.module import DataModule, OtherDataError, misfits
 from models.build import build
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training.checkpoint import Checkpoint, newest_whole, step_of
@@ -51,7 +51,7 @@ def main(cfg: DictConfig) -> None:
             say("For another run choose another name=, or overwrite=true to delete this one.")
             return
         say(f"run       {run.folder}")
-        say("\n".join(f"data      {line}" for line in datamodule.task.describe()))
+        say("\n".join(f"data      {line}" for line in datamodule.describe()))
         say(f"batch     {datamodule.batch}")
         say(overview)
         say("\n".join([*torn, *([f"going on from {checkpoint}"] if checkpoint else [])]))
@@ -64,7 +64,7 @@ def main(cfg: DictConfig) -> None:
             if trainer.global_step < module.num_steps:
                 sys.exit(f"stopped after {trainer.global_step} of {module.num_steps} steps; the same command goes on")
             finish(trainer, module, datamodule, run)
-        except RunError as error:
+        except (RunError, OtherDataError) as error:
             sys.exit(f"error: {error}")
 
 
@@ -82,7 +82,7 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
     L.seed_everything(cfg.seed, verbose=False)
     task = build(cfg.data, tokenizer=build(cfg.tokenizer), seq_len=cfg.seq_len)
     task.prepare(cfg.num_workers)
-    if found := misfits(task, batch, cfg.validation_tokens):
+    if found := misfits(task, batch):
         raise ValueError("\n       ".join(found))
     datamodule = DataModule(task, batch, cfg.validation_tokens, cfg.seed, cfg.num_workers, cfg.overfit)
 

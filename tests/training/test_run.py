@@ -177,12 +177,11 @@ def test_other_tasks_and_overlays(overrides, says, tmp_path, cache):
 
 @pytest.mark.slow
 def test_text_files_through_train(tmp_path, cache):
-    for i in range(12):
-        (tmp_path / f"{i}.txt").write_text("to be, or not to be: that is the question.\n" * 50)
-    said = start(
-        tmp_path, cache, "data=text_files", f"data.corpus.path={tmp_path}/*.txt", "data.corpus.validation_fraction=0.3"
-    ).end()
-    assert "finished" in said, said
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "play.md").write_text("to be, or not to be: that is the question.\n" * 600)
+    (tmp_path / "texts" / "scan.pdf").write_bytes(b"%PDF")
+    said = start(tmp_path, cache, "data=text_files", f"data.corpus.path={tmp_path}/texts").end()
+    assert "left out: 1 .pdf" in said and "the end of play.md" in said and "finished" in said, said
 
 
 @pytest.mark.slow
