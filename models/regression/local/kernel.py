@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
 from models.regression.local.constant import of_heads, squared_distance
-from models.regression.local.pairs import Nonparametric, View, document_starts
+from models.regression.local.pairs import Nonparametric, View, document_starts, faded
 from models.regression.regressor import Tokens
 
 # float32 knows the eigenvalues of N x N kernel values to about N 6e-8, 6e-5 for a thousand: below that a system may be
@@ -251,11 +251,8 @@ def _ages(log_decay: Tensor | None, before: Tensor, view: View, q: Tensor) -> Te
     """log c of each token, counted from the start of its document: [B, T, H]. before [B, H]: of the token before."""
     if log_decay is None:
         return q.new_zeros(q.shape[:3])
-    total = log_decay.to(q.dtype).cumsum(1)
+    total = faded(log_decay, view.start, view.past)
     if view.start is None:
-        return total + before.unsqueeze(1)
-    start = view.start - view.past  # negative or, for a document of this call, its first token
-    begins = (start >= 0).unsqueeze(-1) if view.past else torch.ones_like(start, dtype=torch.bool).unsqueeze(-1)
-    index = start.clamp(min=0).unsqueeze(-1).expand(*q.shape[:3])
-    own = total - (total - log_decay.to(q.dtype)).gather(1, index)
-    return torch.where(begins, own, total + before.unsqueeze(1))
+        return (total + before.unsqueeze(1)).to(q.dtype)
+    begun_here = (view.start >= view.past).unsqueeze(-1)
+    return torch.where(begun_here, total, total + before.unsqueeze(1)).to(q.dtype)
