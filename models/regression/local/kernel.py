@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
+from models.parts.solves import cholesky
 from models.regression.local.constant import of_heads, squared_distance
 from models.regression.local.pairs import Nonparametric, View, document_starts, faded
 from models.regression.regressor import Tokens
@@ -91,7 +92,7 @@ def parallel_intention(
     K = gaussian(keys[:, :, S:], keys, beta).masked_fill(~visible, 0.0)  # the lower triangle
     R = torch.linalg.solve_triangular(factor.L, K[..., :S].mT, upper=False).mT
     corner = K[..., S:] + K[..., S:].tril(-1).mT + ridge.transpose(1, 2).diag_embed()
-    below = torch.linalg.cholesky(corner - R @ R.mT)
+    below = cholesky(corner - R @ R.mT)
     L = torch.cat([F.pad(factor.L, (0, T)), torch.cat([R, below], dim=-1)], dim=-2)
     U = torch.cat([factor.U, torch.linalg.solve_triangular(below, v - R @ factor.U, upper=False)], dim=-2)
 
@@ -125,7 +126,7 @@ class _Solved(torch.autograd.Function):
         else:
             hidden = ~view.visible(slice(0, T), slice(0, T), k.device).unsqueeze(1)
             kernels.unflatten(-2, (2, T)).masked_fill_(hidden.unsqueeze(2), 0.0)
-        L = torch.linalg.cholesky(kernels[..., :T, :] + ridge.diag_embed())
+        L = cholesky(kernels[..., :T, :] + ridge.diag_embed())
         M = inverse_of_triangle(L)
         P, U = (kernels[..., T:, :] @ M.mT).tril_(), M @ v
         ctx.set_materialize_grads(False)
