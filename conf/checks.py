@@ -70,6 +70,7 @@ NUMBERS = {
     "model.num_heads": COUNT,
     "model.feed_forward_size": COUNT_OR_NULL,
     "model*.norm_eps": POSITIVE,
+    "model*.output_norm_eps": POSITIVE._replace(optional=True),
     "model.mixers.*.num_heads": COUNT,
     "model.mixers.*.num_kv_heads": COUNT_OR_NULL,
     "model.mixers.*.key_dim": COUNT_OR_NULL,

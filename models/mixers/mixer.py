@@ -75,6 +75,9 @@ class Mixer(nn.Module):
     feature_norm: after the feature map, none | l2 (length one: a step of size 1 stays stable, whatever the features) |
         sum (one in sum, for positive features; Schlag et al. 2021).
     output_norm: RMS norm of each head's output.
+    output_norm_eps: what that norm adds to the mean square, of reads scaled by 1 / sqrt(K), as fla and Qwen3-Next scale
+        their queries. No read is scaled here, so K times as much is added (K as wide as the features). None: norm_eps,
+        added to the read as it is.
     output_gate: none | silu | sigmoid, of a projection of x.
     output_projection: false leaves the heads side by side, [B, T, H V], to whoever projects them.
     decay, features, regressor: constructors, called with the sizes that they need.
@@ -105,6 +108,7 @@ class Mixer(nn.Module):
         output_gate: str = "none",
         output_projection: bool = True,
         norm_eps: float = 1e-6,
+        output_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         H, G = num_heads, num_kv_heads or num_heads
@@ -144,7 +148,8 @@ class Mixer(nn.Module):
         self.k_norm = RMSNorm(K, norm_eps) if qk_norm == "rms" else to_unit
         same = feature_norm == qk_norm and isinstance(self.features, Identity)  # it is that long already
         self.feature_norm = None if same else FEATURE_NORMS[feature_norm]
-        self.output_norm = RMSNorm(V, norm_eps) if output_norm else None
+        read_eps = norm_eps if output_norm_eps is None else output_norm_eps * self.features.width
+        self.output_norm = RMSNorm(V, read_eps) if output_norm else None
         self.output = nn.Linear(H * V, hidden_size, bias=False) if output_projection else None
 
     def _build_along(self, conv_size: int, conv_on: str) -> None:

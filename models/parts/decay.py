@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.parts.precision import wide
+from models.parts.precision import sum_dtype, wide
 from models.parts.sizes import Sizes
 
 
@@ -58,11 +58,19 @@ class FixedDecay(Decay):
         super().__init__()
         if not 0 < shortest <= longest:
             raise ValueError(f"decay.shortest={shortest} must be positive and at most decay.longest={longest}")
-        exponents = torch.linspace(shortest, longest, sizes.num_heads, dtype=torch.float64)
-        self.register_buffer("log_decay", torch.log1p(-torch.exp2(-exponents)).float())
+        self.exponents = (shortest, longest, sizes.num_heads)
+        self.register_buffer("log_decay", self.exactly(torch.float32))
+
+    def exactly(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """log gamma [H], computed in sum_dtype."""
+        exponents = torch.linspace(*self.exponents, dtype=sum_dtype(torch.device(device)), device=device)
+        return torch.log1p(-torch.exp2(-exponents)).to(dtype)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return self.log_decay.expand(*x.shape[:2], -1), None
+        dtype, log_decay = wide(x).dtype, self.log_decay
+        if dtype != torch.float32 or log_decay.dtype != dtype:  # a cast of the model brings no digits back
+            log_decay = self.exactly(dtype, x.device)
+        return log_decay.expand(*x.shape[:2], -1), None
 
 
 class ScalarDecay(Decay):

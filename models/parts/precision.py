@@ -21,6 +21,11 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of sums along a row whose differences are wanted: float64, but on MPS, which has none, float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def doubled_dtype(device: torch.device, *dtypes: torch.dtype) -> torch.dtype:
     """The dtype for what squares the condition number of numbers in these, as normal equations do: twice their digits.
 

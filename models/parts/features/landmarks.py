@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from models.parts.features.base import FeatureMap, at_least_one
 from models.parts.precision import wide
 from models.parts.sizes import Sizes
+from models.parts.solves import cholesky
 
 
 class Nystrom(FeatureMap):
@@ -59,7 +60,7 @@ class Nystrom(FeatureMap):
         Z = F.normalize(self.landmarks.to(x.dtype), dim=-1)
         eye = torch.eye(self.width, dtype=x.dtype, device=x.device)
         between = (Z.unsqueeze(-2) - Z.unsqueeze(-3)).square().sum(-1)
-        L = torch.linalg.cholesky((-beta / 2 * between).exp() + self.jitter * eye)
+        L = cholesky((-beta / 2 * between).exp() + self.jitter * eye)
         y = x.transpose(1, 2)
         distance = (1 + y.square().sum(-1, keepdim=True) - 2 * y @ Z.mT).clamp(min=0.0)
         phi = torch.linalg.solve_triangular(L, (-beta / 2 * distance).exp().mT, upper=False)

@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.parts import solves
 from models.parts.precision import doubled_dtype, wide
 from models.parts.sizes import Sizes
 from models.regression.chunks import fades, from_chunks, into_chunks, short
@@ -105,7 +106,7 @@ def recurrent_least_squares(
                 size = ridge.size.to(dtype)
                 if ridge.scaled:
                     size = size * _norm(H.square().sum((-2, -1))).unsqueeze(-1)
-                x = torch.linalg.solve(H + torch.diag_embed(size.expand_as(q[:, t])), q[:, t])
+                x = solves.solve(H + torch.diag_embed(size.expand_as(q[:, t])), q[:, t])
             outputs.append((_mixed(q[:, t], x, None if mix is None else mix[:, t]).unsqueeze(-2) @ G).squeeze(-2))
         return torch.stack(outputs, dim=1).to(out_dtype), Moments(H, G)
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.parts.solves import inverse, solve
 from models.regression.least_squares.moments import Moments, first_moments
 
 
@@ -35,7 +36,7 @@ def recurrent_fading_ridge(
     moments: Moments | None = None,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Moments]:
-    """The definition: H_t and G_t as in least_squares.py, and torch.linalg.solve.
+    """The definition: H_t and G_t as in least_squares.py, and a solve for every token.
 
     Arguments and results as in recurrent_least_squares; ridge [H, K]; starts [B, T]: true at the first tokens of
     documents that begin inside the call, where the memory is empty and the ridge whole again.
@@ -46,7 +47,7 @@ def recurrent_fading_ridge(
         for token in tokens:
             H, G, log_ridge = _after(H, G, log_ridge, token)
             A = H + torch.diag_embed(log_ridge.exp().unsqueeze(-1) * ridge)
-            outputs.append(_read(torch.linalg.solve(A, token.q), G))
+            outputs.append(_read(solve(A, token.q), G))
         return torch.stack(outputs, dim=1).to(v.dtype), Moments(H, G, log_ridge)
 
 
@@ -65,8 +66,8 @@ def recursive_least_squares(
     tokens, H, G, log_ridge = _tokens(q, k, v, write_weight, log_decay, moments, starts)
     ridge, outputs = torch.diag_embed(ridge.to(H.dtype)), []
     with torch.autocast(q.device.type, enabled=False):
-        P = torch.linalg.inv(H + log_ridge.exp()[..., None, None] * ridge)
-        S, first_P = P @ G, torch.linalg.inv(ridge)
+        P = inverse(H + log_ridge.exp()[..., None, None] * ridge)
+        S, first_P = P @ G, inverse(ridge)
         for token in tokens:
             H, G, log_ridge = _after(H, G, log_ridge, token)
             P, S = torch.where(token.start, first_P, P) / token.decay, S.masked_fill(token.start, 0.0)

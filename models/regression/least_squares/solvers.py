@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from models.parts import solves
+
 # Numbers in the matrices that a direct solver holds at a time: 128 MiB of float64
 AT_ONCE = 1 << 24
 
@@ -181,21 +183,24 @@ def chebyshev_steps(scale: float, tolerance: float) -> int:
 def cholesky(A: Normal, b: Tensor, pairs: torch.dtype) -> Solution:
     """Exact to rounding, whatever the pairs, K^3 / 3 multiply-adds a token. Where rounding has made a matrix
     indefinite, a ridge of K times the rounding of its largest entry is added, with a warning; if that does not help,
-    torch's error."""
+    or a matrix is not finite, NaN."""
     x = torch.empty_like(b)
     for rows, few in A.few():
         H = few.matrices()
         H.diagonal(dim1=-2, dim2=-1).add_(few.ridge)
         factor, info = torch.linalg.cholesky_ex(H)
-        if info.any():
+        indefinite = info.bool() & H.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+        if indefinite.any():
             more = H.shape[-1] * torch.finfo(H.dtype).eps * H.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
             warnings.warn(
-                f"least squares: {int(info.count_nonzero())} of {info.numel()} matrices are not positive definite in "
-                f"{H.dtype}; solved with up to {more.max():.1e} more ridge. A larger regressor.ridge avoids it.",
+                f"least squares: {int(indefinite.sum())} of {info.numel()} matrices are not positive definite in "
+                f"{H.dtype}; solved with up to {more[indefinite].max():.1e} more ridge. "
+                "A larger regressor.ridge avoids it.",
                 stacklevel=2,
             )
             H.diagonal(dim1=-2, dim2=-1).add_(more)
-            factor = torch.linalg.cholesky(H)
+        if info.any():
+            factor = solves.cholesky(H)
         x[rows] = torch.cholesky_solve(b[rows].unsqueeze(-1), factor).squeeze(-1)
     return Solution(x)
 
@@ -212,7 +217,7 @@ def least_norm(A: Normal, b: Tensor) -> Tensor:
 
 def pseudo_inverse(H: Tensor) -> Tensor:
     """H^+ of symmetric matrices [..., K, K]; eigenvalues below 10 K times the rounding of the largest are none."""
-    return torch.linalg.pinv(H, rtol=10 * H.shape[-1] * torch.finfo(H.dtype).eps, hermitian=True)
+    return solves.pseudo_inverse(H, 10 * H.shape[-1] * torch.finfo(H.dtype).eps)
 
 
 @torch.compiler.disable  # how many steps it takes depends on the data

@@ -86,7 +86,7 @@ def local_constant(
     kernel: str = "gaussian",
 ) -> Tensor:
     """The weighted mean, for as many queries as are given. q_age [B, H, T, 1] and k_age [B, H, S, 1]: Pairs.age."""
-    fade = None if k_age is None or q_age is None else k_age.mT - q_age
+    fade = None if k_age is None or q_age is None else (k_age.mT - q_age).to(k.dtype)
     return kernel_weights(kernel, visible, q, k, beta, fade) @ v
 
 
@@ -100,7 +100,7 @@ def recurrent_local_constant(
     """
     H, dtype, view = q.shape[2], working_dtype(q, pairs.k), view or View()
     k, v = by_head(pairs.k, H, dtype), by_head(pairs.v, H, dtype)
-    age = None if pairs.age is None else by_head(pairs.age.unsqueeze(-1), H, dtype)
+    age = None if pairs.age is None else by_head(pairs.age.unsqueeze(-1), H, pairs.age.dtype)
     outputs = []
     with torch.autocast(q.device.type, enabled=False):
         for t in range(q.shape[1]):
@@ -118,7 +118,8 @@ def parallel_softmax(q: Tensor, pairs: Pairs, beta: Tensor, view: View | None = 
     recurrent_local_constant.
 
     Fading weights are softmax with one more channel: q . k + age, as [q, 1] . [k, age]. In half precision the age takes
-    three, the second what the first has rounded off, for float32's 24 bits.
+    three, the second what the first has rounded off, for float32's 24 bits. That is what the kernel adds in: of a
+    document that has faded by exp(-1000) it knows a weight to 6e-5. The other forms take differences in float64.
     """
     (T, H), (k, v), view = q.shape[1:3], pairs[:2], view or View()
     S, width = k.shape[1], v.shape[-1]
@@ -146,7 +147,7 @@ def blocked_local_constant(q: Tensor, pairs: Pairs, beta: Tensor, view: View, ke
     """The same for any kernel, `block` queries at a time. Arguments as in recurrent_local_constant."""
     H, dtype = q.shape[2], working_dtype(q, pairs.k)
     k, v = by_head(pairs.k, H, dtype), by_head(pairs.v, H, dtype)
-    age = None if pairs.age is None else by_head(pairs.age.unsqueeze(-1), H, dtype)
+    age = None if pairs.age is None else by_head(pairs.age.unsqueeze(-1), H, pairs.age.dtype)
     queries = (q.transpose(1, 2).to(dtype), None if age is None else age[:, :, view.past :])
     form = partial(local_constant, kernel=kernel)
     return in_blocks(form, queries, (k, v, age), (of_heads(beta),), view, block).transpose(1, 2).to(pairs.v.dtype)

@@ -30,8 +30,9 @@ from torch.autograd.function import once_differentiable
 
 from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
+from models.parts.solves import cholesky
 from models.regression.local.constant import of_heads, squared_distance
-from models.regression.local.pairs import Nonparametric, View, document_starts
+from models.regression.local.pairs import Nonparametric, View, document_starts, faded
 from models.regression.regressor import Tokens
 
 # float32 knows the eigenvalues of N x N kernel values to about N 6e-8, 6e-5 for a thousand: below that a system may be
@@ -91,7 +92,7 @@ def parallel_intention(
     K = gaussian(keys[:, :, S:], keys, beta).masked_fill(~visible, 0.0)  # the lower triangle
     R = torch.linalg.solve_triangular(factor.L, K[..., :S].mT, upper=False).mT
     corner = K[..., S:] + K[..., S:].tril(-1).mT + ridge.transpose(1, 2).diag_embed()
-    below = torch.linalg.cholesky(corner - R @ R.mT)
+    below = cholesky(corner - R @ R.mT)
     L = torch.cat([F.pad(factor.L, (0, T)), torch.cat([R, below], dim=-1)], dim=-2)
     U = torch.cat([factor.U, torch.linalg.solve_triangular(below, v - R @ factor.U, upper=False)], dim=-2)
 
@@ -125,7 +126,7 @@ class _Solved(torch.autograd.Function):
         else:
             hidden = ~view.visible(slice(0, T), slice(0, T), k.device).unsqueeze(1)
             kernels.unflatten(-2, (2, T)).masked_fill_(hidden.unsqueeze(2), 0.0)
-        L = torch.linalg.cholesky(kernels[..., :T, :] + ridge.diag_embed())
+        L = cholesky(kernels[..., :T, :] + ridge.diag_embed())
         M = inverse_of_triangle(L)
         P, U = (kernels[..., T:, :] @ M.mT).tril_(), M @ v
         ctx.set_materialize_grads(False)
@@ -251,11 +252,8 @@ def _ages(log_decay: Tensor | None, before: Tensor, view: View, q: Tensor) -> Te
     """log c of each token, counted from the start of its document: [B, T, H]. before [B, H]: of the token before."""
     if log_decay is None:
         return q.new_zeros(q.shape[:3])
-    total = log_decay.to(q.dtype).cumsum(1)
+    total = faded(log_decay, view.start, view.past)
     if view.start is None:
-        return total + before.unsqueeze(1)
-    start = view.start - view.past  # negative or, for a document of this call, its first token
-    begins = (start >= 0).unsqueeze(-1) if view.past else torch.ones_like(start, dtype=torch.bool).unsqueeze(-1)
-    index = start.clamp(min=0).unsqueeze(-1).expand(*q.shape[:3])
-    own = total - (total - log_decay.to(q.dtype)).gather(1, index)
-    return torch.where(begins, own, total + before.unsqueeze(1))
+        return (total + before.unsqueeze(1)).to(q.dtype)
+    begun_here = (view.start >= view.past).unsqueeze(-1)
+    return torch.where(begun_here, total, total + before.unsqueeze(1)).to(q.dtype)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models.parts.precision import wide, working_dtype
+from models.parts.precision import sum_dtype, wide, working_dtype
 from models.parts.sizes import Sizes
 from models.regression.regressor import Regressor, Tokens
 
@@ -27,7 +27,8 @@ from models.regression.regressor import Regressor, Tokens
 class Pairs(NamedTuple):
     """The key-value cache: k [B, S, G, K], v [B, S, G, V]; first [B], the index of the first pair of the present
     document, None for 0; age [B, S, H], the log of what is left of each pair at the last token, None where none fades.
-    (Inside a call, at the last token of the call before: no output may know of later decays. Differences are the same.)
+    (Inside a call, at the last token of the call before, or the first of its own document: no output may know of later
+    decays. Differences are the same.)
     """
 
     k: Tensor
@@ -164,6 +165,22 @@ def document_starts(
     return inside if before is None else torch.maximum(before, inside)
 
 
+def faded(log_decay: Tensor, start: Tensor | None, past: int) -> Tensor:
+    """Sums of the log decays [B, T, H] of a document's tokens up to each; of the document that goes on from an earlier
+    call, those of this call's. start, past: of View.
+
+    In sum_dtype, and each document by itself: a difference of two sums of a whole row would lose the digits that the
+    documents before have taken, 1e-3 after 8,192 tokens in float32.
+    """
+    log_decay = log_decay.to(sum_dtype(log_decay.device))
+    total = log_decay.cumsum(1)
+    if start is None:
+        return total
+    first = (start - past).unsqueeze(-1).expand_as(total)
+    before = (total - log_decay).gather(1, first.clamp(0, total.shape[1] - 1))
+    return torch.where(first < 0, total, total - before)
+
+
 def by_head(x: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
     """[B, S, G, X] to [B, H, S, X], each key-value head for all its query heads."""
     return x.to(dtype).repeat_interleave(num_heads // x.shape[2], dim=2).transpose(1, 2)
@@ -225,13 +242,14 @@ class Nonparametric(Regressor):
         T, past, first = k.shape[1], 0, None
         if self.skipped:
             first = torch.full(k.shape[:1], self.skipped, device=k.device)
-        age = None if log_decay is None else -wide(log_decay).cumsum(1)  # at the end of the last call: no later token
         if state is not None:
             past, first = state.k.shape[1], state.first
             k, v = torch.cat([state.k.to(k.dtype), k], dim=1), torch.cat([state.v.to(v.dtype), v], dim=1)
-            if age is not None and state.age is not None:
-                age = torch.cat([state.age, age], dim=1)
-        return Pairs(k, v, first, age), View(past, document_starts(T, past, first, segments, self.skipped), self.window)
+        start = document_starts(T, past, first, segments, self.skipped)
+        age = None if log_decay is None else -faded(log_decay, start, past)
+        if age is not None and state is not None and state.age is not None:
+            age = torch.cat([state.age, age], dim=1)
+        return Pairs(k, v, first, age), View(past, start, self.window)
 
     def keep(self, pairs: Pairs, view: View) -> Pairs:
         """The cache after the call: what later queries may still use."""

@@ -37,6 +37,7 @@ from models.kernels import local_linear as kernels
 from models.parts.precision import wide, working_dtype
 from models.parts.rotary import rotate
 from models.parts.sizes import Sizes
+from models.parts.solves import cholesky
 from models.regression.local.constant import kernel_weights, of_heads
 from models.regression.local.pairs import Nonparametric, Pairs, View, by_head, in_blocks
 from models.regression.regressor import Tokens
@@ -90,7 +91,7 @@ def recurrent_local_polynomial(
             z = phi[:, :, seen] - monomials(query, order, cross_terms)
             design = torch.cat([torch.ones_like(z[..., :1]), z], dim=-1)  # 1 and phi(k) - phi(q)
             weighted = (design * w.mT).mT
-            normal = torch.linalg.cholesky(weighted @ design + penalty)
+            normal = cholesky(weighted @ design + penalty)
             solution = torch.cholesky_solve(weighted @ v[:, :, seen], normal)
             outputs.append(solution[..., 0, :])
     return torch.stack(outputs, dim=1).to(pairs.v.dtype)
@@ -167,7 +168,7 @@ def factored(w: Tensor, phi: Tensor, mean: Tensor, ridge: Tensor) -> Solve:
     C = phi.new_empty(*w.shape[:-1], F, F)
     C[..., a, b] = C[..., b, a] = upper
     C.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    L, _ = torch.linalg.cholesky_ex(C)
+    L = cholesky(C)
     return lambda x: torch.cholesky_solve(x.unsqueeze(-1), L).squeeze(-1)
 
 
