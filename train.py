@@ -25,21 +25,25 @@ from data.module import DataModule, misfits
 from models.build import build
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training.checkpoint import Checkpoint, newest_whole, step_of
-from models.training.finish import finish
+from models.training.finish import ending, finish
 from models.training.guards import Guard
 from models.training.logger import Tolerant
 from models.training.module import Training
 from models.training.preemption import Preemption
 from models.training.run import Run, RunError, describe
 from models.training.summary import quiet, say, summary
+from models.training.sweep import Result, Sweep
 from models.training.watchdog import Watchdog
 
 schema.register()
 quiet()
+sweep = Sweep()
 
 
+@sweep.reported
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
-def main(cfg: DictConfig) -> None:
+@sweep.job
+def main(cfg: DictConfig) -> Result:
     with Preemption() as preemption:
         try:
             trainer, module, datamodule, run, overview = assemble(cfg, preemption)
@@ -49,23 +53,25 @@ def main(cfg: DictConfig) -> None:
         if run.result is not None:
             say(f"{run.folder} is finished: {describe(run.result)}")
             say("For another run choose another name=, or overwrite=true to delete this one.")
-            return
+            return run.result
         say(f"run       {run.folder}")
         say("\n".join(f"data      {line}" for line in datamodule.task.describe()))
         say(f"batch     {datamodule.batch}")
         say(overview)
         say("\n".join([*torn, *([f"going on from {checkpoint}"] if checkpoint else [])]))
-        for logger in trainer.loggers:
-            if isinstance(logger, Tolerant):
-                logger.resume(step_of(checkpoint) if checkpoint else 0)
-            logger.log_hyperparams(run.config)
-        try:
-            trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
-            if trainer.global_step < module.num_steps:
-                sys.exit(f"stopped after {trainer.global_step} of {module.num_steps} steps; the same command goes on")
-            finish(trainer, module, datamodule, run)
-        except RunError as error:
-            sys.exit(f"error: {error}")
+        with ending(trainer, run):
+            for logger in trainer.loggers:
+                if isinstance(logger, Tolerant):
+                    logger.resume(step_of(checkpoint) if checkpoint else 0)
+                logger.log_hyperparams(run.config)
+            try:
+                trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+                if (step := trainer.global_step) < module.num_steps:
+                    sys.exit(f"stopped after {step} of {module.num_steps} steps; the same command goes on")
+                finish(trainer, module, datamodule, run)
+            except RunError as error:
+                sys.exit(f"error: {error}")
+        return run.result
 
 
 def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Training, DataModule, Run, str]:

@@ -52,6 +52,8 @@ class Throughput(Callback):
         self.tokens_per_step, self.num_devices = batch.tokens, batch.world_size
         self.flops_per_token = 3 * module.model.flops_per_token(batch.seq_len)
         self.peak = peak_flops(module.device)
+        if module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(module.device)  # what was before, an earlier job of a sweep, has its own
         self.steps = 0
         self.started: float | None = None
         self.rates: list[float] = []

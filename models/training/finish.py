@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import lightning as L
 
 from data.module import DataModule
 from models.training.callbacks import Throughput
+from models.training.logger import Tolerant
 from models.training.module import Training
 from models.training.run import Run, describe
 from models.training.summary import say
+from models.training.watchdog import Watchdog
+
+
+@contextmanager
+def ending(trainer: L.Trainer, run: Run) -> Iterator[None]:
+    """However the run ends within it, it leaves nothing to another run of this process: loggers are closed, nobody
+    watches over it any more, its directory is free."""
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        for logger in trainer.loggers:
+            if isinstance(logger, Tolerant):
+                logger.close(failed)
+        for callback in trainer.callbacks:
+            if isinstance(callback, Watchdog):
+                callback.stop()
+        run.leave()
 
 
 def finish(trainer: L.Trainer, module: Training, datamodule: DataModule, run: Run) -> None:

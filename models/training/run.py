@@ -36,6 +36,7 @@ class Run:
 
     def __init__(self, folder: str | Path, config: dict[str, Any]) -> None:
         self.folder, self.config = Path(folder), config
+        self._held: FileLock | None = None
 
     @property
     def name(self) -> str:
@@ -71,7 +72,9 @@ class Run:
             draft.replace(path)
 
     def _contents(self) -> list[Path]:
-        return [part for part in self.folder.glob("*") if part.name != self.LOCK]
+        """Of this run: the jobs of a sweep of the same name have folders of their own in it."""
+        parts = [part for part in self.folder.glob("*") if part.name != self.LOCK]
+        return [part for part in parts if not (part / "config.yaml").exists()]
 
     def _lock(self) -> None:
         """Held until this process ends, in whatever way; loaders' workers, which may outlive it, do not inherit it."""
@@ -83,6 +86,10 @@ class Run:
             raise ValueError(
                 f"another process is training in {self.folder}; wait for it, stop it, or choose another name="
             ) from None
+
+    def leave(self) -> None:
+        if self._held is not None:
+            self._held.release()
 
     @property
     def result(self) -> dict[str, Any] | None:
