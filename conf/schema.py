@@ -54,6 +54,7 @@ class Config:
     name: str = MISSING
     run_dir: str = MISSING
     overwrite: bool = False
+    init_from: str | None = None  # a run or an exported model whose weights are the first ones
     seed: int = 0
 
     model: Model = field(default_factory=Model)

@@ -140,6 +140,12 @@ class Training(L.LightningModule):
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.schedule), "interval": "step"},
         }
 
+    def on_train_start(self) -> None:
+        """The rate is what the schedule says: the checkpoint may be of a run of another length (branch.py)."""
+        scheduler: Any = self.lr_schedulers()
+        for group, peak in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+            group["lr"] = peak * self.schedule(self.trainer.global_step)
+
     # validation: sums over a fixed set of tokens, so the result is the same for every world size and micro-batch
 
     def on_validation_epoch_start(self) -> None:

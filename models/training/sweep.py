@@ -148,8 +148,7 @@ def _words_of_the_job() -> list[str]:
     """The command line that runs this job without the sweep. Lightning's launcher gives it to the other ranks, and adds
     hydra.run.dir.
     """
-    config = HydraConfig.instance().cfg
-    assert config is not None
+    config: Any = HydraConfig.instance().cfg
     hydra = config.hydra
     with read_write(hydra), open_dict(hydra):
         hydra.run.dir = hydra.runtime.output_dir
