@@ -109,6 +109,7 @@ NUMBERS = {
     "trainer.limit_val_batches": NOT_NEGATIVE,
     "callbacks.*.num_tokens": COUNT,
     "callbacks.*.temperature": NOT_NEGATIVE,
+    "callbacks.*.seconds": NOT_NEGATIVE._replace(optional=True),
 }
 
 PAIRS = ("optimizer.betas", "model.mixers.*.decay.step_range")

@@ -6,7 +6,7 @@ runs/NAME/config.yaml        what was asked for, every value resolved
           checkpoints/       the two newest
           loss.png  sample.txt
           model/             when finished: save_pretrained's folder, with the tokenizer
-          result.json        when finished: the last validation
+          result.json        when finished: the last validation, and what computed it (origin.py)
           model-N  result-N.json   of a run that was finished after N steps and went on from before its decay
           .lock              held by the process that trains here
           .ranks/            what each of several processes is doing (watchdog.py)
@@ -38,6 +38,7 @@ class Run:
 
     def __init__(self, folder: str | Path, config: dict[str, Any]) -> None:
         self.folder, self.config = Path(folder), config
+        self.origin: dict[str, Any] = {}  # versions, commit and device (origin.py)
         self._held: FileLock | None = None
         self.branch: int | None = None  # the step from which the run goes on with another length (branch.py)
 
@@ -126,7 +127,7 @@ def difference(before: Any, now: Any, path: str = "") -> str:
     return f"  {path}: {before} before, {now} now"
 
 
-def describe(result: dict[str, float]) -> str:
+def describe(result: dict[str, Any]) -> str:
     """The numbers that matter of a result, in one line."""
     shown = {
         "validation/bits_per_byte": "bits per byte",
