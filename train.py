@@ -24,48 +24,59 @@ from data.batch import batch_arithmetic, every
 from data.module import DataModule, OtherDataError, misfits
 from models.build import build
 from models.language_model import LanguageModel, LanguageModelConfig
+from models.training import weights
+from models.training.branch import branch
 from models.training.checkpoint import Checkpoint, newest_whole, step_of
-from models.training.finish import finish
+from models.training.finish import ending, finish
 from models.training.guards import Guard
 from models.training.logger import Tolerant
 from models.training.module import Training
 from models.training.preemption import Preemption
 from models.training.run import Run, RunError, describe
+from models.training.schedule import end_of_plateau
 from models.training.summary import quiet, say, summary
+from models.training.sweep import Result, Sweep
 from models.training.watchdog import Watchdog
 
 schema.register()
 quiet()
+sweep = Sweep()
 
 
+@sweep.reported
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
-def main(cfg: DictConfig) -> None:
+@sweep.job
+def main(cfg: DictConfig) -> Result:
     with Preemption() as preemption:
         try:
             trainer, module, datamodule, run, overview = assemble(cfg, preemption)
-            checkpoint, torn = newest_whole(run.checkpoints)
+            checkpoint, torn = newest_whole(run.checkpoints, run.branch)
+            begin = not (checkpoint or run.result)
+            begun = weights.load(module.model, cfg.init_from, datamodule.task.tokenizer) if begin else ""
         except ValueError as error:  # a mistake in the settings: what it is, without a traceback
             sys.exit(f"error: {error}")
         if run.result is not None:
             say(f"{run.folder} is finished: {describe(run.result)}")
             say("For another run choose another name=, or overwrite=true to delete this one.")
-            return
+            return run.result
         say(f"run       {run.folder}")
         say("\n".join(f"data      {line}" for line in datamodule.describe()))
         say(f"batch     {datamodule.batch}")
         say(overview)
-        say("\n".join([*torn, *([f"going on from {checkpoint}"] if checkpoint else [])]))
-        for logger in trainer.loggers:
-            if isinstance(logger, Tolerant):
-                logger.resume(step_of(checkpoint) if checkpoint else 0)
-            logger.log_hyperparams(run.config)
-        try:
-            trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
-            if trainer.global_step < module.num_steps:
-                sys.exit(f"stopped after {trainer.global_step} of {module.num_steps} steps; the same command goes on")
-            finish(trainer, module, datamodule, run)
-        except (RunError, OtherDataError) as error:
-            sys.exit(f"error: {error}")
+        say("\n".join(filter(None, [*torn, f"going on from {checkpoint}" if checkpoint else begun])))
+        with ending(trainer, run):
+            for logger in trainer.loggers:
+                if isinstance(logger, Tolerant):
+                    logger.resume(step_of(checkpoint) if checkpoint else 0)
+                logger.log_hyperparams(run.config)
+            try:
+                trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+                if (step := trainer.global_step) < module.num_steps:
+                    sys.exit(f"stopped after {step} of {module.num_steps} steps; the same command goes on")
+                finish(trainer, module, datamodule, run)
+            except (RunError, OtherDataError) as error:
+                sys.exit(f"error: {error}")
+        return run.result
 
 
 def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Training, DataModule, Run, str]:
@@ -78,6 +89,8 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
     validate_every = every(cfg.validate_every, batch.num_steps, "validate_every")
     checkpoint_every = every(cfg.checkpoint_every, batch.num_steps, "checkpoint_every")
     run = Run(cfg.run_dir, plain)
+    if cfg.init_from and not run.checkpoints.exists():
+        weights.find(cfg.init_from)
 
     L.seed_everything(cfg.seed, verbose=False)
     task = build(cfg.data, tokenizer=build(cfg.tokenizer), seq_len=cfg.seq_len)
@@ -95,7 +108,8 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
     counts: dict[str, Any] = {"targets_per_token": task.targets_per_token, "bytes_per_token": task.bytes_per_token}
     guards: dict[str, Any] = {"guard": Guard(cfg.guard.max_skipped, cfg.guard.spike_score), "preemption": preemption}
     module = Training(model, num_steps=batch.num_steps, clip_norm=cfg.clip_norm, **parts, **counts, **guards)
-    checkpoints = Checkpoint(run.checkpoints, checkpoint_every, validate_every, preemption)
+    plateau = end_of_plateau(module.schedule, batch.num_steps)
+    checkpoints = Checkpoint(run.checkpoints, checkpoint_every, validate_every, preemption, plateau)
     last = [preemption, checkpoints, Watchdog(cfg.guard.timeout)]
     trainer = build(
         cfg.trainer,
@@ -117,7 +131,7 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
         )
     dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
     overview = summary(model, cfg.seq_len, trainer.strategy.root_device, dtype)
-    run.enter(trainer.is_global_zero)
+    run.enter(trainer.is_global_zero, branch)
     return trainer, module, datamodule, run, overview
 
 

@@ -47,6 +47,10 @@ BELOW_ONE = Bound("at least 0 and below 1", lambda x: 0 <= x < 1)
 INTERVAL = Bound(
     "positive: below 1 a fraction of the run, else a whole number of steps", lambda x: x > 0 and (x < 1 or x == int(x))
 )
+LENGTH = Bound(
+    "at least 0: below 1 a fraction of the run, else a whole number of steps",
+    lambda x: 0 <= x < 1 or (x >= 1 and x == int(x)),
+)
 
 # The first pattern that matches decides. What only one class has is checked by that class where it stands here not.
 NUMBERS = {
@@ -90,7 +94,7 @@ NUMBERS = {
     "optimizer.weight_decay": NOT_NEGATIVE,
     "optimizer.momentum": BELOW_ONE,
     "optimizer.betas[[]*": BELOW_ONE,
-    "schedule.warmup": FRACTION,
+    "schedule.warmup": LENGTH,
     "schedule.decay": FRACTION,
     "schedule.final": FRACTION,
     "data.num_pairs": COUNT,
@@ -106,6 +110,7 @@ NUMBERS = {
     "trainer.limit_val_batches": NOT_NEGATIVE,
     "callbacks.*.num_tokens": COUNT,
     "callbacks.*.temperature": NOT_NEGATIVE,
+    "callbacks.*.seconds": NOT_NEGATIVE._replace(optional=True),
 }
 
 PAIRS = ("optimizer.betas", "model.mixers.*.decay.step_range")
@@ -223,6 +228,9 @@ def run_folder(config: dict[str, Any]) -> Iterator[str]:
     if name != MISSING and (not name.strip() or name.startswith("/") or ".." in name.split("/")):
         yield f"name={name!r} names a folder below runs/: it must not be empty, begin with '/' or hold '..'"
     folder = Path(config["run_dir"])
+    source = config["init_from"]
+    if config["overwrite"] and source and Path(source).resolve().is_relative_to(folder.resolve()):
+        yield f"overwrite=true would delete init_from={source}; choose another name="
     for path in (folder, *folder.parents):
         if os.path.isfile(path):
             yield f"run_dir={config['run_dir']}: {path} is a file, not a folder"

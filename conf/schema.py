@@ -9,9 +9,11 @@ before anything is built.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,7 @@ class Config:
     name: str = MISSING
     run_dir: str = MISSING
     overwrite: bool = False
+    init_from: str | None = None  # a run or an exported model whose weights are the first ones
     seed: int = 0
 
     model: Model = field(default_factory=Model)
@@ -93,6 +96,8 @@ FREE_TO_CHANGE = (
     "guard",
 )
 
+LONGEST = 128  # characters of a run's name for wandb, and of a job's folder; file systems take 255 bytes
+
 
 def unknown_keys(config: dict[str, Any]) -> list[str]:
     """One sentence for every key that no dataclass here has. Hydra's `+key=value` adds one without asking."""
@@ -114,6 +119,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("precision", default_precision, replace=True)
     OmegaConf.register_new_resolver("can_compile", can_compile, replace=True)
     OmegaConf.register_new_resolver("run_id", run_id, replace=True)
+    OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
     OmegaConf.register_new_resolver("world_size", world_size, replace=True)
 
 
@@ -132,7 +138,35 @@ def run_id(run_dir: str) -> str:
     root = Path(os.environ.get("RUNS", "runs")).absolute()
     path = Path(run_dir).absolute()
     parts = path.relative_to(root).parts if path.is_relative_to(root) else path.parts[-2:]
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts))
+    exact = "-".join(parts)
+    return _shortened(re.sub(r"[^A-Za-z0-9_.-]+", "-", exact), exact)
+
+
+def job_folder(name: str, overrides: Sequence[str]) -> str:
+    """The folder of a sweep's job below runs/NAME: the words of its command line in alphabetical order, without those
+    that change no result (FREE_TO_CHANGE). Where a file system or a shell would not take them as they are, they are
+    shortened and marked by a hash.
+    """
+    words = sorted(word for word in overrides if _setting(word) != "name")
+    before = ",".join(words)  # how folders were named once: a sweep of that time goes on in them
+    if os.path.isfile(Path(os.environ.get("RUNS", "runs"), name, before, "config.yaml")):
+        return before
+    exact = ",".join(word for word in words if _setting(word) not in (*FREE_TO_CHANGE, "strategy"))
+    readable = re.sub(r"[^A-Za-z0-9_.,=+~@:{}\[\]-]+", "-", exact)
+    return readable if readable == exact and len(exact) <= LONGEST else _shortened(readable, exact, marked=True)
+
+
+def _setting(word: str) -> str:
+    """What a word like +trainer.devices=2 or logger@x=wandb sets, up to the first dot."""
+    return re.split(r"[.=@/]", word.lstrip("+~"))[0]
+
+
+def _shortened(readable: str, exact: str, marked: bool = False) -> str:
+    """`readable`, cut to LONGEST characters where it is longer, with the beginning of SHA-256 of `exact` at its end."""
+    if len(readable) <= LONGEST and not marked:
+        return readable
+    mark = hashlib.sha256(exact.encode()).hexdigest()[:8]
+    return f"{readable[: LONGEST - 9].rstrip('.,-')}-{mark}"
 
 
 def world_size(devices: int | str | list[int], num_nodes: int = 1) -> int:

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from data.batch import batch_arithmetic, every
-from models.training.callbacks import peak_flops
 from models.training.logger import CsvLogger, read_metrics
 from models.training.module import position_ranges
 from models.training.optimizer import adamw, muon, orthogonal, parameter_groups
 from models.training.run import difference
 from models.training.schedule import warmup_cosine, warmup_stable_decay
+from models.training.speed import peak_flops
 from tests.laws.presets import PRESETS
 from tests.test_language_model import model
 
