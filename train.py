@@ -99,7 +99,8 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
         raise ValueError("\n       ".join(found))
     datamodule = DataModule(task, batch, cfg.validation_tokens, cfg.seed, cfg.num_workers, cfg.overfit)
 
-    model = LanguageModel(LanguageModelConfig(vocab_size=task.vocab_size, **plain["model"]))
+    special: dict[str, Any] = {} if task.tokenizer is None else task.tokenizer.special_ids
+    model = LanguageModel(LanguageModelConfig(vocab_size=task.vocab_size, **special, **plain["model"]))
     parts: dict[str, Any] = {
         "optimizer": build(cfg.optimizer),
         "schedule": build(cfg.schedule),

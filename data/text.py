@@ -94,6 +94,11 @@ class Text:
         lines.append(
             f"tokenizer {self.tokenizer.spec()}: {self.vocab_size:,} ids, {self.bytes_per_token:.2f} bytes per token"
         )
+        if self.tokenizer.loses:
+            lines.append(
+                f"warning: the tokenizer does not keep {', '.join(self.tokenizer.loses)}; bits per byte count the "
+                "bytes of the text as it was, and are too low for it"
+            )
         return lines
 
     def train_samples(self) -> Sequences:

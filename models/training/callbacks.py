@@ -14,7 +14,9 @@ from models.training.module import Training, position_ranges
 
 
 class Sample(Callback):
-    """Goes on with the beginning of a validation text, at the end of the run: printed, and kept in sample.txt."""
+    """Goes on with the beginning of a validation text, at the end of the run, until the model ends the text or for
+    num_tokens: printed, and kept in sample.txt. The beginning is of one document, and at most half of it.
+    """
 
     def __init__(self, num_tokens: int = 256, num_prompt_tokens: int = 64, temperature: float = 0.8) -> None:
         if num_tokens < 1 or num_prompt_tokens < 1:
@@ -31,7 +33,9 @@ class Sample(Callback):
         if task.tokenizer is None or trainer.global_rank or trainer.interrupted or module.device_mesh is not None:
             return
         device = trainer.strategy.root_device  # from which Lightning has taken the model by now
-        prompt = task.validation_samples()[0]["input_ids"][: self.num_prompt_tokens].to(device)
+        sample = task.validation_samples()[0]
+        length = int((sample["segments"] == 0).sum())
+        prompt = sample["input_ids"][: max(1, min(self.num_prompt_tokens, length // 2))].to(device)
         model = module.model.to(device).eval()
         devices = [device] if device.type == "cuda" else []
         # not compiled: a token at a time is another shape, and soon over
@@ -45,7 +49,6 @@ class Sample(Callback):
                     max_new_tokens=self.num_tokens,
                     do_sample=True,
                     temperature=self.temperature,
-                    pad_token_id=task.tokenizer.eos,
                     logits_processor=[_finite],
                 )[0]
             except FloatingPointError as error:

@@ -100,6 +100,8 @@ def test_what_a_run_leaves(undisturbed, tmp_path):
     ids = tokenizer("def f(x):", return_tensors="pt").input_ids
     assert tokenizer.decode(model.generate(ids, max_new_tokens=5, do_sample=False)[0]).startswith("def f(x):")
     assert ids[0].tolist() == list(b"def f(x):")
+    stops = model.generation_config
+    assert (stops.eos_token_id, stops.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 255)
 
 
 @pytest.mark.slow
