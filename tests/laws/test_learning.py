@@ -19,8 +19,8 @@ CHANCE, MARGIN = 1 / 32, 0.9  # 32 values to choose from; 1 / 4 is what knowing 
 
 # What a recipe needs to learn this in a minute. A system for every query costs the third power of the keys' width; the
 # start of a deep memory has parameters, which a block of this size has no room for; TTT's mini-batch is as long as the
-# sequence, and TTT-MLP's published step is for longer training; and a memory that learns from attention's output learns late: after 400 steps, in one segment, half
-# of the answers are right.
+# sequence, and TTT-MLP's published step is for longer training; and a memory that learns from attention's output learns
+# late: after 400 steps, in one segment, half of the answers are right.
 SETTINGS = {
     "local_linear": {"key_dim": 16},
     "local_quadratic": {"key_dim": 16},
