@@ -109,6 +109,7 @@ NUMBERS = {
     "trainer.num_nodes": COUNT,
     "trainer.limit_val_batches": NOT_NEGATIVE,
     "callbacks.*.num_tokens": COUNT,
+    "callbacks.*.picture_share": FRACTION._replace(optional=True),
     "callbacks.*.temperature": NOT_NEGATIVE,
     "callbacks.*.seconds": NOT_NEGATIVE._replace(optional=True),
 }

@@ -110,25 +110,28 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a regression.jsonl; the last may have been cut off by a kill."""
-    text = Path(path).read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    """The lines of a regression.jsonl."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 class InnerRegression(Callback):
     """Looks at every mixer of the model at every validation of a fit.
 
     num_tokens: of the text (texts, above). picture_share: of the run's time, what pictures may take before the last,
-    which is always drawn.
+    which is drawn in any case; None for no picture.
     """
 
     FILE = "regression.jsonl"
 
-    def __init__(self, num_tokens: int = 512, picture_share: float = 0.005) -> None:
+    def __init__(self, num_tokens: int = 512, picture_share: float | None = 0.005) -> None:
         if num_tokens < 2:
             raise ValueError(f"callbacks.regression.num_tokens={num_tokens} must be at least 2")
+        if picture_share is not None and not 0 <= picture_share <= 1:
+            said = f"callbacks.regression.picture_share={picture_share}"
+            raise ValueError(f"{said} must be between 0 and 1, or null for no picture")
         self.num_tokens, self.picture_share = num_tokens, picture_share
         self.looks, self.looking, self.drawing, self.last = 0, 0.0, 0.0, 0.0
+        self.rows: list[dict[str, Any]] = []
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Keeps what was seen before the step that the run goes on from."""
@@ -137,9 +140,8 @@ class InnerRegression(Callback):
             trainer.datamodule.task.validation_samples(), self.num_tokens, trainer.datamodule.batch.seq_len
         )
         self.path = Path(trainer.default_root_dir) / self.FILE
-        if trainer.global_rank == 0:
-            rows = read_rows(self.path) if self.path.exists() else []
-            self._write([row for row in rows if row["step"] < trainer.global_step], "w")
+        before = read_rows(self.path) if trainer.global_rank == 0 and self.path.exists() else []
+        self.rows = [row for row in before if row["step"] < trainer.global_step]
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, Training)
@@ -151,7 +153,8 @@ class InnerRegression(Callback):
         names = module.model.config.layers
         rows = [at | {"mixer": names[row["layer"]]} | row for row in self._look(trainer, module)]
         if trainer.global_rank == 0:
-            self._write(rows, "a")
+            self.rows += rows
+            self._write()
             module.log_dict({k: v for row in rows for k, v in scalars(row).items()}, rank_zero_only=True)
         self.looks, self.looking = self.looks + 1, self.looking + time.perf_counter() - started
 
@@ -164,15 +167,16 @@ class InnerRegression(Callback):
             module.model(self.ids.to(module.device), logits_to_keep=1)
         return rows
 
-    def _write(self, rows: list[dict[str, Any]], mode: str) -> None:
+    def _write(self) -> None:
+        draft = self.path.with_name(f".{self.path.name}.draft")
         try:
-            with self.path.open(mode) as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-        except OSError as error:  # a full disk: no reason to end a run
+            draft.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            draft.replace(self.path)
+        except OSError as error:  # a full disk: no reason to end a run; the next look writes all
             print(f"warning: {self.path} could not be written ({error.strerror})", flush=True)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
+        if trainer.sanity_checking or trainer.state.fn != "fit" or self.picture_share is None:
             return
         if self.drawing + self.last <= self.picture_share * (time.perf_counter() - self.began):
             self._draw(trainer)
@@ -185,16 +189,16 @@ class InnerRegression(Callback):
             say(f"regression {cost}; {self.drawing:.1f} s for pictures")
 
     def _draw(self, trainer: L.Trainer) -> None:
-        if trainer.global_rank or not (rows := read_rows(self.path)):
+        if trainer.global_rank or self.picture_share is None or not self.rows:
             return
         started, picture = time.perf_counter(), self.path.with_suffix(".png")
         try:
-            draw(rows, picture)
+            draw(self.rows, picture)
         except OSError as error:
             print(f"warning: {picture.name} could not be written ({error.strerror})", flush=True)
             return
         for logger in trainer.loggers:
             if isinstance(logger, Tolerant):
-                logger.log_picture("regression/picture", picture, rows[-1]["step"])
+                logger.log_picture("regression/picture", picture, self.rows[-1]["step"])
         self.last = time.perf_counter() - started
         self.drawing += self.last

@@ -68,6 +68,7 @@ class Fit:
         self.trainer = L.Trainer(
             accelerator="cpu",
             devices=1,
+            default_root_dir=self.folder,
             logger=self.loggers,
             callbacks=self.callbacks,
             max_steps=NUM_STEPS,
