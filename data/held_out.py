@@ -133,15 +133,16 @@ class EndHeldOut(HeldOut):
         self.at = size.num_bytes - amount
 
     def _split(self, document: Document, raw: bytes, number: int, begin: int) -> Iterator[Document]:
+        end = document._replace(split="validation", name=f"{document.name}, its end")
         if number != self.number or begin + len(raw) <= self.at:
             if number not in self.copies:
                 yield document
         elif begin > self.at:
-            yield document._replace(split="validation")
+            yield end
         else:
             at = self._cut(raw, self.at - begin) or (0 if begin else len(document.text[:1].encode()))
             yield Document("train", document.name, raw[:at].decode())
-            yield document._replace(split="validation", name=f"{document.name}, its end", text=raw[at:].decode())
+            yield end._replace(text=raw[at:].decode())
 
     def _cut(self, raw: bytes, stop: int) -> int:
         for end in (b"\n\n", b"\r\n\r\n", b"\n"):
