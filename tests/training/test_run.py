@@ -182,8 +182,14 @@ def test_text_files_through_train(tmp_path, cache):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "play.md").write_text("to be, or not to be: that is the question.\n" * 600)
     (tmp_path / "texts" / "scan.pdf").write_bytes(b"%PDF")
-    said = start(tmp_path, cache, "data=text_files", f"data.corpus.path={tmp_path}/texts").end()
+    command = ("data=text_files", f"data.corpus.path={tmp_path}/texts")
+    said = start(tmp_path, cache, *command).end()
     assert "left out: 1 .pdf" in said and "the end of play.md" in said and "finished" in said, said
+    # as if it had been stopped before its end, and the texts are others when it goes on
+    next(tmp_path.glob("**/result.json")).unlink()
+    (tmp_path / "texts" / "play.md").write_text("to be, or not to be, or both.\n" * 900)
+    said = start(tmp_path, cache, *command).end()
+    assert "error: the checkpoint was made on other data" in said and "Traceback" not in said, said
 
 
 @pytest.mark.slow
