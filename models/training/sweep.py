@@ -89,7 +89,7 @@ class Sweep:
             self.outcomes.append(Outcome(words, folder, failure or describe(result or {}), bool(failure)))
             if failure and self.process != os.getpid():
                 raise JobError(failure)
-            return None if failure or not result else result["validation/nats"]
+            return None if failure or not result else result.get("validation/nats")
 
         return wrapped
 
