@@ -15,7 +15,7 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from models.mixers.mixer import Mixer
-from tests.laws.presets import HIDDEN, inputs, mixer
+from tests.laws.presets import HIDDEN, inputs, mixer, outcome, tensors
 
 K, V = 8, 16
 
@@ -51,16 +51,12 @@ def rows(weight: Tensor, heads: int, *widths: int) -> list[Tensor]:
 
 @torch.no_grad()
 def copy_delta_net(ours: Mixer, theirs: nn.Module, each: int) -> None:
-    """A key head of theirs serves `each` value heads; with ours every head has its own, here the same one `each` times
-    over."""
+    """each: how many value heads a key head serves."""
     heads = theirs.num_k_heads
-    q, k, v, gate = rows(theirs.in_proj_qkvz.weight, heads, K, K, each * V, each * V)
+    parts = rows(theirs.in_proj_qkvz.weight, heads, K, K, each * V, each * V)  # q, k, v, gate
     step_size, decay = rows(theirs.in_proj_ba.weight, heads, each, each)
-    q, k = (x.repeat_interleave(each, 0) for x in (q, k))
-    ours.projection.weight.copy_(torch.cat([x.flatten(0, 1) for x in (q, k, v, gate)]))
-    q, k, v = theirs.conv1d.weight.squeeze(1).split([heads * K, heads * K, heads * each * V])
-    q, k = (x.unflatten(0, (heads, K)).repeat_interleave(each, 0).flatten(0, 1) for x in (q, k))
-    ours.convolution.weight.copy_(torch.cat([q, k, v]))
+    ours.projection.weight.copy_(torch.cat([part.flatten(0, 1) for part in parts]))
+    ours.convolution.weight.copy_(theirs.conv1d.weight.squeeze(1))
     ours.regressor.step_size.weight.copy_(step_size.flatten(0, 1))
     ours.regressor.step_size.bias.zero_()
     ours.decay.projection.weight.copy_(decay.flatten(0, 1))
@@ -89,11 +85,28 @@ def test_gated_delta_is_the_layer_of_qwen3_next(each, in_float64):
     expected = expected[0] if isinstance(expected, tuple) else expected
     (gradient,) = torch.autograd.grad(expected.square().sum(), x)
     for backend in ("torch", "recurrent"):
-        ours = mixer("gated_delta", backend, num_heads=2 * each, key_dim=K, value_dim=V)
+        ours = mixer("gated_delta", backend, num_heads=2 * each, num_key_heads=2, key_dim=K, value_dim=V)
+        assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) + 2 * each
         copy_delta_net(ours, theirs, each)
         found, _ = ours(x)
         close(found, expected)
         close(torch.autograd.grad(found.square().sum(), x)[0], gradient)
+
+
+@pytest.mark.parametrize("splits", [(1, 2, 3), (5, 6, 20)])
+def test_grouped_value_heads_go_on_from_a_state(splits):
+    """Any split into calls; and what can't be."""
+    m = mixer("gated_delta", num_heads=4, num_key_heads=2, key_dim=K, value_dim=V)
+    for whole, parts in zip(outcome(m, inputs(2, 23)), outcome(m, inputs(2, 23), splits), strict=True):
+        torch.testing.assert_close(whole, parts)
+    assert m.state_size(23) == sum(t.numel() for t in tensors(m(inputs(1, 23))[1][:2]))
+    for preset, settings in (
+        ("gated_delta", {"num_heads": 4, "num_key_heads": 3}),
+        ("softmax", {"num_heads": 4, "num_key_heads": 2, "num_kv_heads": 2}),
+        ("memory_mosaic", {"num_heads": 2, "num_key_heads": 1}),
+    ):
+        with pytest.raises(ValueError, match=r"num_key_heads=\d: it must divide num_heads=\d, and stand beside"):
+            mixer(preset, **settings)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
