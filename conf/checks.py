@@ -77,6 +77,7 @@ NUMBERS = {
     "model*.output_norm_eps": POSITIVE._replace(optional=True),
     "model.mixers.*.num_heads": COUNT,
     "model.mixers.*.num_kv_heads": COUNT_OR_NULL,
+    "model.mixers.*.num_key_heads": COUNT_OR_NULL,
     "model.mixers.*.key_dim": COUNT_OR_NULL,
     "model.mixers.*.value_dim": COUNT_OR_NULL,
     "model.mixers.*.conv_size": WHOLE,
