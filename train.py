@@ -11,35 +11,39 @@ the settings; README.md explains them.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
-import lightning as L
-import torch
 from omegaconf import DictConfig, OmegaConf
 
-from conf import schema
-from conf.checks import mistakes
-from data.batch import batch_arithmetic, every
-from data.module import DataModule, misfits
-from models.build import build
-from models.language_model import LanguageModel, LanguageModelConfig
-from models.training.checkpoint import Checkpoint, newest_whole, step_of
-from models.training.finish import finish
-from models.training.guards import Guard
-from models.training.logger import Tolerant
-from models.training.module import Training
-from models.training.preemption import Preemption
-from models.training.run import Run, RunError, describe
-from models.training.summary import quiet, say, summary
-from models.training.watchdog import Watchdog
+from conf import schema, settings
+from conf.command import one_sentence
+
+# torch, Lightning and transformers take six seconds: they are imported where they are used, behind the first checks.
+if TYPE_CHECKING:
+    import lightning as L
+
+    from data.module import DataModule
+    from models.training.module import Training
+    from models.training.preemption import Preemption
+    from models.training.run import Run
 
 schema.register()
-quiet()
 
 
+@one_sentence
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> None:
+    if found := settings.mistakes(OmegaConf.to_container(cfg)):
+        sys.exit("error: " + "\n       ".join(found))
+    from models.training.checkpoint import newest_whole, step_of
+    from models.training.finish import finish
+    from models.training.logger import Tolerant
+    from models.training.preemption import Preemption
+    from models.training.run import RunError, describe
+    from models.training.summary import quiet, say
+
+    quiet()
     with Preemption() as preemption:
         try:
             trainer, module, datamodule, run, overview = assemble(cfg, preemption)
@@ -48,12 +52,10 @@ def main(cfg: DictConfig) -> None:
             sys.exit(f"error: {error}")
         if run.result is not None:
             say(f"{run.folder} is finished: {describe(run.result)}")
-            say("For another run choose another name=, or overwrite=true to delete this one.")
-            return
+            return say("For another run choose another name=, or overwrite=true to delete this one.")
         say(f"run       {run.folder}")
         say("\n".join(f"data      {line}" for line in datamodule.task.describe()))
-        say(f"batch     {datamodule.batch}")
-        say(overview)
+        say(f"batch     {datamodule.batch}\n{overview}")
         say("\n".join([*torn, *([f"going on from {checkpoint}"] if checkpoint else [])]))
         for logger in trainer.loggers:
             if isinstance(logger, Tolerant):
@@ -70,6 +72,21 @@ def main(cfg: DictConfig) -> None:
 
 def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Training, DataModule, Run, str]:
     """Everything that a run needs, checked and built, but not trained. Raises ValueError for the user's mistakes."""
+    import lightning as L
+
+    from conf.checks import dtype, mistakes
+    from data.batch import batch_arithmetic, every
+    from data.module import DataModule, misfits
+    from models.build import build
+    from models.language_model import LanguageModel, LanguageModelConfig
+    from models.training.checkpoint import Checkpoint
+    from models.training.guards import Guard
+    from models.training.logger import Tolerant
+    from models.training.module import Training
+    from models.training.run import Run
+    from models.training.summary import summary
+    from models.training.watchdog import Watchdog
+
     if found := mistakes(cfg):
         raise ValueError("\n       ".join(found))
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -87,14 +104,11 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
     datamodule = DataModule(task, batch, cfg.validation_tokens, cfg.seed, cfg.num_workers, cfg.overfit)
 
     model = LanguageModel(LanguageModelConfig(vocab_size=task.vocab_size, **plain["model"]))
-    parts: dict[str, Any] = {
-        "optimizer": build(cfg.optimizer),
-        "schedule": build(cfg.schedule),
-        "compile_blocks": cfg.compile,
-    }
+    parts: dict[str, Any] = {"optimizer": build(cfg.optimizer), "schedule": build(cfg.schedule)}
     counts: dict[str, Any] = {"targets_per_token": task.targets_per_token, "bytes_per_token": task.bytes_per_token}
-    guards: dict[str, Any] = {"guard": Guard(cfg.guard.max_skipped, cfg.guard.spike_score), "preemption": preemption}
-    module = Training(model, num_steps=batch.num_steps, clip_norm=cfg.clip_norm, **parts, **counts, **guards)
+    parts |= {"guard": Guard(cfg.guard.max_skipped, cfg.guard.spike_score), "preemption": preemption}
+    parts |= {"num_steps": batch.num_steps, "clip_norm": cfg.clip_norm, "compile_blocks": cfg.compile}
+    module = Training(model, **parts, **counts)
     checkpoints = Checkpoint(run.checkpoints, checkpoint_every, validate_every, preemption)
     last = [preemption, checkpoints, Watchdog(cfg.guard.timeout)]
     trainer = build(
@@ -112,11 +126,11 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
         log_every_n_steps=min(cfg.log_every, batch.num_steps),
     )
     if trainer.world_size != world_size:
-        raise ValueError(
+        said = (
             f"trainer.devices={cfg.trainer.devices} means {world_size} processes, and {trainer.world_size} were started"
         )
-    dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
-    overview = summary(model, cfg.seq_len, trainer.strategy.root_device, dtype)
+        raise ValueError(said)
+    overview = summary(model, cfg.seq_len, trainer.strategy.root_device, dtype(trainer.precision))
     run.enter(trainer.is_global_zero)
     return trainer, module, datamodule, run, overview
 

@@ -8,15 +8,13 @@ before anything is built.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
@@ -94,19 +92,6 @@ FREE_TO_CHANGE = (
 )
 
 
-def unknown_keys(config: dict[str, Any]) -> list[str]:
-    """One sentence for every key that no dataclass here has. Hydra's `+key=value` adds one without asking."""
-    found = []
-    for path, known in (("", Config), ("model.", Model), ("guard.", Guard)):
-        node = config[path[:-1]] if path else config
-        names = [f.name for f in fields(known)]
-        for key in node.keys() - set(names):
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {path}{near[0]}?" if near else f"there are {', '.join(names)}"
-            found.append(f"{path}{key}={node[key]} is not a setting; {hint}")
-    return found
-
-
 def register() -> None:
     """Makes the schema and the resolvers known to Hydra; called once, before composing."""
     ConfigStore.instance().store(name="schema", node=Config)
@@ -117,13 +102,18 @@ def register() -> None:
     OmegaConf.register_new_resolver("world_size", world_size, replace=True)
 
 
+# torch takes seconds to import, and is asked only where a config's values are worked out: not to find a misspelling.
 def default_precision() -> str:
     """bf16-mixed where the GPU has bfloat16, else float32."""
+    import torch
+
     return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
 
 
 def can_compile() -> bool:
     """Whether torch.compile pays: on a GPU, with Triton."""
+    import torch
+
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
@@ -140,6 +130,8 @@ def world_size(devices: int | str | list[int], num_nodes: int = 1) -> int:
     if isinstance(devices, list):
         count = len(devices)
     elif str(devices) in ("auto", "-1"):
+        import torch
+
         count = max(1, torch.cuda.device_count())
     else:
         count = int(devices)

@@ -31,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import conf.checks  # noqa: F401  # with the next line, what train.py imports late
+import models.training.finish  # noqa: F401
 import train
 from models.training.logger import cells
 from models.training.preemption import UNFINISHED

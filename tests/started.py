@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
 IMPORTED = ["train", "scripts.prepare_data", "matplotlib.figure", "matplotlib.backends.backend_agg", "tests.started"]
+IMPORTED += ["conf.checks", "models.training.finish", "models.training.module", "models.training.watchdog"]  # by train
 
 
 class Started:

@@ -18,7 +18,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import train as entry
-from conf.checks import NUMBERS, leaves, mistakes
+from conf.checks import mistakes
+from conf.settings import NUMBERS, leaves
 from data.batch import batch_arithmetic
 from data.module import misfits
 from data.text import Text
@@ -203,8 +204,10 @@ def nothing_trains(monkeypatch):
     def stub(*arguments, **settings):
         raise AssertionError("this was not refused")
 
-    monkeypatch.setattr("train.L.seed_everything", stub)  # the first thing that assemble does with a config it accepts
-    monkeypatch.setattr("train.L.Trainer.fit", stub)
+    monkeypatch.setattr(
+        "lightning.seed_everything", stub
+    )  # the first thing that assemble does with a config it accepts
+    monkeypatch.setattr("lightning.Trainer.fit", stub)
 
 
 choices = cache(composed)  # Hydra takes a quarter of a second for what it reads from files
