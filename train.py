@@ -4,8 +4,7 @@
     python train.py model=softmax size=170m data=fineweb_edu strategy=ddp logger=wandb
     python train.py --help                               # the groups and what is in them
 
-The same command after an interruption goes on from the last checkpoint; exit code 75 asks for it. conf/train.yaml has
-the settings; README.md explains them.
+The same command goes on after an interruption; exit code 75 asks for it. conf/train.yaml has the settings.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf import schema, settings
 from conf.command import one_sentence
+from conf.known import hidden
 
 # torch, Lightning and transformers take six seconds: they are imported where they are used, behind the first checks.
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ schema.register()
 @one_sentence
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    if found := settings.mistakes(OmegaConf.to_container(cfg)):
+    if found := [*hidden(), *settings.mistakes(OmegaConf.to_container(cfg))]:
         sys.exit("error: " + "\n       ".join(found))
     from models.training.checkpoint import newest_whole, step_of
     from models.training.finish import finish
@@ -87,6 +87,7 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
     from models.training.summary import summary
     from models.training.watchdog import Watchdog
 
+    settings.whole_numbers(cfg)
     if found := mistakes(cfg):
         raise ValueError("\n       ".join(found))
     plain: Any = OmegaConf.to_container(cfg, resolve=True)

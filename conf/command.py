@@ -89,6 +89,10 @@ def sentence(error: Exception, words: list[str]) -> str:
     typed = read(words)
     said = str(error)
     cause = error.__cause__ or error.__context__
+    if isinstance(error, OSError) and error.filename is not None:
+        folder = str(error.filename)
+        folder = folder if len(folder) < 100 else f"{folder[:60]}...{folder[-20:]}"
+        return f"{folder} can't be made ({error.strerror}); RUNS, name= and run_dir= say where a run lives"
     if isinstance(error, OverrideParseException):
         return unreadable(error.override, words, typed)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -124,6 +126,25 @@ def _known(words: tuple[str, ...]) -> Known:
             words = ()
             config = compose("train", return_hydra_config=True)
         return Known(config, GlobalHydra.instance().config_loader(), list(words))
+
+
+def hidden() -> Iterator[str]:
+    """Files of another folder (hydra.searchpath) that are never read, since a folder before it has one of that name.
+    Called in the job."""
+    runtime = HydraConfig.get().runtime
+    folders = [folder for source in runtime.config_sources for folder in _folders(source.schema, source.path)]
+    for group, choice in runtime.choices.items():
+        file = f"{group.partition('@')[0]}/{choice}.yaml"
+        there = [folder / file for folder in folders if (folder / file).is_file()]
+        for other in there[1:]:
+            yield f"{group}={choice} is {there[0]}, and {other} would never be read; give it another name"
+
+
+def _folders(schema: str, path: str) -> list[Path]:
+    """Where a source of configs has its files; a package has them beside its code."""
+    if schema == "pkg" and (package := find_spec(path.replace("/", "."))):
+        return list(map(Path, package.submodule_search_locations or ()))
+    return [Path(path)] if schema == "file" else []
 
 
 def choices(names: Iterable[str]) -> str:

@@ -18,18 +18,20 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+Whole = Any  # a whole number: also 1e6, which YAML and Hydra read as a float (conf/settings.py: whole_numbers)
+
 
 @dataclass
 class Model:
     """A language model (models/language_model.py)."""
 
-    hidden_size: int = MISSING
-    num_layers: int = MISSING
-    num_heads: int = MISSING
+    hidden_size: Whole = MISSING
+    num_layers: Whole = MISSING
+    num_heads: Whole = MISSING
     mixers: dict[str, Any] = field(default_factory=dict)
     pattern: list[str] = field(default_factory=list)
     feed_forward: str = "swiglu"
-    feed_forward_size: int | None = None
+    feed_forward_size: Whole = None
     tie_embeddings: bool = True
     norm_eps: float = 1e-6
 
@@ -38,7 +40,7 @@ class Model:
 class Guard:
     """What is done about steps that go wrong and runs that hang (models/training/guards.py, watchdog.py)."""
 
-    max_skipped: int = 10
+    max_skipped: Whole = 10
     spike_score: float | None = 6.0
     timeout: float | None = 600.0
 
@@ -50,7 +52,7 @@ class Config:
     name: str = MISSING
     run_dir: str = MISSING
     overwrite: bool = False
-    seed: int = 0
+    seed: Whole = 0
 
     model: Model = field(default_factory=Model)
     data: dict[str, Any] = field(default_factory=dict)
@@ -61,16 +63,16 @@ class Config:
     logger: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, Any] = field(default_factory=dict)
 
-    seq_len: int = MISSING  # tokens
-    batch_tokens: int = MISSING  # tokens in one optimizer step, all devices together
-    micro_batch: int = MISSING  # sequences that one device holds at a time
-    tokens: int = MISSING  # tokens to train on
-    validation_tokens: int = MISSING
+    seq_len: Whole = MISSING  # tokens
+    batch_tokens: Whole = MISSING  # tokens in one optimizer step, all devices together
+    micro_batch: Whole = MISSING  # sequences that one device holds at a time
+    tokens: Whole = MISSING  # tokens to train on
+    validation_tokens: Whole = MISSING
     validate_every: float = MISSING  # below 1 a fraction of all steps, else steps
     checkpoint_every: float = MISSING
-    log_every: int = MISSING  # steps
+    log_every: Whole = MISSING  # steps
     clip_norm: float = MISSING
-    num_workers: int = MISSING
+    num_workers: Whole = MISSING
     compile: bool = False
     overfit: bool = False
     guard: Guard = field(default_factory=Guard)
@@ -98,6 +100,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("mul", lambda a, b: int(a) * int(b), replace=True)
     OmegaConf.register_new_resolver("precision", default_precision, replace=True)
     OmegaConf.register_new_resolver("can_compile", can_compile, replace=True)
+    OmegaConf.register_new_resolver("runs", runs, replace=True)
     OmegaConf.register_new_resolver("run_id", run_id, replace=True)
     OmegaConf.register_new_resolver("world_size", world_size, replace=True)
 
@@ -117,9 +120,14 @@ def can_compile() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
+def runs() -> str:
+    """The folder of all runs: RUNS, in which ~ is the home folder."""
+    return os.path.expanduser(os.environ.get("RUNS") or "runs")
+
+
 def run_id(run_dir: str) -> str:
     """The run's directory below runs/ as a name without slashes: unique, and the same when the run goes on."""
-    root = Path(os.environ.get("RUNS", "runs")).absolute()
+    root = Path(runs()).absolute()
     path = Path(run_dir).absolute()
     parts = path.relative_to(root).parts if path.is_relative_to(root) else path.parts[-2:]
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts))

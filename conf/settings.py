@@ -9,10 +9,14 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from conf.schema import Config, Guard, Model
 from models.build import near
@@ -188,11 +192,28 @@ def classes(config: dict[str, Any]) -> Iterator[str]:
             yield f"{path}.{name} has no class, _target_=...; {hint}"
 
 
+def bound_of(path: str) -> Bound | None:
+    return next((bound for pattern, bound in NUMBERS.items() if fnmatchcase(path, pattern)), None)
+
+
+def whole_numbers(cfg: DictConfig) -> None:
+    """Makes 1e6, which YAML and Hydra read as a float, and a number out of an environment variable, which is text,
+    whole where a whole number belongs."""
+    for path, value in leaves(OmegaConf.to_container(cfg)):
+        bound = bound_of(path)
+        if bound is None or not bound.whole or isinstance(value, int):
+            continue
+        with suppress(ValueError, OmegaConfBaseException):  # which `mistakes` tells
+            value = OmegaConf.select(cfg, path, throw_on_missing=True)
+            if isinstance(value, str) or (isinstance(value, float) and value.is_integer()):
+                OmegaConf.update(cfg, path, int(value))
+
+
 def numbers(config: dict[str, Any], written: dict[str, Any]) -> Iterator[str]:
     for path, value in leaves(config):
         if str(written.get(path)).startswith("${"):
             continue  # said where it comes from
-        bound = next((bound for pattern, bound in NUMBERS.items() if fnmatchcase(path, pattern)), None)
+        bound = bound_of(path)
         shown = f"{path}={'null' if value is None else value}"
         if any(fnmatchcase(path, pattern) for pattern in PAIRS):
             if not isinstance(value, list) or len(value) != 2:
@@ -202,11 +223,19 @@ def numbers(config: dict[str, Any], written: dict[str, Any]) -> Iterator[str]:
         elif bound is None or value == MISSING or (value is None and bound.optional):
             continue
         elif isinstance(value, bool) or not isinstance(value, int | float):
-            yield f"{shown} is not a number{' or null' * bound.optional}; it must be {bound.says}"
-        elif bound.whole and not isinstance(value, int):
+            must = figures(value) or f"it must be {bound.says}"
+            yield f"{shown} is not a number{' or null' * bound.optional}; {must}"
+        elif bound.whole and value != int(value):
             yield f"{shown} must be a whole number"
         elif not bound.holds(value):
             yield f"{shown} must be {bound.says}"
+
+
+def figures(value: Any) -> str | None:
+    """2M may be two million tokens or 2 * 2^20: it is refused, and the first is shown."""
+    suffixed = re.fullmatch(r"([0-9.]+)([kmgbKMGBT])", str(value))
+    powers = {"k": 3, "m": 6, "g": 9, "b": 9, "t": 12}
+    return f"write {suffixed[1]}e{powers[suffixed[2].lower()]}" if suffixed else None
 
 
 def run_folder(config: dict[str, Any]) -> Iterator[str]:

@@ -103,6 +103,8 @@ def allowed_packages() -> tuple[str, ...]:
     that can't be found."""
     names = tuple(name.strip() for name in os.environ.get(PACKAGES, "").split(",") if name.strip())
     for name in names:
+        if name in (*KNOWN, "conf", "scripts", "train"):
+            raise ValueError(f"{PACKAGES}={os.environ[PACKAGES]}: {name!r} is taken; give your package another name")
         if not name.isidentifier() or name == "__main__" or importlib.util.find_spec(name) is None:
             raise ValueError(
                 f"{PACKAGES}={os.environ[PACKAGES]}: {name!r} is not a package that Python finds; it must be "

@@ -9,11 +9,16 @@ import sys
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 import train as entry
 from conf.command import flags
-from models.build import near
+from conf.settings import whole_numbers
+from data.prepare import prepare
+from data.tokenizer import Bytes
+from models.build import allowed_packages, near
 from tests.conftest import ROOT
+from tests.data.conftest import Documents
 
 MAIN = "model.mixers.main"
 REPORTS = "https://github.com/hydra-ecosystem/hydra/issues"
@@ -89,7 +94,12 @@ SWEEPS = {
     "-m seed=1,2 sede=3": "sede=3 is not a setting; did you mean seed?",
     "-m sede=1,2": "sede=1,2 is not a setting; did you mean seed?",
 }
-TYPED = GROUPS | KEYS | SIGNS | SWEEPS
+NUMBERS = {
+    "tokens=2M": "tokens=2M is not a number; write 2e6",
+    "tokens=1.5e0": "tokens=1.5 must be a whole number",
+    "seq_len=abc": "seq_len=abc is not a number; it must be at least 1",
+}
+TYPED = NUMBERS | GROUPS | KEYS | SIGNS | SWEEPS
 
 
 @pytest.mark.parametrize("typed", TYPED)
@@ -130,6 +140,62 @@ def test_what_is_not_hydras_is_not_caught(monkeypatch, tmp_path):
 @pytest.mark.parametrize("words", ["--help", "-m seed=1,2", "--cfg job --resolve", "-c job -p model", "-i", "-sc"])
 def test_flags_that_hydra_has_are_let_through(words):
     assert flags(words.split()) is None
+
+
+def said(monkeypatch, *words: str) -> str:
+    """What main ends with; a config that is right goes no further than the first of the run's own steps."""
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    monkeypatch.setattr("lightning.seed_everything", lambda *_, **__: sys.exit("assembled"))
+    with pytest.raises(SystemExit) as stop:
+        entry.main()
+    return str(stop.value.code)
+
+
+def test_whole_numbers_as_people_write_them():
+    """https://github.com/snowflakedb/ArcticTraining/issues/165, https://github.com/facebookresearch/fairseq/issues/2935"""
+    written = {"tokens": 1e6, "seq_len": "128", "clip_norm": 1.0, "tokenizer": {"vocab_size": 3.2e4, "name": "1e3"}}
+    cfg = OmegaConf.create(written | {"micro_batch": "${tokens}", "batch_tokens": 2.5, "log_every": "2M"})
+    whole_numbers(cfg)
+    told = OmegaConf.to_container(cfg, resolve=True)
+    assert told == {
+        **{"tokens": 1000000, "seq_len": 128, "clip_norm": 1.0, "tokenizer": {"vocab_size": 32000, "name": "1e3"}},
+        **{"micro_batch": 1000000, "batch_tokens": 2.5, "log_every": "2M"},
+    }
+    assert type(told["tokens"]) is type(told["tokenizer"]["vocab_size"]) is int and type(told["clip_norm"]) is float
+
+
+def test_numbers_of_the_command_line_and_the_home_folder(monkeypatch, tmp_path):
+    """2_000_000 and 1e6 are numbers, and so is a variable of the environment; ~ is the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RUNS", "~/r")
+    monkeypatch.setenv("WORKERS", "0")
+    given = ("tokens=1e6", "batch_tokens=8_192", "seq_len=1.28e2", "num_workers=${oc.env:WORKERS}", "name=mine")
+    assert said(monkeypatch, *given) == "assembled"
+    assert (tmp_path / "r" / "mine").is_dir()
+
+
+def test_places_that_can_not_be_written(monkeypatch, tmp_path):
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    assert "aaa can't be made (File name too long); RUNS, name= and run_dir= say" in said(
+        monkeypatch, f"name={'a' * 300}"
+    )
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RUNS", f"{tmp_path}/file")
+    assert "can't be made (Not a directory); RUNS, name= and run_dir= say" in said(monkeypatch)
+    with pytest.raises(ValueError, match=r"file can't be written \(.*\); TTR_CACHE names another folder"):
+        prepare(Documents(["x"], ["y"]), Bytes(), tmp_path / "file" / "corpus")
+
+
+def test_a_config_that_is_never_read_is_told(monkeypatch, tmp_path):
+    """Of two folders with a file of one name Hydra reads the first."""
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+    (tmp_path / "mixer").mkdir()
+    (tmp_path / "mixer" / "softmax.yaml").write_text("# mine\n")
+    told = said(monkeypatch, f"hydra.searchpath=[file://{tmp_path}]", "model=softmax")
+    assert f"{tmp_path}/mixer/softmax.yaml would never be read; give it another name" in told
+    monkeypatch.setenv("TTR_PACKAGES", "data")
+    with pytest.raises(ValueError, match="TTR_PACKAGES=data: 'data' is taken; give your package another name"):
+        allowed_packages()
 
 
 def test_torch_is_not_imported_to_tell_a_mistake():

@@ -87,7 +87,6 @@ CONFIGS = {
     "optimizer.betas=[0.9,1.0]": "optimizer.betas[1]=1.0 must be at least 0 and below 1",
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9] must be two numbers",
     "optimizer.betas=0.9": "optimizer.betas=0.9 must be two numbers",
-    f"{MIXER}.num_heads=3.0": f"{MIXER}.num_heads=3.0 must be a whole number",
     f"{MIXER}=softmax": f"{MIXER}: softmax is not a mixer; mixer@{MIXER}=softmax chooses one",
     "optimizer=muon optimizer.momentum=1": "optimizer.momentum=1 must be at least 0 and below 1",
     "schedule.warmup=-0.1": "schedule.warmup=-0.1 must be between 0 and 1",
