@@ -19,8 +19,7 @@ from conf import schema, settings
 from conf.command import one_sentence
 from conf.known import hidden
 
-# torch, Lightning and transformers take six seconds: they are imported where they are used, behind the first checks.
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # they take six seconds to import: where they are used, behind the first checks
     import lightning as L
 
     from data.module import DataModule
@@ -39,8 +38,9 @@ def main(cfg: DictConfig) -> None:
     from models.training.checkpoint import newest_whole, step_of
     from models.training.finish import finish
     from models.training.logger import Tolerant
+    from models.training.memory import why
     from models.training.preemption import Preemption
-    from models.training.run import RunError, describe
+    from models.training.run import describe
     from models.training.summary import quiet, say
 
     quiet()
@@ -66,8 +66,8 @@ def main(cfg: DictConfig) -> None:
             if trainer.global_step < module.num_steps:
                 sys.exit(f"stopped after {trainer.global_step} of {module.num_steps} steps; the same command goes on")
             finish(trainer, module, datamodule, run)
-        except RunError as error:
-            sys.exit(f"error: {error}")
+        except (RuntimeError, MemoryError) as error:
+            sys.exit(f"error: {why(error, datamodule.batch)}")
 
 
 def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Training, DataModule, Run, str]:
@@ -122,7 +122,6 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
         accumulate_grad_batches=batch.accumulation,
         val_check_interval=validate_every * batch.accumulation,
         check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
         enable_checkpointing=False,  # models.training.checkpoint.Checkpoint
         log_every_n_steps=min(cfg.log_every, batch.num_steps),
     )

@@ -100,6 +100,7 @@ NUMBERS = {
     "tokenizer.train_bytes": COUNT,
     "trainer.num_nodes": COUNT,
     "trainer.limit_val_batches": NOT_NEGATIVE,
+    "trainer.num_sanity_val_steps": WHOLE,
     "callbacks.*.num_tokens": COUNT,
     "callbacks.*.temperature": NOT_NEGATIVE,
 }
