@@ -46,7 +46,7 @@ def mistakes(cfg: DictConfig) -> list[str]:
         try:
             num_steps = batch_arithmetic(*sizes, world, config["tokens"]).num_steps
         except ValueError as error:
-            found += str(error).splitlines()
+            found += [sentence for sentence in str(error).splitlines() if sentence not in found]
     if clear("model", "trainer.precision", "trainer.accelerator"):
         found += model_mistakes(config)
     if clear("schedule"):

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.schema import Config, Guard, Model
+from data.batch import batch_arithmetic
 from models.build import near
 
 MISSING = "???"
@@ -145,6 +146,7 @@ def mistakes(written: Any, config: Any = None) -> list[str]:
     found += numbers(config, dict(leaves(written)))
     found += run_folder(config)
     found += derived(config.get("trainer", {}))
+    found += batch(config)
     return found
 
 
@@ -237,6 +239,21 @@ def figures(value: Any) -> str | None:
     suffixed = re.fullmatch(r"([0-9.]+)([kmgbKMGBT])", str(value))
     powers = {"k": 3, "m": 6, "g": 9, "b": 9, "t": 12}
     return f"write {suffixed[1]}e{powers[suffixed[2].lower()]}" if suffixed else None
+
+
+def batch(config: dict[str, Any]) -> list[str]:
+    """Whether the sizes divide, where all are numbers. Devices that are "auto" conf/checks.py counts, with torch."""
+    sizes = [config.get(name) for name in ("batch_tokens", "seq_len", "micro_batch", "tokens")]
+    devices, nodes = (config.get("trainer", {}).get(name) for name in ("devices", "num_nodes"))
+    counts = [*sizes, len(devices) if isinstance(devices, list) else devices, nodes]
+    if any(not isinstance(count, int | float) or count < 1 or count != int(count) for count in counts):
+        return []  # told already, or worked out later
+    batch_tokens, seq_len, micro_batch, tokens, each, nodes = map(int, counts)
+    try:
+        batch_arithmetic(batch_tokens, seq_len, micro_batch, each * nodes, tokens)
+    except ValueError as error:
+        return str(error).splitlines()
+    return []
 
 
 def run_folder(config: dict[str, Any]) -> Iterator[str]:

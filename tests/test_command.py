@@ -97,6 +97,7 @@ SWEEPS = {
 NUMBERS = {
     "tokens=2M": "tokens=2M is not a number; write 2e6",
     "tokens=1.5e0": "tokens=1.5 must be a whole number",
+    "micro_batch=5": "micro_batch=5 does not divide the 8 sequences that each of 1 device(s) has in a step",
     "seq_len=abc": "seq_len=abc is not a number; it must be at least 1",
 }
 TYPED = NUMBERS | GROUPS | KEYS | SIGNS | SWEEPS
@@ -202,7 +203,7 @@ def test_torch_is_not_imported_to_tell_a_mistake():
     """It takes two seconds, and Lightning and transformers four more."""
     heavy = "{'torch', 'lightning', 'transformers', 'datasets', 'fla', 'wandb', 'matplotlib', 'pyarrow'}"
     code = f"import sys, train\ntry: train.main()\nfinally: print(sorted({heavy} & sys.modules.keys()))"
-    for words in (["modle=softmax"], ["data=text_files"], ["--cfg", "job"]):
+    for words in (["modle=softmax"], ["micro_batch=5"], ["--cfg", "job"]):
         done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == "[]", (words, done.stderr)
         assert bool(done.returncode) == (words[0] != "--cfg")
