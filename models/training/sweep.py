@@ -20,13 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import open_dict, read_write
 
 from models.training.run import describe
-from models.training.summary import say
 
 Result = dict[str, Any] | None  # of a run, None on a rank that does not write it
 
@@ -59,6 +57,8 @@ class Sweep:
             main()
             if not self.outcomes:
                 return
+            from models.training.summary import say  # with torch, which the jobs have imported
+
             failures = [outcome for outcome in self.outcomes if outcome.failed]
             say(f"\nsweep     {len(self.outcomes)} jobs, {len(failures)} failed")
             say("\n".join(f"  {name}   {'FAILED' if job.failed else job.says}" for name, job in self._named()))
@@ -116,7 +116,7 @@ def _attempt(task: Callable[[Any], Result], cfg: Any) -> tuple[Result, str]:
     except SystemExit as stop:
         if not isinstance(stop.code, str):  # a number: it was asked to stop
             raise
-        say(stop.code)
+        print(stop.code, flush=True)
         return None, stop.code.removeprefix("error: ")
     except Exception as error:
         traceback.print_exc()
@@ -135,13 +135,14 @@ def alone() -> Iterator[None]:
         sys.argv = words
         os.environ.clear()
         os.environ.update(environment)
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        if compiler := sys.modules.get("torch._dynamo"):
-            compiler.reset()
         gc.collect()  # Lightning's objects refer to each other in circles
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        if torch := sys.modules.get("torch"):
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            if compiler := sys.modules.get("torch._dynamo"):
+                compiler.reset()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
 
 
 def _words_of_the_job() -> list[str]:

@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from wandb.proto.wandb_internal_pb2 import Record
 
 import train as entry
-from conf.schema import LONGEST, job_folder, run_id
+from conf.folders import LONGEST, job_folder, run_id
 from models.training.finish import ending
 from models.training.logger import Tolerant
 from models.training.run import Run
@@ -133,7 +133,7 @@ def started_here(words: list[str], assemble, monkeypatch, tmp_path, capsys) -> t
     """The exit code and what is said, of train.py's main with another way to build a run."""
     monkeypatch.setenv("RUNS", str(tmp_path))
     monkeypatch.setattr("sys.argv", ["train.py", *words])
-    monkeypatch.setattr(entry, "assemble", assemble)
+    monkeypatch.setattr("models.training.job.assemble", assemble)
     GlobalHydra.instance().clear()
     try:
         with pytest.raises(SystemExit) as stop:
