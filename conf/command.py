@@ -36,7 +36,7 @@ def one_sentence(main: Callable[[], None]) -> Callable[[], None]:
 
     @wraps(main)
     def told() -> None:
-        if HYDRAS_OWN in os.environ:
+        if os.environ.get(HYDRAS_OWN) == "1":
             return main()
         words = sys.argv[1:]
         if mistake := flags(words):

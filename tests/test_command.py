@@ -17,6 +17,7 @@ from conf.settings import whole_numbers
 from data.prepare import prepare
 from data.tokenizer import Bytes
 from models.build import allowed_packages, near
+from scripts import prepare_data
 from tests.conftest import ROOT
 from tests.data.conftest import Documents
 
@@ -123,6 +124,12 @@ def test_who_asks_for_hydras_own_error_has_it(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "model=gated_dleta"])
     with pytest.raises(Exception, match="Available options in 'model'"):
         entry.main()
+
+
+def test_the_data_is_prepared_by_the_same_words(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["prepare_data.py", "data=fineweb_edo", "+verify=true"])
+    with pytest.raises(SystemExit, match=r"^error: data=fineweb_edo is not there; did you mean data=fineweb_edu\?$"):
+        prepare_data.main()
 
 
 def test_what_is_not_hydras_is_not_caught(monkeypatch, tmp_path):
