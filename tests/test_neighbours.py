@@ -94,7 +94,7 @@ def test_accelerate_accumulates_and_saves(preset, tmp_path):
     assert largest(AutoModelForCausalLM.from_pretrained(tmp_path).parameters(), m.parameters()) == 0
 
 
-@pytest.mark.parametrize("preset", [preset for preset in MIXERS if preset != "ttt_linear"])
+@pytest.mark.parametrize("preset", [*MIXERS, "titans_mlp", "lact"])
 def test_weights_that_hooks_bring_are_in_the_loss(preset):
     """accelerate's hooks bring a layer's weight when the layer is called; a loss that read the head's weight without a
     call was of whatever lay there (huggingface/trl issue 4612 is the same of adapters)."""
