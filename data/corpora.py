@@ -8,7 +8,7 @@ Where a corpus has no validation split of its own, the hash of a document's name
 side when others are added, and no sequence of the validation split has a neighbour from its own document in training.
 
     PythonSource   the Python standard library of the running interpreter: source code that every machine has already
-    TextFiles      files of your own: .txt, .json, .jsonl and .parquet (see files.py)
+    TextFiles      files of your own: text, JSON, tables, pages (see files.py)
     Hub            a data set of the Hugging Face hub (see hub.py)
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import sys
 import sysconfig
 from abc import ABC, abstractmethod
@@ -54,6 +55,10 @@ class Corpus(ABC):
         """How much of the corpus lies before this position, None where that is not known."""
         return None
 
+    def with_both_splits(self) -> Corpus:
+        """What is prepared: this corpus, or one whose splits are not empty where this one's would be."""
+        return self
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash of everything that decides the documents and their order. Cheap: it does not read the texts."""
@@ -62,14 +67,26 @@ class Corpus(ABC):
     def describe(self) -> str:
         """One line: what it is and where from."""
 
+    def edition(self) -> str:
+        """Which one it is, where one name stands for several texts; "" where it stands for one."""
+        return ""
+
+    def left_out(self) -> str:
+        """A line about what was found and is not read, "" where there is nothing to say."""
+        return ""
+
     def texts(self, split: str) -> Iterator[str]:
         return (document.text for document in self if document.split == split)
 
 
 def split_of(name: str, validation_fraction: float) -> str:
     """The split that this document's name falls into: a hash below the fraction is validation."""
-    position = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-    return "validation" if position < validation_fraction else "train"
+    return "validation" if hash_position(name) < validation_fraction else "train"
+
+
+def hash_position(name: str) -> float:
+    """Where the hash of a name lies, in [0, 1)."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 def check_fraction(validation_fraction: float) -> float:
@@ -85,7 +102,8 @@ def hash_of(*parts: object) -> str:
 
 
 class PythonSource(Corpus):
-    """The .py files of the standard library, without installed packages and tests. About 11 MB, 730 documents.
+    """The .py files of the standard library, without installed packages and tests. About 11 MB, 730 documents. They are
+    those of the running Python: of another release they are other text, and a run goes on with the one it began with.
 
     Tests are left out (`test`, `tests` with the fixtures of lib2to3, `idle_test`): they are another 19 MB, and some are
     broken on purpose. So is `pydoc_data`: its one large file is the English of the reference manual in a string, not
@@ -120,20 +138,28 @@ class PythonSource(Corpus):
         sizes = (f"{name} {(self.root / name).stat().st_size}" for name in self._files())
         return hash_of("python_source", sys.version, self.validation_fraction, *sizes)
 
+    def edition(self) -> str:
+        return f"{platform.python_implementation()} {platform.python_version()}"
+
     def describe(self) -> str:
-        return f"the standard library of Python {sys.version.split()[0]}"
+        return f"the standard library of {self.edition()}"
 
 
-def text_of(row: Any, text_field: str, source: str) -> str:
-    """The text of a table's row; `source` says where the row is."""
+def text_of(row: Any, text_field: str, source: str, otherwise: str = "; name the column that holds the text") -> str:
+    """The text of a table's row, "" where it is null. `source` says where the row is, `otherwise` what to do where it
+    has no such column.
+    """
     if not isinstance(row, dict):
         raise ValueError(
             f"{source} holds {type(row).__name__}, a row with data.corpus.text_field={text_field!r} is needed"
         )
     if text_field not in row:
         raise ValueError(
-            f"data.corpus.text_field={text_field!r} is not a column of {source}, which has {', '.join(sorted(row))}"
+            f"data.corpus.text_field={text_field!r} is not a column of {source}, which has "
+            f"{', '.join(sorted(row)) or 'none'}{otherwise}"
         )
+    if row[text_field] is None:
+        return ""
     if not isinstance(row[text_field], str):
         raise ValueError(
             f"data.corpus.text_field={text_field!r} of {source} holds {type(row[text_field]).__name__}, text is needed"

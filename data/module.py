@@ -45,6 +45,12 @@ class DataModule(L.LightningDataModule):
         self.task, self.batch, self.seed, self.num_workers = task, batch, seed, num_workers
         self.validation_tokens, self.overfit = validation_tokens, overfit
 
+    def describe(self) -> list[str]:
+        """The lines of the task, and one where it has fewer tokens to validate on than asked for."""
+        held = len(self.task.validation_samples()) * self.batch.seq_len
+        fewer = f"validation_tokens={self.validation_tokens} is more than are held out: all {held:,} are validated on"
+        return [*self.task.describe(), *([fewer] if held < self.validation_tokens else [])]
+
     def setup(self, stage: str | None = None) -> None:
         self.task.prepare()
 
@@ -67,7 +73,7 @@ class DataModule(L.LightningDataModule):
             "sequences in a batch": self.batch.sequences,
             "seq_len": self.batch.seq_len,
         }
-        return TrainLoader(identity, samples, batch_sampler=order, **self._loader_settings())
+        return TrainLoader(identity, self.task.describe()[0], samples, batch_sampler=order, **self._loader_settings())
 
     def val_dataloader(self) -> DataLoader:
         return self.validation_loader(self.batch.seq_len)
@@ -89,7 +95,7 @@ class DataModule(L.LightningDataModule):
         }
 
 
-def misfits(task: Any, batch: Batch, validation_tokens: int) -> list[str]:
+def misfits(task: Any, batch: Batch) -> list[str]:
     """A sentence for each setting that does not fit the data, which is known when these are prepared."""
     found, sizes = [], {}
     for split, samples in (("train", task.train_samples), ("validation", task.validation_samples)):
@@ -102,8 +108,6 @@ def misfits(task: Any, batch: Batch, validation_tokens: int) -> list[str]:
             f"batch_tokens={batch.tokens} is {batch.sequences:,} sequences of seq_len={batch.seq_len}, and the data "
             f"has {sizes['train']:,} to train on"
         )
-    if not found and validation_tokens > (total := sum(sizes.values()) * batch.seq_len):
-        found.append(f"validation_tokens={validation_tokens} is more than all of the data, {total:,} tokens")
     return found
 
 
@@ -114,15 +118,23 @@ def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor | None]:
     return batch if batch["segments"].any() else {**batch, "segments": None}
 
 
-class TrainLoader(DataLoader):
-    """A loader that saves no position, which the step gives, but what must stay for a step to mean the same batch."""
+class OtherDataError(ValueError):
+    """A checkpoint was made on other data than the run now has."""
 
-    def __init__(self, identity: dict[str, Any], dataset: Dataset, **settings: Any):
+
+class TrainLoader(DataLoader):
+    """A loader that saves no position, which the step gives, but what must stay for a step to mean the same batch: the
+    identity. Beside it stands what a person calls the data, so that a refusal can say it.
+    """
+
+    CALLED = "data"  # checkpoints of before have no such entry
+
+    def __init__(self, identity: dict[str, Any], called: str, dataset: Dataset, **settings: Any):
         super().__init__(dataset, **settings)
-        self.identity = identity
+        self.identity, self.called = identity, called
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self.identity)
+        return {**self.identity, self.CALLED: self.called}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         changed = [
@@ -131,9 +143,11 @@ class TrainLoader(DataLoader):
             if saved.get(name) != now
         ]
         if changed:
-            raise ValueError(
-                f"the checkpoint was made on other data, so that this run can't resume it: {'; '.join(changed)}. Use "
-                "another run name, or the settings it was started with"
+            was = saved.get(self.CALLED, "what was not recorded")
+            raise OtherDataError(
+                f"the checkpoint was made on other data, so that this run can't resume it: then {was}, now "
+                f"{self.called}; {'; '.join(changed)}. Give the settings, files and Python that it was started with, "
+                "or another name="
             )
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from data.corpora import SPLITS, BrokenOffError, Corpus, Document
-from data.files import PART, boundary
+from data.formats import PART, boundary
 from data.shards import FORMAT, SHARD_TOKENS, SplitWriter, sync, write_stamps
 from data.tokenizer import Tokenizer, Trainable
 from data.tokenizing import Part, tokenized
@@ -41,6 +41,7 @@ class Piece(NamedTuple):
     position: Any  # where reading goes on behind it
     hashes: list[str]  # of its documents, where duplicates are dropped
     dropped: int
+    empty: int  # documents without text, which are left out
 
 
 def prepare(
@@ -55,14 +56,18 @@ def prepare(
     trained.
 
     drop_duplicates leaves out documents whose whole text has been before, in either split. It takes some 100 bytes of
-    memory a document; documents that come in parts (data/files.py: PART) are not compared.
+    memory a document; documents that come in parts (data/formats.py: PART) are not compared.
 
     Raises ValueError if either split has no document, or the corpus changes or breaks off while it is read.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     if not folder.exists():
-        with _lock(folder):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = _lock(folder)
+        except OSError as error:
+            raise ValueError(f"{folder.parent} can't be written ({error}); TTR_CACHE names another folder") from error
+        with lock:
             if not folder.exists():
                 _Preparation(corpus, tokenizer, folder, shard_tokens, num_workers, drop_duplicates).run()
     if isinstance(tokenizer, Trainable) and not tokenizer.trained:
@@ -82,10 +87,11 @@ class _Preparation:
     """One preparation, from the start or from where another was killed."""
 
     def __init__(self, corpus, tokenizer, folder, shard_tokens, num_workers, drop_duplicates):
-        self.corpus, self.tokenizer, self.folder, self.shard_tokens = corpus, tokenizer, folder, shard_tokens
+        self.fingerprint, self.given = corpus.fingerprint(), corpus
+        self.corpus = corpus.with_both_splits()
+        self.tokenizer, self.folder, self.shard_tokens = tokenizer, folder, shard_tokens
         self.num_workers, self.drop_duplicates = num_workers, drop_duplicates
         self.partial = folder.with_name(folder.name + ".partial")
-        self.fingerprint = corpus.fingerprint()
 
     def run(self) -> None:
         self.partial.mkdir(exist_ok=True)
@@ -123,28 +129,31 @@ class _Preparation:
         dtype = np.dtype(np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.uint32)
         self.writers = {split: SplitWriter(self.partial, split, dtype, self.shard_tokens) for split in SPLITS}
         with open(self.partial / JOURNAL, "a+b") as journal:
-            position, seen, dropped = self._restore(journal)
+            position, seen, dropped, empty = self._restore(journal)
             progress = _Progress(self.folder.name, self.corpus, position, self.writers.values())
-            pieces = _pieces(self.corpus, position, seen, dropped)
+            pieces = _pieces(self.corpus, position, seen, dropped, empty)
             for piece, encoded in tokenized(pieces, self.tokenizer, dtype, self.num_workers):
                 record = {split: writer.append(encoded[split]) for split, writer in self.writers.items()}
-                record |= {"position": piece.position, "hashes": piece.hashes, "dropped": piece.dropped}
+                record |= {"position": piece.position, "hashes": piece.hashes}
+                record |= {"dropped": piece.dropped, "empty": piece.empty}
                 journal.write(json.dumps(record).encode() + b"\n")
                 journal.flush()
-                dropped = piece.dropped
+                dropped, empty = piece.dropped, piece.empty
                 progress.update(piece.position)
-        self._finish(dtype, dropped)
+        self._finish(dtype, dropped, empty)
         progress.say("Prepared")
 
-    def _restore(self, journal) -> tuple[Any, set[str] | None, int]:
+    def _restore(self, journal) -> tuple[Any, set[str] | None, int, int]:
         """Keeps the pieces that are whole, and says where reading goes on, what has been seen, and how many documents
-        have been dropped.
+        have been dropped and were empty.
         """
-        recipe = {"piece": PIECE, "part": PART, "shard_tokens": self.shard_tokens, "format": FORMAT}
+        recipe: dict[str, Any] = {"piece": PIECE, "part": PART, "shard_tokens": self.shard_tokens, "format": FORMAT}
+        if self.corpus is not self.given:  # its positions are others
+            recipe["corpus"] = self.corpus.describe()
         header = json.dumps(recipe | {"tokenizer": self.tokenizer.fingerprint()}).encode() + b"\n"
         journal.seek(0)
         seen: set[str] | None = set() if self.drop_duplicates else None
-        position, dropped, end = None, 0, len(header)
+        position, dropped, empty, end = None, 0, 0, len(header)
         if journal.readline() == header:
             for line in journal:
                 record = _parsed(line)
@@ -154,7 +163,8 @@ class _Preparation:
                     break  # torn when the machine went down
                 for split, writer in self.writers.items():
                     writer.keep(record[split])
-                position, dropped, end = record["position"], record["dropped"], end + len(line)
+                position, dropped, empty = record["position"], record["dropped"], record.get("empty", 0)
+                end += len(line)
                 if seen is not None:
                     seen.update(record["hashes"])
         for writer in self.writers.values():
@@ -166,13 +176,15 @@ class _Preparation:
             journal.truncate(end)
             tokens = sum(writer.tokens for writer in self.writers.values())
             print(f"Going on with {self.folder.name} behind {tokens:,} tokens that are done", flush=True)
-        return position, seen, dropped
+        return position, seen, dropped, empty
 
-    def _finish(self, dtype: np.dtype, dropped: int) -> None:
+    def _finish(self, dtype: np.dtype, dropped: int, empty: int) -> None:
         counts = {split: writer.close() for split, writer in self.writers.items()}
+        total = sum(count["documents"] for count in counts.values())
+        if not total:
+            raise ValueError(f"data.corpus has no text: {self.corpus.describe()} holds {empty:,} documents, all empty")
         for split in SPLITS:
             if not counts[split]["documents"]:
-                total = sum(count["documents"] for count in counts.values())
                 raise ValueError(
                     f"data.corpus leaves the {split} split without a document, of {total} in {self.corpus.describe()}; "
                     "more or smaller documents, another validation_fraction, or a validation set of its own help"
@@ -202,6 +214,8 @@ class _Preparation:
         write_stamps(self.partial, files)
         if dropped:
             print(f"{dropped:,} documents were left out, having been before", flush=True)
+        if empty:
+            print(f"{empty:,} of {empty + dropped + total:,} documents are empty or null and were left out", flush=True)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
@@ -211,7 +225,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _pieces(corpus: Corpus, position: Any, seen: set[str] | None, dropped: int) -> Iterator[Piece]:
+def _pieces(corpus: Corpus, position: Any, seen: set[str] | None, dropped: int, empty: int) -> Iterator[Piece]:
     """The corpus from this position on. A piece ends behind the first part that fills it and has a position."""
     parts: list[Part] = []
     hashes, size, started, behind = [], 0, False, None
@@ -226,17 +240,18 @@ def _pieces(corpus: Corpus, position: Any, seen: set[str] | None, dropped: int) 
             seen.add(digest)
             hashes.append(digest)
         if whole and not document.text:
-            continue  # an empty document has nothing to predict
+            empty += 1  # it has nothing to predict
+            continue
         parts += _divided(document)
         size += len(document.text)
         if size >= PIECE and behind is not None:
-            yield Piece(parts, behind, hashes, dropped)
+            yield Piece(parts, behind, hashes, dropped, empty)
             parts, hashes, size = [], [], 0
-    yield Piece(parts, behind, hashes, dropped)
+    yield Piece(parts, behind, hashes, dropped, empty)
 
 
 def _divided(document: Document) -> Iterator[Part]:
-    """A long text in parts, the same as data/files.py makes of a .txt file: a tokenizer takes a hundred times the
+    """A long text in parts, the same as data/formats.py makes of a .txt file: a tokenizer takes a hundred times the
     memory of its text.
     """
     split, text, last = document.split, document.text, document.last

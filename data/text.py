@@ -80,14 +80,25 @@ class Text:
         tokenizer = f"{self.tokenizer.spec()}, {self.tokenizer.fingerprint()}"
         return {"data fingerprint": self.fingerprint, "tokenizer": tokenizer}
 
+    def _name(self) -> str:
+        edition = self.corpus.edition()
+        return f"{self.name} ({edition})" if edition else self.name
+
     def describe(self) -> list[str]:
-        lines = [f"{self.name}: {self._shards('train').meta['source']}"]
+        lines = [f"{self._name()}: {self._shards('train').meta['source']}"]
+        if left_out := self.corpus.left_out():
+            lines.append(f"left out: {left_out}")
         for split in ("train", "validation"):
             s = self._shards(split)
             lines.append(f"{split}: {s.num_documents:,} documents, {s.num_tokens:,} tokens, {s.num_bytes:,} bytes")
         lines.append(
             f"tokenizer {self.tokenizer.spec()}: {self.vocab_size:,} ids, {self.bytes_per_token:.2f} bytes per token"
         )
+        if self.tokenizer.loses:
+            lines.append(
+                f"warning: the tokenizer does not keep {', '.join(self.tokenizer.loses)}; bits per byte count the "
+                "bytes of the text as it was, and are too low for it"
+            )
         return lines
 
     def train_samples(self) -> Sequences:

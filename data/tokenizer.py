@@ -8,7 +8,8 @@
     HuggingFace   the tokenizer of a published model, by hub name or from a local folder.
 
 Every tokenizer has one end-of-document token, `eos`, which `data.shards` appends to each document. It is never produced
-by `encode`: text that merely spells "<eos>" is encoded as those characters.
+by `encode`: text that merely spells "<eos>" is encoded as those characters. Nor is anything else produced that the text
+does not say: no token before or behind it, no padding, and no end before its own.
 
 Only `Bpe` has to be trained before it can encode; `data.shards` does that on the training split and keeps the result
 beside the shards. Until then it knows its recipe (`spec`) and nothing else, and says so when asked for more.
@@ -24,23 +25,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RustTokenizer
+
+from data.byte_level import EOS, NEVER, PAD, as_transformers, byte_characters, byte_level
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-EOS = "<eos>"
+# What a normalizer of a published tokenizer may leave out, each in a text that shows it.
+PROBES = {
+    "capitals": "Aa",
+    "accents": "é",
+    "line ends and runs of blanks": "a  b\n\n\tc",
+    "forms that NFKC unites": "Ａ①ﬁ",
+    "scripts": "文 ж 🙂",
+}
 
 
 class Tokenizer(ABC):
     """What every tokenizer answers.
 
-    vocab_size: number of ids, the end-of-document token included.  eos: its id.
+    vocab_size: the largest id + 1, the end-of-document token included.  eos: its id.  pad: the id of what fills up the
+    shorter rows of a batch, another than eos where there is one (a collator that leaves padding out of the loss would
+    leave out eos too, and a model that is trained on would never learn to stop).
     """
 
     vocab_size: int
     eos: int
+    pad: int
+    loses: tuple[str, ...] = ()  # what of a text does not come back from its ids
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -56,7 +70,14 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def to_hugging_face(self) -> PreTrainedTokenizerFast:
-        """The same map for `transformers`, for exported models. "<eos>" in a text is the token there, as usual."""
+        """The same map for `transformers`, for exported models; it pads on the left, where `generate` needs it. "<eos>"
+        in a text is the token there, as usual.
+        """
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """Of the config of a model, by which `generate` stops and pads."""
+        return {"eos_token_id": self.eos, "pad_token_id": self.pad}
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
@@ -90,6 +111,7 @@ class Bytes(Tokenizer):
 
     vocab_size = 257
     eos = 256
+    pad = 255  # NEVER
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(_utf8(text), dtype=np.uint8) for text in texts]
@@ -102,11 +124,44 @@ class Bytes(Tokenizer):
 
     def to_hugging_face(self) -> PreTrainedTokenizerFast:
         """A byte-level BPE without merges. Its vocabulary is ordered so that the ids are the byte values."""
-        vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
-        return _as_transformers(_byte_level(models.BPE(vocab=vocabulary, merges=[])))
+        vocabulary = {character: byte for byte, character in enumerate([*byte_characters()[: self.pad], PAD])}
+        return as_transformers(byte_level(models.BPE(vocab=vocabulary, merges=[])))
 
 
-class Bpe(Trainable):
+class Fast(Tokenizer):
+    """What tokenizers of the library `tokenizers` share."""
+
+    _rust: RustTokenizer | None = None
+
+    @property
+    def rust(self) -> RustTokenizer:
+        if self._rust is None:
+            raise ValueError("tokenizer=bpe has not been trained yet; the task trains it in prepare(), call that first")
+        return self._rust
+
+    def _id(self, token: str) -> int:
+        id = self.rust.token_to_id(token)
+        assert id is not None, token  # all special tokens are added
+        return id
+
+    def _set(self, rust: RustTokenizer | None) -> None:
+        if rust is not None:
+            rust.encode_special_tokens = True  # "<eos>" within a text is five characters, not the end of a document
+        self._rust = rust
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._set(self._rust)  # pickling forgets what was set
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self.rust.encode_batch_fast([_utf8(text).decode() for text in texts], add_special_tokens=False)
+        return [np.asarray(e.ids, dtype=np.int64) for e in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.rust.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+class Bpe(Fast, Trainable):
     """Byte-level BPE of at most `vocab_size` ids, trained on the first `train_bytes` bytes of the training split.
 
     Training is deterministic: merges go by count, then by id. A small corpus may have fewer pairs to merge than asked
@@ -119,7 +174,6 @@ class Bpe(Trainable):
         if train_bytes < 1:
             raise ValueError(f"tokenizer.train_bytes={train_bytes} must be positive")
         self.max_vocab_size, self.train_bytes = vocab_size, train_bytes
-        self._rust: RustTokenizer | None = None
 
     @property
     def trained(self) -> bool:
@@ -131,15 +185,11 @@ class Bpe(Trainable):
 
     @property
     def eos(self) -> int:
-        eos = self.rust.token_to_id(EOS)
-        assert eos is not None  # _use has added it
-        return eos
+        return self._id(EOS)
 
     @property
-    def rust(self) -> RustTokenizer:
-        if self._rust is None:
-            raise ValueError("tokenizer=bpe has not been trained yet; the task trains it in prepare(), call that first")
-        return self._rust
+    def pad(self) -> int:
+        return self._id(PAD)
 
     def train(self, texts: Iterable[str]) -> None:
         trainer = trainers.BpeTrainer(
@@ -147,7 +197,7 @@ class Bpe(Trainable):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        rust = _byte_level(models.BPE())
+        rust = byte_level(models.BPE())
         rust.train_from_iterator(_first_bytes(texts, self.train_bytes), trainer)
         self._use(rust)
 
@@ -161,108 +211,90 @@ class Bpe(Trainable):
             ) from error
 
     def _use(self, rust: RustTokenizer) -> None:
-        rust.add_special_tokens([AddedToken(EOS, special=True)])
-        rust.encode_special_tokens = True  # "<eos>" within a text is five characters, not the end of a document
-        self._rust = rust
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self._rust is not None:
-            self._rust.encode_special_tokens = True  # pickling forgets it
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self.rust.encode_batch_fast([_utf8(text).decode() for text in texts], add_special_tokens=False)
-        return [np.asarray(e.ids, dtype=np.int64) for e in encoded]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.rust.decode([int(i) for i in ids], skip_special_tokens=True)
+        parts = json.loads(rust.to_str())
+        vocabulary = parts["model"]["vocab"]
+        if NEVER in vocabulary:
+            vocabulary[PAD] = vocabulary.pop(NEVER)
+        rust = RustTokenizer.from_str(json.dumps(parts))
+        rust.add_special_tokens([AddedToken(PAD, special=True), AddedToken(EOS, special=True)])
+        self._set(rust)
 
     def spec(self) -> str:
         return f"bpe vocab_size={self.max_vocab_size} train_bytes={self.train_bytes}"
 
     def fingerprint(self) -> str:
-        model = json.loads(self.rust.to_str())[
-            "model"
-        ]  # the rest is written differently once `transformers` has saved it
-        return _hash(json.dumps([sorted(model["vocab"].items()), model["merges"], self.eos]))
+        # the rest is written differently once `transformers` has saved it
+        model = json.loads(self.rust.to_str())["model"]
+        vocabulary = {NEVER if token == PAD else token: id for token, id in model["vocab"].items()}
+        return _hash(json.dumps([sorted(vocabulary.items()), model["merges"], self.eos]))
 
     def to_hugging_face(self) -> PreTrainedTokenizerFast:
-        return _as_transformers(RustTokenizer.from_str(self.rust.to_str()))
+        return as_transformers(self.rust)
 
 
-class HuggingFace(Tokenizer):
+class HuggingFace(Fast):
     """The tokenizer of a model on the Hugging Face hub, or of a local folder. Code from the hub is never run.
+
+    Of its file the map from text to ids is kept, not what else may stand there for another use: truncation, padding,
+    tokens that are put before or behind a text, the longest text, a chat's template.
 
     `add_eos` names what to do with a tokenizer that has no end-of-sequence token: add one (true) or refuse (false).
     """
 
     def __init__(self, name: str, add_eos: bool = False):
-        from transformers import AutoTokenizer  # several seconds of import, for this class alone
+        from transformers import PreTrainedTokenizerFast  # several seconds of import, for this class alone
 
         self.name = str(name)
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(self.name, trust_remote_code=False)
+            # not AutoTokenizer, which builds some kinds anew, and otherwise than their file says
+            theirs: Any = PreTrainedTokenizerFast.from_pretrained(self.name)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"tokenizer.name={self.name!r} can't be loaded: it must be a folder with a tokenizer, or a name on the "
                 f"hub that is reachable from here or in its cache ({reason[:200]})"
             ) from error
-        if not self._tokenizer.is_fast:
+        if not theirs.is_fast:
             raise ValueError(
                 f"tokenizer.name={self.name!r} has no fast tokenizer (tokenizer.json), which is what is supported here"
             )
-        if self._tokenizer.eos_token_id is None:
+        if theirs.eos_token_id is None:
             if not add_eos:
                 raise ValueError(
                     f"tokenizer.name={self.name!r} has no end-of-sequence token; tokenizer.add_eos=true adds one"
                 )
-            self._tokenizer.add_special_tokens({"eos_token": EOS})
-        self._tokenizer.backend_tokenizer.encode_special_tokens = True
-        self.vocab_size, self.eos = len(self._tokenizer), self._tokenizer.eos_token_id
+            theirs.add_special_tokens({"eos_token": EOS})
+        self.eos = theirs.eos_token_id
+        self._use(theirs.backend_tokenizer, theirs.eos_token)
+        self.vocab_size = max(self.rust.get_vocab(with_added_tokens=True).values()) + 1  # ids may have holes
+        self._names = {name: str(token) for name, token in theirs.special_tokens_map.items() if isinstance(token, str)}
+        # bos: no document here has it
+        pads = (token for token in (theirs.pad_token, theirs.bos_token) if token not in (None, theirs.eos_token))
+        self._names["pad_token"] = next(pads, theirs.eos_token)
+        self.pad = self._id(self._names["pad_token"])
+        self.loses = tuple(what for what, text in PROBES.items() if self.decode(self.encode(text)) != text)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._tokenizer.backend_tokenizer.encode_special_tokens = True  # pickling forgets it
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        backend = self._tokenizer.backend_tokenizer
-        encoded = backend.encode_batch_fast([_utf8(text).decode() for text in texts], add_special_tokens=False)
-        return [np.asarray(e.ids, dtype=np.int64) for e in encoded]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode(
-            [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+    def _use(self, rust: RustTokenizer, eos: str) -> None:
+        rust.no_truncation()
+        rust.no_padding()
+        self._set(rust)
+        if self.eos not in self.encode(eos):
+            return
+        parts = json.loads(rust.to_str())
+        if parts["model"]["type"] != "Unigram":
+            raise ValueError(
+                f"tokenizer.name={self.name!r} makes its end-of-sequence token of a text with {eos!r} in it; "
+                "choose one that tells the two apart"
+            )
+        # no text has SentencePiece's control symbols; here this way to write it is worse than any other
+        parts["model"]["vocab"] = [[t, -1e6 if t == eos else score] for t, score in parts["model"]["vocab"]]
+        self._set(RustTokenizer.from_str(json.dumps(parts)))
 
     def spec(self) -> str:
-        return f"hugging_face {_hash(self._tokenizer.backend_tokenizer.to_str())} eos={self.eos}"
+        return f"hugging_face {_hash(self.rust.to_str())} eos={self.eos}"
 
     def to_hugging_face(self) -> PreTrainedTokenizerFast:
-        return self._tokenizer
-
-
-def _byte_level(model: models.Model) -> RustTokenizer:
-    rust = RustTokenizer(model)
-    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    rust.decoder = decoders.ByteLevel()
-    return rust
-
-
-def _as_transformers(rust: RustTokenizer) -> PreTrainedTokenizerFast:
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_object=rust, eos_token=EOS, clean_up_tokenization_spaces=False)
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that byte-level BPE writes for each byte, by byte value (the map of GPT-2).
-
-    Printable Latin-1 stands for itself; the other 68 bytes take the code points from 256 up, in order.
-    """
-    itself = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    spare = iter(range(256, 512))
-    return [chr(byte if byte in itself else next(spare)) for byte in range(256)]
+        return as_transformers(self.rust, **self._names)
 
 
 def _utf8(text: str) -> bytes:

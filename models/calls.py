@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.cache import Cache
+
 # They say nothing that is not said elsewhere: lengths of documents that cu_seq_lens_q has as well, the place in a cache
 # that knows it.
 SAID_ELSEWHERE = ("cu_seq_lens_k", "max_length_q", "max_length_k", "cache_position")
@@ -31,6 +33,39 @@ def refuse_unknown(given: dict[str, Any], known: list[str]) -> None:
         near = get_close_matches(name, known, n=1)
         meant = f"; did you mean {near[0]}?" if near else f"; it knows {', '.join(known)}"
         raise TypeError(f"LanguageModel knows no keyword {name}{meant}")
+
+
+def refuse_shapes(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, targets: dict[str, Tensor | None], cache: Any
+) -> None:
+    """Raises ValueError unless there is one input, [B, T] or [B, T, D], with at least one token, at most one of targets
+    (by keyword), of the input's [B, T], and a cache of the model's, None or of B rows.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("one of input_ids and inputs_embeds must be given, and not both")
+    name, x, wanted = "input_ids", input_ids, "[B, T]"
+    if x is None:
+        name, x, wanted = "inputs_embeds", inputs_embeds, "[B, T, D]"
+    assert x is not None
+    if x.ndim != wanted.count(",") + 1:
+        raise ValueError(f"{name} has the shape {tuple(x.shape)}; it must be {wanted}, B rows of T tokens")
+    B, T = x.shape[:2]
+    if not B * T:
+        raise ValueError(f"a batch of {B} x {T} tokens is empty; it must have at least one")
+    given = {name: y for name, y in targets.items() if y is not None}
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} both say what comes after each token; give one of them")
+    for name, y in given.items():
+        if y.shape != (B, T):
+            raise ValueError(f"{name} has the shape {tuple(y.shape)}; it must be [{B}, {T}], a number for each token")
+    if cache is not None and not isinstance(cache, Cache):
+        kind = type(cache).__name__
+        raise ValueError(f"past_key_values is a {kind}; it must be what a call with use_cache=True has returned")
+    if cache is not None and cache.batch_size not in (None, B):
+        raise ValueError(
+            f"past_key_values is of {cache.batch_size} rows, and the batch has {B}; batch_repeat_interleave(n) makes n "
+            "of each row"
+        )
 
 
 def refuse_documents(told: dict[str, Tensor | None], others: dict[str, Any], seen: int) -> None:
@@ -62,6 +97,8 @@ def documents(
     document begins where they do not go on by one. seq_idx: [1 or B, T], numbers of documents. cu_seqlens: [N + 1], for
     B = 1 the tokens before each document and after the last.
     """
+    if attention_mask is None and position_ids is None and seq_idx is None and cu_seqlens is None:
+        return None
     B, T = like.shape[:2]
     starts = torch.zeros(B, T, dtype=torch.bool, device=like.device)
     if attention_mask is not None:

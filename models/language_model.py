@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from models.block import Block, feed_forward
 from models.build import build
-from models.calls import documents, refuse_documents, refuse_unknown
+from models.cache import Cache
+from models.calls import documents, refuse_documents, refuse_shapes, refuse_unknown
 from models.loss import IGNORED, score, sum_nats
 from models.mixers.mixer import State
 from models.parts.norm import RMSNorm
@@ -83,37 +85,6 @@ class LanguageModelConfig(PretrainedConfig):
         if not self.pattern:
             raise ValueError("model.pattern is empty; it names the mixers of the layers, for example [main]")
         return [self.pattern[i % len(self.pattern)] for i in range(self.num_layers)]
-
-
-class Cache:
-    """The states of all layers, None at the start: what generate passes from one call to the next. seen: how many
-    tokens, padding included, have been handed in.
-    """
-
-    def __init__(self, states: Sequence[State | None], seen: int = 0) -> None:
-        self.states, self.seen = states, seen
-
-    is_compileable = False  # generate asks
-
-    @property
-    def segment(self) -> Tensor | None:
-        """The number of the last token's document [B], None where none was told."""
-        return None if self.states[0] is None else self.states[0].segment
-
-    def reorder_cache(self, rows: Tensor) -> None:
-        """Beam search: row i goes on from what was row rows[i]."""
-        self.states = [_map_tensors(state, lambda t: t.index_select(0, rows)) for state in self.states]
-
-    def get_seq_length(self) -> int:
-        """What generate calls `seen`."""
-        return self.seen
-
-    @property
-    def num_bytes(self) -> int:
-        sizes: list[int] = []
-        for state in self.states:
-            _map_tensors(state, lambda t: sizes.append(t.numel() * t.element_size()))
-        return sum(sizes)
 
 
 class LanguageModel(PreTrainedModel, GenerationMixin):
@@ -207,14 +178,8 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         # not a parameter: Trainer evaluates only where all parameters with "label" in their names are in the batch
         targets: Tensor | None = others.pop("shift_labels", None)
         refuse_unknown(others, [name for name in inspect.signature(self.forward).parameters if name != "others"])
-        if past_key_values is not None and not isinstance(past_key_values, Cache):
-            kind = type(past_key_values).__name__
-            raise ValueError(f"past_key_values is a {kind}; it must be what a call with use_cache=True has returned")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("one of input_ids and inputs_embeds must be given, and not both")
+        refuse_shapes(input_ids, inputs_embeds, {"labels": labels, "shift_labels": targets}, past_key_values)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        if not x.numel():
-            raise ValueError(f"a batch of {x.shape[0]} x {x.shape[1]} tokens is empty; it must have at least one")
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         told = {
             "position_ids": position_ids,
@@ -232,8 +197,9 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         if targets is None and labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if targets is not None:
-            counted = (targets != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            loss = self._sum_nats(hidden, targets) / counted
+            self._warn_of_tied_adapters()
+            counted = (targets != IGNORED).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+            loss = self._sum_nats(hidden, targets) / counted.to(hidden.device).clamp(min=1)  # none at all is no loss
         if isinstance(logits_to_keep, Tensor):
             logits = self.head(hidden[:, logits_to_keep])
         else:
@@ -251,18 +217,41 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
 
     def _sum_nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
-        if type(self.head) is nn.Linear:
+        if self._weight_is_all():
             return sum_nats(hidden, self.head.weight, targets)
-        # an adapter stands before the head, and its weight is not all that it computes
         return F.cross_entropy(wide(self.head(hidden)), targets, ignore_index=IGNORED, reduction="sum")
+
+    def _warn_of_tied_adapters(self) -> None:
+        """Of one weight that has an adapter as a head, or as an embedding. (peft's adapters give the weight that they
+        stand before as theirs.)
+        """
+        adapted = type(self.head) is not nn.Linear or type(self.embedding) is not nn.Embedding
+        if adapted and getattr(self.head, "weight", None) is getattr(self.embedding, "weight", self):
+            warnings.warn(
+                "an adapter stands before the embedding or the head, which are one weight: merged, it will change "
+                "both; leave it unmerged, or train a model with tie_embeddings=False",
+                stacklevel=3,
+            )
+
+    def _weight_is_all(self) -> bool:
+        """Whether the head is its product with its weight, and no adapter, nor a hook such as accelerate's that brings
+        the weight from elsewhere, stands before it.
+        """
+        hooked = self.head._forward_hooks or self.head._forward_pre_hooks or "forward" in vars(self.head)
+        return type(self.head) is nn.Linear and not hooked
 
     def score(self, input_ids: Tensor, targets: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """-log p(target) of each token [B, T], 0 where ignored, and the likeliest token in its place [B, T]. No
         gradients.
         """
         with torch.no_grad():
-            hidden, _ = self.hidden(input_ids, segments)
-            nats, predictions = score(hidden.flatten(0, 1), self.head.weight, targets.flatten())
+            hidden, flat = self.hidden(input_ids, segments)[0].flatten(0, 1), targets.flatten()
+            if self._weight_is_all():
+                nats, predictions = score(hidden, self.head.weight, flat)
+            else:
+                logits = wide(self.head(hidden))
+                nats = F.cross_entropy(logits, flat, ignore_index=IGNORED, reduction="none")
+                predictions = logits.argmax(-1)
         return nats.view_as(targets), predictions.view_as(targets)
 
     def flops_per_token(self, seq_len: int) -> int:
@@ -285,6 +274,10 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         for name in ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"):
             if kwargs.get(name, getattr(config, name, None)) is not None:
                 raise ValueError(f"{name}: tokens that are refused must be taken back, and a state can't; leave it out")
+        if (kind := kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))) is not None:
+            raise ValueError(
+                f"cache_implementation={kind!r}: the cache is the states of the mixers, of one kind; leave it out"
+            )
         return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -300,7 +293,8 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             )
         if mask is not None and seen == 0 and not mask[:, -1].all():
             raise ValueError("a row ends with padding, where its text should go on; pad on the left to generate")
-        return {
+        asked = {name: True for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)}
+        return asked | {
             "input_ids": input_ids[:, seen:],
             "attention_mask": mask,
             "past_key_values": past_key_values,
@@ -330,16 +324,6 @@ def _block(config: LanguageModelConfig, layer_index: int, name: str) -> Block:
     # Only the project's own classes: a config may come with somebody else's checkpoint.
     mixer = build(config.mixers[name], targets=("models.",), hidden_size=D, layer_index=layer_index)
     return Block(D, mixer, feed_forward(config.feed_forward, D, mixer, config.feed_forward_size), config.norm_eps)
-
-
-def _map_tensors(node: Any, function: Any) -> Any:
-    """function applied to every tensor in nested (named) tuples."""
-    if isinstance(node, Tensor):
-        return function(node)
-    if isinstance(node, tuple):
-        mapped = [_map_tensors(item, function) for item in node]
-        return type(node)(*mapped) if hasattr(node, "_fields") else tuple(mapped)
-    return node
 
 
 AutoConfig.register(LanguageModelConfig.model_type, LanguageModelConfig)

@@ -14,6 +14,7 @@ as the command does.
 from __future__ import annotations
 
 import argparse
+import json
 import mmap
 import os
 import random
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import conf.checks  # noqa: F401  # with the next line, what train.py imports late
 import train
 from models.training.logger import cells
 from models.training.preemption import UNFINISHED
@@ -211,8 +213,10 @@ def state(run: Path) -> dict[str, Any]:
     rows = [
         {k: v for k, v in row.items() if not k.startswith("speed/")} for row in cells((run / "metrics.csv").read_text())
     ]
-    files = {name: (run / name).read_bytes() for name in ("result.json", "model/model.safetensors")}
-    return {"name": last.name, "checkpoint": checkpoint, "rows": rows, "files": files}
+    result = json.loads((run / "result.json").read_text())
+    result = {name: value for name, value in result.items() if name.startswith("validation/")}
+    weights = (run / "model/model.safetensors").read_bytes()
+    return {"name": last.name, "checkpoint": checkpoint, "rows": rows, "result": result, "weights": weights}
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:

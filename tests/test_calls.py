@@ -1,4 +1,4 @@
-"""What transformers' callers say is obeyed or refused: keywords, documents, caches, adapters. Beside a test is where
+"""What transformers' callers say is obeyed or refused: keywords, documents, adapters. Beside a test is where
 people met its case."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DataCollatorWithFlattening, DynamicCache, GenerationConfig
+from transformers import DataCollatorWithFlattening, DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils.generic import find_labels
@@ -40,6 +40,8 @@ def test_the_loss_is_divided_by_the_items_of_the_whole_step(preset):
         torch.testing.assert_close(parts, whole)
     shifted = F.pad(IDS[:, 1:], (0, 1), value=-100)
     torch.testing.assert_close(m(IDS, shift_labels=shifted).loss, whole)
+    nothing = torch.full_like(IDS, -100)
+    assert m(IDS, labels=nothing).loss == m(IDS, labels=nothing, num_items_in_batch=0).loss == 0
 
 
 def test_a_keyword_that_means_nothing_is_refused():
@@ -56,6 +58,15 @@ def test_a_keyword_that_means_nothing_is_refused():
         m(IDS, attention_mask=torch.ones(2, 19))
     with pytest.raises(ValueError, match="one of input_ids and inputs_embeds"):
         m()
+    for says, given in (
+        (r"input_ids has the shape \(20,\); it must be \[B, T\]", {"input_ids": IDS[0]}),
+        (r"inputs_embeds has the shape \(2, 20\); it must be \[B, T, D\]", {"inputs_embeds": IDS}),
+        (r"labels has the shape \(2, 19\); it must be \[2, 20\]", {"input_ids": IDS, "labels": IDS[:, 1:]}),
+        (r"shift_labels has the shape \(40,\)", {"input_ids": IDS, "shift_labels": IDS.flatten()}),
+        ("labels and shift_labels both say", {"input_ids": IDS, "labels": IDS, "shift_labels": IDS}),
+    ):
+        with pytest.raises(ValueError, match=says):
+            m(**given)
     m(IDS, token_type_ids=None, output_attentions=False, cache_position=torch.arange(20))
 
 
@@ -112,9 +123,6 @@ def test_documents_are_told_once():
     ):
         with pytest.raises(ValueError, match=says):
             m(IDS, **given)
-    for name in ("segments", "seq_idx", "position_ids"):
-        with pytest.raises(ValueError, match=f"{name}: generate goes on with one document"):
-            generated(m, IDS, **{name: segments})
 
 
 def test_trainer_finds_the_labels_and_shifts_what_it_smooths():
@@ -132,55 +140,6 @@ def test_padding_of_a_single_row_too(preset):
     m = model(preset)
     padded, mask = F.pad(IDS[:1], (5, 0)), F.pad(torch.ones(1, 20), (5, 0))
     torch.testing.assert_close(m(padded, attention_mask=mask).logits[:, 5:], m(IDS[:1]).logits)
-
-
-# Caches and generate
-
-
-def generated(m: LanguageModel, ids: torch.Tensor, **settings) -> torch.Tensor:
-    return m.eval().generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0, **settings)[:, ids.shape[1] :]
-
-
-@every_mixer
-def test_generate_goes_on_from_a_prefix_of_any_length(preset):
-    """A prompt that many requests share, or a chat's next turn (huggingface/transformers issues 24841 and 36151)."""
-    m = model(preset)
-    expected = generated(m, IDS)
-    for length in (1, 12, 19):
-        cache = m(IDS[:, :length], use_cache=True).past_key_values
-        assert cache.get_seq_length() == length
-        assert m.prepare_inputs_for_generation(IDS, cache)["input_ids"].shape == (2, 20 - length)
-        assert torch.equal(generated(m, IDS, past_key_values=cache), expected)
-    with pytest.raises(ValueError, match="the cache has seen 20 tokens, and input_ids has 20"):
-        generated(m, IDS, past_key_values=m(IDS, use_cache=True).past_key_values)
-
-
-@every_mixer
-def test_a_cache_goes_on_in_its_own_document(preset):
-    m = model(preset)
-    documents = {"position_ids": torch.arange(12).remainder(7).unsqueeze(0)}
-    cache = m(IDS[:, :12], use_cache=True, **documents).past_key_values
-    expected = m(IDS[:, 7:]).logits[:, 5:]
-    torch.testing.assert_close(m(IDS[:, 12:], past_key_values=cache).logits, expected)
-    positions = torch.tensor([[5, 6, 7, 8, 0, 1, 2, 3]])
-    anew = m(IDS[:, 12:], past_key_values=cache, position_ids=torch.arange(8).unsqueeze(0)).logits
-    torch.testing.assert_close(anew, m(IDS[:, 12:]).logits)
-    apart = torch.cat([expected[:, :4], m(IDS[:, 16:]).logits], dim=1)
-    torch.testing.assert_close(m(IDS[:, 12:], past_key_values=cache, position_ids=positions).logits, apart)
-
-
-def test_what_generate_can_not_do_is_refused():
-    """Tokens taken back (huggingface/transformers pull request 45745), and right padding, which spoils a state silently
-    elsewhere (issue 48256)."""
-    m = model()
-    with pytest.raises(ValueError, match=r"prompt_lookup_num_tokens: .* must be taken back"):
-        generated(m, IDS[:1], prompt_lookup_num_tokens=3)
-    with pytest.raises(ValueError, match=r"prompt_lookup_num_tokens: .* must be taken back"):
-        generated(m, IDS[:1], generation_config=GenerationConfig(prompt_lookup_num_tokens=3))
-    with pytest.raises(ValueError, match=r"assistant_model: .* must be taken back"):
-        generated(m, IDS[:1], assistant_model=model())
-    with pytest.raises(ValueError, match="pad on the left to generate"):
-        generated(m, IDS, attention_mask=F.pad(torch.ones(2, 15), (0, 5)))
 
 
 # The surface of a PreTrainedModel

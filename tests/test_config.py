@@ -100,8 +100,6 @@ MISTAKES = {
     # wrong choices and types
     "model=gated_dleta": "gated_dleta",
     "size=huge": "huge",
-    "experiment=nope": "Could not find 'experiment/nope'",
-    "debug=overfitt": "Could not find 'debug/overfitt'",
     "model.num_layers=twelve": "num_layers",
     "model.mixers.main.regressor.backend=fla": "backend=fla can't run",
     # impossible settings
@@ -111,7 +109,7 @@ MISTAKES = {
     "tokens=10": "tokens=10 is less than one step",
     "+model.mixers.main.num_kv_heads=2": "num_kv_heads=2 does not divide num_heads=3",
     "model.pattern=[attention]": "model.pattern names 'attention'",
-    "schedule.warmup=2": "schedule.warmup=2",
+    "schedule.warmup=2.5": "schedule.warmup=2.5",
     "seq_len=10000000": "seq_len=10000000",
     "data=text_files data.corpus.path=/nowhere/*.txt": "data.corpus.path='/nowhere/*.txt'",
     "data=mqar data.num_pairs=100": "data.num_pairs=100",

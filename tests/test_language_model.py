@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from models import loss
-from models.language_model import Cache, LanguageModel, LanguageModelConfig
+from models.cache import Cache
+from models.language_model import LanguageModel, LanguageModelConfig
 from tests.laws.presets import PRESETS, change, recipe
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)

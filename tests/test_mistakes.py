@@ -17,13 +17,14 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-import train as entry
-from conf.checks import NUMBERS, leaves, mistakes
+from conf.checks import mistakes
+from conf.settings import NUMBERS, leaves
 from data.batch import batch_arithmetic
 from data.module import misfits
 from data.text import Text
 from data.tokenizer import Bytes, HuggingFace
 from models.language_model import LanguageModel, LanguageModelConfig
+from models.training.job import assemble
 from models.training.preemption import Preemption
 from tests.data.conftest import Documents
 from tests.test_config import CONF, composed
@@ -86,10 +87,13 @@ CONFIGS = {
     "optimizer.betas=[0.9,1.0]": "optimizer.betas[1]=1.0 must be at least 0 and below 1",
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9] must be two numbers",
     "optimizer.betas=0.9": "optimizer.betas=0.9 must be two numbers",
-    f"{MIXER}.num_heads=3.0": f"{MIXER}.num_heads=3.0 must be a whole number",
     f"{MIXER}=softmax": f"{MIXER}: softmax is not a mixer; mixer@{MIXER}=softmax chooses one",
     "optimizer=muon optimizer.momentum=1": "optimizer.momentum=1 must be at least 0 and below 1",
-    "schedule.warmup=-0.1": "schedule.warmup=-0.1 must be between 0 and 1",
+    "schedule.warmup=-0.1": "schedule.warmup=-0.1 must be at least 0: below 1 a fraction of the run",
+    "schedule.warmup=2.5": "schedule.warmup=2.5 must be at least 0: below 1 a fraction of the run, else a whole number",
+    "schedule.warmup=100000": "schedule.warmup=100000 must be below 1, a fraction of the run, or a whole number of its",
+    "schedule=cosine schedule.warmup=100000": "schedule.warmup=100000 must be below 1",
+    "overwrite=true run_dir=/none/a init_from=/none/a/model": "overwrite=true would delete init_from=/none/a/model",
     "schedule.decay=2": "schedule.decay=2 must be between 0 and 1",
     "schedule.warmup=0.6 schedule.decay=0.6": "schedule.warmup=0.6 and schedule.decay=0.6 are together more",
     "schedule=cosine schedule.final=-1": "schedule.final=-1 must be between 0 and 1",
@@ -137,8 +141,8 @@ CONFIGS = {
     # data and tokenizers that aren't there
     "data=text_files": "to be set: data.corpus.path=...",
     "data=text_files data.corpus.path=/nowhere/*.txt": "data.corpus.path='/nowhere/*.txt' matches no file",
-    "data=text_files {path}={files}": "{path}='{files}' is a folder; '{files}/**/*.txt' takes",
-    "data=text_files {path}={files}/*.png": "a.png, which is not .txt, .json, .jsonl or .parquet",
+    "data=text_files {path}=''": "{path}='' names nothing; a file, a folder or a pattern is needed",
+    "data=text_files {path}={files}/*.png": "{path}='{files}/*.png' matches nothing that can be read, but 1 .png; what",
     "data=text_files {path}={files}/a.txt {held_out}=/nowhere": "data.corpus.validation='/nowhere' matches",
     "data=text_files {path}={files}/a.txt {held_out}={files}/*.txt": "share 1 files, such as {files}",
     "data=text_files {path}={files}/a.txt data.corpus.separator=''": "data.corpus.separator='' can't separate",
@@ -203,8 +207,10 @@ def nothing_trains(monkeypatch):
     def stub(*arguments, **settings):
         raise AssertionError("this was not refused")
 
-    monkeypatch.setattr("train.L.seed_everything", stub)  # the first thing that assemble does with a config it accepts
-    monkeypatch.setattr("train.L.Trainer.fit", stub)
+    monkeypatch.setattr(
+        "lightning.seed_everything", stub
+    )  # the first thing that assemble does with a config it accepts
+    monkeypatch.setattr("lightning.Trainer.fit", stub)
 
 
 choices = cache(composed)  # Hydra takes a quarter of a second for what it reads from files
@@ -222,9 +228,7 @@ def typed_config(overrides):
 def said_of(typed: str, files) -> str:
     """What assemble says of these overrides."""
     with pytest.raises(Exception) as caught:
-        entry.assemble(
-            typed_config(tuple(part.format(files=files, **SETTINGS) for part in typed.split(" "))), Preemption()
-        )
+        assemble(typed_config(tuple(part.format(files=files, **SETTINGS) for part in typed.split(" "))), Preemption())
     assert type(caught.value) is ValueError, repr(caught.value)
     return str(caught.value)
 
@@ -255,21 +259,20 @@ LONG = "seq_len={} is too long for the {} split of data=text, which has {} token
 
 # settings that are fine by themselves and do not fit the data
 @pytest.mark.parametrize(
-    "seq_len, sequences, validation_tokens, said",
+    "seq_len, sequences, said",
     [
-        (64, 1, 8, [LONG.format(64, "train", 60, 59), LONG.format(64, "validation", 12, 11)]),
-        (12, 1, 8, [LONG.format(12, "validation", 12, 11)]),
-        (4, 100, 8, ["batch_tokens=400 is 100 sequences of seq_len=4, and the data has 14 to train on"]),
-        (4, 2, 65, ["validation_tokens=65 is more than all of the data, 64 tokens"]),
-        (4, 2, 64, []),
+        (64, 1, [LONG.format(64, "train", 60, 59), LONG.format(64, "validation", 12, 11)]),
+        (12, 1, [LONG.format(12, "validation", 12, 11)]),
+        (4, 100, ["batch_tokens=400 is 100 sequences of seq_len=4, and the data has 14 to train on"]),
+        (4, 2, []),
     ],
 )  # fmt: skip
-def test_settings_that_do_not_fit_the_data(tmp_path, monkeypatch, seq_len, sequences, validation_tokens, said):
+def test_settings_that_do_not_fit_the_data(tmp_path, monkeypatch, seq_len, sequences, said):
     monkeypatch.setenv("TTR_CACHE", str(tmp_path))
     task = Text(Documents(["x" * 59], ["y" * 11]), Bytes(), seq_len)
     task.prepare()
     size = seq_len * sequences
-    assert misfits(task, batch_arithmetic(size, seq_len, sequences, 1, size), validation_tokens) == said
+    assert misfits(task, batch_arithmetic(size, seq_len, sequences, 1, size)) == said
 
 
 # harm to the folder of a model -> what from_pretrained says
@@ -446,7 +449,7 @@ def test_what_is_right_is_assembled(model, tmp_path, monkeypatch):
     overrides = (f"model={model}", "data=text_files", f"data.corpus.path={text}", "data.corpus.separator='\n'")
     sizes = ("seq_len=16", "batch_tokens=64", "micro_batch=2", "tokens=640", f"run_dir={tmp_path}/run", "num_workers=2")
     settings = (*overrides, *sizes, "validation_tokens=100", "data.corpus.validation_fraction=0.1")
-    trainer, module, datamodule, run, _ = entry.assemble(typed_config(settings), Preemption())
+    trainer, module, datamodule, run, _ = assemble(typed_config(settings), Preemption())
     assert (trainer.max_steps, trainer.accumulate_grad_batches) == (10, 2)
     assert module.model.config.vocab_size == 257 and run.config["name"] and datamodule.task.vocab_size == 257
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looked up once: Dynamo warns of caches
 
@@ -18,6 +19,21 @@ def unlike(recipe: dict[str, Any], takes: dict[str, tuple[Any, ...]]) -> str | N
             said = " or ".join(str(value).lower() for value in allowed)
             return f"the kernels take regressor.{name}={said}, not {str(recipe[name]).lower()}"
     return None
+
+
+def packed(call: NamedTuple) -> tuple[list[Tensor], str]:
+    """The tensors of a call as an operator of torch takes them: those that are there, and their names. In a list with
+    None in it torch (2.13) would not see the tensors that want gradients."""
+    given = {name: x for name, x in call._asdict().items() if x is not None}
+    return list(given.values()), " ".join(given)
+
+
+Call = TypeVar("Call", bound=NamedTuple)
+
+
+def unpacked(kind: type[Call], given: list[Tensor], names: str) -> Call:
+    found: dict[str, Any] = dict(zip(names.split(), given, strict=True))
+    return kind._make(found.get(name) for name in kind._fields)
 
 
 def interpreting() -> bool:

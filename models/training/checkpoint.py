@@ -4,8 +4,8 @@ checkpoints/step-000000020.ckpt         weights, optimizer, schedule, counters, 
             step-000000020.ckpt.sha256  its checksum, as `sha256sum --check` reads it
 
 A checkpoint is written under another name, synced to the disk and renamed, its checksum before it; what has the name is
-whole, but for a failing disk, and that the checksum finds. The two newest are kept. Under every strategy it is the one
-file that the first rank writes.
+whole, but for a failing disk, and that the checksum finds. The two newest are kept, and that of the step at which the
+learning rate begins to fall, if there is one. Under every strategy it is the one file that the first rank writes.
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ class Checkpoint(Callback):
     A step is over when its row has been logged and its validation, where one is due, is done: a run that is killed
     while it validates then validates again when it goes on. (Lightning's ModelCheckpoint saves before either.) Where
     the file can't be written the run says so and goes on to the next try; at the end that is an error.
+
+    kept: a step at which it saves too, whose checkpoint stays (schedule.py: end_of_plateau).
     """
 
-    def __init__(self, folder: str | Path, every: int, validate_every: int, preemption: Preemption) -> None:
-        self.folder, self.every, self.validate_every = Path(folder), every, validate_every
+    def __init__(
+        self, folder: str | Path, every: int, validate_every: int, preemption: Preemption, kept: int | None = None
+    ) -> None:
+        self.folder, self.every, self.validate_every, self.kept = Path(folder), every, validate_every, kept
         self.preemption = preemption
         self.finished = self.saved = 0  # the last step that is over, and that is in a file
         self.files = WholeFiles()
@@ -72,7 +76,7 @@ class Checkpoint(Callback):
         self.finished = trainer.global_step
         if self.finished == trainer.max_steps:  # then comes on_train_end
             return
-        if self.preemption.agreed or self.finished % self.every == 0:
+        if self.preemption.agreed or self.finished % self.every == 0 or self.finished == self.kept:
             self._save(trainer)
         if self.preemption.agreed:
             raise Stopped(self.preemption, f"after step {self.finished:,}; saved is step {self.saved:,}")
@@ -97,7 +101,7 @@ class Checkpoint(Callback):
         self.saved = step
         if trainer.is_global_zero:
             newest = sorted(self.folder.glob("step-*.ckpt"))[-KEPT:]
-            remove(self.folder, lambda step: step < step_of(newest[0]))
+            remove(self.folder, lambda step: step < step_of(newest[0]) and step != self.kept)
         return ""
 
     # the random state of every rank; Lightning saves none
@@ -228,11 +232,13 @@ def what_is_wrong(path: Path) -> str:
     return "" if found == expected else f"its {path.stat().st_size:,} bytes do not have the checksum they had"
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, None where none was ever written; and a sentence for every newer one that
-    is not. Raises ValueError if there are some and none is whole."""
+def newest_whole(folder: Path, until: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, of at most the step `until`, None where none was ever written; and a
+    sentence for every newer one that is not. Raises ValueError if there are some and none is whole."""
     torn: list[str] = []
     for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
+        if until is not None and step_of(path) > until:
+            continue
         if not (wrong := what_is_wrong(path)):
             return path, torn
         torn.append(f"{path} is torn: {wrong}")

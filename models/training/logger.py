@@ -147,6 +147,15 @@ class Tolerant(Logger):
     def finalize(self, status: str) -> None:
         self._try(lambda: self.logger.finalize(status))
 
+    def close(self, failed: bool) -> None:
+        """At the end of the run, after which another one of this process finds none that is open. (Lightning finalizes
+        loggers after every fit and leaves wandb's and Comet's runs open, so that more can be logged to them.)"""
+        experiment: Any = getattr(self.logger, "_experiment", None)  # not .experiment, which would begin one
+        if hasattr(experiment, "finish"):  # wandb
+            self._try(lambda: experiment.finish(exit_code=int(failed)))
+        elif hasattr(experiment, "end"):  # Comet
+            self._try(experiment.end)
+
 
 def cells(text: str) -> list[dict[str, str]]:
     """The rows of a metrics.csv as they stand there, without the empty cells."""

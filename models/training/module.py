@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,9 @@ class Training(L.LightningModule):
         self.targets_per_token, self.bytes_per_token = targets_per_token, bytes_per_token
         self.compile_blocks = compile_blocks
         self.guard, self.preemption = guard or Guard(), preemption or Preemption()
+        self.flops_per_token = 0  # to train, known when the sequences are
+        self.loss = math.nan  # of the last step, in nats per token
+        self.first_step, self.began = 0, time.time()  # of this process
         self._sharded = False
         self._window: list[Tensor] = []  # [loss, number of targets] of the micro-batches since the last step
         self._validation: Tensor | None = None
@@ -108,8 +112,8 @@ class Training(L.LightningModule):
         whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         nats, count, *votes, length = torch.cat([sums, whole_norm.view(1)]).tolist()
         self.preemption.agree(votes)
-        step, loss = self.trainer.global_step + 1, nats / max(count, 1)
-        if self.guard.accepts(step, loss, length, self.model.named_parameters()):
+        step, self.loss = self.trainer.global_step + 1, nats / max(count, 1)
+        if self.guard.accepts(step, self.loss, length, self.model.named_parameters()):
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         else:
             optimizer.zero_grad()  # and an optimizer passes over what has no gradient
@@ -117,13 +121,21 @@ class Training(L.LightningModule):
             return
         self.log_dict(
             {
-                "train/loss": loss,
+                "train/loss": self.loss,
                 "train/gradient_norm": length,
                 "train/learning_rate": optimizer.param_groups[0]["lr"],
                 **self.guard.metrics(),
                 **self._diagnostics(),
             }
         )
+
+    def setup(self, stage: str) -> None:
+        self.flops_per_token = 3 * self.model.flops_per_token(self.trainer.datamodule.batch.seq_len)
+
+    def progress(self) -> dict[str, float]:
+        """The tokens that were trained on, and the FLOPs that this took: forward, and twice as many backward."""
+        tokens = float(self.trainer.global_step * self.trainer.datamodule.batch.tokens)
+        return {"progress/tokens": tokens, "progress/flops": tokens * self.flops_per_token}
 
     def _diagnostics(self) -> dict[str, float]:
         """What the regressors tell of their last forward pass (regressor.py), layer by layer."""
@@ -139,6 +151,13 @@ class Training(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.schedule), "interval": "step"},
         }
+
+    def on_train_start(self) -> None:
+        """The rate is what the schedule says: the checkpoint may be of a run of another length (branch.py)."""
+        self.first_step, self.began = self.trainer.global_step, time.time()
+        scheduler: Any = self.lr_schedulers()
+        for group, peak in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+            group["lr"] = peak * self.schedule(self.trainer.global_step)
 
     # validation: sums over a fixed set of tokens, so the result is the same for every world size and micro-batch
 
@@ -164,6 +183,7 @@ class Training(L.LightningModule):
             "step": float(max(0, self.trainer.global_step - 1)),
             "validation/nats": mean,
             "validation/perplexity": math.exp(min(mean, 700.0)),
+            **self.progress(),
         }
         if self.bytes_per_token is not None:
             metrics["validation/bits_per_byte"] = mean / math.log(2) / self.bytes_per_token

@@ -6,7 +6,8 @@ runs/NAME/config.yaml        what was asked for, every value resolved
           checkpoints/       the two newest
           loss.png  sample.txt
           model/             when finished: save_pretrained's folder, with the tokenizer
-          result.json        when finished: the last validation
+          result.json        when finished: the last validation, and what computed it (origin.py)
+          model-N  result-N.json   of a run that was finished after N steps and went on from before its decay
           .lock              held by the process that trains here
           .ranks/            what each of several processes is doing (watchdog.py)
 """
@@ -15,13 +16,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from conf.schema import FREE_TO_CHANGE
+from conf.folders import FREE_TO_CHANGE
 from models.build import current
 
 
@@ -36,6 +38,9 @@ class Run:
 
     def __init__(self, folder: str | Path, config: dict[str, Any]) -> None:
         self.folder, self.config = Path(folder), config
+        self.origin: dict[str, Any] = {}  # versions, commit and device (origin.py)
+        self._held: FileLock | None = None
+        self.branch: int | None = None  # the step from which the run goes on with another length (branch.py)
 
     @property
     def name(self) -> str:
@@ -45,9 +50,12 @@ class Run:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
-    def enter(self, main_process: bool = True) -> None:
+    def enter(
+        self, main_process: bool = True, branch: Callable[[Run, dict[str, Any], bool], int | None] | None = None
+    ) -> None:
         """Takes possession: writes config.yaml, or compares with the one that is there. Raises ValueError, with the
-        difference, if it is another; and if another process is in possession.
+        difference, if it is another and `branch` (branch.py) knows no way from it to this one; and if another process
+        is in possession.
         """
         path = self.folder / "config.yaml"
         if main_process:
@@ -60,18 +68,23 @@ class Run:
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
         if path.exists():
             before = current(OmegaConf.to_container(OmegaConf.load(path)))
-            if found := difference(before, self.config):
+            if not (found := difference(before, self.config)):
+                return
+            self.branch = branch(self, before, main_process) if branch else None
+            if self.branch is None:
                 raise ValueError(
                     f"{self.folder} holds a run of this name with another config:\n{found}\n"
                     "Choose another name=, or overwrite=true to delete it and begin anew."
                 )
-        elif main_process:
+        if main_process:
             draft = path.with_name(".config.yaml.draft")
             OmegaConf.save(OmegaConf.create(self.config), draft)
             draft.replace(path)
 
     def _contents(self) -> list[Path]:
-        return [part for part in self.folder.glob("*") if part.name != self.LOCK]
+        """Of this run: the jobs of a sweep of the same name have folders of their own in it."""
+        parts = [part for part in self.folder.glob("*") if part.name != self.LOCK]
+        return [part for part in parts if not (part / "config.yaml").exists()]
 
     def _lock(self) -> None:
         """Held until this process ends, in whatever way; loaders' workers, which may outlive it, do not inherit it."""
@@ -84,9 +97,15 @@ class Run:
                 f"another process is training in {self.folder}; wait for it, stop it, or choose another name="
             ) from None
 
+    def leave(self) -> None:
+        if self._held is not None:
+            self._held.release()
+
     @property
     def result(self) -> dict[str, Any] | None:
         """The last validation's metrics once the run is finished, else None."""
+        if self.branch is not None:
+            return None
         path = self.folder / "result.json"
         return json.loads(path.read_text()) if path.exists() else None
 
@@ -97,16 +116,18 @@ class Run:
 
 
 def difference(before: Any, now: Any, path: str = "") -> str:
-    """The settings that differ, one a line, but for those that may change (conf/schema.py: FREE_TO_CHANGE)."""
+    """The settings that differ, one a line, but for those that may change (conf/folders.py: FREE_TO_CHANGE)."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [k for k in dict.fromkeys([*before, *now]) if path or k not in FREE_TO_CHANGE]
-        absent = "(absent)"
+        absent = "(absent)"  # which null is as good as: a setting may be younger than a run
         parts = [difference(before.get(k, absent), now.get(k, absent), f"{path}.{k}" if path else k) for k in keys]
         return "\n".join(part for part in parts if part)
-    return "" if before == now else f"  {path}: {before} before, {now} now"
+    if before == now or {str(before), str(now)} == {"(absent)", "None"}:
+        return ""
+    return f"  {path}: {before} before, {now} now"
 
 
-def describe(result: dict[str, float]) -> str:
+def describe(result: dict[str, Any]) -> str:
     """The numbers that matter of a result, in one line."""
     shown = {
         "validation/bits_per_byte": "bits per byte",

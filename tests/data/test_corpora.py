@@ -92,7 +92,7 @@ def test_errors_name_the_setting(tmp_path):
     fails("data.corpus.text_field='id' of .* holds int, text is needed", str(rows), text_field="id")
     fails("data.corpus.validation_fraction=1.5 must lie between 0 and 1", str(rows), validation_fraction=1.5)
     (tmp_path / "image.png").write_bytes(b"")
-    fails("image.png, which is not .txt, .json, .jsonl or .parquet", str(tmp_path / "*.png"))
+    fails("matches nothing that can be read, but 1 .png; what can be is .txt, .text", str(tmp_path / "*.png"))
     (tmp_path / "broken.jsonl").write_text("not json at all")
     fails("line 1 of .*broken.jsonl is not JSON", str(tmp_path / "broken.jsonl"))
     (tmp_path / "broken.parquet").write_text("not parquet at all")
@@ -140,6 +140,11 @@ def test_hub_without_one_holds_documents_out(hub):
     documents = list(Hub(on_the_hub(hub, train=TEXTS), validation_fraction=0.2))
     assert [d.text for d in documents] == TEXTS
     assert {d.split for d in documents} == {"train", "validation"}
+
+
+def test_hub_rows_without_text_are_empty(hub):
+    """https://github.com/Lightning-AI/litgpt/issues/1759"""
+    assert [d.text for d in Hub(on_the_hub(hub, train=["a", None, "b"]))] == ["a", "", "b"]
 
 
 LINES = ["", " = One = \n", "text\n", " = = Section = = \n", "more\n", " = Two = \n", "end\n"]

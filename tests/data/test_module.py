@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from data.batch import batch_arithmetic
-from data.module import DataModule
+from data.module import DataModule, TrainLoader
 from data.synthetic import AssociativeRecall
 from data.text import IGNORE
 
@@ -142,6 +142,18 @@ def test_other_data_are_refused(uninterrupted, tmp_path):
         run(tmp_path, module(task=recall(seed=1), seed=4), checkpoint=checkpoint)
 
 
+def test_a_loader_says_what_the_data_were_and_are():
+    """Checkpoints of before did not keep it, and go on where the data are the same."""
+    now = TrainLoader({"data fingerprint": "a"}, "python_source (CPython 3.13.0)", [0])
+    now.load_state_dict({"data fingerprint": "a"})
+    now.load_state_dict({"data fingerprint": "a", "data": "the same by another name"})
+    other = TrainLoader({"data fingerprint": "b"}, "python_source (CPython 3.11.7)", [0]).state_dict()
+    for saved, was in ((other, "python_source (CPython 3.11.7)"), ({"data fingerprint": "b"}, "what was not recorded")):
+        with pytest.raises(ValueError, match="data fingerprint was 'b' and is 'a'") as caught:
+            now.load_state_dict(saved)
+        assert f"it: then {was}, now python_source (CPython 3.13.0); data" in str(caught.value)
+
+
 def attached(data, rank=0, world=1, step=0, accumulation=1):
     data.trainer = SimpleNamespace(
         global_rank=rank,
@@ -172,6 +184,12 @@ def test_validation_is_capped_by_what_there_is_and_can_be_longer():
     assert len(attached(module(1, validation_tokens=10**9)).val_dataloader()) == 10
     longer = attached(module(1, validation_tokens=33)).validation_loader(16)
     assert len(longer) == 3 and next(iter(longer))["labels"].shape == (1, 16)
+
+
+def test_fewer_tokens_to_validate_on_are_said():
+    said = "validation_tokens=81 is more than are held out: all 80 are validated on"
+    assert module(validation_tokens=81).describe() == [*recall().describe(), said]
+    assert module(validation_tokens=80).describe() == recall().describe()
 
 
 def test_workers_change_nothing():

@@ -1,6 +1,7 @@
 """Samples: inputs, labels and segments against a plain loop over the documents."""
 
 import math
+import platform
 
 import pytest
 import torch
@@ -71,6 +72,8 @@ def test_the_fingerprint_is_of_the_tokens(task, documents):
 def test_python_source_in_bytes_end_to_end():
     task = Text(PythonSource(), Bytes(), seq_len=256, name="python_source")
     task.prepare()
+    release = f"{platform.python_implementation()} {platform.python_version()}"
+    assert task.describe()[0] == f"python_source ({release}): the standard library of {release}"
     samples = task.train_samples()
     assert len(samples) > 20_000
     text = task.tokenizer.decode(samples[1000]["input_ids"])

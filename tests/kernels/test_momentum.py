@@ -69,11 +69,12 @@ def errors(
     aligned: float = 0.0,
     window: int = 0,
     own_writes: bool = False,
+    rows: int = 2,
 ) -> list[float]:
     """Of outputs, last matrices and all gradients: the distance to the recurrence of the same rounded inputs, relative
     to its length. momentum and decay: the mean of the gates' logits; None for none. window: that of the Omega rule.
     own_writes: for w = k P / (1 + b k.(k P)) of a positive P, as in preconditioned.py."""
-    B, H, g = 2, 2, torch.Generator().manual_seed(0)
+    B, H, g = rows, 2, torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(B, *shape, generator=g, dtype=torch.float64).to(device)
@@ -132,11 +133,11 @@ def errors(
 @pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_kernels_are_the_recurrence(half):
-    """Through the interpreter, float32."""
+    """Through the interpreter, float32. (Of several rows: tests/laws/test_backends.py.)"""
     code = """
     import json, torch
     from tests.kernels.test_momentum import CASES, errors
-    print("FOUND", json.dumps({name: max(errors("cpu", torch.float32, **CASES[name])) for name in %r}))
+    print("FOUND", json.dumps({name: max(errors("cpu", torch.float32, rows=1, **CASES[name])) for name in %r}))
     """
     names = list(CASES)[half::2]
     found = json.loads(run_interpreted(textwrap.dedent(code % names), fla=False).split("FOUND")[1])

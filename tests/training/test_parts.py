@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data.batch import batch_arithmetic, every
-from models.training.callbacks import peak_flops
+from data.tokenizer import Bytes
+from models.training import callbacks
 from models.training.logger import CsvLogger, read_metrics
-from models.training.module import position_ranges
+from models.training.module import Training, position_ranges
 from models.training.optimizer import adamw, muon, orthogonal, parameter_groups
 from models.training.run import difference
 from models.training.schedule import warmup_cosine, warmup_stable_decay
+from models.training.speed import peak_flops
 from tests.laws.presets import PRESETS
 from tests.test_language_model import model
 
@@ -131,3 +135,26 @@ def test_peaks_are_dense(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     assert peak_flops(torch.device("cuda")) == 989e12
     assert peak_flops(torch.device("cpu")) is None
+
+
+def test_the_sample_ends_where_the_model_ends_it(tmp_path, monkeypatch):
+    """It begins with half of the first document, so that no text goes on behind an end; and eos closes it."""
+    ids = torch.tensor([*b"one text", 256, *b"another"])
+    sample = {"input_ids": ids, "segments": torch.tensor([0] * 9 + [1] * 7)}
+    task = SimpleNamespace(tokenizer=Bytes(), validation_samples=lambda: [sample])
+    m = model("linear", vocab_size=257, **Bytes().special_ids)
+    module = Training(m, adamw, warmup_cosine, num_steps=1, clip_norm=1.0)
+    trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(task=task),
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        precision_plugin=SimpleNamespace(forward_context=nullcontext),
+        default_root_dir=tmp_path,
+        global_rank=0,
+        interrupted=False,
+        global_step=1,
+    )
+    letters = iter([*b"!?", 256, *b"never"])
+    certain = torch.full((1, 257), -1e9)
+    monkeypatch.setattr(callbacks, "_finite", lambda *_: certain.index_fill(1, torch.tensor([next(letters)]), 0.0))
+    callbacks.Sample(num_tokens=8).on_fit_end(trainer, module)
+    assert (tmp_path / "sample.txt").read_text() == "one !?\n"

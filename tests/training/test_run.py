@@ -40,6 +40,13 @@ SMALL = [
 ]
 
 
+OVERLAYS = [
+    f"{path.parent.name}={path.stem}"
+    for group in ("debug", "experiment")
+    for path in sorted((ROOT / "conf" / group).glob("*.yaml"))
+]
+
+
 def rows(folder):
     """metrics.csv without what a clock decides."""
     return [
@@ -100,6 +107,8 @@ def test_what_a_run_leaves(undisturbed, tmp_path):
     ids = tokenizer("def f(x):", return_tensors="pt").input_ids
     assert tokenizer.decode(model.generate(ids, max_new_tokens=5, do_sample=False)[0]).startswith("def f(x):")
     assert ids[0].tolist() == list(b"def f(x):")
+    stops = model.generation_config
+    assert (stops.eos_token_id, stops.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 255)
 
 
 @pytest.mark.slow
@@ -164,25 +173,51 @@ def test_the_same_run_however_its_batches_are_split(split, undisturbed, tmp_path
             ("model=hybrid", "tokenizer=bpe", "tokenizer.vocab_size=400", "tokenizer.train_bytes=300000"),
             "bits per byte",
         ),
-        (("debug=one_batch",), "finished"),
-        (("debug=overfit", "tokens=10240"), "finished"),
-        (("debug=profile", "tokens=2048", "trainer.profiler.filename=trace"), "finished"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_other_tasks_and_overlays(overrides, says, tmp_path, cache):
+def test_other_tasks(overrides, says, tmp_path, cache):
     said = start(tmp_path, cache, *overrides).end()
     assert "finished" in said and says in said, said
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_overlay_runs_to_its_end(overlay, tmp_path, cache):
+    """An experiment as it is, but for two steps; a debug overlay on the small model, with as many as it says."""
+    small = [word for word in SMALL if not word.startswith(("name=", "tokens="))]
+    debug = overlay.startswith("debug=")
+    words = small if debug else ["tokens='${mul:2,${batch_tokens}}'", "validation_tokens=${batch_tokens}"]
+    words = [*words, "tokens=5120"] if overlay == "debug=overfit" else words
+    started = Started(tmp_path, [overlay, "~callbacks.plot", *words], environment(tmp_path, cache))
+    assert "finished" in started.end() and started.returncode == 0, started.said
+    (result,) = tmp_path.glob("*/result.json")
+    assert "validation/nats" in json.loads(result.read_text())
+    if overlay == "debug=one_batch":
+        assert len(rows(result.parent)) == 2
+    if overlay == "debug=overfit":  # ten steps on one batch
+        losses = [row["train/loss"] for row in rows(result.parent)]
+        assert losses[-1] < losses[0] - 0.5, losses
+    if overlay == "debug=profile":  # https://github.com/Lightning-AI/pytorch-lightning/issues/9450
+        events = json.loads((result.parent / "profile.json").read_text())["traceEvents"]
+        names = [event["name"] for event in events]
+        assert len({name for name in names if name.startswith("ProfilerStep#")}) == 5 and "aten::mm" in names
+        assert re.search(r"aten::mm .*%", started.said) and len(rows(result.parent)) == 30
+
+
+@pytest.mark.slow
 def test_text_files_through_train(tmp_path, cache):
-    for i in range(12):
-        (tmp_path / f"{i}.txt").write_text("to be, or not to be: that is the question.\n" * 50)
-    said = start(
-        tmp_path, cache, "data=text_files", f"data.corpus.path={tmp_path}/*.txt", "data.corpus.validation_fraction=0.3"
-    ).end()
-    assert "finished" in said, said
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "play.md").write_text("to be, or not to be: that is the question.\n" * 600)
+    (tmp_path / "texts" / "scan.pdf").write_bytes(b"%PDF")
+    command = ("data=text_files", f"data.corpus.path={tmp_path}/texts")
+    said = start(tmp_path, cache, *command).end()
+    assert "left out: 1 .pdf" in said and "the end of play.md" in said and "finished" in said, said
+    # as if it had been stopped before its end, and the texts are others when it goes on
+    next(tmp_path.glob("**/result.json")).unlink()
+    (tmp_path / "texts" / "play.md").write_text("to be, or not to be, or both.\n" * 900)
+    said = start(tmp_path, cache, *command).end()
+    assert "error: the checkpoint was made on other data" in said and "Traceback" not in said, said
 
 
 @pytest.mark.slow

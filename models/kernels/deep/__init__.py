@@ -20,12 +20,11 @@ docs/kernels.md says what was expected and what happened.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from models.kernels import backend
+from models.kernels.backend import packed, unpacked
 from models.kernels.deep.arguments import Scan
 
 TAKES = {  # of a recipe
@@ -79,14 +78,7 @@ def deep_scan(scan: Scan, grad_batch: int) -> tuple[Tensor, Tensor, Tensor]:
     numbers = [x if x is None else x.float() for x in numbers]
     filled = filled if filled is None else filled.to(torch.int8)
     scan = Scan._make((q.to(v.dtype), k.to(v.dtype), v, *numbers, filled, runs))
-    given = {name: x for name, x in scan._asdict().items() if x is not None}
-    return _forward(list(given.values()), " ".join(given), grad_batch)
-
-
-def _scan(given: list[Tensor], names: str) -> Scan:
-    """Of what is there; in a list with None in it torch (2.13) would not see the tensors that want gradients."""
-    found: dict[str, Any] = dict(zip(names.split(), given, strict=True))
-    return Scan._make(found.get(name) for name in Scan._fields)
+    return _forward(*packed(scan), grad_batch)
 
 
 @torch.library.custom_op("test_time_regression::deep_scan", mutates_args=())
@@ -94,12 +86,12 @@ def _forward(given: list[Tensor], names: str, grad_batch: int) -> tuple[Tensor, 
     from models.kernels.deep.launch import Launch
 
     with torch.cuda.device_of(given[0]):
-        return Launch(_scan(given, names), grad_batch).forward()
+        return Launch(unpacked(Scan, given, names), grad_batch).forward()
 
 
 @_forward.register_fake
 def _(given, names, grad_batch):
-    scan = _scan(given, names)
+    scan = unpacked(Scan, given, names)
     held = scan.begin.new_empty(len(scan.begin), scan.begin.shape[-1] // (1 if scan.log_momentum is None else 2))
     return (*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (scan.v, scan.begin)), held)
 
@@ -111,12 +103,12 @@ def _backward(
     from models.kernels.deep.launch import Launch
 
     with torch.cuda.device_of(given[0]):
-        return Launch(_scan(given, names), grad_batch).backward(do, dlast, dheld)
+        return Launch(unpacked(Scan, given, names), grad_batch).backward(do, dlast, dheld)
 
 
 @_backward.register_fake
 def _(given, names, *_):
-    numbers = _scan(given, names)[:-2]  # all but filled and runs
+    numbers = unpacked(Scan, given, names)[:-2]  # all but filled and runs
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in numbers if x is not None]
 
 

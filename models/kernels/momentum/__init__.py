@@ -21,13 +21,16 @@ Launch configurations are chosen, not searched: docs/kernels.md says how and wha
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from models.kernels import backend
-from models.kernels.momentum.rule import CHUNK, EMPTY, EXACT, Rule
+from models.kernels.backend import packed, unpacked
+from models.kernels.momentum.rule import CHUNK, EMPTY, EXACT, Call, Rule
 
-__all__ = ["CHUNK", "EMPTY", "Rule", "momentum_delta", "refusal"]
+__all__ = ["CHUNK", "EMPTY", "Call", "Rule", "momentum_delta", "refusal"]
 
 
 def refusal(
@@ -51,101 +54,60 @@ def refusal(
     return None
 
 
-def momentum_delta(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    step_size: Tensor,
-    log_momentum: Tensor | None,
-    log_decay: Tensor | None,
-    matrices: Tensor,
-    source: Tensor | None = None,
-    rule: Rule = EXACT,
-    write_key: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """momentum.py's map. q, k [B, T, H, K] and v [B, T, H, V] of one dtype; step_size, log_momentum, log_decay
-    [B, T, H]; matrices [B, H, n, K, V], what the call begins with; source [B, T]: the token of the call after which a
-    gradient is taken, -1 for the call's first memory, less for the reference carried into it, EMPTY for zero; None for
-    the token before. write_key [B, T, H, K], for rules without momentum: w in the write w^T u, None for k.
-    Returns o [B, T, H, V] and the matrices after the last token, float32.
-    """
+def momentum_delta(call: Call, rule: Rule = EXACT) -> tuple[Tensor, Tensor]:
+    """momentum.py's map. Returns o [B, T, H, V] and the matrices after the last token, float32."""
+    q, k, v, *numbers, write_key, source = call
     assert write_key is None or not (rule.momentum or rule.carried)
-    q, k, write_key = q.to(v.dtype), k.to(v.dtype), None if write_key is None else write_key.to(v.dtype)
-    gates = (None if x is None else x.float() for x in (step_size, log_momentum, log_decay))
-    source = None if source is None else source.int()
-    return _forward(q, k, v, *gates, matrices.float(), write_key, source, *rule)
+    write_key, source = None if write_key is None else write_key.to(v.dtype), None if source is None else source.int()
+    numbers = [None if x is None else x.float() for x in numbers]
+    call = Call._make((q.to(v.dtype), k.to(v.dtype), v, *numbers, write_key, source))
+    return _forward(*packed(call), *rule)
 
 
 @torch.library.custom_op("test_time_regression::momentum_delta", mutates_args=())
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    step_size: Tensor,
-    log_momentum: Tensor | None,
-    log_decay: Tensor | None,
-    matrices: Tensor,
-    write_key: Tensor | None,
-    source: Tensor | None,
-    momentum: bool,
-    carried: bool,
-    solve: bool,
-    decayed: bool,
-    writes: int,
+    given: list[Tensor], names: str, momentum: bool, carried: bool, solve: bool, decayed: bool, writes: int
 ) -> tuple[Tensor, Tensor]:
     from models.kernels.momentum.launch import Launch
 
     rule = Rule(momentum, carried, solve, decayed, writes)
-    with torch.cuda.device_of(q):
-        return Launch(q, k, v, step_size, log_momentum, log_decay, matrices, write_key, source, rule).forward()
+    with torch.cuda.device_of(given[0]):
+        return Launch(unpacked(Call, given, names), rule).forward()
 
 
 @_forward.register_fake
-def _(q, k, v, step_size, log_momentum, log_decay, matrices, *others):
-    return torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(matrices)
+def _(given, names, *rule):
+    call = unpacked(Call, given, names)
+    return torch.empty_like(call.v, memory_format=torch.contiguous_format), torch.empty_like(call.matrices)
 
 
 @torch.library.custom_op("test_time_regression::momentum_delta_backward", mutates_args=())
 def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    step_size: Tensor,
-    log_momentum: Tensor | None,
-    log_decay: Tensor | None,
-    matrices: Tensor,
-    write_key: Tensor | None,
-    source: Tensor | None,
-    momentum: bool,
-    carried: bool,
-    solve: bool,
-    decayed: bool,
-    writes: int,
-    do: Tensor,
-    dlast: Tensor,
-) -> list[Tensor]:
+    given: list[Tensor], names: str, momentum: bool, carried: bool, solve: bool, decayed: bool, writes: int,
+    do: Tensor, dlast: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients by all tensors but the source."""
     from models.kernels.momentum.launch import Launch
 
     rule = Rule(momentum, carried, solve, decayed, writes)
-    given = (q, k, v, step_size, log_momentum, log_decay, matrices, write_key, source)
-    with torch.cuda.device_of(q):
-        return Launch(*given, rule).backward(do, dlast)
+    with torch.cuda.device_of(given[0]):
+        return Launch(unpacked(Call, given, names), rule).backward(do, dlast)
 
 
 @_backward.register_fake
-def _(*given):  # a gradient of every tensor but the last, the source
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given[:8] if x is not None]
+def _(given, names, *_):
+    numbers = unpacked(Call, given, names)._replace(source=None)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in numbers if x is not None]
 
 
 def _keep(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:9])
-    ctx.rule = inputs[9:]
+    given, *ctx.known = inputs
+    ctx.save_for_backward(*given)
 
 
-def _gradients(ctx, do: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    found = iter(_backward(*inputs, *ctx.rule, do, dlast))
-    return (*(None if x is None else next(found) for x in inputs[:8]), *(None,) * (1 + len(ctx.rule)))
+def _gradients(ctx, do: Tensor, dlast: Tensor) -> tuple[Any, ...]:
+    found = _backward(list(ctx.saved_tensors), *ctx.known, do, dlast)
+    return [*found, *[None] * (len(ctx.saved_tensors) - len(found))], *[None] * len(ctx.known)
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)

@@ -49,22 +49,11 @@ def coefficients(
     G,  # out, [B H N, C, C]: how much of the write of token i is in the memory after token t
     R,  # out, [B H N, C, C]: the inverse of the system of the errors, without its diagonal of ones
     vectors,  # out, [B H N, ROWS, C]
-    T,
-    N,
-    H,
-    K,
-    C: tl.constexpr,
-    LOG_C: tl.constexpr,
-    BK: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    DECAY: tl.constexpr,
-    SOURCES: tl.constexpr,
-    DECAYED: tl.constexpr,
-    SOLVE: tl.constexpr,
-    WRITES: tl.constexpr,
+    T, N, H, K, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr, MOMENTUM: tl.constexpr, DECAY: tl.constexpr,
+    SOURCES: tl.constexpr, DECAYED: tl.constexpr, SOLVE: tl.constexpr, WRITES: tl.constexpr,
     OWN_WRITES: tl.constexpr,  # keys of their own, not k
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     n, bh = tl.program_id(0), tl.program_id(1)
     chunk = bh * N + n
     t = tl.arange(0, C)
@@ -116,11 +105,7 @@ def coefficients(
 
 @triton.jit
 def coefficients_gradient(
-    step_size,
-    log_momentum,
-    log_decay,
-    source,
-    filled,
+    step_size, log_momentum, log_decay, source, filled,
     dG,  # [B H N, C, C]
     dvectors,  # [B H N, ROWS, C]: A, F, M and WRITE_*; the others are in dG
     dstep_size,  # out, [B, T, H]
@@ -136,7 +121,7 @@ def coefficients_gradient(
     SOURCES: tl.constexpr,
     WRITES: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """G = La Le diag(theta), f = La m, of the rows of Le and m that join: products, and so is their gradient."""
     n, bh = tl.program_id(0), tl.program_id(1)
     chunk = bh * N + n

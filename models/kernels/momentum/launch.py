@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.kernels.momentum.coefficients import coefficients, coefficients_gradient
 from models.kernels.momentum.products import keys_gradient, outputs, queries_gradient
-from models.kernels.momentum.rule import CHUNK, Rule
+from models.kernels.momentum.rule import CHUNK, Call, Rule
 from models.kernels.momentum.scans import scan, scan_gradient
 from models.kernels.momentum.tiles import ROWS
 
@@ -59,28 +59,15 @@ def configurations(width: int, half: bool, own_writes: bool) -> dict[str, Config
 class Launch:
     """One call: its inputs, made contiguous, and what its kernels have in common."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        step_size: Tensor,
-        log_momentum: Tensor | None,
-        log_decay: Tensor | None,
-        matrices: Tensor,
-        write_key: Tensor | None,
-        source: Tensor | None,
-        rule: Rule,
-    ) -> None:
-        given = (q, k, v, step_size, log_momentum, log_decay, matrices, write_key, source)
-        inputs: list[Tensor | Any] = [x if x is None else x.contiguous() for x in given]
+    def __init__(self, call: Call, rule: Rule) -> None:
+        inputs: list[Tensor | Any] = [x if x is None else x.contiguous() for x in call]
         self.q, self.k, self.v, self.step_size, *rest = inputs
         self.log_momentum, self.log_decay, self.matrices, write_key, self.source = rest
         self.own_writes, self.write_key = write_key is not None, self.k if write_key is None else write_key
-        self.rule, (self.B, self.T, self.H, self.K), self.V = rule, q.shape, v.shape[-1]
+        self.rule, (self.B, self.T, self.H, self.K), self.V = rule, call.q.shape, call.v.shape[-1]
         self.N, self.BH = triton.cdiv(self.T, CHUNK), self.B * self.H
         self.width = max(16, triton.next_power_of_2(self.K))
-        half = v.dtype != torch.float32
+        half = call.v.dtype != torch.float32
         self.configurations = configurations(self.width, half, self.own_writes)
         self.precision = {"PRECISION": "tf32" if half else "tf32x3"}
         self.sizes = (self.T, self.N, self.H, self.K, self.V)
@@ -88,8 +75,8 @@ class Launch:
         self.matrices_of = {"MOMENTUM": rule.momentum, "CARRIED": rule.carried and rule.solve}
         self.solved = {"SOLVE": rule.solve, "OWN_WRITES": self.own_writes}
         self.scanned = {**self.matrices_of, "OUTSIDE": rule.num_matrices, **self.solved}
-        self.gates = {"DECAY": log_decay is not None, "WRITES": rule.writes}
-        self.system = {"SOURCES": source is not None, "DECAYED": rule.decayed, **self.solved}
+        self.gates = {"DECAY": call.log_decay is not None, "WRITES": rule.writes}
+        self.system = {"SOURCES": call.source is not None, "DECAYED": rule.decayed, **self.solved}
 
     def columns(self, kernel: str) -> tuple[dict[str, int], int]:
         """A kernel's options, and how many programs share the values."""
@@ -106,45 +93,18 @@ class Launch:
         R = self.new(self.BH * self.N, CHUNK, CHUNK) if self.rule.solve else G
         vectors = self.new(self.BH * self.N, ROWS, CHUNK)
         coefficients[self.N, self.BH](
-            self.k,
-            self.write_key,
-            self.step_size,
-            self.log_momentum,
-            self.log_decay,
-            self.source,
-            None,
-            G,
-            R,
-            vectors,
-            *self.sizes[:4],
-            **self.chunk,
-            LOG_C=CHUNK.bit_length() - 1,
-            MOMENTUM=self.rule.momentum,
-            **self.gates,
-            **self.system,
-            **self.precision,
-            **self.configurations["coefficients"].options,
-        )
+            self.k, self.write_key, self.step_size, self.log_momentum, self.log_decay, self.source, None, G, R,
+            vectors, *self.sizes[:4], **self.chunk, LOG_C=CHUNK.bit_length() - 1, MOMENTUM=self.rule.momentum,
+            **self.gates, **self.system, **self.precision, **self.configurations["coefficients"].options,
+        )  # fmt: skip
         U = torch.empty_like(self.v)
         states = self.new(self.BH * self.N, sum((1, *self.matrices_of.values())), self.K, self.V, dtype=self.v.dtype)
         last = torch.empty_like(self.matrices)
         options, programs = self.columns("scan")
         scan[programs, self.BH](
-            self.k,
-            self.write_key,
-            self.v,
-            R,
-            vectors,
-            self.matrices,
-            U,
-            states,
-            last,
-            *self.sizes,
-            **self.chunk,
-            **self.scanned,
-            **self.precision,
-            **options,
-        )
+            self.k, self.write_key, self.v, R, vectors, self.matrices, U, states, last, *self.sizes, **self.chunk,
+            **self.scanned, **self.precision, **options,
+        )  # fmt: skip
         return G, R, vectors, U, states, last
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -152,19 +112,9 @@ class Launch:
         o = torch.empty_like(self.v)
         options, programs = self.columns("outputs")
         outputs[self.N, self.BH, programs](
-            self.q,
-            self.write_key,
-            U,
-            G,
-            vectors,
-            states,
-            o,
-            *self.sizes,
-            **self.chunk,
-            **self.matrices_of,
-            **self.precision,
-            **options,
-        )
+            self.q, self.write_key, U, G, vectors, states, o, *self.sizes, **self.chunk, **self.matrices_of,
+            **self.precision, **options,
+        )  # fmt: skip
         return o, last
 
     def backward(self, do: Tensor, dlast: Tensor) -> list[Tensor]:
@@ -175,85 +125,25 @@ class Launch:
         dsimilar, dG, dvectors = self.new(*G.shape, dtype=self.v.dtype), torch.empty_like(G), torch.empty_like(vectors)
         options, _ = self.columns("queries_gradient")
         queries_gradient[self.N, self.BH](
-            self.q,
-            self.write_key,
-            U,
-            do,
-            G,
-            vectors,
-            states,
-            dq,
-            dU,
-            dsimilar,
-            dG,
-            dvectors,
-            *self.sizes,
-            **self.chunk,
-            **self.matrices_of,
-            **self.precision,
-            **options,
-        )
+            self.q, self.write_key, U, do, G, vectors, states, dq, dU, dsimilar, dG, dvectors, *self.sizes,
+            **self.chunk, **self.matrices_of, **self.precision, **options,
+        )  # fmt: skip
         dstates, dfirst = torch.empty_like(states), torch.empty_like(self.matrices)
         options, programs = self.columns("scan_gradient")
         scan_gradient[programs, self.BH](
-            self.q,
-            self.k,
-            self.write_key,
-            R,
-            vectors,
-            do,
-            dU,
-            dlast,
-            dv,
-            dstates,
-            dfirst,
-            *self.sizes,
-            **self.chunk,
-            **self.scanned,
-            **self.precision,
-            **options,
-        )
+            self.q, self.k, self.write_key, R, vectors, do, dU, dlast, dv, dstates, dfirst, *self.sizes, **self.chunk,
+            **self.scanned, **self.precision, **options,
+        )  # fmt: skip
         options, _ = self.columns("keys_gradient")
         keys_gradient[self.N, self.BH](
-            self.q,
-            self.k,
-            self.write_key,
-            self.source,
-            U,
-            dv,
-            G,
-            dsimilar,
-            vectors,
-            states,
-            dstates,
-            dk,
-            dwrite_key,
-            dG,
-            dvectors,
-            *self.sizes,
-            **self.chunk,
-            **self.matrices_of,
-            **self.system,
-            **self.precision,
-            **options,
-        )
+            self.q, self.k, self.write_key, self.source, U, dv, G, dsimilar, vectors, states, dstates, dk, dwrite_key,
+            dG, dvectors, *self.sizes, **self.chunk, **self.matrices_of, **self.system, **self.precision, **options,
+        )  # fmt: skip
         gates = self.step_size, self.log_momentum, self.log_decay
         dgates = [None if x is None else torch.empty_like(x) for x in gates]
         coefficients_gradient[self.N, self.BH](
-            self.step_size,
-            self.log_momentum,
-            self.log_decay,
-            self.source,
-            None,
-            dG,
-            dvectors,
-            *dgates,
-            *self.sizes[:3],
-            C=CHUNK,
-            **self.matrices_of,
-            **self.gates,
-            SOURCES=self.source is not None,
-            **self.precision,
-            **self.configurations["coefficients_gradient"].options,
-        )
+            self.step_size, self.log_momentum, self.log_decay, self.source, None, dG, dvectors, *dgates,
+            *self.sizes[:3], C=CHUNK, **self.matrices_of, **self.gates, SOURCES=self.source is not None,
+            **self.precision, **self.configurations["coefficients_gradient"].options,
+        )  # fmt: skip
         return [x for x in (dq, dk, dv, *dgates, dfirst, dwrite_key) if x is not None]

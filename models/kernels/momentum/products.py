@@ -19,18 +19,9 @@ def outputs(
     vectors,  # [B H N, ROWS, C]
     states,  # [B H N, n, K, V]
     o,  # out, [B, T, H, V]
-    T,
-    N,
-    H,
-    K,
-    V,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    CARRIED: tl.constexpr,
+    T, N, H, K, V, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MOMENTUM: tl.constexpr, CARRIED: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """O = diag(a) Q M + diag(f) Q S + (Q W^T * G) U."""
     n, bh, first_v = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
     chunk = bh * N + n
@@ -68,18 +59,9 @@ def queries_gradient(
     dsimilar,  # out, [B H N, C, C]: by Q W^T, dO U^T * G, which the keys want too
     dG,  # out, [B H N, C, C]
     dvectors,  # out, [B H N, ROWS, C]: A and F
-    T,
-    N,
-    H,
-    K,
-    V,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    CARRIED: tl.constexpr,
+    T, N, H, K, V, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MOMENTUM: tl.constexpr, CARRIED: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """What the outputs alone say: dQ = diag(a) dO M^T + diag(f) dO S^T + (dO U^T * G) W,
     dU = (Q W^T * G)^T dO, and by G."""
     n, bh = tl.program_id(0), tl.program_id(1)
@@ -147,22 +129,10 @@ def keys_gradient(
     dwrite_key,  # out, [B, T, H, K], if there are any
     dG,  # in and out, [B H N, C, C]
     dvectors,  # in and out, [B H N, ROWS, C]: A, F, and all that end in the last matrices
-    T,
-    N,
-    H,
-    K,
-    V,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    CARRIED: tl.constexpr,
-    SOURCES: tl.constexpr,
-    DECAYED: tl.constexpr,
-    SOLVE: tl.constexpr,
-    OWN_WRITES: tl.constexpr,
+    T, N, H, K, V, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MOMENTUM: tl.constexpr, CARRIED: tl.constexpr,
+    SOURCES: tl.constexpr, DECAYED: tl.constexpr, SOLVE: tl.constexpr, OWN_WRITES: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """By the keys, and the rest of what there is by the coefficients: those of M_ref go where they were taken from.
     Where writes have keys of their own dkey is by those that errors were taken with, and dwritten by these."""
     n, bh = tl.program_id(0), tl.program_id(1)

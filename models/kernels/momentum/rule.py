@@ -1,8 +1,10 @@
-"""Which rule a call of the momentum kernels computes."""
+"""Which rule a call of the momentum kernels computes, and of what."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from torch import Tensor
 
 CHUNK = 64
 EMPTY = 2**30  # a source: no memory, but zero
@@ -27,3 +29,19 @@ class Rule(NamedTuple):
 
 
 EXACT = Rule()
+
+
+class Call(NamedTuple):
+    """Tensors of a call. None where there is none."""
+
+    q: Tensor  # [B, T, H, K], of one dtype with
+    k: Tensor  # [B, T, H, K]
+    v: Tensor  # [B, T, H, V]
+    step_size: Tensor  # [B, T, H]
+    log_momentum: Tensor | None  # [B, T, H]
+    log_decay: Tensor | None  # [B, T, H]
+    matrices: Tensor  # [B, H, n, K, V], what the call begins with
+    write_key: Tensor | None = None  # [B, T, H, K], for rules without momentum: w in the write w^T u, None for k
+    # [B, T]: the token of the call after which a gradient is taken, -1 for the call's first memory, less for the
+    # reference carried into it, EMPTY for zero; None for the token before
+    source: Tensor | None = None

@@ -26,21 +26,12 @@ def scan(
     U,  # out, [B, T, H, V]: the errors
     states,  # out, [B H N, n, K, V]: what every chunk begins with
     last,  # out, [B H, n, K, V]
-    T,
-    N,
-    H,
-    K,
-    V,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    CARRIED: tl.constexpr,
+    T, N, H, K, V, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MOMENTUM: tl.constexpr, CARRIED: tl.constexpr,
     OUTSIDE: tl.constexpr,  # matrices of first and last: one more where the reference is the last chunk's first memory
     SOLVE: tl.constexpr,
     OWN_WRITES: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """U = R (V - diag(a) K M - diag(f) K S - diag(r) K R), and the matrices after it."""
     first_v, bh = tl.program_id(0) * BV, tl.program_id(1)
     n_matrices: tl.constexpr = 1 + MOMENTUM + CARRIED
@@ -124,21 +115,9 @@ def scan_gradient(
     E,  # out, [B, T, H, V]: the gradient by the right-hand side of the errors' system, which is the one by v
     dstates,  # out, [B H N, n, K, V]: by what every chunk ends with
     dfirst,  # out, [B H, n, K, V]
-    T,
-    N,
-    H,
-    K,
-    V,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    CARRIED: tl.constexpr,
-    OUTSIDE: tl.constexpr,
-    SOLVE: tl.constexpr,
-    OWN_WRITES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    T, N, H, K, V, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MOMENTUM: tl.constexpr, CARRIED: tl.constexpr,
+    OUTSIDE: tl.constexpr, SOLVE: tl.constexpr, OWN_WRITES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Each line is the transpose of one of scan's, and of the outputs' O = diag(a) Q M + diag(f) Q S + ..."""
     first_v, bh = tl.program_id(0) * BV, tl.program_id(1)
     n_matrices: tl.constexpr = 1 + MOMENTUM + CARRIED

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from models.kernels import backend
+from models.kernels.backend import packed, unpacked
+from models.kernels.ttt.arguments import Call
 
 TAKES = {  # of a recipe
     "depth": (1, 2),
@@ -52,147 +54,101 @@ def slab(rows: int) -> int:
 
 
 def scan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    steps: Tensor,
-    sizes: Tensor,
-    start: Tensor,
-    init: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    first: Tensor,
-    fresh: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """All mini-batches of a call.
-
-    q, k, v [B, L, H, K].  steps [B, L, H]: eta.  sizes [b]: c.  start [H, P] and init [B, H, P]: the packed weights of
-    a document that begins inside the call, and of the first one.  gamma, beta [H, K].  first [B, N + 1]: the first
-    token of each mini-batch, and where the last one ends; fresh [B, N]: which begin a document, None where none does.
-    Returns o [B, L, H, K] in the dtype of v, and the weights of the last mini-batch [B, H, P].
+    q: Tensor, k: Tensor, v: Tensor, steps: Tensor, sizes: Tensor, start: Tensor, gamma: Tensor,
+    beta: Tensor, init: Tensor, first: Tensor, fresh: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """All mini-batches of a call, arguments as in Call. Returns o [B, L, H, K] in the dtype of v, and the weights of
+    the last mini-batch [B, H, P].
     """
     (length, _, K), P = q.shape[1:], start.shape[1]
-    inner_model = "linear" if K * (K + 1) == P else "mlp"
-    span = MINI_BATCH * (GROUP if inner_model == "linear" else 1)
+    span = MINI_BATCH * (GROUP if K * (K + 1) == P else 1)
     edges = (torch.arange(-(-length // span) + 1, device=q.device) * span).clamp(max=length)
     group = torch.searchsorted(first, edges.expand(len(q), -1).contiguous())
-    first, group = first.int(), group.int()
+    tensors = (x.contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v))
+    numbers = (x.float().contiguous() for x in (steps, sizes, start, gamma, beta, init))
     fresh = None if fresh is None else fresh.to(torch.int8).contiguous()
-    tensors = (x.contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v, *(x.float() for x in (steps, sizes, start))))
-    more = (x.float().contiguous() for x in (init, gamma, beta))
-    o, last, _ = ttt_scan(*tensors, *more, first.contiguous(), group, fresh, inner_model)
+    call = Call._make((*tensors, *numbers, first.int().contiguous(), group.int(), fresh))
+    o, last, _ = _forward(*packed(call))
     return o, last
 
 
 @torch.library.custom_op("test_time_regression::ttt_scan", mutates_args=())
-def ttt_scan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    steps: Tensor,
-    sizes: Tensor,
-    start: Tensor,
-    init: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    first: Tensor,
-    group: Tensor,
-    fresh: Tensor | None,
-    inner_model: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(given: list[Tensor], names: str) -> tuple[Tensor, Tensor, Tensor]:
     """o, the last weights, and those kept for the backward pass [B, H, *, P]: at the first mini-batch of each group,
     or slab of them."""
-    given = q, k, v, steps, sizes, start, gamma, beta, first, group, fresh
-    with torch.cuda.device_of(q):
-        if inner_model == "mlp":
+    call = unpacked(Call, given, names)
+    with torch.cuda.device_of(call.q):
+        if call.inner_model == "mlp":
             from models.kernels.ttt.mlp import MLP
 
-            return MLP(*given, slab(q.shape[0] * q.shape[2])).forward(init)
+            return MLP(call, slab(call.q.shape[0] * call.q.shape[2])).forward()
         from models.kernels.ttt.linear import linear_forward
 
-        (B, _, H, _), G = q.shape, group.shape[1] - 1
-        o, last, kept = torch.empty_like(v), torch.empty_like(init), init.new_empty(B, H, G, init.shape[-1])
-        linear_forward[(B * H,)](*given, init, o, last, kept, **_sizes(q, first, group, fresh))
+        (B, _, H, _), G, init = call.q.shape, call.group.shape[1] - 1, call.init
+        o, last, kept = torch.empty_like(call.v), torch.empty_like(init), init.new_empty(B, H, G, init.shape[-1])
+        linear_forward[(B * H,)](*call, o, last, kept, **_sizes(call))
     return o, last, kept
 
 
-@ttt_scan.register_fake
-def _(q, k, v, steps, sizes, start, init, gamma, beta, first, group, fresh, inner_model):
-    B, H, P = init.shape
-    groups = group.shape[1] - 1
-    kept = init.new_empty(B, H, -(-groups // slab(B * H)) if inner_model == "mlp" else groups, P)
-    return torch.empty_like(v), torch.empty_like(init), kept
+@_forward.register_fake
+def _(given, names):
+    call = unpacked(Call, given, names)
+    (B, H, P), groups = call.init.shape, call.group.shape[1] - 1
+    kept = call.init.new_empty(B, H, -(-groups // slab(B * H)) if call.inner_model == "mlp" else groups, P)
+    return torch.empty_like(call.v), torch.empty_like(call.init), kept
 
 
 @torch.library.custom_op("test_time_regression::ttt_scan_backward", mutates_args=())
-def ttt_scan_backward(
-    do: Tensor,
-    dlast: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    steps: Tensor,
-    sizes: Tensor,
-    start: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    first: Tensor,
-    group: Tensor,
-    fresh: Tensor | None,
-    kept: Tensor,
-    inner_model: str,
-) -> list[Tensor]:
-    """The gradients by q, k, v, steps, sizes, start, init, gamma and beta; by what heads or rows share, of each row."""
-    given = q, k, v, steps, sizes, start, gamma, beta, first, group, fresh
-    if inner_model == "mlp":
+def _backward(given: list[Tensor], names: str, kept: Tensor, do: Tensor, dlast: Tensor) -> list[Tensor]:
+    """The gradients by all tensors up to init; by what heads or rows share, of each row."""
+    call = unpacked(Call, given, names)
+    if call.inner_model == "mlp":
         from models.kernels.ttt.mlp import MLP
 
-        with torch.cuda.device_of(q):
-            return MLP(*given, slab(q.shape[0] * q.shape[2])).backward(do, dlast, kept)
+        with torch.cuda.device_of(call.q):
+            return MLP(call, slab(call.q.shape[0] * call.q.shape[2])).backward(do, dlast, kept)
     from models.kernels.ttt.linear import linear_backward
 
-    B, _, H, K = q.shape
-    dq, dk, dv, dsteps = (torch.zeros_like(x) for x in (q, k, v, steps))  # tokens before the first are in no mini-batch
+    (B, H, _), K = call.init.shape, call.q.shape[-1]
+    dq, dk, dv, dsteps = (torch.zeros_like(x) for x in call[:4])  # tokens before the first are in no mini-batch
     dstart, dinit = torch.zeros_like(dlast), dlast.clone()
-    dsizes, dgamma, dbeta = (steps.new_empty(B, H, n) for n in (len(sizes), K, K))
+    dsizes, dgamma, dbeta = (call.steps.new_empty(B, H, n) for n in (len(call.sizes), K, K))
     scratch = kept.new_empty(B, H, GROUP, kept.shape[-1])
-    with torch.cuda.device_of(q):
-        linear_backward[(B * H,)](
-            *given, kept, do, dlast, dq, dk, dv, dsteps, dsizes, dstart, dinit, dgamma, dbeta, scratch,
-            GROUP=GROUP, **_sizes(q, first, group, fresh),
-        )  # fmt: skip
-    return [dq, dk, dv, dsteps, dsizes, dstart, dinit, dgamma, dbeta]
+    found = [dq, dk, dv, dsteps, dsizes, dstart, dgamma, dbeta, dinit]
+    with torch.cuda.device_of(call.q):
+        linear_backward[(B * H,)](*call, kept, do, dlast, *found, scratch, GROUP=GROUP, **_sizes(call))
+    return found
 
 
-@ttt_scan_backward.register_fake
-def _(do, dlast, q, k, v, steps, sizes, start, gamma, beta, first, group, fresh, kept, inner_model):
-    B, _, H, K = q.shape
-    shared = [steps.new_empty(B, H, n) for n in (len(sizes), K, K)]
-    weights = [torch.empty_like(dlast) for _ in range(2)]
-    return [*(torch.empty_like(x) for x in (q, k, v, steps)), shared[0], *weights, *shared[1:]]
+@_backward.register_fake
+def _(given, names, *others):
+    call = unpacked(Call, given, names)
+    (B, H, _), K = call.init.shape, call.q.shape[-1]
+    dsizes, dgamma, dbeta = (call.steps.new_empty(B, H, n) for n in (len(call.sizes), K, K))
+    dstart, dinit = torch.empty_like(call.init), torch.empty_like(call.init)
+    return [*(torch.empty_like(x) for x in call[:4]), dsizes, dstart, dgamma, dbeta, dinit]
 
 
-def _sizes(q: Tensor, first: Tensor, group: Tensor, fresh: Tensor | None) -> dict[str, Any]:
-    _, L, H, K = q.shape
-    sizes: dict[str, Any] = {"L": L, "H": H, "N": first.shape[1] - 1, "G": group.shape[1] - 1, "C": MINI_BATCH, "K": K}
-    return sizes | {"DOCUMENTS": fresh is not None, "num_warps": 4 if K <= 64 else 8, "num_stages": 1}
+def _sizes(call: Call) -> dict[str, Any]:
+    (_, L, H, K), N, G = call.q.shape, call.first.shape[1] - 1, call.group.shape[1] - 1
+    sizes: dict[str, Any] = {"L": L, "H": H, "N": N, "G": G, "C": MINI_BATCH, "K": K}
+    return sizes | {"DOCUMENTS": call.fresh is not None, "num_warps": 4 if K <= 64 else 8, "num_stages": 1}
 
 
 def _keep(ctx, inputs, output):
-    q, k, v, steps, sizes, start, _, gamma, beta, first, group, fresh, ctx.inner_model = inputs
-    ctx.save_for_backward(q, k, v, steps, sizes, start, gamma, beta, first, group, fresh, output[2])
+    given, ctx.names = inputs
+    ctx.save_for_backward(*given, output[2])
     ctx.set_materialize_grads(False)  # no zeros for what is kept, which is large
 
 
-def _backward(ctx, do, dlast, _):
+def _gradients(ctx, do, dlast, _):
     *given, kept = ctx.saved_tensors
-    v, init = given[2], kept[:, :, 0]
-    do = torch.zeros_like(v) if do is None else do.contiguous()
-    dlast = torch.zeros_like(init) if dlast is None else dlast.contiguous()
-    found = ttt_scan_backward(do, dlast, *given, kept, ctx.inner_model)
-    dq, dk, dv, dsteps, dsizes, dstart, dinit, dgamma, dbeta = found
-    shared = (dsizes.sum((0, 1)), dstart.sum(0), dinit, dgamma.sum(0), dbeta.sum(0))
-    return dq, dk, dv, dsteps, *shared, None, None, None, None
+    call = unpacked(Call, given, ctx.names)
+    do = torch.zeros_like(call.v) if do is None else do.contiguous()
+    dlast = torch.zeros_like(call.init) if dlast is None else dlast.contiguous()
+    *each, dsizes, dstart, dgamma, dbeta, dinit = _backward(given, ctx.names, kept, do, dlast)
+    shared = [dsizes.sum((0, 1)), dstart.sum(0), dgamma.sum(0), dbeta.sum(0), dinit]
+    return [*each, *shared, *[None] * (len(given) - 9)], None
 
 
-ttt_scan.register_autograd(_backward, setup_context=_keep)
+_forward.register_autograd(_gradients, setup_context=_keep)

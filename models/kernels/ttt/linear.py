@@ -24,7 +24,7 @@ from models.kernels.ttt.parts import dot, gradient_backward, load, mini_batch, p
 
 @triton.jit
 def linear_forward(
-    q, k, v, steps, sizes, start, gammas, betas, first, group, fresh, init, o, last, kept,
+    q, k, v, steps, sizes, start, gammas, betas, init, first, group, fresh, o, last, kept,
     L, H, N, G, C: tl.constexpr, K: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -64,8 +64,8 @@ def linear_forward(
 
 @triton.jit
 def linear_backward(
-    q, k, v, steps, sizes, start, gammas, betas, first, group, fresh, kept, do, dlast,
-    dq, dk, dv, dsteps, dsizes, dstart, dinit, dgammas, dbetas, scratch,
+    q, k, v, steps, sizes, start, gammas, betas, init, first, group, fresh, kept, do, dlast,
+    dq, dk, dv, dsteps, dsizes, dstart, dgammas, dbetas, dinit, scratch,
     L, H, N, G, C: tl.constexpr, K: tl.constexpr, DOCUMENTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The transpose of every line above. d* of what all sequences share are of this one; dstart comes in as zeros."""

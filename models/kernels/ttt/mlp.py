@@ -19,6 +19,7 @@ from torch import Tensor
 
 from models.kernels import backend
 from models.kernels.ttt import mlp_tiles
+from models.kernels.ttt.arguments import Call
 from models.kernels.ttt.mlp_reads import read, read_gradient, write_gradient
 from models.kernels.ttt.mlp_scans import scan, scan_gradient
 
@@ -32,27 +33,13 @@ OPTIONS = {  # hidden units of a program, or of what it takes at a time; warps a
 
 
 class MLP:
-    """One call: its inputs as ttt_scan has them, and what its kernels have in common. group [B, G + 1]: of C tokens.
-    slab: spans of C tokens that are taken at a time."""
+    """One call, and what its kernels have in common. slab: spans of C tokens that are taken at a time."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        steps: Tensor,
-        sizes: Tensor,
-        start: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        first: Tensor,
-        group: Tensor,
-        fresh: Tensor | None,
-        slab: int,
-    ) -> None:
-        self.q, self.k, self.v, self.steps, self.sizes, self.start = q, k, v, steps, sizes, start
-        self.given = steps, sizes, gamma, beta, first, group, fresh
-        (B, L, self.H, K), C, N, self.G = q.shape, len(sizes), first.shape[1] - 1, group.shape[1] - 1
+    def __init__(self, call: Call, slab: int) -> None:
+        self.q, self.k, self.v, self.steps, self.sizes, self.start, gamma, beta, self.init, first, group, fresh = call
+        self.given = self.steps, self.sizes, gamma, beta, first, group, fresh
+        q, start = self.q, self.start
+        (B, L, self.H, K), C, N, self.G = q.shape, len(self.sizes), first.shape[1] - 1, group.shape[1] - 1
         self.rows, F = B * self.H, 4 * K
         self.spans = min(slab, self.G)
         self.slabs = [(g, min(g + self.spans, self.G)) for g in range(0, self.G, self.spans)]
@@ -64,10 +51,10 @@ class MLP:
         self.opening, self.opening_biases = torch.cat([W1, W2], 1).to(q.dtype), torch.cat([b1, b2], 1)
         self.weights, self.biases = q.new_empty(self.rows, self.spans, 2 * F * K), self._new(self.spans, F + K)
 
-    def forward(self, init: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """o, the last weights, and those at the first mini-batch of each slab [B, H, slabs, P]."""
-        o, last = torch.empty_like(self.v), init.clone()
-        kept = init.new_empty(*init.shape[:2], len(self.slabs), init.shape[2])
+        o, last, (B, H, P) = torch.empty_like(self.v), self.init.clone(), self.init.shape
+        kept = last.new_empty(B, H, len(self.slabs), P)
         for i, (g0, g1) in enumerate(self.slabs):
             kept[:, :, i] = last
             self._scan(last, g0, g1)
@@ -78,7 +65,7 @@ class MLP:
         return o, last, kept
 
     def backward(self, do: Tensor, dlast: Tensor, kept: Tensor) -> list[Tensor]:
-        """The gradients by q, k, v, steps, sizes, start, init, gamma and beta, as ttt_scan_backward returns them."""
+        """The gradients by all tensors of the call up to init; by what heads or rows share, of each row."""
         K, C, F, new = self.q.shape[-1], len(self.sizes), self.common["F"], self._new
         # tokens before the first are in no mini-batch
         dq, dk, dv, dsteps = (torch.zeros_like(x) for x in (self.q, self.k, self.v, self.steps))
@@ -107,7 +94,7 @@ class MLP:
         B = len(self.q)
         dsizes, dgamma, dbeta, dlast_c = (x.sum(1).unflatten(0, (B, -1)) for x in (dsizes, dgamma, dbeta, dlast_c))
         dsizes[..., -1] += dlast_c
-        return [dq, dk, dv, dsteps, dsizes, dstart, dinit, dgamma, dbeta]
+        return [dq, dk, dv, dsteps, dsizes, dstart, dgamma, dbeta, dinit]
 
     def _scan(self, last: Tensor, g0: int, g1: int) -> None:
         """Moves the weights `last` over the spans of a slab, and leaves those of its mini-batches behind."""

@@ -129,8 +129,8 @@ def conjugate_gradients(
     steps = torch.zeros_like(length)
     for step in range(max_steps):
         active = squares > goal
-        if step % look == 0 and not active.any():
-            break
+        if step % look == 0 and not torch.compiler.is_exporting() and not active.any():
+            break  # an exported graph has no branches, and takes all steps
         Ap = A.times(p)
         alpha = torch.where(active, squares, 0.0) / torch.where(active, _dot(p, Ap), 1.0)
         x.addcmul_(alpha, p)

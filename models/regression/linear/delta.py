@@ -129,7 +129,8 @@ def kernel_delta(
         token = torch.arange(q.shape[1], device=q.device) - 1
         source = torch.where(log_decay[..., 0] < FORGET / 2, momentum.EMPTY, token)
     rule = momentum.Rule(momentum=False, decayed=not gradient_before_decay)
-    o, matrices = momentum.momentum_delta(q, k, v, step_size, None, log_decay, matrices, source, rule, write_key)
+    call = momentum.Call(q, k, v, step_size, None, log_decay, matrices, write_key, source)
+    o, matrices = momentum.momentum_delta(call, rule)
     return o, matrices.squeeze(2)
 
 

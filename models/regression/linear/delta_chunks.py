@@ -33,12 +33,13 @@ class ChunkedDelta(torch.autograd.Function):
             U = torch.bmm(R * b.mT, v)
             Z = w * end
             (M, rows), whole = (len(k), B * H), start[:, -1].unsqueeze(-1)
-            S = k.new_empty(M + rows, *memory.shape[-2:])  # before every chunk, and after the last
+            S = k.new_zeros(M + rows, *memory.shape[-2:])  # before every chunk, and after the last
             S[:rows] = memory.flatten(0, 1)
             for n in range(0, M, rows):
                 here, there = slice(n, n + rows), slice(n + rows, n + 2 * rows)
                 U[here].baddbmm_(Y[here], S[here], alpha=-1)
-                torch.mul(S[here], whole[here], out=S[there]).baddbmm_(Z[here].mT, U[here])
+                # 0 + S e^c, not by out=, which a graph of torch.export can't run where weights want gradients
+                S[there].addcmul_(S[here], whole[here]).baddbmm_(Z[here].mT, U[here])
             o = torch.bmm(q * start, S[:M]).baddbmm_(_scores(q, w, fade), U)
         ctx.save_for_backward(q, k, w, v, b, fade, start, end, fade_k, start_k, R, Y, U, S)
         ctx.like, ctx.has_decay, ctx.early, ctx.own = (B, T, H), log_decay is not None, early, own

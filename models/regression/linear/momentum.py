@@ -167,7 +167,8 @@ def kernel_momentum(
     log_momentum = _among(log_momentum, 0, writes)
     rule = kernels.Rule(carried=grad_batch > 1, solve=not together, writes=writes)
     matrices, q = torch.stack(state.matrices, dim=2), _among(q, writes - 1, writes)
-    o, matrices = kernels.momentum_delta(q, k, v, step_size, log_momentum, log_decay, matrices, source, rule)
+    call = kernels.Call(q, k, v, step_size, log_momentum, log_decay, matrices, source=source)
+    o, matrices = kernels.momentum_delta(call, rule)
     return o[:, writes - 1 :: writes], last_state(matrices.unbind(2), where.phase)
 
 

@@ -1,0 +1,133 @@
+"""Which files a path means: a file, a folder, or a pattern, each file once."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from data.formats import COMPRESSED, SUFFIXES, compressed, readable
+from data.shards import cache_folder
+
+REACHED_TWICE = "reached twice"
+HIDDEN, OWN = "hidden", "of runs or prepared data"
+NOWHERE = "links to nothing"
+
+Id = tuple[int, int]
+
+
+class Found(NamedTuple):
+    """files: each path, with its name relative to where its pattern starts, in the order of the patterns and, within
+    one, of the paths.  ids: device and inode of all that was found, and whether it was found again.  left_out: what was
+    found too, and how often.
+    """
+
+    files: dict[str, str]
+    ids: dict[Id, bool]
+    left_out: Counter[str]
+
+    def sentence(self) -> str:
+        return ", ".join(f"{count:,} {what}" for what, count in sorted(self.left_out.items()))
+
+
+def find(setting: str, path: str | list[str]) -> Found:
+    """The files that can be read among those that `path` means; several are a list.
+
+    A path that exists is taken as it is written, brackets and all. A folder stands for all files below it but hidden
+    ones and those of runs, and links are followed. Other patterns are those of `glob`, where ** crosses folders. Raises
+    ValueError where there is nothing to read.
+    """
+    found = Found({}, {}, Counter())
+    patterns = [str(item) for item in (path if isinstance(path, list) else [path])]
+    for pattern in patterns:
+        if not pattern.strip() or path is None:
+            raise ValueError(f"{setting}={path!r} names nothing; a file, a folder or a pattern is needed")
+        start, files = _files(pattern, found.left_out, setting)
+        for file in sorted(files):
+            _add(found, file, start)
+    if found.files:
+        return found
+    shown = path if isinstance(path, list) else patterns[0]
+    if not found.left_out:
+        raise ValueError(f"{setting}={shown!r} matches no file{_missing(Path(patterns[0]).expanduser())}")
+    raise ValueError(
+        f"{setting}={shown!r} matches nothing that can be read, but {found.sentence()}; what can be is "
+        f"{', '.join(SUFFIXES)}, all but the last also compressed ({', '.join(COMPRESSED)})"
+    )
+
+
+def _add(found: Found, file: str, start: Path) -> None:
+    try:
+        stat = os.stat(file)
+    except OSError:  # a link to nothing, or in a circle
+        found.left_out[NOWHERE] += 1
+        return
+    if not Path(file).is_file():
+        return  # a folder that a pattern matches, or a pipe
+    if (found_before := found.ids.get(key := id_of(stat))) is not None:
+        found.left_out[REACHED_TWICE] += not found_before
+        found.ids[key] = True
+        return
+    found.ids[key] = False
+    if readable(file):
+        found.files[file] = Path(file).relative_to(start).as_posix()
+    else:
+        suffixes = [s.lower() for s in Path(file).suffixes[-1 - compressed(file) :]]
+        found.left_out["".join(suffixes) or "without a suffix"] += 1
+
+
+def id_of(stat: os.stat_result) -> Id:
+    """The same for all paths of one file, and for no other file."""
+    return stat.st_dev, stat.st_ino
+
+
+def _missing(path: Path) -> str:
+    """The first part of a path that is not there, with the near match."""
+    for part in (*reversed(path.parents), path):
+        if glob.has_magic(part.name):
+            return ""
+        if not part.exists():
+            folder = part.parent.absolute()
+            near = difflib.get_close_matches(part.name, os.listdir(folder) if folder.is_dir() else [], n=1)
+            return f": {folder} has no {part.name!r}{f'; did you mean {near[0]!r}?' if near else ''}"
+    return ""
+
+
+def _files(pattern: str, left_out: Counter[str], setting: str) -> tuple[Path, list[str]]:
+    """Where the pattern starts (names relative to it, and with them the split, are the same wherever it is), and all
+    that it matches.
+    """
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        return path, list(_walk(path, left_out, setting))
+    if path.is_file():
+        return path.parent, [str(path)]
+    start = path.parent
+    while glob.has_magic(str(start)) and not start.is_dir():
+        start = start.parent
+    escaped = Path(glob.escape(str(start))) / path.relative_to(start)
+    return start, glob.glob(str(escaped), recursive=True)
+
+
+def _walk(folder: Path, left_out: Counter[str], setting: str) -> Iterator[str]:
+    def fail(error: OSError) -> None:
+        raise ValueError(f"{setting}={str(folder)!r}: {error.filename} can't be read ({error.strerror})") from error
+
+    # what was made of the text is no text: runs and prepared data that lie in the folder
+    own = [os.path.realpath(place) for place in (os.path.expanduser(os.environ.get("RUNS") or "runs"), cache_folder())]
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        if (key := id_of(os.stat(root))) in seen:  # by a link that leads back, or twice to one place
+            left_out[REACHED_TWICE] += 1
+            folders.clear()
+            continue
+        seen.add(key)
+        hidden = {name for name in (*folders, *files) if name.startswith(".") or name == "__MACOSX"}
+        made = {name for name in folders if os.path.realpath(os.path.join(root, name)) in own}
+        left_out.update({what: len(names) for what, names in ((HIDDEN, hidden), (OWN, made)) if names})
+        folders[:] = sorted(set(folders) - hidden - made)
+        yield from (os.path.join(root, name) for name in files if name not in hidden)

@@ -1,0 +1,29 @@
+"""What the kernels of test-time training are given."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Call(NamedTuple):
+    """Mini-batches that begin in a call, all tensors contiguous. P: the packed weights of a head."""
+
+    q: Tensor  # [B, L, H, K], of one dtype with
+    k: Tensor  # [B, L, H, K]
+    v: Tensor  # [B, L, H, K]
+    steps: Tensor  # [B, L, H]: eta
+    sizes: Tensor  # [b]: c
+    start: Tensor  # [H, P]: of a document that begins inside the call
+    gamma: Tensor  # [H, K]
+    beta: Tensor  # [H, K]
+    init: Tensor  # [B, H, P]: of the first one
+    first: Tensor  # [B, N + 1]: the first token of each mini-batch, and where the last one ends
+    group: Tensor  # [B, G + 1]: the first mini-batch of each span of tokens that the kernels take at a time
+    fresh: Tensor | None  # [B, N]: which mini-batches begin a document, None where none does
+
+    @property
+    def inner_model(self) -> str:
+        K = self.q.shape[-1]
+        return "linear" if self.start.shape[1] == K * (K + 1) else "mlp"

@@ -1,0 +1,160 @@
+"""Going on from a finished run: with more tokens, or with its weights alone.
+
+What others were asked: https://github.com/flairNLP/flair/issues/1824, https://github.com/mosaicml/composer/issues/1384
+(a finished run given more steps takes none, or takes them at a rate of zero),
+https://github.com/deepinsight/insightface/pull/2143 (the schedule keeps the old length),
+https://github.com/PrimeIntellect-ai/prime-rl/pull/1095 (a branch off a stable phase),
+https://github.com/Lightning-AI/pytorch-lightning/issues/1982, https://github.com/torchmd/torchmd-net/issues/86 (the
+weights alone), https://github.com/Lightning-AI/pytorch-lightning/issues/4690 (of another shape).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from data.tokenizer import Bpe, Bytes
+from models.language_model import LanguageModel
+from models.training import weights
+from models.training.branch import branch, common_steps
+from models.training.checkpoint import WholeFiles, newest_whole
+from models.training.run import Run, difference
+from models.training.schedule import end_of_plateau, warmup_cosine, warmup_stable_decay
+from tests.started import Started
+from tests.test_language_model import model
+from tests.training.test_run import rows
+from tests.training.test_sweep import JOB, environment
+
+WSD = {"_target_": "models.training.schedule.warmup_stable_decay", "_partial_": True, "warmup": 0.1, "decay": 0.5}
+COSINE = {"_target_": "models.training.schedule.warmup_cosine", "_partial_": True, "warmup": 3}
+LONGER = ["name=run", "tokens=2560", "schedule.warmup=2"]  # 20 steps
+
+
+def started(folder, cache, *words: str) -> str:
+    return Started(folder, [*JOB, "model.num_heads=2", *words], environment(folder, cache)).end()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache):
+    """A run of ten steps, of which the last five are its decay."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert "finished" in started(folder, cache, "name=run", "schedule.warmup=2")
+    return folder
+
+
+@pytest.mark.slow
+def test_more_tokens_are_the_longer_run_in_one_go(finished, tmp_path, cache):
+    """Every weight, every number of the optimizer and of the random state, and what was logged of every step."""
+    shutil.copytree(finished / "run", tmp_path / "twice" / "run")
+    said = started(tmp_path / "twice", cache, *LONGER)
+    assert "goes on from step 5" in said and "finished" in said, said
+    started(tmp_path / "once", cache, *LONGER)
+    ours, theirs = tmp_path / "twice" / "run", tmp_path / "once" / "run"
+    a, b = (torch.load(newest_whole(run / "checkpoints")[0], weights_only=True) for run in (ours, theirs))
+    assert a["global_step"] == 20
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "guard", "callbacks"):
+        assert str(a[part]) == str(b[part]), part
+    assert all(torch.equal(x, b["state_dict"][name]) for name, x in a["state_dict"].items())
+    trained = [
+        [{k: v for k, v in row.items() if k.startswith("train/")} for row in rows(run)] for run in (ours, theirs)
+    ]
+    assert trained[0] == trained[1] and len(trained[0]) == 20
+    results = [json.loads((run / "result.json").read_text()) for run in (ours, theirs)]
+    assert all(results[0][name] == value for name, value in results[1].items() if name.startswith("validation/"))
+    assert (results[0]["from_step"], results[1]["from_step"], results[0]["tokens"]) == (5, 0, 2560)
+    before = json.loads((ours / "result-10.json").read_text())
+    assert before == json.loads((finished / "run" / "result.json").read_text())
+    assert LanguageModel.from_pretrained(ours / "model-10").num_parameters() > 0
+    assert "is finished" in started(tmp_path / "twice", cache, *LONGER)
+    said = started(tmp_path / "twice", cache, *LONGER, "seed=1")
+    assert "another config" in said and "seed: 0 before, 1 now" in said
+
+
+@pytest.mark.slow
+def test_other_data_from_its_weights(finished, tmp_path, cache):
+    words = [f"init_from={finished / 'run'}", "data.seed=5", "optimizer.lr=1e-12", "optimizer.weight_decay=0"]
+    said = started(tmp_path, cache, "name=new", *words)
+    assert f"weights   of {finished / 'run' / 'model'}" in said and "finished" in said, said
+    a, b = (LanguageModel.from_pretrained(run / "model").state_dict() for run in (finished / "run", tmp_path / "new"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-9) for name in a)
+    assert torch.load(newest_whole(tmp_path / "new" / "checkpoints")[0], weights_only=True)["global_step"] == 10
+    said = started(tmp_path, cache, "name=wide", "model.hidden_size=64", words[0])
+    assert said.startswith(f"error: {words[0]} holds another model: embedding.weight is 64 x 32 there and 64 x 64 here")
+    said = started(tmp_path, cache, "name=none", f"init_from={tmp_path}")
+    assert said.startswith(f"error: init_from={tmp_path} is neither the folder of a run")
+
+
+def test_weights_of_a_run_that_is_not_finished_and_of_another_vocabulary(tmp_path):
+    torch.manual_seed(1)
+    theirs, ours = model("softmax"), model("softmax")
+    saved = {"state_dict": {f"model.{name}": value for name, value in theirs.state_dict().items()}}
+    WholeFiles().save_checkpoint(saved, tmp_path / "checkpoints" / "step-000000003.ckpt")
+    assert weights.load(ours, str(tmp_path)).endswith("step-000000003.ckpt")
+    assert all(torch.equal(x, theirs.state_dict()[name]) for name, x in ours.state_dict().items())
+    assert weights.load(ours, None) == ""
+    for name, there in (("same", Bytes()), ("other", Bpe(257))):
+        if isinstance(there, Bpe):
+            there.train(["to be, or not to be"])
+        theirs.save_pretrained(tmp_path / name)
+        there.save(tmp_path / name)
+    weights.load(ours, str(tmp_path / "same"), Bytes())
+    with pytest.raises(ValueError, match=r"another vocabulary.*tokenizer=hugging_face tokenizer\.name="):
+        weights.load(ours, str(tmp_path / "other"), Bytes())
+
+
+def run_with(folder, steps, **now) -> tuple[Run, dict]:
+    """A run of a hundred steps of ten tokens, with empty checkpoints of these steps, that shall be another."""
+    before = {"name": "a", "overwrite": False, "tokens": 1000, "batch_tokens": 10, "seed": 0, "schedule": WSD}
+    for step in steps:
+        WholeFiles().save_checkpoint({}, folder / "checkpoints" / f"step-{step:09d}.ckpt")
+    before |= now.pop("before", {})
+    return Run(folder, before | now), before
+
+
+def test_where_a_longer_run_branches_off(tmp_path, capsys):
+    fixed = WSD | {"warmup": 10}
+    run, before = run_with(tmp_path, [20, 50, 90, 100], tokens=3000, schedule=fixed)
+    assert common_steps(before, run.config) == 50
+    assert branch(run, before, main_process=False) == 50 and len(list(run.checkpoints.glob("*.ckpt"))) == 4
+    assert branch(run, before, main_process=True) == 50
+    assert newest_whole(run.checkpoints)[0].name == "step-000000050.ckpt"
+    # and a shorter one, or one with another decay, where it begins to fall
+    run, before = run_with(tmp_path, [20, 50], tokens=600, schedule=fixed)
+    assert common_steps(before, run.config) == 30 and branch(run, before, main_process=False) == 20
+    run, before = run_with(tmp_path, [20, 50], schedule=WSD | {"decay": 0.2})
+    assert branch(run, before, main_process=False) == 50
+    run, before = run_with(tmp_path, [20, 50], tokens=3000, seed=1)
+    assert branch(run, before, main_process=False) is None
+
+
+@pytest.mark.parametrize(
+    "steps, settings, says",
+    [
+        ([90, 100], {"before": {"schedule": COSINE}}, "since step 5, and .* init_from="),
+        ([50, 100], {}, r"since step 1, and .* warmup.* with schedule\.warmup=10 it goes on"),
+        ([90, 100], {"schedule": WSD | {"warmup": 10}}, "since step 51, and .* init_from="),
+    ],
+    ids=["cosine", "a warmup that grows", "no checkpoint from before the decay"],
+)
+def test_where_there_is_none_a_sentence_says_what_to_do(steps, settings, says, tmp_path):
+    if "before" in settings:
+        settings = settings | settings["before"]
+    run, before = run_with(tmp_path, steps, tokens=3000, **settings)
+    with pytest.raises(ValueError, match=rf"tokens=3000 is another length than the 1000 of .*{says}"):
+        branch(run, before, main_process=True)
+    assert len(list(run.checkpoints.glob("*.ckpt"))) == len(steps)
+
+
+def test_the_end_of_a_plateau():
+    assert end_of_plateau(warmup_stable_decay(100, warmup=10, decay=0.5), 100) == 50
+    assert end_of_plateau(warmup_stable_decay(100, warmup=0, decay=0), 100) is None
+    assert end_of_plateau(warmup_cosine(100, warmup=0.1), 100) is None
+    assert warmup_stable_decay(100, warmup=10)(9) == warmup_stable_decay(100, warmup=0.1)(9) == 10 / 11
+
+
+def test_a_setting_that_is_younger_than_a_run_is_no_difference():
+    assert difference({"seed": 0}, {"seed": 0, "init_from": None}) == ""
+    assert difference({"seed": 0}, {"seed": 0, "init_from": "runs/a"}) != ""
