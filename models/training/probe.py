@@ -110,7 +110,7 @@ def weights(regressor: Regressor, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """
     (B, S, G, V), q = tokens.v.shape, tokens.q
     blocks = -(-S // V)
-    units = torch.eye(blocks * V, dtype=q.dtype, device=q.device)[:S].view(S, blocks, V).transpose(0, 1)
+    units = torch.eye(blocks * V, dtype=tokens.v.dtype, device=q.device)[:S].view(S, blocks, V).transpose(0, 1)
     values = torch.cat([units, torch.zeros_like(units[:1])]).view(blocks + 1, 1, S, 1, V)
     o, _ = read_at(regressor, tokens, q.expand(blocks + 1, *q.shape), values.expand(-1, B, -1, G, -1))
     w = (o[:-1] - o[-1]).permute(1, 2, 3, 0, 4).flatten(-2)[..., :S]
@@ -170,7 +170,8 @@ def effective_rank(M: Tensor) -> Tensor:
     Zero for M = 0.
     """
     M = M / M.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(M.dtype).tiny)
-    squares = M.mT @ M if M.shape[-1] < M.shape[-2] else M @ M.mT
+    with torch.autocast(M.device.type, enabled=False):
+        squares = M.mT @ M if M.shape[-1] < M.shape[-2] else M @ M.mT
     norm = M.square().sum((-2, -1))
     return norm.square() / squares.square().sum((-2, -1)).clamp(min=torch.finfo(M.dtype).tiny)
 

@@ -226,6 +226,7 @@ def test_wandb_offline_needs_no_account(tmp_path, cache):
     said = typed(tmp_path, cache, "logger=wandb", "debug=one_batch", "~callbacks.plot")
     assert "finished" in said, said
     assert list(tmp_path.glob("**/wandb/offline-run-*"))
+    assert list(tmp_path.glob("**/media/images/regression/picture*.png"))
 
 
 @pytest.mark.slow
