@@ -19,21 +19,21 @@ from tests.laws import presets
 
 FAST = ("titans", "titans_mac", "titans_mag", "titans_mal", "titans_mlp", "titans_static", "ttt_linear", "ttt_mlp")
 PRESETS = [preset for preset in FAST if preset in presets.PRESETS]  # none of them with --recipe
-SEQ_LEN, RATE = 512, 2.5e-3
+BATCH, SEQ_LEN, RATE = 8, 512, 2.5e-3
 
 
-def repetitions(generator: torch.Generator, rows: int) -> Tensor:
+def repetitions(generator: torch.Generator) -> Tensor:
     """Bytes [B, T + 1]: a phrase over and over, and in every second row another from its middle on."""
-    text = torch.empty(rows, SEQ_LEN + 1, dtype=torch.long)
-    for i, row in enumerate(text):
+    rows = torch.empty(BATCH, SEQ_LEN + 1, dtype=torch.long)
+    for i, row in enumerate(rows):
         for part in row.tensor_split(2 if i % 2 else 1):
             length = int(torch.randint(1, 65, (), generator=generator))
             phrase = torch.randint(32, 127, (length,), generator=generator)
             part.copy_(phrase.repeat(math.ceil(len(part) / length))[: len(part)])
-    return text
+    return rows
 
 
-def losses(preset: str, steps: int, device: str, batch: int) -> list[float]:
+def losses(preset: str, steps: int, device: str) -> list[float]:
     """Nats per token of every step at size=tiny, with step sizes at their upper bound; bf16 on a GPU."""
     torch.manual_seed(0)
     cfg = composed(preset, "size=tiny")
@@ -46,9 +46,9 @@ def losses(preset: str, steps: int, device: str, batch: int) -> list[float]:
             nn.init.constant_(module.bias, 20.0)
             module.requires_grad_(False)
     for _ in range(steps):
-        rows = repetitions(generator, batch).to(device)
+        rows = repetitions(generator).to(device)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = model.sum_nats(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) / (batch * SEQ_LEN)
+            loss = model.sum_nats(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) / (BATCH * SEQ_LEN)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
@@ -60,7 +60,7 @@ def losses(preset: str, steps: int, device: str, batch: int) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_first_steps_are_finite_and_learn(preset):
-    found = losses(preset, 6, "cpu", batch=4)
+    found = losses(preset, 6, "cpu")
     assert all(map(math.isfinite, found)) and found[-1] < found[0], found
 
 
@@ -68,7 +68,7 @@ def test_the_first_steps_are_finite_and_learn(preset):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_2000_steps_are_finite_and_learn(preset):
-    found = losses(preset, 2000, "cuda", batch=8)
+    found = losses(preset, 2000, "cuda")
     print(preset, "first", found[0], "largest", max(found), "last", sum(found[-100:]) / 100)
     assert all(map(math.isfinite, found))
     assert sum(found[-100:]) / 100 < 2.0, found[-100:]
