@@ -130,7 +130,8 @@ class InnerRegression(Callback):
             said = f"callbacks.regression.picture_share={picture_share}"
             raise ValueError(f"{said} must be between 0 and 1, or null for no picture")
         self.num_tokens, self.picture_share = num_tokens, picture_share
-        self.looks, self.looking, self.drawing, self.last = 0, 0.0, 0.0, 0.0
+        self.looks, self.looking, self.drawing = 0, 0.0, 0.0
+        self.last = 2.0  # seconds that a picture takes, until one was drawn
         self.rows: list[dict[str, Any]] = []
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
