@@ -141,6 +141,11 @@ class Tolerant(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self._try(lambda: self.logger.log_metrics(metrics, step=step))
 
+    def log_image(self, name: str, path: Path) -> None:
+        """A picture, where the logger takes any."""
+        if hasattr(self.logger, "log_image"):
+            self._try(lambda: self.logger.log_image(name, [str(path)]))
+
     def save(self) -> None:
         self._try(self.logger.save)
 
