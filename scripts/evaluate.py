@@ -31,7 +31,7 @@ from models.training.logger import CsvLogger, Tolerant
 from models.training.run import Run
 from models.training.summary import quiet, say
 from models.training.weights import Trained, open_trained
-from scripts.evaluating import contexts, machine, report, scoring
+from scripts.evaluating import contexts, machine, report, scoring, tasks
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -39,6 +39,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="and words like data=wikitext, as train.py has them")
     parser.add_argument("--times", type=int, nargs="+", default=[1, 2, 4, 8], help="lengths, in lengths of training")
     parser.add_argument("--text", nargs="+", metavar="PATH", help="files or folders whose whole text is evaluated on")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="of lm-eval, in the place of the loss")
+    parser.add_argument("--task-folder", metavar="FOLDER", help="with YAML files of tasks of your own")
     parser.add_argument("--tokens", type=int, help="to evaluate on (default: the run's validation_tokens)")
     parser.add_argument("--seq-len", type=int, help="length of training; needed for an exported folder by itself")
     parser.add_argument("--tokens-at-once", type=int, help="in memory (default: as many as in training)")
@@ -66,36 +68,55 @@ def evaluated(trained: Trained, given: argparse.Namespace, path: Path) -> dict[s
     if seq_len is None:
         raise ValueError(f"{trained.path} does not say how long its sequences were; --seq-len N does")
     lengths = contexts.lengths(seq_len, given.times)
-    num_tokens = given.tokens or config.get("validation_tokens", 2**20)
-    if given.text:
-        node: Any = {"text": given.text}
-        task = contexts.text_of(trained, given.text, -(-num_tokens // lengths[-1]) * lengths[-1])
-    else:
-        node = contexts.data_node(trained.config, given.words)
-        task = contexts.task_of(trained, node, seq_len)
-    report.refuse_other_data(path, node)
-    say("\n".join(f"data      {line}" for line in task.describe()))
     (where, dtype), begun = machine.device_and_dtype(), time.time()
     at_once = given.tokens_at_once or seq_len * config.get("micro_batch", 8)
-    model = trained.model.to(where)
-    rows = []
-    for length in lengths:
-        samples, together = contexts.sequences(task, length, lengths[-1], num_tokens)
-        found = scoring.sums(model, samples, length, together, at_once, dtype)
-        rows.append(report.row(found, seq_len, task.bytes_per_token))
-    say(report.table(rows))
+    trained.model.to(where)
+    if given.tasks:
+        node: Any = {"tasks": given.tasks, "folder": given.task_folder}
+        report.refuse_other_data(path, node)
+        rows = max(1, at_once // lengths[-1])
+        results = tasks.run(trained, given.tasks, given.task_folder, lengths[-1], rows, dtype)
+        found: dict[str, Any] = {"tasks": tasks.found(results), "lm_eval": results["lm_eval_version"]}
+        say(tasks.table(found["tasks"]))
+    else:
+        task, node = data(trained, given, seq_len, lengths[-1])
+        report.refuse_other_data(path, node)
+        say("\n".join(f"data      {line}" for line in task.describe()))
+        found = {"lengths": []}
+        for length in lengths:
+            samples, together = contexts.sequences(task, length, lengths[-1], tokens(given, config))
+            sums = scoring.sums(trained.model, samples, length, together, at_once, dtype)
+            found["lengths"].append(report.row(sums, seq_len, task.bytes_per_token))
+        say(report.table(found["lengths"]))
     about = {"weights": trained.path.name, "step": trained.step, "seq_len": seq_len, "data": node}
     ends = {"dtype": str(dtype).removeprefix("torch."), "seconds": round(time.time() - begun, 1)}
-    return {**about, "lengths": rows, **ends, **origin.origin(where)}
+    return {**about, **found, **ends, **origin.origin(where)}
+
+
+def tokens(given: argparse.Namespace, config: dict[str, Any]) -> int:
+    """How many to evaluate on."""
+    return given.tokens or config.get("validation_tokens", 2**20)
+
+
+def data(trained: Trained, given: argparse.Namespace, seq_len: int, longest: int) -> tuple[Any, dict[str, Any]]:
+    """What to evaluate on, and how it was said."""
+    if given.text:
+        most = -(-tokens(given, trained.config or {}) // longest) * longest
+        return contexts.text_of(trained, given.text, most), {"text": given.text}
+    node = contexts.data_node(trained.config, given.words)
+    return contexts.task_of(trained, node, seq_len), node
 
 
 def default_name(trained: Trained, given: argparse.Namespace, where: str) -> str:
-    """What it is evaluated on, and the step, where a checkpoint was named that need not be the last one."""
-    if given.text:
+    """What it is evaluated on, and the step, where weights were named that need not be the run's last."""
+    if given.tasks:
+        name = "tasks-" + "-".join(given.tasks)
+    elif given.text:
         name = "text-" + "-".join(Path(path).expanduser().resolve().stem for path in given.text)
     else:
         name = job_folder("", given.words) if given.words else "validation"
-    return f"{name}-step-{trained.step}" if Path(where).expanduser().is_file() else name
+    earlier = trained.run and trained.path.name != "model" and not trained.run.samefile(Path(where).expanduser())
+    return f"{name}-step-{trained.step}" if earlier else name
 
 
 def log(trained: Trained, name: str, result: dict[str, Any], picture: Path) -> None:
@@ -110,7 +131,8 @@ def log(trained: Trained, name: str, result: dict[str, Any], picture: Path) -> N
                 moved = {"save_dir": str(trained.run)} if "save_dir" in node else {}  # with its folder, perhaps
                 logger = Tolerant(build({**node, **moved}))
                 logger.log_metrics(report.metrics(result, name), trained.step)
-                logger.log_image(f"evaluation/{name}", picture)
+                if picture.exists():
+                    logger.log_image(f"evaluation/{name}", picture)
                 logger.close(failed=False)
     except Timeout:
         say(f"warning: {trained.run} is being trained, and its loggers have been told nothing of this evaluation")
@@ -127,7 +149,7 @@ def main() -> None:
             path = (trained.run or trained.path) / report.FOLDER / f"{name}.json"
             result = evaluated(trained, given, path)
             report.write(path, result)
-            say(f"\nwritten   {path}, {path.with_suffix('.png').name}\n")
+            say(f"\nwritten   {path}\n")
             log(trained, name, result, path.with_suffix(".png"))
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -89,12 +89,13 @@ def refuse_other_data(path: Path, node: dict[str, Any]) -> None:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """NAME.json, and NAME.png beside it."""
+    """NAME.json, and NAME.png beside it where there is a loss to draw."""
     path.parent.mkdir(exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(json.dumps({"format": FORMAT, "name": path.stem, **result}, indent=1) + "\n")
     draft.replace(path)
-    draw(result, path.with_suffix(".png"))
+    if "lengths" in result:
+        draw(result, path.with_suffix(".png"))
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -144,10 +145,12 @@ def steps(axes: Any, parts: list[dict[str, float]], heights: list[float], **line
 
 
 def metrics(result: dict[str, Any], name: str) -> dict[str, float]:
-    """For a logger: evaluation/NAME/nats/1024, the loss at the length of 1,024, and so on."""
-    return {
-        f"evaluation/{name}/{metric}/{found['length']}": found[metric]
-        for found in result["lengths"]
+    """For a logger: evaluation/NAME/nats/1024, the loss at the length of 1,024; evaluation/NAME/TASK/acc."""
+    by_length = {
+        f"{metric}/{row['length']}": row[metric]
+        for row in result.get("lengths", [])
         for metric in METRICS
-        if metric in found
+        if metric in row
     }
+    by_task = {f"{task}/{metric}": x for task, row in result.get("tasks", {}).items() for metric, x in row.items()}
+    return {f"evaluation/{name}/{key}": value for key, value in (by_length | by_task).items()}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import shutil
+import sys
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from data.module import Share, collate
 from data.text import IGNORE
 from data.tokenizer import Bpe
 from models.training.weights import open_trained
-from scripts import evaluate
-from scripts.evaluating import contexts, scoring
+from scripts import evaluate, generate
+from scripts.evaluating import contexts, report, scoring
+from tests.conftest import ROOT
 from tests.evaluating.conftest import STEP, TEXT, finished
 from tests.test_calls import IDS, every_mixer, model
 from tests.training.test_sweep import records
@@ -250,6 +253,67 @@ def test_what_is_wrong_is_a_sentence(runs, tmp_path, monkeypatch, capsys):
     assert "must be at least 1" in capsys.readouterr().err
 
 
+def test_without_lm_eval_a_sentence_says_so(runs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(SystemExit, match=r"^error: --tasks needs lm-eval, pip install -e '\.\[evaluation\]'"):
+        evaluated(monkeypatch, runs / "text", "--tasks", "piqa")
+
+
+def test_the_commands_of_the_page_can_be_given(runs):
+    """And what they evaluate on is there to compose."""
+    page = (ROOT / "docs" / "evaluating.md").read_text()
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("    python scripts/")]
+    assert len(commands) > 8
+    for _, script, *words in commands:
+        given = {"scripts/evaluate.py": evaluate, "scripts/generate.py": generate}[script].arguments(words)
+        if words := getattr(given, "words", None):
+            which = "recall" if "recall" in given.models[0] else "text"
+            assert contexts.data_node(open_trained(runs / which).config, words)["_target_"]
+
+
 def test_which_words_are_settings():
     given = evaluate.arguments(["runs/s/model=mesa,seed=1", "--times", "1", "--tokens", "8", "data.num_pairs=4"])
     assert (given.models, given.words, given.times) == (["runs/s/model=mesa,seed=1"], ["data.num_pairs=4"], [1])
+
+
+def test_tasks_of_lm_eval_are_those_by_hand(runs, tmp_path, monkeypatch):
+    """A local task, without a network: which choice has the larger probability, all of it and by its length."""
+    pytest.importorskip("lm_eval")
+    rows = [
+        ("def f", ["(x):", "()"], 0),
+        ("import", ["os", "qqq"], 1),
+        ("for i", ["zz", "in a"], 1),
+        ("a", ["b", "c d"], 0),
+    ]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"q": q, "choices": choices, "answer": answer}) + "\n" for q, choices, answer in rows)
+    )
+    (tmp_path / "mine.yaml").write_text(f"""
+task: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "rows.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+""")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    evaluated(monkeypatch, runs / "text", "--tasks", "mine", "--task-folder", tmp_path, "--name", "mine")
+    m = open_trained(runs / "text").model
+    right = {"acc": 0, "acc_norm": 0}
+    for question, choices, answer in rows:
+        nats = []
+        for choice in choices:
+            ids = torch.tensor([list(f"{question} {choice}".encode())])
+            each, _ = m.score(ids[:, :-1], ids[:, 1:])
+            nats.append(each[0, len(question) - 1 :].sum().item())
+        right["acc"] += nats[answer] == min(nats)
+        per = [x / len(choice) for x, choice in zip(nats, choices, strict=True)]
+        right["acc_norm"] += per[answer] == min(per)
+    result = found(runs / "text", "mine")
+    assert {name: result["tasks"]["mine"][name] for name in right} == {name: x / 4 for name, x in right.items()}
+    assert report.metrics(result, "mine")["evaluation/mine/mine/acc"] == right["acc"] / 4
+    with pytest.raises(SystemExit, match=r"--tasks mine2 is not there; did you mean mine\?"):
+        evaluated(monkeypatch, runs / "text", "--tasks", "mine2", "--task-folder", tmp_path)
