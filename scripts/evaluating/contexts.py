@@ -115,14 +115,16 @@ def lengths(seq_len: int, times: list[int]) -> list[int]:
 
 def sequences(task: Any, length: int, longest: int, num_tokens: int) -> tuple[Subset, int]:
     """Those of this length, and how many tokens belong together: the longest's, or one's own where each is drawn by
-    itself. num_tokens: of all, rounded up to the longest, and at most what there is. See the module's docstring.
+    itself. num_tokens: of all, rounded up to the longest, and at most what there is; of what is drawn, at the length of
+    training. See the module's docstring.
     """
     try:
         whole, samples = task.validation_samples(longest), task.validation_samples(length)
     except ValueError as error:
         raise ValueError(f"--times: for sequences of {longest:,} tokens {error}") from error
-    count = min(-(-num_tokens // longest), len(whole))
+    drawn = task.tokenizer is None
+    count = min(-(-num_tokens // (task.seq_len if drawn else longest)), len(whole))
     chosen = [i * len(whole) // count for i in range(count)]
-    together = length if task.tokenizer is None else longest
+    together = length if drawn else longest
     pieces = together // length
     return Subset(samples, [i * pieces + j for i in chosen for j in range(pieces)]), together

@@ -110,14 +110,14 @@ def test_every_length_predicts_the_same_tokens(runs, monkeypatch, capsys):
 
 def test_recall_is_counted(runs, monkeypatch):
     """Longer sequences, and other pairs than in training."""
-    evaluated(monkeypatch, runs / "recall", "data.num_pairs=4", "--times", "1", "4")
+    evaluated(monkeypatch, runs / "recall", "data.num_pairs=4", "--times", "1", "4", "--tokens", "400")
     rows = found(runs / "recall", "data.num_pairs=4")["lengths"]
     trained = open_trained(runs / "recall")
     task = contexts.task_of(trained, {**trained.config["data"], "num_pairs": 4}, 16)
     for row in rows:
         samples = task.validation_samples(row["length"])
         right = [0] * row["length"]
-        for i in range(25):  # 1600 tokens of 64
+        for i in range(25):  # 400 tokens of 16
             _, predictions, targets = by_hand(trained.model, samples[i * len(samples) // 25])
             for t in range(row["length"]):
                 right[t] += int(predictions[t] == targets[t])
