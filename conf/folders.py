@@ -42,8 +42,8 @@ def run_id(run_dir: str) -> str:
 
 def job_folder(name: str, overrides: Sequence[str]) -> str:
     """The folder of a sweep's job below runs/NAME: the words of its command line in alphabetical order, without those
-    that change no result (FREE_TO_CHANGE). Where a file system or a shell would not take them as they are, they are
-    shortened and marked by a hash.
+    that change no result (FREE_TO_CHANGE). Where a file system or a shell would not take them as they are, keys lose
+    all but their last part, then the end is cut off, and a hash of the whole marks the name.
     """
     words = sorted(word for word in overrides if _setting(word) != "name")
     before = ",".join(words)  # how folders were named once: a sweep of that time goes on in them
@@ -51,6 +51,8 @@ def job_folder(name: str, overrides: Sequence[str]) -> str:
         return before
     exact = ",".join(word for word in words if _setting(word) not in (*FREE_TO_CHANGE, "strategy"))
     readable = re.sub(r"[^A-Za-z0-9_.,=+~@:{}\[\]-]+", "-", exact)
+    if len(exact) > LONGEST:
+        readable = re.sub(r"(^|,)[^=,]*\.(?=\w+=)", r"\1", readable)
     return readable if readable == exact and len(exact) <= LONGEST else _shortened(readable, exact, marked=True)
 
 

@@ -82,6 +82,7 @@ def register() -> None:
     """Makes the schema and the resolvers known to Hydra; called once, before composing."""
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("mul", lambda a, b: int(a) * int(b), replace=True)
+    OmegaConf.register_new_resolver("quarter", lambda most, of: max(1, min(int(most), int(of) // 4)), replace=True)
     OmegaConf.register_new_resolver("precision", default_precision, replace=True)
     OmegaConf.register_new_resolver("can_compile", can_compile, replace=True)
     OmegaConf.register_new_resolver("runs", runs, replace=True)

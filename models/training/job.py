@@ -92,7 +92,7 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
         "schedule": build(cfg.schedule),
         "compile_blocks": cfg.compile,
     }
-    counts: dict[str, Any] = {"targets_per_token": task.targets_per_token, "bytes_per_token": task.bytes_per_token}
+    counts = {name: getattr(task, name) for name in ("targets_per_token", "bytes_per_token", "chance")}
     guards: dict[str, Any] = {"guard": Guard(cfg.guard.max_skipped, cfg.guard.spike_score), "preemption": preemption}
     module = Training(model, num_steps=batch.num_steps, clip_norm=cfg.clip_norm, **parts, **counts, **guards)
     plateau = end_of_plateau(module.schedule, batch.num_steps)

@@ -133,6 +133,7 @@ def describe(result: dict[str, Any]) -> str:
     shown = {
         "validation/bits_per_byte": "bits per byte",
         "validation/accuracy": "accuracy",
+        "validation/chance": "by chance",
         "validation/nats": "nats per token",
         "validation/perplexity": "perplexity",
     }

@@ -59,12 +59,12 @@ class Sweep:
                 return
             from models.training.summary import say  # with torch, which the jobs have imported
 
-            failures = [outcome for outcome in self.outcomes if outcome.failed]
-            say(f"\nsweep     {len(self.outcomes)} jobs, {len(failures)} failed")
+            failed = [(name, job) for name, job in self._named() if job.failed]
+            say(f"\nsweep     {len(self.outcomes)} jobs, {len(failed)} failed")
             say("\n".join(f"  {name}   {'FAILED' if job.failed else job.says}" for name, job in self._named()))
-            if failures:
+            if failed:
                 say("\nfailed; the same command tries again, and leaves out the jobs that are finished:")
-                say("\n".join(f"  {job.folder}\n      {job.says}" for job in failures))
+                say("\n".join(f"  {name}   {job.says}\n      {job.folder}" for name, job in failed))
                 sys.exit(1)
 
         return wrapped
