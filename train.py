@@ -37,10 +37,11 @@ from models.training.schedule import end_of_plateau
 from models.training.summary import quiet, say, summary
 from models.training.sweep import Result, Sweep
 from models.training.watchdog import Watchdog
+from scripts import report
 
 schema.register()
 quiet()
-sweep = Sweep()
+sweep = Sweep(report.of_sweep)
 
 
 @sweep.reported

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import open_dict, read_write
 
 from models.training.run import describe
@@ -43,9 +44,13 @@ class Outcome(NamedTuple):
 
 
 class Sweep:
-    """The two decorators of train.py's main, around Hydra's: `@sweep.reported @hydra.main(...) @sweep.job`."""
+    """The two decorators of train.py's main, around Hydra's: `@sweep.reported @hydra.main(...) @sweep.job`.
 
-    def __init__(self) -> None:
+    page: writes what compares the jobs, and returns what to say of it. One that fails is a warning.
+    """
+
+    def __init__(self, page: Callable[[list[Outcome]], str] = lambda outcomes: "") -> None:
+        self.page = page
         self.process = 0  # that in which the outcomes are collected; a launcher may start jobs in others
         self.outcomes: list[Outcome] = []
 
@@ -62,6 +67,7 @@ class Sweep:
             failures = [outcome for outcome in self.outcomes if outcome.failed]
             say(f"\nsweep     {len(self.outcomes)} jobs, {len(failures)} failed")
             say("\n".join(f"  {name}   {'FAILED' if job.failed else job.says}" for name, job in self._named()))
+            self._compare()
             if failures:
                 say("\nfailed; the same command tries again, and leaves out the jobs that are finished:")
                 say("\n".join(f"  {job.folder}\n      {job.says}" for job in failures))
@@ -92,6 +98,13 @@ class Sweep:
             return None if failure or not result else result["validation/nats"]
 
         return wrapped
+
+    @rank_zero_only
+    def _compare(self) -> None:
+        try:
+            say(self.page(self.outcomes))
+        except Exception as error:
+            say(f"warning: there is no page of this sweep: {type(error).__name__}: {error}")
 
     def _named(self) -> Iterator[tuple[str, Outcome]]:
         """Each job by the words in which it differs from others."""
