@@ -2,139 +2,41 @@
 
     python train.py model=gated_delta                    # any machine, no downloads
     python train.py model=softmax size=170m data=fineweb_edu strategy=ddp logger=wandb
+    python train.py -m model=softmax,gated_delta seed=1,2   # a sweep
     python train.py --help                               # the groups and what is in them
 
-The same command after an interruption goes on from the last checkpoint; exit code 75 asks for it. conf/train.yaml has
-the settings; README.md explains them.
+The same command goes on after an interruption; exit code 75 asks for it. conf/train.yaml has the settings.
+
+Here stands the way in: words -> a config without mistakes -> models/training/job.py, which builds and trains.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import hydra
-import lightning as L
-import torch
 from omegaconf import DictConfig, OmegaConf
 
-from conf import schema
-from conf.checks import mistakes
-from data.batch import batch_arithmetic, every
-from data.module import DataModule, OtherDataError, misfits
-from models.build import build
-from models.language_model import LanguageModel, LanguageModelConfig
-from models.training import weights
-from models.training.branch import branch
-from models.training.checkpoint import Checkpoint, newest_whole, step_of
-from models.training.finish import ending, finish
-from models.training.guards import Guard
-from models.training.logger import Tolerant
-from models.training.module import Training
-from models.training.preemption import Preemption
-from models.training.run import Run, RunError, describe
-from models.training.schedule import end_of_plateau
-from models.training.summary import quiet, say, summary
+from conf import schema, settings
+from conf.command import one_sentence
+from conf.known import hidden
 from models.training.sweep import Result, Sweep
-from models.training.watchdog import Watchdog
 from scripts import report
 
 schema.register()
-quiet()
 sweep = Sweep(report.of_sweep)
 
 
 @sweep.reported
+@one_sentence
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
 @sweep.job
 def main(cfg: DictConfig) -> Result:
-    with Preemption() as preemption:
-        try:
-            trainer, module, datamodule, run, overview = assemble(cfg, preemption)
-            checkpoint, torn = newest_whole(run.checkpoints, run.branch)
-            begin = not (checkpoint or run.result)
-            begun = weights.load(module.model, cfg.init_from, datamodule.task.tokenizer) if begin else ""
-        except ValueError as error:  # a mistake in the settings: what it is, without a traceback
-            sys.exit(f"error: {error}")
-        if run.result is not None:
-            say(f"{run.folder} is finished: {describe(run.result)}")
-            say("For another run choose another name=, or overwrite=true to delete this one.")
-            return run.result
-        say(f"run       {run.folder}")
-        say("\n".join(f"data      {line}" for line in datamodule.describe()))
-        say(f"batch     {datamodule.batch}")
-        say(overview)
-        say("\n".join(filter(None, [*torn, f"going on from {checkpoint}" if checkpoint else begun])))
-        with ending(trainer, run):
-            for logger in trainer.loggers:
-                if isinstance(logger, Tolerant):
-                    logger.resume(step_of(checkpoint) if checkpoint else 0)
-                logger.log_hyperparams(run.config)
-            try:
-                trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
-                if (step := trainer.global_step) < module.num_steps:
-                    sys.exit(f"stopped after {step} of {module.num_steps} steps; the same command goes on")
-                finish(trainer, module, datamodule, run)
-            except (RunError, OtherDataError) as error:
-                sys.exit(f"error: {error}")
-        return run.result
+    if found := [*hidden(), *settings.mistakes(OmegaConf.to_container(cfg))]:
+        sys.exit("error: " + "\n       ".join(found))
+    from models.training.job import train  # with torch, Lightning and transformers, which take six seconds
 
-
-def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Training, DataModule, Run, str]:
-    """Everything that a run needs, checked and built, but not trained. Raises ValueError for the user's mistakes."""
-    if found := mistakes(cfg):
-        raise ValueError("\n       ".join(found))
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    world_size = schema.world_size(cfg.trainer.devices, cfg.trainer.num_nodes)
-    batch = batch_arithmetic(cfg.batch_tokens, cfg.seq_len, cfg.micro_batch, world_size, cfg.tokens)
-    validate_every = every(cfg.validate_every, batch.num_steps, "validate_every")
-    checkpoint_every = every(cfg.checkpoint_every, batch.num_steps, "checkpoint_every")
-    run = Run(cfg.run_dir, plain)
-    if cfg.init_from and not run.checkpoints.exists():
-        weights.find(cfg.init_from)
-
-    L.seed_everything(cfg.seed, verbose=False)
-    task = build(cfg.data, tokenizer=build(cfg.tokenizer), seq_len=cfg.seq_len)
-    task.prepare(cfg.num_workers)
-    if found := misfits(task, batch):
-        raise ValueError("\n       ".join(found))
-    datamodule = DataModule(task, batch, cfg.validation_tokens, cfg.seed, cfg.num_workers, cfg.overfit)
-
-    special: dict[str, Any] = {} if task.tokenizer is None else task.tokenizer.special_ids
-    model = LanguageModel(LanguageModelConfig(vocab_size=task.vocab_size, **special, **plain["model"]))
-    parts: dict[str, Any] = {
-        "optimizer": build(cfg.optimizer),
-        "schedule": build(cfg.schedule),
-        "compile_blocks": cfg.compile,
-    }
-    counts: dict[str, Any] = {"targets_per_token": task.targets_per_token, "bytes_per_token": task.bytes_per_token}
-    guards: dict[str, Any] = {"guard": Guard(cfg.guard.max_skipped, cfg.guard.spike_score), "preemption": preemption}
-    module = Training(model, num_steps=batch.num_steps, clip_norm=cfg.clip_norm, **parts, **counts, **guards)
-    plateau = end_of_plateau(module.schedule, batch.num_steps)
-    checkpoints = Checkpoint(run.checkpoints, checkpoint_every, validate_every, preemption, plateau)
-    last = [preemption, checkpoints, Watchdog(cfg.guard.timeout)]
-    trainer = build(
-        cfg.trainer,
-        default_root_dir=str(run.folder),
-        logger=[Tolerant(build(node)) for node in cfg.logger.values()],
-        callbacks=[*(build(node) for node in cfg.callbacks.values()), *last],
-        max_steps=batch.num_steps,
-        max_epochs=-1,
-        accumulate_grad_batches=batch.accumulation,
-        val_check_interval=validate_every * batch.accumulation,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,  # models.training.checkpoint.Checkpoint
-        log_every_n_steps=min(cfg.log_every, batch.num_steps),
-    )
-    if trainer.world_size != world_size:
-        raise ValueError(
-            f"trainer.devices={cfg.trainer.devices} means {world_size} processes, and {trainer.world_size} were started"
-        )
-    dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
-    overview = summary(model, cfg.seq_len, trainer.strategy.root_device, dtype)
-    run.enter(trainer.is_global_zero, branch)
-    return trainer, module, datamodule, run, overview
+    return train(cfg)
 
 
 if __name__ == "__main__":

@@ -8,32 +8,29 @@ before anything is built.
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import importlib.util
-import os
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
+
+from conf.folders import job_folder, run_id, runs
+
+Whole = Any  # a whole number: also 1e6, which YAML and Hydra read as a float (conf/settings.py: whole_numbers)
 
 
 @dataclass
 class Model:
     """A language model (models/language_model.py)."""
 
-    hidden_size: int = MISSING
-    num_layers: int = MISSING
-    num_heads: int = MISSING
+    hidden_size: Whole = MISSING
+    num_layers: Whole = MISSING
+    num_heads: Whole = MISSING
     mixers: dict[str, Any] = field(default_factory=dict)
     pattern: list[str] = field(default_factory=list)
     feed_forward: str = "swiglu"
-    feed_forward_size: int | None = None
+    feed_forward_size: Whole = None
     tie_embeddings: bool = True
     norm_eps: float = 1e-6
 
@@ -42,7 +39,7 @@ class Model:
 class Guard:
     """What is done about steps that go wrong and runs that hang (models/training/guards.py, watchdog.py)."""
 
-    max_skipped: int = 10
+    max_skipped: Whole = 10
     spike_score: float | None = 6.0
     timeout: float | None = 600.0
 
@@ -55,7 +52,7 @@ class Config:
     run_dir: str = MISSING
     overwrite: bool = False
     init_from: str | None = None  # a run or an exported model whose weights are the first ones
-    seed: int = 0
+    seed: Whole = 0
 
     model: Model = field(default_factory=Model)
     data: dict[str, Any] = field(default_factory=dict)
@@ -66,107 +63,47 @@ class Config:
     logger: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, Any] = field(default_factory=dict)
 
-    seq_len: int = MISSING  # tokens
-    batch_tokens: int = MISSING  # tokens in one optimizer step, all devices together
-    micro_batch: int = MISSING  # sequences that one device holds at a time
-    tokens: int = MISSING  # tokens to train on
-    validation_tokens: int = MISSING
+    seq_len: Whole = MISSING  # tokens
+    batch_tokens: Whole = MISSING  # tokens in one optimizer step, all devices together
+    micro_batch: Whole = MISSING  # sequences that one device holds at a time
+    tokens: Whole = MISSING  # tokens to train on
+    validation_tokens: Whole = MISSING
     validate_every: float = MISSING  # below 1 a fraction of all steps, else steps
     checkpoint_every: float = MISSING
-    log_every: int = MISSING  # steps
+    log_every: Whole = MISSING  # steps
     clip_norm: float = MISSING
-    num_workers: int = MISSING
+    num_workers: Whole = MISSING
     compile: bool = False
     overfit: bool = False
     guard: Guard = field(default_factory=Guard)
-
-
-# What the same run may change when it goes on: where it runs and what it shows, not what it computes. (Losses then
-# agree to rounding.)
-FREE_TO_CHANGE = (
-    "trainer",
-    "logger",
-    "callbacks",
-    "micro_batch",
-    "num_workers",
-    "log_every",
-    "overwrite",
-    "run_dir",
-    "compile",
-    "guard",
-)
-
-LONGEST = 128  # characters of a run's name for wandb, and of a job's folder; file systems take 255 bytes
-
-
-def unknown_keys(config: dict[str, Any]) -> list[str]:
-    """One sentence for every key that no dataclass here has. Hydra's `+key=value` adds one without asking."""
-    found = []
-    for path, known in (("", Config), ("model.", Model), ("guard.", Guard)):
-        node = config[path[:-1]] if path else config
-        names = [f.name for f in fields(known)]
-        for key in node.keys() - set(names):
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {path}{near[0]}?" if near else f"there are {', '.join(names)}"
-            found.append(f"{path}{key}={node[key]} is not a setting; {hint}")
-    return found
 
 
 def register() -> None:
     """Makes the schema and the resolvers known to Hydra; called once, before composing."""
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("mul", lambda a, b: int(a) * int(b), replace=True)
+    OmegaConf.register_new_resolver("quarter", lambda most, of: max(1, min(int(most), int(of) // 4)), replace=True)
     OmegaConf.register_new_resolver("precision", default_precision, replace=True)
     OmegaConf.register_new_resolver("can_compile", can_compile, replace=True)
+    OmegaConf.register_new_resolver("runs", runs, replace=True)
     OmegaConf.register_new_resolver("run_id", run_id, replace=True)
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
     OmegaConf.register_new_resolver("world_size", world_size, replace=True)
 
 
+# torch takes seconds to import, and is asked only where a config's values are worked out: not to find a misspelling.
 def default_precision() -> str:
     """bf16-mixed where the GPU has bfloat16, else float32."""
+    import torch
+
     return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
 
 
 def can_compile() -> bool:
     """Whether torch.compile pays: on a GPU, with Triton."""
+    import torch
+
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-
-
-def run_id(run_dir: str) -> str:
-    """The run's directory below runs/ as a name without slashes: unique, and the same when the run goes on."""
-    root = Path(os.environ.get("RUNS", "runs")).absolute()
-    path = Path(run_dir).absolute()
-    parts = path.relative_to(root).parts if path.is_relative_to(root) else path.parts[-2:]
-    exact = "-".join(parts)
-    return _shortened(re.sub(r"[^A-Za-z0-9_.-]+", "-", exact), exact)
-
-
-def job_folder(name: str, overrides: Sequence[str]) -> str:
-    """The folder of a sweep's job below runs/NAME: the words of its command line in alphabetical order, without those
-    that change no result (FREE_TO_CHANGE). Where a file system or a shell would not take them as they are, they are
-    shortened and marked by a hash.
-    """
-    words = sorted(word for word in overrides if _setting(word) != "name")
-    before = ",".join(words)  # how folders were named once: a sweep of that time goes on in them
-    if os.path.isfile(Path(os.environ.get("RUNS", "runs"), name, before, "config.yaml")):
-        return before
-    exact = ",".join(word for word in words if _setting(word) not in (*FREE_TO_CHANGE, "strategy"))
-    readable = re.sub(r"[^A-Za-z0-9_.,=+~@:{}\[\]-]+", "-", exact)
-    return readable if readable == exact and len(exact) <= LONGEST else _shortened(readable, exact, marked=True)
-
-
-def _setting(word: str) -> str:
-    """What a word like +trainer.devices=2 or logger@x=wandb sets, up to the first dot."""
-    return re.split(r"[.=@/]", word.lstrip("+~"))[0]
-
-
-def _shortened(readable: str, exact: str, marked: bool = False) -> str:
-    """`readable`, cut to LONGEST characters where it is longer, with the beginning of SHA-256 of `exact` at its end."""
-    if len(readable) <= LONGEST and not marked:
-        return readable
-    mark = hashlib.sha256(exact.encode()).hexdigest()[:8]
-    return f"{readable[: LONGEST - 9].rstrip('.,-')}-{mark}"
 
 
 def world_size(devices: int | str | list[int], num_nodes: int = 1) -> int:
@@ -174,6 +111,8 @@ def world_size(devices: int | str | list[int], num_nodes: int = 1) -> int:
     if isinstance(devices, list):
         count = len(devices)
     elif str(devices) in ("auto", "-1"):
+        import torch
+
         count = max(1, torch.cuda.device_count())
     else:
         count = int(devices)

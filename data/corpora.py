@@ -81,8 +81,12 @@ class Corpus(ABC):
 
 def split_of(name: str, validation_fraction: float) -> str:
     """The split that this document's name falls into: a hash below the fraction is validation."""
-    position = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-    return "validation" if position < validation_fraction else "train"
+    return "validation" if hash_position(name) < validation_fraction else "train"
+
+
+def hash_position(name: str) -> float:
+    """Where the hash of a name lies, in [0, 1)."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 def check_fraction(validation_fraction: float) -> float:

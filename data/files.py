@@ -10,15 +10,15 @@ from pathlib import Path
 from data.corpora import Corpus, Document, check_fraction, hash_of, split_of
 from data.finding import find, id_of
 from data.formats import ROWS, TEXT, Reader
-from data.held_out import end_held_out
+from data.held_out import with_held_out
 
 
 class TextFiles(Corpus):
     """The files of a folder, or that match a pattern (`**` crosses folders), or one file, in the order of their paths.
 
     path          a list takes several
-    validation    another path; without it, `validation_fraction` of the documents is held out, or the end of the
-                  longest one where these are too few (data/held_out.py)
+    validation    another path; without it, `validation_fraction` of the documents is held out, and some text
+                  where these are too few (data/held_out.py)
     text_field    the column of a table that holds the text
     separator     splits a text file into documents
     invalid_utf8  what to do with bytes that are not UTF-8: "error", or "replace" by U+FFFD
@@ -63,7 +63,7 @@ class TextFiles(Corpus):
             offset = index = 0
 
     def with_both_splits(self) -> Corpus:
-        return self if self.validation is not None else end_held_out(self, self.validation_fraction)
+        return self if self.validation is not None else with_held_out(self, self.validation_fraction)
 
     def fraction(self, position: list[int]) -> float:
         sizes = [Path(file).stat().st_size for _, file in self.files]

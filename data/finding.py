@@ -17,7 +17,6 @@ REACHED_TWICE = "reached twice"
 HIDDEN, OWN = "hidden", "of runs or prepared data"
 NOWHERE = "links to nothing"
 
-
 Id = tuple[int, int]
 
 

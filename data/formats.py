@@ -65,7 +65,7 @@ class Reader:
     """Reads files of any of the formats.
 
     text_field    the column of a table or of JSON that holds the text
-    separator     splits a text file into documents; its line ends are those of the file, \\n or \\r\\n
+    separator     splits a text file into documents; its \\n is \\r\\n where the file's first lines end so
     invalid_utf8  what to do with bytes that are not UTF-8: "error", or "replace" by U+FFFD
     """
 
@@ -114,8 +114,10 @@ class Reader:
                 yield from self._rows(stream, file, offset, index)
 
     def _text(self, stream: BinaryIO, file: str, offset: int, index: int, windows: bool) -> Iterator[Part]:
-        separator = (self.separator or "").replace("\r\n", "\n").replace("\n", "\r\n" if windows else "\n").encode()
-        for raw, last, behind in _cut(stream, separator, offset, index):
+        separator = self.separator or ""
+        if windows and "\r" not in separator:
+            separator = separator.replace("\n", "\r\n")
+        for raw, last, behind in _cut(stream, separator.encode(), offset, index):
             yield self._decode(raw, file, offset), last, behind
             offset = behind[0]
 

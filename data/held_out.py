@@ -1,90 +1,148 @@
-"""A validation split for few documents, or one: the end of the longest is held out.
+"""A validation split for few documents, or one.
 
-Documents are split by their names (data/corpora.py), which leaves a split empty, or nearly, where they are few. Then
-all text is trained on but the last A bytes of the longest document, the first of several of one length:
+Documents are split by their names (data/corpora.py), which leaves a split empty, or nearly, where they are few. That
+split stands where it holds out LEAST bytes, or A of them. Else A of all N bytes are held out:
 
-    A = min(max(fraction x all bytes, LEAST), half of that document)
+    A = min(max(fraction x N, min(LEAST, N / 8)), N / 2)
 
-It is cut before those A bytes, at the end of a paragraph where one ends among the A bytes before; else at the end of a
-line, else at a blank, else between two characters (of the part of the document that is read at once). Copies of that
-document are left out. The split by names stands where it holds out LEAST bytes, or as much as the cut would. Nothing
-but the texts and their order decides, so that every machine cuts at the same place.
+A document of at least 2 A bytes is cut, the longest one, the first of several of one length: its end is held out. The
+cut is A bytes before its end, or before that: at the end of a paragraph where one ends among the A bytes before, else
+at the end of a line, else at a blank, else between two characters (of the part of the document that is read at once).
+Where all documents are shorter, whole ones are held out, in the order of the hashes of their names, until they have A
+bytes.
+
+A copy of a document that is held out is held out too, and one of the document that is cut is left out. Nothing but the
+names, the texts and their order decides, so that every machine holds out the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from data.corpora import SPLITS, Corpus, Document
+from data.corpora import SPLITS, Corpus, Document, hash_position
 from data.formats import boundary
 
 LEAST = 4096  # bytes: some sequences of the smallest model
 
 
-def end_held_out(corpus: Corpus, fraction: float) -> Corpus:
+class Size(NamedTuple):
+    """What is known of a document."""
+
+    name: str
+    num_bytes: int
+    digest: bytes
+
+
+def with_held_out(corpus: Corpus, fraction: float) -> Corpus:
     """The corpus itself where its own split will do. It is read until that is known, which takes few documents."""
-    held_out = dict.fromkeys(SPLITS, 0)
-    number = size = total = length = 0
-    name = ""
-    longest: dict[int, bytes] = {}  # the documents of this length, and their hashes
-    digest = hashlib.sha256()
+    found = dict.fromkeys(SPLITS, 0)
+    sizes: list[Size] = []
+    num_bytes, digest = 0, hashlib.sha256()
     for document in corpus:
         raw = _raw(document.text)
-        digest.update(raw)
-        num_bytes = len(raw)
-        held_out[document.split] += num_bytes
-        total, size = total + num_bytes, size + num_bytes
-        if held_out["train"] and held_out["validation"] >= LEAST:
+        found[document.split] += len(raw)
+        if found["train"] and found["validation"] >= LEAST:
             return corpus
+        digest.update(raw)
+        num_bytes += len(raw)
         if document.last:
-            if size > length:
-                longest, length, name = {}, size, document.name
-            if size == length:
-                longest[number] = digest.digest()
-            number, size, digest = number + 1, 0, hashlib.sha256()
-    amount = min(max(int(fraction * total), LEAST), length // 2)
-    if not amount or (held_out["train"] and held_out["validation"] >= min(LEAST, amount)):
+            sizes.append(Size(document.name, num_bytes, digest.digest()))
+            num_bytes, digest = 0, hashlib.sha256()
+    total = sum(found.values())
+    amount = min(max(int(fraction * total), min(LEAST, total // 8)), total // 2)
+    if found["train"] and found["validation"] >= max(1, min(LEAST, amount)):
         return corpus
-    first, *others = longest
-    copies = frozenset(other for other in others if longest[other] == longest[first])
-    return EndHeldOut(corpus, first, name, length - amount, amount, copies)
+    longest = max(range(len(sizes)), key=lambda number: sizes[number].num_bytes, default=0)
+    if total < 2 or sizes[longest].num_bytes < 2 * max(amount, 1):
+        return _whole(corpus, sizes, max(amount, 1))
+    copies = frozenset(n for n, size in enumerate(sizes) if size.digest == sizes[longest].digest) - {longest}
+    return EndHeldOut(corpus, longest, sizes[longest], max(amount, 1), copies)
+
+
+def _whole(corpus: Corpus, sizes: list[Size], amount: int) -> Corpus:
+    """Without a copy on either side, and never all of them."""
+    held: set[bytes] = set()
+    rest = {size.digest for size in sizes if size.num_bytes}
+    for size in sorted(sizes, key=lambda size: hash_position(size.name)):
+        if len(rest) > 1 and size.digest in rest and amount > 0:
+            held.add(size.digest)
+            rest.remove(size.digest)
+            amount -= sum(other.num_bytes for other in sizes if other.digest == size.digest)
+    numbers = frozenset(n for n, size in enumerate(sizes) if size.digest in held)
+    return DocumentsHeldOut(corpus, numbers, sum(sizes[n].num_bytes for n in numbers)) if numbers else corpus
 
 
 def _raw(text: str) -> bytes:
     return text.encode("utf-8", errors="replace")
 
 
-class EndHeldOut(Corpus):
-    """A corpus in training, but for the end of its document of this number, which is cut at `cut` bytes or before, and
-    for copies of that document.
-
-    A position is that of the corpus, the number of the document that comes next, and how many bytes of it are done.
+class HeldOut(Corpus):
+    """A corpus in training, but for some of it. A position is that of the corpus, the number of the document that comes
+    next, and how many bytes of it are done.
     """
 
-    def __init__(self, corpus: Corpus, number: int, name: str, cut: int, amount: int, copies: frozenset[int]):
-        self.corpus, self.number, self.name, self.cut, self.amount = corpus, number, name, cut, amount
-        self.copies = copies
+    def __init__(self, corpus: Corpus):
+        self.corpus = corpus
 
     def read(self, position: tuple[Any, int, int] | None = None) -> Iterator[Document]:
         behind, number, done = position or (None, 0, 0)
         for document in self.corpus.read(behind):
             raw, begin = _raw(document.text), done
-            done += len(raw)
-            place = (document.position, number, done) if not document.last else (document.position, number + 1, 0)
-            whole = document._replace(split="train", position=place)
-            if number != self.number or done <= self.cut:
-                if number not in self.copies:
-                    yield whole
-            elif begin > self.cut:
-                yield whole._replace(split="validation")
-            else:
-                at = self._cut(raw, self.cut - begin) or (0 if begin else len(document.text[:1].encode()))
-                yield Document("train", document.name, raw[:at].decode(), True)
-                yield whole._replace(split="validation", name=f"{document.name}, its end", text=raw[at:].decode())
-            if document.last:
-                number, done = number + 1, 0
+            number_behind, done = (number + 1, 0) if document.last else (number, done + len(raw))
+            place = (document.position, number_behind, done)
+            yield from self._split(document._replace(split="train", position=place), raw, number, begin)
+            number = number_behind
+
+    def _split(self, document: Document, raw: bytes, number: int, begin: int) -> Iterator[Document]:
+        """A part, which begins at this byte of the document of this number, in its splits."""
+        raise NotImplementedError
+
+    def fraction(self, position: tuple[Any, int, int]) -> float | None:
+        return self.corpus.fraction(position[0])
+
+    def fingerprint(self) -> str:
+        return self.corpus.fingerprint()
+
+    def left_out(self) -> str:
+        return self.corpus.left_out()
+
+
+class DocumentsHeldOut(HeldOut):
+    """But for the documents of these numbers."""
+
+    def __init__(self, corpus: Corpus, numbers: frozenset[int], num_bytes: int):
+        super().__init__(corpus)
+        self.numbers, self.num_bytes = numbers, num_bytes
+
+    def _split(self, document: Document, raw: bytes, number: int, begin: int) -> Iterator[Document]:
+        yield document._replace(split="validation") if number in self.numbers else document
+
+    def describe(self) -> str:
+        held = f"{len(self.numbers):,} of them, {self.num_bytes:,} bytes, are the validation split"
+        return f"{self.corpus.describe()}; these are few documents, so that {held}"
+
+
+class EndHeldOut(HeldOut):
+    """But for the end of the document of this number, and copies of that document."""
+
+    def __init__(self, corpus: Corpus, number: int, size: Size, amount: int, copies: frozenset[int]):
+        super().__init__(corpus)
+        self.number, self.size, self.amount, self.copies = number, size, amount, copies
+        self.at = size.num_bytes - amount
+
+    def _split(self, document: Document, raw: bytes, number: int, begin: int) -> Iterator[Document]:
+        end = document._replace(split="validation", name=f"{document.name}, its end")
+        if number != self.number or begin + len(raw) <= self.at:
+            if number not in self.copies:
+                yield document
+        elif begin > self.at:
+            yield end
+        else:
+            at = self._cut(raw, self.at - begin) or (0 if begin else len(document.text[:1].encode()))
+            yield Document("train", document.name, raw[:at].decode())
+            yield end._replace(text=raw[at:].decode())
 
     def _cut(self, raw: bytes, stop: int) -> int:
         for end in (b"\n\n", b"\r\n\r\n", b"\n"):
@@ -93,18 +151,7 @@ class EndHeldOut(Corpus):
         at = boundary(raw, 0, stop) if stop else 0
         return at if len(raw) <= at or raw[at] & 0xC0 != 0x80 else 0
 
-    def fraction(self, position: tuple[Any, int, int]) -> float | None:
-        return self.corpus.fraction(position[0])
-
-    def fingerprint(self) -> str:
-        return self.corpus.fingerprint()
-
     def describe(self) -> str:
-        return (
-            f"{self.corpus.describe()}; these are few documents, so that the end of {self.name.rpartition(':')[0]}, "
-            f"some {self.amount:,} bytes, is the validation split"
-            f"{f', and {len(self.copies):,} copies of it are left out' if self.copies else ''}"
-        )
-
-    def left_out(self) -> str:
-        return self.corpus.left_out()
+        held = f"the end of {self.size.name.rpartition(':')[0]}, some {self.amount:,} bytes, is the validation split"
+        copies = f", and {len(self.copies):,} copies of it are left out" if self.copies else ""
+        return f"{self.corpus.describe()}; these are few documents, so that {held}{copies}"

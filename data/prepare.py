@@ -61,9 +61,13 @@ def prepare(
     Raises ValueError if either split has no document, or the corpus changes or breaks off while it is read.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     if not folder.exists():
-        with _lock(folder):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = _lock(folder)
+        except OSError as error:
+            raise ValueError(f"{folder.parent} can't be written ({error}); TTR_CACHE names another folder") from error
+        with lock:
             if not folder.exists():
                 _Preparation(corpus, tokenizer, folder, shard_tokens, num_workers, drop_duplicates).run()
     if isinstance(tokenizer, Trainable) and not tokenizer.trained:

@@ -72,6 +72,7 @@ class AssociativeRecall:
         self.train_size, self.validation_size = train_size, validation_size
         self.tokenizer = None
         self.targets_per_token = num_pairs / seq_len
+        self.chance = 1 / (vocab_size - vocab_size // 2)  # the accuracy of a guess among all values
 
     def prepare(self, num_workers: int = 0, verify: bool = False) -> None:
         """Nothing to prepare: sequences are made when they are asked for."""
@@ -90,6 +91,7 @@ class AssociativeRecall:
         return [
             f"multi-query associative recall: {self.num_pairs} pairs in {self.seq_len} tokens",
             f"vocabulary {self.vocab_size:,}; gaps by a power law, a = {self.power_a}; filler: {filler}",
+            f"accuracy of a guess: {self.chance:.3g} among all values, {1 / self.num_pairs:.3g} among a sequence's own",
             f"train: {self.train_size:,} sequences; validation: {self.validation_size:,}",
         ]
 

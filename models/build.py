@@ -13,7 +13,8 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from typing import Any
 
 import hydra.utils
@@ -102,12 +103,41 @@ def allowed_packages() -> tuple[str, ...]:
     that can't be found."""
     names = tuple(name.strip() for name in os.environ.get(PACKAGES, "").split(",") if name.strip())
     for name in names:
+        if name in (*KNOWN, "conf", "scripts", "train"):
+            raise ValueError(f"{PACKAGES}={os.environ[PACKAGES]}: {name!r} is taken; give your package another name")
         if not name.isidentifier() or name == "__main__" or importlib.util.find_spec(name) is None:
             raise ValueError(
                 f"{PACKAGES}={os.environ[PACKAGES]}: {name!r} is not a package that Python finds; it must be "
                 "the name of one that is installed, or whose folder is on PYTHONPATH"
             )
     return names
+
+
+def parameters(name: str) -> list[str]:
+    """The settings of the class that a `_target_` names, if a config may name it."""
+    if not name.startswith((*TARGETS, *(f"{package}." for package in allowed_packages()))):
+        return []
+    module, _, attribute = name.rpartition(".")
+    try:
+        return list(inspect.signature(getattr(importlib.import_module(module), attribute)).parameters)
+    except (ImportError, AttributeError):
+        return []
+
+
+def near(word: str, names: Iterable[str]) -> str | None:
+    """The name that was probably meant: as many letters in the same order, the first above all (Winkler's measure);
+    capitals and hyphens count for nothing."""
+
+    def plain(name: str) -> str:
+        return name.lower().replace("-", "_")
+
+    def likeness(name: str) -> float:
+        same = difflib.SequenceMatcher(None, plain(name), plain(word)).ratio()
+        first = takewhile(lambda pair: pair[0] == pair[1], zip(plain(name)[:4], plain(word), strict=False))
+        return same + (1 - same) * 0.1 * len(list(first))
+
+    best = max(names, key=likeness, default="")
+    return best if likeness(best) > 0.65 else None
 
 
 def _belongs(target: Any, module: str) -> bool:
@@ -144,6 +174,6 @@ def _problems_of_target(node: dict[str, Any], path: str, targets: tuple[str, ...
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
     for key in node.keys() - HYDRA_KEYS - parameters.keys():
-        near = difflib.get_close_matches(key, parameters, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(parameters)}"
+        meant = near(key, parameters)
+        hint = f"did you mean {meant}?" if meant else f"it has {', '.join(parameters)}"
         yield f"{path}.{key}={node[key]} is not a setting of {name}; {hint}".lstrip(".")

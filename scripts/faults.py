@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import conf.checks  # noqa: F401  # with the next line, what train.py imports late
 import train
 from models.training.logger import cells
 from models.training.preemption import UNFINISHED

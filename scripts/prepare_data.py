@@ -17,14 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hydra
 from omegaconf import DictConfig
 
-from conf import schema
+from conf import schema, settings
+from conf.command import one_sentence
 from models.build import build
 
 schema.register()
 
 
+@one_sentence
 @hydra.main(config_path="../conf", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> None:
+    settings.whole_numbers(cfg)
     try:
         task = build(cfg.data, tokenizer=build(cfg.tokenizer), seq_len=cfg.seq_len)
         task.prepare(cfg.num_workers, verify=cfg.get("verify", False))

@@ -50,6 +50,8 @@ def of_sweep(outcomes: Sequence[Outcome]) -> str:
     for parent in parents:
         if parent.is_dir():
             keep_failures(parent, {folder: told for folder, told in said.items() if folder.parent == parent})
+    if all(outcome.failed for outcome in outcomes):
+        return ""
     # without name= a sweep over models has a folder for each of them
     alone = len(parents) == 1
     where = list(parents) if alone else [folder for folder in said if (folder / "config.yaml").exists()]

@@ -10,12 +10,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from models.training.logger import CsvLogger, read_metrics
 from tests.conftest import ROOT
+from tests.laws import conftest as laws
 from tests.laws import presets, test_laws, test_objectives
 
 EXAMPLE = ROOT / "docs" / "examples" / "own_mixer"
@@ -112,6 +114,22 @@ def test_what_is_forgotten_is_told_in_a_sentence(broken, name):
     broken(name)
     with pytest.raises((AssertionError, pytest.fail.Exception), match=rf"^mine[:,].*{re.escape(sentence)}"):
         tried(law, "mine")
+
+
+@pytest.mark.parametrize("recipe, style, alone", [("mine.yaml", "auto", True), ("mine.yaml", "long", False),
+                                                  (None, "auto", False)])  # fmt: skip
+def test_of_an_own_recipe_the_sentence_is_all_that_a_law_shows(recipe, style, alone):
+    def law():
+        assert 1 + 1 == 3, "mine: the layer is not causal"
+
+    item = SimpleNamespace(config=SimpleNamespace(getoption={"recipe": recipe, "tbstyle": style}.get))
+    report = SimpleNamespace(failed=True, longrepr="pages of code")
+    showing = laws.pytest_runtest_makereport(item, pytest.CallInfo.from_call(law, "call"))
+    next(showing)
+    with pytest.raises(StopIteration) as stop:
+        showing.send(report)
+    assert stop.value.value is report
+    assert report.longrepr == ("mine: the layer is not causal" if alone else "pages of code")
 
 
 def test_a_recipe_without_an_objective_is_told_where_to_write_it():

@@ -100,8 +100,6 @@ MISTAKES = {
     # wrong choices and types
     "model=gated_dleta": "gated_dleta",
     "size=huge": "huge",
-    "experiment=nope": "Could not find 'experiment/nope'",
-    "debug=overfitt": "Could not find 'debug/overfitt'",
     "model.num_layers=twelve": "num_layers",
     "model.mixers.main.regressor.backend=fla": "backend=fla can't run",
     # impossible settings

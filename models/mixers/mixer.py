@@ -65,6 +65,7 @@ class Mixer(nn.Module):
     same number.
 
     num_heads, num_kv_heads, key_dim, value_dim: H, G (default H), K and V (default D / H).
+    num_key_heads: of queries and keys, each for as many heads of values (grouped value heads, Qwen3-Next; default H).
     conv_size: width of the short convolution, 0 for none.
     conv_on: qkv | k (on the keys alone), what it acts on.
     pairs: same | shift, which key a token's value goes with: its own, or the previous token's, which makes bigrams of
@@ -109,6 +110,7 @@ class Mixer(nn.Module):
         output_projection: bool = True,
         norm_eps: float = 1e-6,
         output_norm_eps: float | None = None,
+        num_key_heads: int | None = None,
     ) -> None:
         super().__init__()
         H, G = num_heads, num_kv_heads or num_heads
@@ -124,6 +126,12 @@ class Mixer(nn.Module):
             )
         if H % G:
             raise ValueError(f"num_kv_heads={G} does not divide num_heads={H}")
+        if H % (num_key_heads or H) or (num_key_heads and (G != H or not self.own_queries)):
+            raise ValueError(
+                f"num_key_heads={num_key_heads}: it must divide num_heads={H}, and stand beside no num_kv_heads and "
+                "not in a mixer whose queries are the keys; leave it out for as many as num_heads"
+            )
+        self.values_per_key = H // (num_key_heads or H)
         K, V = key_dim or hidden_size // H, value_dim or hidden_size // H
         if rotary is not None and K % 2:
             raise ValueError(f"key_dim={K} must be even for rotary positions")
@@ -139,7 +147,8 @@ class Mixer(nn.Module):
         self._check_recipe()
         self.regressor.decay_kind = self.decay.kind
         n = self.regressor.pairs_per_token
-        self.sizes = [H * K if self.own_queries else 0, n * G * K, n * G * V]  # q, k, v
+        r = self.values_per_key
+        self.sizes = [H // r * K if self.own_queries else 0, n * G // r * K, n * G * V]  # q, k, v
         self.projection = nn.Linear(hidden_size, sum(self.sizes) + (H * V if self.gate else 0), bias=False)
         self._build_along(conv_size, conv_on)
         self.shift = Shift(self.sizes[1]) if pairs == "shift" else None
@@ -193,6 +202,8 @@ class Mixer(nn.Module):
             y.unflatten(-1, (m, -1, width)).flatten(1, 2)  # [B, T, H, K], [B, T n, G, K], [B, T n, G, V]
             for y, m, width in ((q, 1, self.key_dim), (k, n, self.key_dim), (v, n, self.value_dim))
         )
+        if self.values_per_key > 1:
+            q, k = (y.repeat_interleave(self.values_per_key, dim=2) for y in (q, k))
         q, k = self._address(q, positions, self.q_norm), self._address(k, _each(positions, n), self.k_norm)
         log_decay, signs = self.decay(x)
         if signs is not None:

@@ -31,6 +31,7 @@ class Training(L.LightningModule):
         times the tokens, never by a count that differs between micro-batches, so that every split of a batch gives the
         same gradient.
     bytes_per_token: of the validation text, for bits per byte; None where there is no text.
+    chance: the accuracy of a guess, for a task that has right answers; logged beside the model's.
     guard, preemption: what is asked about every step, and told.
     """
 
@@ -43,6 +44,7 @@ class Training(L.LightningModule):
         clip_norm: float,
         targets_per_token: float = 1.0,
         bytes_per_token: float | None = None,
+        chance: float | None = None,
         compile_blocks: bool = False,
         guard: Guard | None = None,
         preemption: Preemption | None = None,
@@ -53,7 +55,7 @@ class Training(L.LightningModule):
         self.model = model
         self.optimizer, self.schedule = optimizer, schedule(num_steps=num_steps)
         self.num_steps, self.clip_norm = num_steps, clip_norm
-        self.targets_per_token, self.bytes_per_token = targets_per_token, bytes_per_token
+        self.targets_per_token, self.bytes_per_token, self.chance = targets_per_token, bytes_per_token, chance
         self.compile_blocks = compile_blocks
         self.guard, self.preemption = guard or Guard(), preemption or Preemption()
         self.flops_per_token = 0  # to train, known when the sequences are
@@ -189,6 +191,8 @@ class Training(L.LightningModule):
             metrics["validation/bits_per_byte"] = mean / math.log(2) / self.bytes_per_token
         else:
             metrics["validation/accuracy"] = (sums[2].sum() / count.sum()).item()
+            if self.chance is not None:
+                metrics["validation/chance"] = self.chance
         for first, last in position_ranges(len(count)):
             if part := count[first:last].sum().item():
                 metrics[f"validation/nats_at/{first}-{last - 1}"] = nats[first:last].sum().item() / part

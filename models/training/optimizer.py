@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from models.language_model import LanguageModel
 from models.mixers.mixer import Mixer
 from models.parts.orthogonal import orthogonal
+from models.regression.regressor import Regressor
 
 
 def parameter_groups(model: LanguageModel, weight_decay: float) -> list[dict[str, Any]]:
@@ -58,10 +59,20 @@ def muon(
     eps: float = 1e-8,
     weight_decay: float = 0.1,
 ) -> MuonAdamW:
-    """Muon for the matrices that decay in parameter_groups, AdamW for the rest, at one learning rate."""
+    """Muon for the matrices between vectors of the model, AdamW for the rest, at one learning rate.
+
+    Those are what decays in parameter_groups, and a regressor's own `projections`, which so decay too. Not among them
+    are filters of convolutions, which are a row of numbers for each channel; gates, decays and step sizes, a vector for
+    each head; embeddings, persistent keys and values and landmarks, which are points; and what belongs to the inner
+    model, a memory's first weights and its features.
+    """
     if not 0 <= momentum < 1:
         raise ValueError(f"optimizer.momentum={momentum} must be at least 0 and below 1")
     matrices, rest = parameter_groups(model, weight_decay)
+    regressors = [m for m in model.modules() if isinstance(m, Regressor)]
+    own = {id(getattr(r, name).weight) for r in regressors for name in r.projections}
+    matrices["params"] += [p for p in rest["params"] if id(p) in own]
+    rest["params"] = [p for p in rest["params"] if id(p) not in own]
     return MuonAdamW([{**matrices, "momentum": momentum}, rest], lr=lr, betas=(*betas,), eps=eps, fused=True)
 
 

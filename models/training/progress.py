@@ -78,6 +78,8 @@ class Progress(Callback):
         for name, label in {"validation/bits_per_byte": "bits per byte", "validation/accuracy": "accuracy"}.items():
             if name in found:
                 parts.append(f"{float(found[name]):.3f} {label}")
+        if "validation/chance" in found:
+            parts[-1] += f" (chance {float(found['validation/chance']):.3f})"
         gone = timedelta(seconds=round(time.perf_counter() - self.started))
         self._say([*parts, f"{gone} gone, {self._left(trainer)} left"])
         self._begin_window(trainer)

@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from conf.schema import FREE_TO_CHANGE
+from conf.folders import FREE_TO_CHANGE
 from models.build import current
 
 
@@ -116,7 +116,7 @@ class Run:
 
 
 def difference(before: Any, now: Any, path: str = "") -> str:
-    """The settings that differ, one a line, but for those that may change (conf/schema.py: FREE_TO_CHANGE)."""
+    """The settings that differ, one a line, but for those that may change (conf/folders.py: FREE_TO_CHANGE)."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [k for k in dict.fromkeys([*before, *now]) if path or k not in FREE_TO_CHANGE]
         absent = "(absent)"  # which null is as good as: a setting may be younger than a run
@@ -132,6 +132,7 @@ def describe(result: dict[str, Any]) -> str:
     shown = {
         "validation/bits_per_byte": "bits per byte",
         "validation/accuracy": "accuracy",
+        "validation/chance": "by chance",
         "validation/nats": "nats per token",
         "validation/perplexity": "perplexity",
     }

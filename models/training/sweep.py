@@ -20,14 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import open_dict, read_write
 
 from models.training.run import describe
-from models.training.summary import say
 
 Result = dict[str, Any] | None  # of a run, None on a rank that does not write it
 
@@ -64,13 +61,15 @@ class Sweep:
             main()
             if not self.outcomes:
                 return
-            failures = [outcome for outcome in self.outcomes if outcome.failed]
-            say(f"\nsweep     {len(self.outcomes)} jobs, {len(failures)} failed")
+            from models.training.summary import say  # with torch, which the jobs have imported
+
+            failed = [(name, job) for name, job in self._named() if job.failed]
+            say(f"\nsweep     {len(self.outcomes)} jobs, {len(failed)} failed")
             say("\n".join(f"  {name}   {'FAILED' if job.failed else job.says}" for name, job in self._named()))
             self._compare()
-            if failures:
+            if failed:
                 say("\nfailed; the same command tries again, and leaves out the jobs that are finished:")
-                say("\n".join(f"  {job.folder}\n      {job.says}" for job in failures))
+                say("\n".join(f"  {name}   {job.says}\n      {job.folder}" for name, job in failed))
                 sys.exit(1)
 
         return wrapped
@@ -95,16 +94,21 @@ class Sweep:
             self.outcomes.append(Outcome(words, folder, failure or describe(result or {}), bool(failure)))
             if failure and self.process != os.getpid():
                 raise JobError(failure)
-            return None if failure or not result else result["validation/nats"]
+            return None if failure or not result else result.get("validation/nats")
 
         return wrapped
 
-    @rank_zero_only
     def _compare(self) -> None:
-        try:
-            say(self.page(self.outcomes))
-        except Exception as error:
-            say(f"warning: there is no page of this sweep: {type(error).__name__}: {error}")
+        from models.training.summary import rank_zero_only, say
+
+        @rank_zero_only
+        def write() -> None:
+            try:
+                say(self.page(self.outcomes))
+            except Exception as error:
+                say(f"warning: there is no page of this sweep: {type(error).__name__}: {error}")
+
+        write()
 
     def _named(self) -> Iterator[tuple[str, Outcome]]:
         """Each job by the words in which it differs from others."""
@@ -129,7 +133,7 @@ def _attempt(task: Callable[[Any], Result], cfg: Any) -> tuple[Result, str]:
     except SystemExit as stop:
         if not isinstance(stop.code, str):  # a number: it was asked to stop
             raise
-        say(stop.code)
+        print(stop.code, flush=True)
         return None, stop.code.removeprefix("error: ")
     except Exception as error:
         traceback.print_exc()
@@ -148,13 +152,14 @@ def alone() -> Iterator[None]:
         sys.argv = words
         os.environ.clear()
         os.environ.update(environment)
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        if compiler := sys.modules.get("torch._dynamo"):
-            compiler.reset()
         gc.collect()  # Lightning's objects refer to each other in circles
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        if torch := sys.modules.get("torch"):
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            if compiler := sys.modules.get("torch._dynamo"):
+                compiler.reset()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
 
 
 def _words_of_the_job() -> list[str]:

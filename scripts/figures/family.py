@@ -29,7 +29,14 @@ BRANCHES = {  # folder of models/regression: (title, what its members have in co
     "deep": ("deep: networks", "a network that learns within the sequence", "#9b2c2c"),
 }
 COLUMNS = (("linear", "least_squares"), ("local", "deep"))
-DECAYS = {"none": "#edf2f7", "fixed": "#fefcbf", "scalar": "#bee3f8", "channel": "#d6bcfa", "signed": "#fed7d7"}
+DECAYS = {
+    "none": "#edf2f7",
+    "fixed": "#fefcbf",
+    "scalar": "#bee3f8",
+    "channel": "#d6bcfa",
+    "channel_rate": "#e9d8fd",
+    "signed": "#fed7d7",
+}
 HEAD, ROW, GAP = 1.9, 1.0, 0.7  # heights, in rows
 NAME, DECAY, SOLVER = 0.02, 0.37, 0.53  # where the three columns of a box begin, of its width
 TEXT: dict[Any, Any] = {

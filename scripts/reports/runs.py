@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import csv
 import json
 import os
 from dataclasses import dataclass, field
@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from models.build import current
-from models.training.logger import CsvLogger, cells
+from models.build import current, near
 
 WITHIN = ("model", "checkpoints", "wandb")  # folders of a run that hold no runs
 NUMBERS = {"validation/bits_per_byte": "bits per byte", "validation/accuracy": "accuracy"}  # the first that all have
@@ -96,11 +95,13 @@ def find(folders: list[Path]) -> list[Record]:
 
 
 def read(folder: Path, failure: str = "", words: list[str] | None = None) -> Record:
-    """One run. A row that a kill has cut off is left out."""
+    """One run. A row that a kill has cut off is left out. (models.training.logger reads such files too, after six
+    seconds of importing Lightning.)"""
     config: Any = current(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
-    metrics, result = folder / CsvLogger.FILE, folder / "result.json"
+    metrics, result = folder / "metrics.csv", folder / "result.json"
     text = metrics.read_text() if metrics.exists() else ""
-    rows = [{name: float(cell) for name, cell in row.items()} for row in cells(text[: text.rfind("\n") + 1])]
+    whole = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    rows = [{name: float(cell) for name, cell in row.items() if cell} for row in whole]
     came = json.loads(result.read_text()) if result.exists() else None
     return Record(folder, config, rows, came, "" if came else failure, words or [])
 
@@ -120,8 +121,8 @@ def _near(folder: Path) -> str:
     while not parent.is_dir() and parent != parent.parent:
         parent, name = parent.parent, parent.name
     names = sorted(path.name for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if near := difflib.get_close_matches(name, names, n=1):
-        return f"; did you mean {parent / near[0]}?"
+    if meant := near(name, names):
+        return f"; did you mean {parent / meant}?"
     return f"; {parent} has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from conf.schema import FREE_TO_CHANGE
+from conf.folders import FREE_TO_CHANGE
 from scripts.reports.intervals import Interval, interval, paired
 from scripts.reports.presets import ABSENT, leaves, mixers
 from scripts.reports.runs import NATS, NUMBERS, Record

@@ -239,6 +239,7 @@ def test_a_separator_has_the_line_ends_of_its_file(tmp_path):
     (tmp_path / "unix.txt").write_bytes(b"a\nb\n\nc")
     (tmp_path / "windows.txt").write_bytes(b"a\r\nb\r\n\r\nc")
     assert texts(tmp_path, separator="\n\n") == ["a\nb", "c", "a\r\nb", "c"]
+    assert texts(tmp_path, separator="\r\n\r\n") == ["a\nb\n\nc", "a\r\nb", "c"]
 
 
 def test_prepared_data_of_before_are_found_again(tmp_path, monkeypatch):

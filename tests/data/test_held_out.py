@@ -40,7 +40,7 @@ def test_a_book_is_cut_at_a_paragraph(tmp_path, fraction):
     (train,), (validation,) = splits.values()
     assert train + validation == BOOK and train.endswith("\n\n") and validation.startswith("Paragraph ")
     total = len(BOOK.encode())
-    amount = min(max(int(fraction * total), LEAST), total // 2)
+    amount = min(max(int(fraction * total), LEAST), total // 2)  # an eighth of the book is more
     assert amount <= len(validation.encode()) < amount + 100
     said = json.loads((tmp_path / "shards" / "meta.json").read_text())["source"]
     assert said == (
@@ -60,13 +60,13 @@ TEXTS = {  # a text -> what its training part ends with
 
 
 @pytest.mark.parametrize("kind", TEXTS)
-@pytest.mark.parametrize("part", [64, 2**20])
+@pytest.mark.parametrize("part", [1000, 2**20])
 def test_a_text_without_paragraphs(tmp_path, monkeypatch, kind, part):
     """However it is read, and read on from any place."""
     text, end = TEXTS[kind]
     monkeypatch.setattr("data.formats.PART", part)
     (tmp_path / "a.txt").write_bytes(text.encode())
-    corpus = TextFiles(str(tmp_path / "a.txt"), validation_fraction=1e-9).with_both_splits()
+    corpus = TextFiles(str(tmp_path / "a.txt"), validation_fraction=0.4).with_both_splits()
     assert isinstance(corpus, EndHeldOut)
     documents = list(corpus)
     splits = {s: "".join(d.text for d in documents if d.split == s) for s in ("train", "validation")}
@@ -95,6 +95,28 @@ def split(folder, name):
     if found != ["validation"]:
         (folder / name).unlink()
     return found
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.4, 0.999])
+def test_of_short_documents_some_are_held_out(tmp_path, fraction):
+    """A copy is on the side of its document."""
+    notes = [f"note {i % 50}: {'short ' * (i % 50)}" for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": note}) + "\n" for note in notes))
+    corpus = TextFiles(str(tmp_path / "a.jsonl"), validation_fraction=fraction).with_both_splits()
+    documents = list(corpus)
+    assert [d.text for d in documents] == notes
+    train, validation = ({d.text for d in documents if d.split == s} for s in ("train", "validation"))
+    assert train and not train & validation
+    held = sum(len(d.text) for d in documents if d.split == "validation")
+    total = sum(map(len, notes))
+    amount = min(max(int(fraction * total), total // 8), total // 2)
+    assert amount <= held < amount + 2 * max(map(len, notes))
+    if fraction == 1e-9:
+        many = sum(d.split == "validation" for d in documents)
+        assert corpus.describe().endswith(f"so that {many} of them, {held:,} bytes, are the validation split")
+        assert list(corpus.read(json.loads(json.dumps(documents[30].position)))) == [
+            d._replace(position=tuple(d.position)) for d in documents[31:]
+        ]
 
 
 def test_enough_documents_are_split_by_their_names(tmp_path):

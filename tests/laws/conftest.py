@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,18 @@ def pytest_configure(config: pytest.Config) -> None:
             importlib.import_module(objective)
         except ModuleNotFoundError as error:
             raise pytest.UsageError(f"--objective {objective}: {error}; its folder must be on PYTHONPATH") from None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Of somebody's own recipe that breaks a law only the sentence is shown, which otherwise stands far above the end,
+    among the law's own code. --tb=long shows both."""
+    report = yield
+    config = item.config
+    if report.failed and config.getoption("recipe", None) and config.getoption("tbstyle") != "long":
+        said = str(call.excinfo.value) if call.excinfo and call.excinfo.errisinstance(AssertionError) else ""
+        if said and not said.startswith("assert "):
+            report.longrepr = said.splitlines()[0]
+    return report

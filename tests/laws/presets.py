@@ -32,6 +32,7 @@ DECAYS = {
     "fixed": "head",
     "scalar": "head",
     "channel": "channel",
+    "channel_rate": "channel",
     "signed": "signed",
 }  # conf/decay: kind
 

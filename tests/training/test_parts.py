@@ -34,6 +34,18 @@ def test_only_matrices_decay(preset, tied):
     assert adamw(m, lr=1.0).param_groups[1]["weight_decay"] == 0
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_muon_takes_the_matrices_and_nothing_else(preset):
+    """By what a parameter is, not by its number of axes: https://github.com/AI-Hypercomputer/maxtext/pull/4843 (of
+    filters), https://github.com/KellerJordan/Muon/pull/22, https://github.com/deepspeedai/DeepSpeed/pull/7641."""
+    m = model(preset)
+    names = {id(p): name for name, p in m.named_parameters()}
+    taken, rest = ({names[id(p)] for p in group["params"]} for group in muon(m, lr=1.0).param_groups)
+    own = {"probe"} if preset == "parallax" else set()
+    assert {name.split(".")[-2] for name in taken} == {"projection", "output", "up"} | own
+    assert taken | rest == set(names.values()) and not taken & rest
+
+
 def trained(optimizer, m, steps):
     """The weights after some steps on a fixed batch."""
     ids = torch.arange(40).view(2, 20)

@@ -64,6 +64,18 @@ def test_recipes_without_a_name_train(recipe, train):
     assert found[-1] < found[0] - 0.3, found
 
 
+@pytest.mark.slow
+def test_recall_is_what_its_first_line_says_and_tells_chance(train):
+    """Two steps of it. Law 10 has 200 of the same task."""
+    done = train("experiment=recall", "tokens=4096", "validation_tokens=2048", "~callbacks.plot")
+    assert done.returncode == 0, done.said[-6000:]
+    assert "4 pairs in 32 tokens" in done.said
+    assert "a guess: 0.0312 among all values, 0.25 among a sequence's own" in done.said
+    assert "accuracy (chance 0.031)" in done.said and "accuracy, 0.03125 by chance" in done.said
+    result = json.loads((train.runs / "recall-gated_delta" / "result.json").read_text())
+    assert result["validation/chance"] == 1 / 32 and 0 <= result["validation/accuracy"] <= 1
+
+
 def test_what_cannot_be_is_refused_with_what_can(train):
     """Channels that fade apart leave no least-squares problem."""
     done = train("name=unnamed", "model=mesa", f"{DECAY}=channel", *SMALL, *steps(15))

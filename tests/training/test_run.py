@@ -40,6 +40,13 @@ SMALL = [
 ]
 
 
+OVERLAYS = [
+    f"{path.parent.name}={path.stem}"
+    for group in ("debug", "experiment")
+    for path in sorted((ROOT / "conf" / group).glob("*.yaml"))
+]
+
+
 def rows(folder):
     """metrics.csv without what a clock decides."""
     return [
@@ -166,15 +173,36 @@ def test_the_same_run_however_its_batches_are_split(split, undisturbed, tmp_path
             ("model=hybrid", "tokenizer=bpe", "tokenizer.vocab_size=400", "tokenizer.train_bytes=300000"),
             "bits per byte",
         ),
-        (("debug=one_batch",), "finished"),
-        (("debug=overfit", "tokens=10240"), "finished"),
-        (("debug=profile", "tokens=2048", "trainer.profiler.filename=trace"), "finished"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_other_tasks_and_overlays(overrides, says, tmp_path, cache):
+def test_other_tasks(overrides, says, tmp_path, cache):
     said = start(tmp_path, cache, *overrides).end()
     assert "finished" in said and says in said, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_overlay_runs_to_its_end(overlay, tmp_path, cache):
+    """An experiment as it is, but for two steps; a debug overlay on the small model, with as many as it says."""
+    small = [word for word in SMALL if not word.startswith(("name=", "tokens="))]
+    debug = overlay.startswith("debug=")
+    words = small if debug else ["tokens='${mul:2,${batch_tokens}}'", "validation_tokens=${batch_tokens}"]
+    words += {"debug=overfit": ["tokens=5120"], "debug=profile": ["callbacks.profile.steps=2"]}.get(overlay, [])
+    started = Started(tmp_path, [overlay, "~callbacks.plot", *words], environment(tmp_path, cache))
+    assert "finished" in started.end() and started.returncode == 0, started.said
+    (result,) = tmp_path.glob("*/result.json")
+    assert "validation/nats" in json.loads(result.read_text())
+    if overlay == "debug=one_batch":
+        assert len(rows(result.parent)) == 2
+    if overlay == "debug=overfit":  # ten steps on one batch
+        losses = [row["train/loss"] for row in rows(result.parent)]
+        assert losses[-1] < losses[0] - 0.5, losses
+    if overlay == "debug=profile":  # https://github.com/Lightning-AI/pytorch-lightning/issues/9450
+        events = json.loads((result.parent / "profile.json").read_text())["traceEvents"]
+        names = [event["name"] for event in events]
+        assert len({name for name in names if name.startswith("ProfilerStep#")}) == 2 and "aten::mm" in names
+        assert re.search(r"aten::mm .*%", started.said) and len(rows(result.parent)) == 30
 
 
 @pytest.mark.slow
@@ -182,8 +210,14 @@ def test_text_files_through_train(tmp_path, cache):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "play.md").write_text("to be, or not to be: that is the question.\n" * 600)
     (tmp_path / "texts" / "scan.pdf").write_bytes(b"%PDF")
-    said = start(tmp_path, cache, "data=text_files", f"data.corpus.path={tmp_path}/texts").end()
+    command = ("data=text_files", f"data.corpus.path={tmp_path}/texts")
+    said = start(tmp_path, cache, *command).end()
     assert "left out: 1 .pdf" in said and "the end of play.md" in said and "finished" in said, said
+    # as if it had been stopped before its end, and the texts are others when it goes on
+    next(tmp_path.glob("**/result.json")).unlink()
+    (tmp_path / "texts" / "play.md").write_text("to be, or not to be, or both.\n" * 900)
+    said = start(tmp_path, cache, *command).end()
+    assert "error: the checkpoint was made on other data" in said and "Traceback" not in said, said
 
 
 @pytest.mark.slow

@@ -54,7 +54,9 @@ class Nystrom(FeatureMap):
 
     def phi(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [B, T, H, K] to [B, T, H, m]. Whitened by the Cholesky factor, kappa(Z, Z) + eps I = L L^T: L^-1 is the
-        inverse root up to a rotation, which no product of features sees, and has a gradient where eigenvalues meet.
+        inverse root up to a rotation, and has a gradient where eigenvalues meet. No product of features sees the
+        rotation, nor least squares with one ridge for all; with a ridge per channel, which model=nystrom learns, it
+        decides which directions they are.
         """
         beta = self.beta if self.log_beta is None else wide(self.log_beta).exp().view(-1, 1, 1)
         Z = F.normalize(self.landmarks.to(x.dtype), dim=-1)

@@ -36,7 +36,7 @@ from models.parts.norm import RMSNorm
 from models.parts.precision import NORM_EPS, wide
 from models.parts.sizes import Sizes
 from models.regression.deep import forms
-from models.regression.deep.memory import NetworkMemory
+from models.regression.deep.memory import NetworkMemory, Parameters
 from models.regression.deep.network import SwiGLU
 from models.regression.deep.optimizers import INNER_OPTIMIZERS
 from models.regression.deep.rules import AtEnd, Gates, Start
@@ -81,9 +81,7 @@ class LaCT(NetworkMemory):
             raise ValueError(f"regressor.expansion={expansion} leaves an inner width of {inner}; it must be positive")
         self.attention = Softmax(sizes, backend, window=window)
         self.rule = AtEnd(SwiGLU(), INNER_OPTIMIZERS["muon"], normed=True)
-        self.start = nn.ParameterList(
-            torch.randn(H, n, m) / math.sqrt(n) for n, m in ((K, inner), (K, inner), (inner, V))
-        )
+        self.start = Parameters(torch.randn(H, n, m) / math.sqrt(n) for n, m in ((K, inner), (K, inner), (inner, V)))
         self.rates, self.momentum, self.scale = nn.Linear(D, 3 * H), nn.Linear(D, H), nn.Linear(D, H)
         nn.init.constant_(self.rates.bias, math.log(math.expm1(BASE_RATE)))  # the inverse of softplus
         self.norm = RMSNorm(V, NORM_EPS)
@@ -92,7 +90,7 @@ class LaCT(NetworkMemory):
         return self.chunk or self.grad_batch
 
     def begin(self) -> Start:
-        return Start(tuple(self.start), True)
+        return Start(self.start(), True)
 
     def gates(self, x: Tensor, log_decay: Tensor | None = None) -> Gates:
         rates = F.softplus(wide(self.rates(x))).unflatten(-1, (-1, 3))

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.kernels import deep, ttt
 from models.kernels.backend import unlike
@@ -21,6 +21,15 @@ from models.regression.memory import Memory
 from models.regression.regressor import Tokens
 
 KERNELS: dict[type[Rule], Any] = {Online: (deep, kernel_online), Averaged: (ttt, kernel_averaged)}
+
+
+class Parameters(nn.ParameterList):
+    """A list that is called for its tensors: accelerate's hooks then bring those that it keeps elsewhere."""
+
+    __call__ = nn.Module.__call__  # a ParameterList refuses
+
+    def forward(self) -> tuple[Tensor, ...]:
+        return tuple(self)
 
 
 class NetworkMemory(Memory):

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from models.parts.precision import wide
 from models.parts.sizes import Sizes
-from models.regression.deep.memory import NetworkMemory, shares
+from models.regression.deep.memory import NetworkMemory, Parameters, shares
 from models.regression.deep.network import ACTIVATIONS, LOSSES, Network
 from models.regression.deep.optimizers import INNER_OPTIMIZERS
 from models.regression.deep.rules import AtEnd, Averaged, Gates, Online, Start
@@ -128,13 +128,13 @@ class DeepMemory(NetworkMemory):
         widths, scales = [K, *[inner] * (depth - 1), V], [1.0, *[inner**-0.5] * (depth - 1)]
         scales[-1] *= isinstance(self.rule, AtEnd)
         drawn = (s * torch.randn(H, n, m) for s, (n, m) in zip(scales, pairwise(widths), strict=True))
-        self.start = nn.ParameterList(F.pad(w, (0, 0, 0, int(bias))) for w in drawn)
-        self.norm = nn.ParameterList([torch.ones(H, 1, V), torch.zeros(H, 1, V)] if layer_norm else [])
+        self.start = Parameters(F.pad(w, (0, 0, 0, int(bias))) for w in drawn)
+        self.norm = Parameters([torch.ones(H, 1, V), torch.zeros(H, 1, V)] if layer_norm else [])
 
     def begin(self) -> Start:
-        *others, last = self.start
+        *others, last = self.start()
         last = last if isinstance(self.rule, AtEnd) else last / self.grad_batch
-        return Start((*others, last), self.fades, tuple(self.norm))
+        return Start((*others, last), self.fades, self.norm())
 
     def gates(self, x: Tensor, log_decay: Tensor | None = None) -> Gates:
         """1 - eta is the sigmoid of the negative, log eta logsigmoid: neither loses digits where eta is near 1 or 0."""

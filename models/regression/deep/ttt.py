@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from models.parts.precision import wide
 from models.parts.sizes import Sizes
-from models.regression.deep.memory import NetworkMemory, shares
+from models.regression.deep.memory import NetworkMemory, Parameters, shares
 from models.regression.deep.network import Network
 from models.regression.deep.rules import Averaged, Gates, Start
 
@@ -82,14 +82,15 @@ class TTT(NetworkMemory):
         self.rule = Averaged(Network("gelu_tanh", residual=True, limit_steps=False, bias=True))
         widths = (K, K) if inner_model == "linear" else (K, HIDDEN * K, K)
         start = [w for a, b in pairwise(widths) for w in (0.02 * torch.randn(H, a, b), torch.zeros(H, 1, b))]
-        self.start = nn.ParameterList(start)
+        self.start = Parameters(start)
         self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(H, K)), nn.Parameter(torch.zeros(H, K))
         self.token_offset = nn.Parameter(torch.zeros(grad_batch))
         self.step_size = nn.Linear(sizes.hidden_size, H)
 
     def begin(self) -> Start:
         """Of every layer W_0 above b_0; W_0 and b_0 take turns in self.start."""
-        layers = zip(self.start[::2], self.start[1::2], strict=True)
+        start = self.start()
+        layers = zip(start[::2], start[1::2], strict=True)
         norm = (self.norm_weight.unsqueeze(1), self.norm_bias.unsqueeze(1))
         return Start(tuple(torch.cat(layer, dim=1) for layer in layers), True, norm)
 

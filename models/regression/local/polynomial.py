@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -326,6 +327,8 @@ class Parallax(Nonparametric):
     rotary: the base of the mixer's own positions, or None; the probe then meets the keys as a query does. A window is
     refused: behind it the positions could not be counted.
     """
+
+    projections: ClassVar[tuple[str, ...]] = ("probe",)
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from models.parts.sizes import Sizes
 from models.regression.deep import LaCT
 from models.regression.deep.network import SwiGLU
 from models.regression.regressor import Tokens
+from scripts.recipes import composed
 from tests.regression.deep.test_deep import DOCUMENTS
 
 B, T, H, K, V = 2, 40, 2, 6, 5
@@ -90,6 +91,14 @@ def test_a_short_sequence_is_attention_beside_the_start():
         _, state = memory(Tokens(*inputs))
     for w, start in zip(state.memory.fitted.weights, memory.start, strict=True):
         assert torch.equal(w, start.expand(B, -1, -1, -1))
+
+
+def test_the_preset_learns_within_a_sequence_of_any_size():
+    """At least four chunks, and the published proportion of chunk and window."""
+    for size, seq_len, chunk in (("tiny", 128, 32), ("340m", 2048, 512)):
+        cfg = composed("lact", f"size={size}")
+        regressor = cfg.model.mixers.main.regressor
+        assert (cfg.seq_len, regressor.grad_batch, regressor.window) == (seq_len, chunk, chunk)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,236 @@
+"""The words of the command line: what Hydra refuses is told in one sentence, with the near match.
+
+Hydra finds what is misspelt, but says it with a page of options, with advice that is wrong here ("to append use +") or
+with a traceback. With HYDRA_FULL_ERROR=1 it raises its errors (hydra.errors) instead, whatever it was asked for: a run,
+a sweep, --cfg, --help, --info. So they are caught in one place, and told from what they carry and what was typed.
+(hydra.compose before hydra.main would be the other way; it knows no sweep and no flags, and composes twice.) Who sets
+HYDRA_FULL_ERROR has Hydra's own words, and the traceback.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from traceback import walk_tb
+
+from hydra._internal.utils import get_args_parser  # the flags that hydra.main takes; it has no public name
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from conf.known import Word, choices, known, read
+from conf.settings import DERIVED
+from models.build import near
+
+HYDRAS_OWN = "HYDRA_FULL_ERROR"
+
+
+def one_sentence(main: Callable[[], None]) -> Callable[[], None]:
+    """`main` is hydra.main's; what it refuses before the job begins ends the process with a sentence, exit code 1."""
+    job = inspect.unwrap(main).__code__
+
+    @wraps(main)
+    def told() -> None:
+        if os.environ.get(HYDRAS_OWN) == "1":
+            return main()
+        words = sys.argv[1:]
+        if mistake := flags(words):
+            sys.exit(f"error: {mistake}")
+        os.environ[HYDRAS_OWN] = "1"
+        try:
+            return main()
+        except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+            if any(frame.f_code is job for frame, _ in walk_tb(error.__traceback__)):
+                raise  # the job's own
+            sys.exit(f"error: {sentence(error, words)}")
+        finally:
+            os.environ.pop(HYDRAS_OWN, None)
+
+    return told
+
+
+def flags(words: list[str]) -> str | None:
+    """What is wrong with words that begin with a hyphen, or stand behind one."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    parser.error = refuse  # type: ignore[method-assign, assignment]  # which would print a page of usage
+    try:
+        parser.parse_args(words)
+    except ValueError as error:
+        said = str(error)
+    else:
+        return None
+    flags = [option for action in parser._actions for option in action.option_strings]
+    for word, behind in zip(words, [*words[1:], ""], strict=True):
+        bare, joined, value = word.lstrip("-").partition("=")
+        if not word.startswith("-") or word.partition("=")[0] in flags:
+            continue
+        if joined:
+            return f"{word}: a setting has no hyphens before it: {bare}={value}"
+        if behind and "=" not in behind:
+            return f"{word} {behind}: a setting has no hyphens before it and = behind it: {bare}={behind}"
+        meant = near(word, flags)
+        return f"{word} is not a flag; " + (f"did you mean {meant}?" if meant else "python train.py --help lists them")
+    if said.startswith("unrecognized arguments"):
+        return f"{said.partition(': ')[2]}: put flags before all settings, or behind them"
+    return said
+
+
+def sentence(error: Exception, words: list[str]) -> str:
+    """What was refused, in the terms of the one who typed it."""
+    typed = read(words)
+    said = str(error)
+    cause = error.__cause__ or error.__context__
+    if isinstance(error, OSError) and error.filename is not None:
+        folder = str(error.filename)
+        folder = folder if len(folder) < 100 else f"{folder[:60]}...{folder[-20:]}"
+        return f"{folder} can't be made ({error.strerror}); RUNS, name= and run_dir= say where a run lives"
+    if isinstance(error, OverrideParseException):
+        return unreadable(error.override, words, typed)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        return no_option(error.missing_cfg_file, list(error.options), said, typed)
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
+        return no_key(cause.full_key, said, typed)
+    if isinstance(cause, ValidationError) and cause.full_key:
+        return wrong_type(cause, said, typed)
+    if "group override must be a string" in said:  # size=340
+        for word in typed:
+            if not word.read.is_sweep_override() and not isinstance(word.read.value(), str | list | dict):
+                options = known(typed, word.key).options(word.group)
+                if options:
+                    return f"{word.bare} is not there; {hint(word.value, options, f'{word.key}=')}"
+    named = {part.strip("'.:") for part in said.split()}
+    for word in typed:
+        if named & {word.typed, word.bare, word.key}:
+            return refused(word, said, typed)
+    return re.split(r"\n\s*(?:Config search path|Search path|See https|To append)", said)[0].replace("\n", " ").strip()
+
+
+def hint(word: str, names: list[str], before: str = "", behind: str = "") -> str:
+    meant = near(word, names) if word else None
+    return f"did you mean {before}{meant}{behind}?" if meant else choices(names)
+
+
+def unreadable(word: str, words: list[str], typed: list[Word]) -> str:
+    """A word that is not NAME=VALUE."""
+    at = words.index(word)
+    before, behind = " ".join(words[max(0, at - 1) : at]), " ".join(words[at + 1 : at + 2])
+    name, joined, value = word.partition("=")
+    if name and joined:
+        return unreadable_value(word, behind)
+    if before.endswith("="):
+        return f"{before} {word}: there is no space around =: {before}{word}"
+    if behind.startswith("="):
+        shown = " ".join(words[at : at + (3 if behind == "=" else 2)])
+        return f"{shown}: there is no space around =: {shown.replace(' ', '')}"
+    name, colon, value = word.partition(":")
+    if colon and value.strip():
+        return f"{word}: a setting is joined to its value by =: {name.strip()}={value.strip()}"
+    if behind and "=" not in behind:
+        return f"{word} {behind}: a setting is joined to its value by =: {name}={behind}"
+    meant = None if "/" in word else near(word, known(typed).keys(""))
+    option = f"{meant}=..." if meant else known(typed).option(word)
+    return f"{word} has no value: a setting is NAME=VALUE" + (f"; did you mean {option}?" if option else "")
+
+
+def unreadable_value(word: str, behind: str) -> str:
+    name, _, value = word.partition("=")
+    if not re.fullmatch(r"[~+]*[\w-]+([./@:]+[\w-]+)*", name):
+        return f"{word}: {name!r} is not the name of a setting"
+    if value.startswith("="):
+        return f"{word} has one = too many; did you mean {name}={value.lstrip('=')}?"
+    for bracket, other in ("[]", "{}"):
+        if value.count(bracket) > value.count(other):
+            if behind:
+                whole = f"{word} {behind}".replace(", ", ",")
+                return f"{word} is broken off at a space; write {shlex.quote(whole)}"
+            return f"{word} has a {bracket} without its {other}"
+    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{word} can't be read; a text with signs is quoted twice: {name}=\"'{quoted}'\""
+
+
+def no_option(file: str, options: list[str], said: str, typed: list[Word]) -> str:
+    """A group has no such file; whoever asked for it."""
+    for word in typed:
+        if file.startswith(f"{word.group}/"):
+            name = file.removeprefix(f"{word.group}/")
+            return f"{word.key}={name} is not there; {hint(Path(name).stem, options, f'{word.key}=')}"
+    group, _, name = file.rpartition("/")
+    return f"{group}={name}, {inside(said)}, is not there; {hint(name, options, f'{group}=')}"
+
+
+def inside(said: str) -> str:
+    file = re.match(r"In '([^']+)'", said)
+    return f"in {file[1]}.yaml" if file else "in a file of the config"
+
+
+def where(key: str, said: str, typed: list[Word]) -> tuple[str, str]:
+    """A key as the one who typed it sees it, and its word's; or with the file that it stands in."""
+    for word in typed:
+        if f"{word.key}.".startswith(f"{key}.") or key.startswith(f"{word.key}."):
+            return word.bare, word.key
+    return f"{key}, {inside(said)},", key
+
+
+def no_key(key: str, said: str, typed: list[Word]) -> str:
+    shown, whole = where(key, said, typed)
+    parent, _, name = key.rpartition(".")
+    before = f"{parent}." if parent else ""
+    behind = whole.removeprefix(key) if whole.startswith(f"{key}.") else ""
+    if parent == "trainer" and name in DERIVED:
+        return f"{shown} would have no effect: set {DERIVED[name]}"
+    right = known(typed, whole)
+    names = right.groups_in(name) if "/" in name else right.keys(parent)
+    others = [] if behind else right.elsewhere(name)
+    if not near(name, names) and not others:
+        names = list(dict.fromkeys([*names, *right.unwritten(parent)]))
+    if name in names:
+        return f"{shown} is not written in the config; a + before it adds it: +{shown}"
+    if others and not (parent and near(name, names)):
+        return f"{shown} is not a setting; did you mean {others[0]}?"
+    return f"{shown} is not a setting; {hint(name, [n for n in names if n[0] != '_'], before, behind)}"
+
+
+def wrong_type(cause: ValidationError, said: str, typed: list[Word]) -> str:
+    shown, _ = where(str(cause.full_key), said, typed)
+    first = str(cause).splitlines()[0]
+    for kind, must in {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}.items():
+        if kind in first:
+            return f"{shown} must be {must}"
+    return f"{shown}: {first}"
+
+
+def refused(word: Word, said: str, typed: list[Word]) -> str:
+    """A word that Hydra can read and not use."""
+    key, value, bare = word.key, word.value, word.bare
+    if not key:
+        return f"{word.typed} has no name before its ="
+    if "Ambiguous" in said or "requires --multirun" in said:
+        thousands = re.fullmatch(r"\d{1,3}(,\d{3})+", value)
+        several = f"{word.typed} is several values, which only a sweep takes (train.py -m)"
+        if thousands:
+            return f"{several}; a number has no commas: {key}={value.replace(',', '')}"
+        return f"{several}; a list is {key}=[{value}]" if "." in key and "Ambiguous" in said else several
+    if "Multiple values" in said or "force-add" in said or "Could not append" in said:
+        return f"{word.typed}: the config has one already; write {bare}"
+    if "Did you mean to override" in said:
+        packages = re.findall(r"[\w/]+@[\w.]+", said.partition("Did you mean to override")[2].splitlines()[0])
+        return f"{bare} is not a setting; {hint(key, packages, behind=f'={value}')}"
+    if "does not exist" in said or "No match" in said or "looks like a config group" in said:
+        right = known(typed, key)
+        parent, dot, last = word.group.rpartition(".")
+        names = right.groups if "@" in key else right.keys(parent)
+        if last in names:
+            return f"{word.typed} is not what the config has; ~{key} takes away whatever it is"
+        sign, end = ("~", "") if word.read.is_delete() else ("", f"={value}")
+        package = key.removeprefix(word.group)
+        return f"{word.typed} names no setting; {hint(last, names, f'{sign}{parent}{dot}', f'{package}{end}')}"
+    return f"{word.typed}: {said.splitlines()[0]}"

@@ -1,0 +1,69 @@
+"""Where runs live, and what they are called."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+# What the same run may change when it goes on: where it runs and what it shows, not what it computes. (Losses then
+# agree to rounding.)
+FREE_TO_CHANGE = (
+    "trainer",
+    "logger",
+    "callbacks",
+    "micro_batch",
+    "num_workers",
+    "log_every",
+    "overwrite",
+    "run_dir",
+    "compile",
+    "guard",
+)
+
+LONGEST = 128  # characters of a run's name for wandb, and of a job's folder; file systems take 255 bytes
+
+
+def runs() -> str:
+    """The folder of all runs: RUNS, in which ~ is the home folder."""
+    return os.path.expanduser(os.environ.get("RUNS") or "runs")
+
+
+def run_id(run_dir: str) -> str:
+    """The run's directory below runs/ as a name without slashes: unique, and the same when the run goes on."""
+    root = Path(runs()).absolute()
+    path = Path(run_dir).absolute()
+    parts = path.relative_to(root).parts if path.is_relative_to(root) else path.parts[-2:]
+    exact = "-".join(parts)
+    return _shortened(re.sub(r"[^A-Za-z0-9_.-]+", "-", exact), exact)
+
+
+def job_folder(name: str, overrides: Sequence[str]) -> str:
+    """The folder of a sweep's job below runs/NAME: the words of its command line in alphabetical order, without those
+    that change no result (FREE_TO_CHANGE). Where a file system or a shell would not take them as they are, keys lose
+    all but their last part, then the end is cut off, and a hash of the whole marks the name.
+    """
+    words = sorted(word for word in overrides if _setting(word) != "name")
+    before = ",".join(words)  # how folders were named once: a sweep of that time goes on in them
+    if os.path.isfile(Path(runs(), name, before, "config.yaml")):
+        return before
+    exact = ",".join(word for word in words if _setting(word) not in (*FREE_TO_CHANGE, "strategy"))
+    readable = re.sub(r"[^A-Za-z0-9_.,=+~@:{}\[\]-]+", "-", exact)
+    if len(exact) > LONGEST:
+        readable = re.sub(r"(^|,)[^=,]*\.(?=\w+=)", r"\1", readable)
+    return readable if readable == exact and len(exact) <= LONGEST else _shortened(readable, exact, marked=True)
+
+
+def _setting(word: str) -> str:
+    """What a word like +trainer.devices=2 or logger@x=wandb sets, up to the first dot."""
+    return re.split(r"[.=@/]", word.lstrip("+~"))[0]
+
+
+def _shortened(readable: str, exact: str, marked: bool = False) -> str:
+    """`readable`, cut to LONGEST characters where it is longer, with the beginning of SHA-256 of `exact` at its end."""
+    if len(readable) <= LONGEST and not marked:
+        return readable
+    mark = hashlib.sha256(exact.encode()).hexdigest()[:8]
+    return f"{readable[: LONGEST - 9].rstrip('.,-')}-{mark}"
