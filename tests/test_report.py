@@ -14,7 +14,7 @@ import yaml
 
 from models.training.sweep import Outcome
 from scripts import report
-from scripts.reports import intervals, presets, runs, tables, variants
+from scripts.reports import evaluations, inner, intervals, presets, runs, tables, variants
 
 MODEL = {"hidden_size": 96, "num_layers": 4, "num_heads": 3, "pattern": ["main"], "feed_forward": "swiglu"}
 CONFIG = {
@@ -271,6 +271,49 @@ def test_many_variants_share_what_colours_there_are(tmp_path):
         run(tmp_path / f"{i}", "gla", 2 + i / 10, optimizer=CONFIG["optimizer"] | {"lr": i / 1000})
     page = Page(report.write([tmp_path])[0])
     assert "3 others" in page.text and "lr=0.01" in page.text
+
+
+def looked(step: int, layer: int, recall: list, half_life: list | None) -> str:
+    """A line of regression.jsonl, of two heads, three ages and one range of positions."""
+    row = {"step": step, "tokens": 100 * (step + 1), "layer": layer, "part": "", "mixer": "main", "regressor": "Delta"}
+    row |= {"positions": [[0, 16]], "before": [[0.5], [0.7]], "after": [[0.0], [None]], "ages": [0, 1, 2]}
+    row |= {"recall": recall, "recall_before": [0.1, 0.3], "loss": [[0.1] * 3] * 2, "loss_before": [0.5, 0.7]}
+    row |= {"quantities": {} if half_life is None else {"half_life": half_life, "solver_steps": 3}, "quantiles": {}}
+    return json.dumps(row) + "\n"
+
+
+def test_the_inner_regression_side_by_side(tmp_path):
+    """Of the newest validation; a line cut off; heads of which nothing is known; a variant that did not look."""
+    folders = {name: run(tmp_path / name, name, 2.0) for name in ("softmax", "gated_delta", "gla")}
+    old = looked(0, 0, [[9.0] * 3] * 2, [99.0, 99.0])
+    new = [looked(1, 0, [[1.0, 0.5, None], [0.8, 0.3, 0.1]], [4.0, None]), looked(1, 1, [[1.0] * 3] * 2, [8.0, 6.0])]
+    (folders["gated_delta"] / inner.FILE).write_text(old + "".join(new) + '{"step": 2')
+    (folders["softmax"] / inner.FILE).write_text(looked(1, 0, [[1.0, 1.0, 1.0]] * 2, None))
+    found = inner.inner(compared(tmp_path))
+    assert found.table.head == ["quantity", "gated_delta", "softmax"] and "gla" in found.says
+    assert found.table.rows == [["half life", "6 (4 to 8)", "–"], ["solver steps", "3", "–"]]
+    rows = [row for row in inner.read(runs.read(folders["gated_delta"])) if row["last"]]
+    assert inner._columns(rows, "ages", "recall") == pytest.approx({0: 0.95, 1: 0.7, 2: 0.7})
+    assert inner._columns(rows, "positions", "after") == {(0, 16): 0.0}
+    page = Page(report.write([tmp_path])[0])
+    assert "What is recalled of a pair" in page.text and "Layer 1" in page.text and len(page.ids) == len(set(page.ids))
+
+
+def test_evaluations(tmp_path):
+    """Lengths with their intervals, and tasks; of runs that have them."""
+    for name, seed, value in (("softmax", 1, 2.0), ("softmax", 2, 2.2), ("gla", 1, 2.4)):
+        folder = run(tmp_path / f"{name}-{seed}", name, value, seed) / "evaluations"
+        folder.mkdir()
+        rows = [{"length": 32 * n, "nats": 9.0, "bits_per_byte": value + n} for n in (1, 4)]
+        (folder / "validation.json").write_text(json.dumps({"lengths": rows}))
+        if seed == 1:
+            (folder / "tasks-mine.json").write_text(json.dumps({"tasks": {"mine": {"acc": value / 4}}}))
+    tasks, lengths = evaluations.evaluations(compared(tmp_path))
+    assert lengths.table.head == ["variant", "32 tokens", "128 tokens"] and len(lengths.pictures) == 1
+    assert lengths.table.rows == [["softmax", "3.100 ± 1.271", "6.100 ± 1.271"], ["gla", "3.400", "6.400"]]
+    assert tasks.table.head == ["variant", "mine: acc"] and tasks.table.rows == [["softmax", "0.500"], ["gla", "0.600"]]
+    page = Page(report.write([tmp_path])[0])
+    assert "Evaluation: tasks-mine" in page.text and "Against the length" in page.text
 
 
 # mistakes, in one sentence

@@ -86,7 +86,7 @@ def positions(comparison: Comparison) -> list[Picture]:
         for variant, look in _from_behind(comparison):
             _line(to, look, {r: [one[r] for one in losses[variant.label] if r in one] for r in ranges})
         to.set(xlabel="position in the sequence", ylabel="nats per token")
-        _position_axis(to, ranges)
+        position_axis(to, ranges)
 
     pictures = [Picture("Loss by position", drawn("position", "validation loss by position", draw), "")]
     compared = [variant for variant in comparison.variants if variant.baseline not in (None, variant)]
@@ -106,7 +106,7 @@ def positions(comparison: Comparison) -> list[Picture]:
             ]
             _line(to, look[variant.label], {r: [a[r] - b[r] for a, b in pairs if r in a and r in b] for r in ranges})
         to.set(xlabel="position in the sequence", ylabel="nats per token, minus softmax")
-        _position_axis(to, ranges)
+        position_axis(to, ranges)
 
     says = "Below the dashed line a mixer predicts better than softmax attention with the same seed. Bars: all seeds."
     svg = drawn("difference", "validation loss by position, minus that of softmax", draw_difference)
@@ -192,7 +192,7 @@ def _by_position(result: dict[str, float]) -> dict[tuple[int, int], float]:
     return {(int(match[1]), int(match[2])): value for match, value in found if match}
 
 
-def _middle(ends: tuple[int, int]) -> float:
+def range_middle(ends: tuple[int, int]) -> float:
     """On a logarithmic axis."""
     return math.sqrt((ends[0] + 1) * (ends[1] + 1))
 
@@ -200,15 +200,15 @@ def _middle(ends: tuple[int, int]) -> float:
 def _line(to: Axes, look: Look, values: dict[tuple[int, int], list[float]]) -> None:
     """Means with bars from the least to the greatest."""
     kept = {ends: of for ends, of in values.items() if of}
-    x, y = [_middle(ends) for ends in kept], [sum(of) / len(of) for of in kept.values()]
+    x, y = [range_middle(ends) for ends in kept], [sum(of) / len(of) for of in kept.values()]
     for at, of in zip(x, kept.values(), strict=True):
         to.plot([at, at], [min(of), max(of)], color=look.colour, linewidth=0.8, alpha=0.6)
     to.plot(x, y, color=look.colour, linestyle=look.dash, linewidth=look.width, marker="o", markersize=3)
 
 
-def _position_axis(to: Axes, ranges: list[tuple[int, int]]) -> None:
+def position_axis(to: Axes, ranges: list[tuple[int, int]]) -> None:
     to.set_xscale("log", base=2)
-    to.xaxis.set_major_locator(FixedLocator([_middle(ends) for ends in ranges]))
+    to.xaxis.set_major_locator(FixedLocator([range_middle(ends) for ends in ranges]))
     to.xaxis.set_minor_locator(NullLocator())
     to.set_xticklabels([_range(ends) for ends in ranges], fontsize=8, rotation=45 if len(ranges) > 5 else 0)
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from scripts.reports import figures
+from scripts.reports.evaluations import evaluations
+from scripts.reports.inner import inner
 from scripts.reports.runs import Record
 from scripts.reports.svg import FAINT, VARIABLES
 from scripts.reports.tables import by_position, decimals_of, number, results, runs, settings, state, unfinished
@@ -43,8 +45,8 @@ def html(comparison: Comparison, records: Sequence[Record], title: str) -> str:
         positions=figures.positions(comparison),
         states=figures.states(comparison),
         by_position=by_position(comparison),
-        inner=None,
-        evaluations=[],
+        inner=inner(comparison),
+        evaluations=evaluations(comparison),
         samples=samples(comparison),
         runs=runs(comparison),
         unfinished=unfinished(comparison, records),
