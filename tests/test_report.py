@@ -330,6 +330,8 @@ def test_mistakes(ablation, tmp_path, monkeypatch):
     assert refused(near) == f"error: {near} is not a folder; did you mean {ablation}?"
     assert refused(ablation / "a-1" / "result.json").endswith("result.json is not a folder")
     assert refused(tmp_path) == f"error: {tmp_path} holds no run: a folder with config.yaml"
+    (tmp_path / "config.yaml").write_text("theme: dark\n")
+    assert refused(tmp_path) == f"error: {tmp_path} holds no run: a folder with config.yaml"
     run(tmp_path / "a", "softmax", None)
     assert refused(tmp_path).startswith(f"error: none of the 1 runs in {tmp_path} is finished")
 

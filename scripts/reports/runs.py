@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from models.build import current, near
 
 WITHIN = ("model", "checkpoints", "wandb")  # folders of a run that hold no runs
+SETTINGS = {"model", "data", "batch_tokens", "tokens"}  # that every run has
 NUMBERS = {"validation/bits_per_byte": "bits per byte", "validation/accuracy": "accuracy"}  # the first that all have
 NATS = "nats per token"
 
@@ -79,7 +80,9 @@ def find(folders: list[Path]) -> list[Record]:
         said = failures(folder)
         for path in _below(folder):
             failed = said.get(path.resolve(), {})
-            found.setdefault(path.resolve(), read(path, failed.get("reason", ""), failed.get("words", [])))
+            record = read(path, failed.get("reason", ""), failed.get("words", []))
+            if record.config.keys() >= SETTINGS:  # other programs have a config.yaml too
+                found.setdefault(path.resolve(), record)
         for path, failed in said.items():  # those that ended before they had a folder
             if not (path / "config.yaml").exists():
                 found.setdefault(path, Record(path, {}, [], None, failed["reason"], failed["words"]))
