@@ -72,7 +72,7 @@ class Mixer(nn.Module):
         the pairs (H3, Fu et al. 2022, section 3.1; the first token of a document has the key zero).
     activation: none | silu, after it.
     qk_norm: none | l2 (length one) | rms (length sqrt(K), with learned weights per channel).
-    rotary: the base of the positions, or None.
+    rotary: the base of the positions, or None.  rotary_channels: how many of the K channels turn (default K).
     feature_norm: after the feature map, none | l2 (length one: a step of size 1 stays stable, whatever the features) |
         sum (one in sum, for positive features; Schlag et al. 2021).
     output_norm: RMS norm of each head's output.
@@ -111,6 +111,7 @@ class Mixer(nn.Module):
         norm_eps: float = 1e-6,
         output_norm_eps: float | None = None,
         num_key_heads: int | None = None,
+        rotary_channels: int | None = None,
     ) -> None:
         super().__init__()
         H, G = num_heads, num_kv_heads or num_heads
@@ -135,10 +136,14 @@ class Mixer(nn.Module):
         K, V = key_dim or hidden_size // H, value_dim or hidden_size // H
         if rotary is not None and K % 2:
             raise ValueError(f"key_dim={K} must be even for rotary positions")
+        if rotary_channels is not None and (rotary is None or rotary_channels % 2 or not 0 < rotary_channels <= K):
+            raise ValueError(
+                f"rotary_channels={rotary_channels} must be even, at most key_dim={K}, and stand beside a rotary base"
+            )
         self.layer_index = layer_index
         self.num_heads, self.num_kv_heads, self.key_dim, self.value_dim = H, G, K, V
         self.activation, self.gate = ACTIVATIONS[activation], GATES[output_gate]
-        self.rotary, self.norm_eps = rotary, norm_eps
+        self.rotary, self.rotary_channels, self.norm_eps = rotary, rotary_channels, norm_eps
 
         sizes = Sizes(hidden_size, H, G, K, V)
         self.features = features(sizes)
@@ -244,7 +249,7 @@ class Mixer(nn.Module):
         if norm is not None:
             x = norm(x)
         if self.rotary is not None:
-            x = rotate(x, positions, self.rotary)
+            x = rotate(x, positions, self.rotary, self.rotary_channels)
         x = self.features(x, positions)
         return x if self.feature_norm is None else self.feature_norm(x, self.norm_eps)
 

@@ -12,10 +12,12 @@ from torch import Tensor
 from models.parts.precision import wide
 
 
-def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+def rotate(x: Tensor, positions: Tensor, base: float, channels: int | None = None) -> Tensor:
     """x [B, T, H, K], K even; positions [B, T] or [T], integers counted from the start of the document. Same shape and
-    dtype out.
+    dtype out. channels: how many turn, the first ones, as if they were all; the others stay (None: K of them turn).
     """
+    if channels is not None:
+        return torch.cat([rotate(x[..., :channels], positions, base), x[..., channels:]], dim=-1)
     half = x.shape[-1] // 2
     dtype = wide(x).dtype
     frequency = base ** -(torch.arange(half, device=x.device, dtype=dtype) / half)

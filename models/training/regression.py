@@ -200,6 +200,6 @@ class InnerRegression(Callback):
             return
         for logger in trainer.loggers:
             if isinstance(logger, Tolerant):
-                logger.log_picture("regression/picture", picture, self.rows[-1]["step"])
+                logger.log_image("regression/picture", picture, self.rows[-1]["step"])
         self.last = time.perf_counter() - started
         self.drawing += self.last

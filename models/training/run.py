@@ -9,6 +9,7 @@ runs/NAME/config.yaml        what was asked for, every value resolved
           model/             when finished: save_pretrained's folder, with the tokenizer
           result.json        when finished: the last validation, and what computed it (origin.py)
           model-N  result-N.json   of a run that was finished after N steps and went on from before its decay
+          evaluations/       what scripts/evaluate.py found, docs/evaluating.md
           .lock              held by the process that trains here
           .ranks/            what each of several processes is doing (watchdog.py)
 """

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen3Config, Qwen3NextConfig
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
-from models.mixers.mixer import Mixer
+from scripts.exporting.qwen_layers import Heads, attention_from_qwen, delta_from_qwen
 from tests.laws.presets import HIDDEN, inputs, mixer, outcome, tensors
 
 K, V = 8, 16
@@ -44,30 +44,6 @@ def close(ours: Tensor, theirs: Tensor) -> None:
     assert (ours - theirs).abs().max() < 1e-12 * theirs.abs().max().clamp(min=1)
 
 
-def rows(weight: Tensor, heads: int, *widths: int) -> list[Tensor]:
-    """The parts of a projection whose rows are, head by head, parts of these widths: [heads, width, D] each."""
-    return list(weight.unflatten(0, (heads, sum(widths))).split(widths, dim=1))
-
-
-@torch.no_grad()
-def copy_delta_net(ours: Mixer, theirs: nn.Module, each: int) -> None:
-    """each: how many value heads a key head serves."""
-    heads = theirs.num_k_heads
-    parts = rows(theirs.in_proj_qkvz.weight, heads, K, K, each * V, each * V)  # q, k, v, gate
-    step_size, decay = rows(theirs.in_proj_ba.weight, heads, each, each)
-    ours.projection.weight.copy_(torch.cat([part.flatten(0, 1) for part in parts]))
-    ours.convolution.weight.copy_(theirs.conv1d.weight.squeeze(1))
-    ours.regressor.step_size.weight.copy_(step_size.flatten(0, 1))
-    ours.regressor.step_size.bias.zero_()
-    ours.decay.projection.weight.copy_(decay.flatten(0, 1))
-    ours.decay.log_rate.copy_(theirs.A_log)
-    ours.decay.bias.copy_(theirs.dt_bias)
-    ours.output_norm.weight.copy_(theirs.norm.weight)
-    ours.output.weight.copy_(theirs.out_proj.weight)
-    # theirs divides queries by sqrt(K) first, which this norm undoes but for its eps
-    ours.output_norm.eps = K * theirs.norm.variance_epsilon
-
-
 @pytest.mark.parametrize("each", [1, 2])
 def test_gated_delta_is_the_layer_of_qwen3_next(each, in_float64):
     """Output and gradients, chunked and recurrent, with one or two value heads a key head, and with biases of the time
@@ -85,9 +61,10 @@ def test_gated_delta_is_the_layer_of_qwen3_next(each, in_float64):
     expected = expected[0] if isinstance(expected, tuple) else expected
     (gradient,) = torch.autograd.grad(expected.square().sum(), x)
     for backend in ("torch", "recurrent"):
-        ours = mixer("gated_delta", backend, num_heads=2 * each, num_key_heads=2, key_dim=K, value_dim=V)
-        assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) + 2 * each
-        copy_delta_net(ours, theirs, each)
+        # theirs divides queries by sqrt(K) before the norm of what is read, which output_norm_eps makes up for
+        eps = {"output_norm_eps": config.rms_norm_eps, "regressor__bias": False}
+        ours = mixer("gated_delta", backend, num_heads=2 * each, num_key_heads=2, key_dim=K, value_dim=V, **eps)
+        ours.load_state_dict(delta_from_qwen(theirs.state_dict(), Heads(2 * each, 2, K, V)))
         found, _ = ours(x)
         close(found, expected)
         close(torch.autograd.grad(found.square().sum(), x)[0], gradient)
@@ -123,10 +100,7 @@ def test_softmax_is_the_attention_of_qwen3(kv_heads, in_float64):
     with torch.no_grad():
         for norm in (theirs.q_norm, theirs.k_norm):
             norm.weight.normal_()
-        ours.projection.weight.copy_(torch.cat([getattr(theirs, f"{name}_proj").weight for name in "qkv"]))
-        ours.output.weight.copy_(theirs.o_proj.weight)
-        ours.q_norm.weight.copy_(theirs.q_norm.weight)
-        ours.k_norm.weight.copy_(theirs.k_norm.weight)
+    ours.load_state_dict(attention_from_qwen(theirs.state_dict(), Heads(4, kv_heads, K, K), gated=False))
     x = inputs(2, 37).requires_grad_()
     positions = qwen3.Qwen3RotaryEmbedding(config)(x, torch.arange(37).unsqueeze(0))
     expected, _ = theirs(x, positions, None)

@@ -155,6 +155,7 @@ class Delta(Memory):
         keys).
     negative_eigenvalues: b up to 2, for gradient steps: a write can turn a direction of the memory around.
     gradient_before_decay: leaky LMS, for a decay per head without a sign, which its error would see.
+    bias: c; false leaves it out, as Qwen3-Next and fla do.
     """
 
     accepts_decay: tuple[str, ...] = ("none", "head", "channel", "signed")
@@ -167,6 +168,7 @@ class Delta(Memory):
         step: str = "gradient",
         negative_eigenvalues: bool = False,
         gradient_before_decay: bool = False,
+        bias: bool = True,
     ) -> None:
         super().__init__(sizes, backend, chunk)
         if step not in STEPS:
@@ -181,7 +183,7 @@ class Delta(Memory):
         if gradient_before_decay:
             self.fit += " before decay"
             self.accepts_decay = ("none", "head")
-        self.step_size = nn.Linear(sizes.hidden_size, sizes.num_heads * self.pairs_per_token)
+        self.step_size = nn.Linear(sizes.hidden_size, sizes.num_heads * self.pairs_per_token, bias)
 
     def forward(self, tokens: Tokens, state: Any = None) -> tuple[Tensor, Any]:
         x, q, k, v, log_decay, segments = tokens
