@@ -27,7 +27,9 @@ def run(
     tokenizer = trained.tokenizer()
     if tokenizer is None:
         raise ValueError(f"{trained.path} was not trained on text, and tasks are texts")
-    manager = TaskManager(include_path=folder)
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=folder)  # reads thousands of files
     for name in names:
         if name not in manager.all_tasks:
             meant = near(name, manager.all_tasks)
