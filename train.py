@@ -21,9 +21,10 @@ from conf import schema, settings
 from conf.command import one_sentence
 from conf.known import hidden
 from models.training.sweep import Result, Sweep
+from scripts import report
 
 schema.register()
-sweep = Sweep()
+sweep = Sweep(report.of_sweep)
 
 
 @sweep.reported

@@ -132,15 +132,15 @@ def hidden() -> Iterator[str]:
     """Files of another folder (hydra.searchpath) that are never read, since a folder before it has one of that name.
     Called in the job."""
     runtime = HydraConfig.get().runtime
-    folders = [folder for source in runtime.config_sources for folder in _folders(source.schema, source.path)]
+    places = [folder for source in runtime.config_sources for folder in folders(source.schema, source.path)]
     for group, choice in runtime.choices.items():
         file = f"{group.partition('@')[0]}/{choice}.yaml"
-        there = [folder / file for folder in folders if (folder / file).is_file()]
+        there = [place / file for place in places if (place / file).is_file()]
         for other in there[1:]:
             yield f"{group}={choice} is {there[0]}, and {other} would never be read; give it another name"
 
 
-def _folders(schema: str, path: str) -> list[Path]:
+def folders(schema: str, path: str) -> list[Path]:
     """Where a source of configs has its files; a package has them beside its code."""
     if schema == "pkg" and (package := find_spec(path.replace("/", "."))):
         return list(map(Path, package.submodule_search_locations or ()))

@@ -108,7 +108,9 @@ NUMBERS = {
     "trainer.num_nodes": COUNT,
     "trainer.limit_val_batches": NOT_NEGATIVE,
     "trainer.num_sanity_val_steps": WHOLE,
+    "callbacks.regression.num_tokens": Bound("at least 2", lambda x: x >= 2, whole=True),
     "callbacks.*.num_tokens": COUNT,
+    "callbacks.*.picture_share": FRACTION._replace(optional=True),
     "callbacks.*.temperature": NOT_NEGATIVE,
     "callbacks.*.seconds": NOT_NEGATIVE._replace(optional=True),
 }

@@ -53,7 +53,7 @@ def find(setting: str, path: str | list[str]) -> Found:
         return found
     shown = path if isinstance(path, list) else patterns[0]
     if not found.left_out:
-        raise ValueError(f"{setting}={shown!r} matches no file{_missing(Path(patterns[0]).expanduser())}")
+        raise ValueError(f"{setting}={shown!r} matches no file{missing(Path(patterns[0]).expanduser())}")
     raise ValueError(
         f"{setting}={shown!r} matches nothing that can be read, but {found.sentence()}; what can be is "
         f"{', '.join(SUFFIXES)}, all but the last also compressed ({', '.join(COMPRESSED)})"
@@ -85,7 +85,7 @@ def id_of(stat: os.stat_result) -> Id:
     return stat.st_dev, stat.st_ino
 
 
-def _missing(path: Path) -> str:
+def missing(path: Path) -> str:
     """The first part of a path that is not there, with the near match."""
     for part in (*reversed(path.parents), path):
         if glob.has_magic(part.name):

@@ -238,7 +238,7 @@ class TokenShards:
         try:
             paths = [self.folder / f"{split}_{number:05d}.bin" for number in range(counts["shards"])]
             self.shards = [open(path, "rb", buffering=0) for path in paths]  # noqa: SIM115, open as long as this is
-            self.offsets = np.memmap(self.folder / f"{split}_offsets.bin", np.int64, mode="r")
+            self.offsets: np.ndarray = np.memmap(self.folder / f"{split}_offsets.bin", np.int64, mode="r")
         except (OSError, ValueError) as error:  # ValueError: an empty file can't be mapped
             raise ValueError(f"{self.folder} can't be opened ({error}); {_AGAIN}") from error
         if len(self.offsets) != self.num_documents + 1 or int(self.offsets[-1]) != self.num_tokens:

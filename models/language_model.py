@@ -35,6 +35,13 @@ from models.parts.precision import wide
 transformers_logging.disable_progress_bar()  # over a single file of weights
 
 
+def refuse_folder(path: Any) -> None:
+    """Raises ValueError for a folder that holds no model, or is not there."""
+    folder = Path(path)
+    if (folder.is_dir() or folder.is_absolute()) and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not the folder of a model: it has no config.json")
+
+
 class LanguageModelConfig(PretrainedConfig):
     """Sizes, and the recipe of each mixer as plain nested dictionaries, as conf/mixer has them.
 
@@ -69,9 +76,7 @@ class LanguageModelConfig(PretrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[Any, Any]:
         """transformers' hook. Where a folder has no config.json, transformers would take the defaults above."""
-        folder = Path(pretrained_model_name_or_path)
-        if (folder.is_dir() or folder.is_absolute()) and not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} is not the folder of a model: it has no config.json")
+        refuse_folder(pretrained_model_name_or_path)
         return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
     @property
@@ -96,6 +101,12 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012, as transformers declares it
     _tied_weights_keys = {"head.weight": "embedding.weight"}  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> LanguageModel:
+        """transformers', which with peft installed would first look for an adapter, and on the hub."""
+        refuse_folder(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__(config)

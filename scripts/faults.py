@@ -57,6 +57,7 @@ SETTINGS = [
     "log_every=1",
     "guard.timeout=60",
     "~callbacks.plot",
+    "callbacks.regression.picture_share=null",
     "trainer.accelerator=cpu",
 ]
 PHASES = {  # how the watchdog's words begin -> what this script calls it

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 import train as entry
 from conf.command import flags
+from conf.help import first_line
 from conf.settings import whole_numbers
 from data.prepare import prepare
 from data.tokenizer import Bytes
@@ -143,6 +144,31 @@ def test_what_is_not_hydras_is_not_caught(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["train.py"])
     with pytest.raises(ValueError, match="a mistake of ours"):
         entry.main()
+
+
+def test_help_has_a_line_for_every_choice(monkeypatch, tmp_path, capsys):
+    """The first of its file, with those of an own folder."""
+    (tmp_path / "size").mkdir()
+    (tmp_path / "size" / "huge.yaml").write_text("# @package _global_\n\n# Costs $9 an hour\nseed: 1\n")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("sys.argv", ["train.py", "model=titans", f"hydra.searchpath=[file://{tmp_path}]", "--help"])
+    with pytest.raises(SystemExit):
+        entry.main()
+    lines = capsys.readouterr().out.splitlines()
+    for line in (
+        "model=",
+        "    softmax               A transformer: softmax attention in every layer.",
+        "  * titans                Titans with a linear memory in every layer.",
+        "    huge   Costs $9 an hour",
+        "  * tiny   Half a million parameters and the bytes: what two CPU cores train in four minutes",
+        "mixer@model.mixers.main=",
+    ):
+        assert line in lines, line
+    shown = {line.split()[line[2] == "*"] for line in lines if line.startswith(("    ", "  * "))}
+    files = list((ROOT / "conf").glob("*/*.yaml"))
+    assert {path.stem for path in files} <= shown and max(map(len, lines)) <= 100
+    assert lines.index("data=") < lines.index("model=") < lines.index("size=") < lines.index("mixer@model.mixers.main=")
+    assert all(map(first_line, files))
 
 
 @pytest.mark.parametrize("words", ["--help", "-m seed=1,2", "--cfg job --resolve", "-c job -p model", "-i", "-sc"])

@@ -112,6 +112,8 @@ CONFIGS = {
     "tokenizer=bpe tokenizer.vocab_size=200": "tokenizer.vocab_size=200 is too small",
     "tokenizer=bpe tokenizer.train_bytes=0": "tokenizer.train_bytes=0 must be at least 1",
     "callbacks.sample.num_tokens=0": "callbacks.sample.num_tokens=0 must be at least 1",
+    "callbacks.regression.num_tokens=1": "callbacks.regression.num_tokens=1 must be at least 2",
+    "callbacks.regression.picture_share=2": "callbacks.regression.picture_share=2 must be between 0 and 1",
     "callbacks.sample.temperature=-1": "callbacks.sample.temperature=-1 must be at least 0",
     "trainer.num_nodes=0": "trainer.num_nodes=0 must be at least 1",
     "+trainer.limit_val_batches=-1": "trainer.limit_val_batches=-1 must be at least 0",

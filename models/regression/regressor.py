@@ -62,6 +62,7 @@ class Regressor(nn.Module):
     grouped_heads: ClassVar[bool] = False  # whether k and v may have fewer heads than q
     function_class: str = "linear"  # what m can express, in the features, in a word or two
     fit: str  # how it is fitted, in a few
+    weighs_values: ClassVar[bool] = True  # whether o_t = c_t + sum_i w_ti v_i with c and w that know of no value
     needs_positive_features: bool = False  # whether phi(q) . phi(k) must not be negative
     decay_kind: str = "none"  # of the recipe's decay; mixer.py sets it
     pairs_per_token: int = 1  # n
@@ -114,6 +115,12 @@ class Regressor(nn.Module):
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Of the last forward pass, what is worth a column in metrics.csv: numbers, as tensors on the device."""
+        return {}
+
+    def describe(self, tokens: Tokens) -> dict[str, Tensor]:
+        """What it draws from the tokens of a call or has learned, in the terms of its chapter: step_size, momentum,
+        write_weight, ... [B, T n or T, H], bandwidth [H]. {} for none. For who looks inside (training/probe.py).
+        """
         return {}
 
     def flops_per_token(self, seq_len: int) -> int:

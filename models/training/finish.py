@@ -56,6 +56,7 @@ def finish(trainer: L.Trainer, module: Training, datamodule: DataModule, run: Ru
         | {name.replace("progress/", ""): int(value) for name, value in module.progress().items()}
         | {
             "parameters": sum(p.numel() for p in module.model.parameters()),
+            "state_size": module.model.state_size(datamodule.batch.seq_len),  # numbers a sequence, at its end
             "tokens_per_second": speeds[0].tokens_per_second if speeds else None,
             "seconds": round(time.time() - module.began, 1),  # since this process began to train, at from_step
             "from_step": module.first_step,

@@ -102,7 +102,7 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
         cfg.trainer,
         default_root_dir=str(run.folder),
         logger=[Tolerant(build(node)) for node in cfg.logger.values()],
-        callbacks=[*(build(node) for node in cfg.callbacks.values()), *last],
+        callbacks=[*(build(node) for node in cfg.callbacks.values() if node is not None), *last],
         max_steps=batch.num_steps,
         max_epochs=-1,
         accumulate_grad_batches=batch.accumulation,

@@ -141,6 +141,11 @@ class Tolerant(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self._try(lambda: self.logger.log_metrics(metrics, step=step))
 
+    def log_image(self, name: str, path: Path, step: int | None = None) -> None:
+        """A picture, where the logger takes any as wandb does."""
+        if hasattr(self.logger, "log_image"):
+            self._try(lambda: self.logger.log_image(name, [str(path)], step=step))
+
     def save(self) -> None:
         self._try(self.logger.save)
 

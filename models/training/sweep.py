@@ -41,9 +41,13 @@ class Outcome(NamedTuple):
 
 
 class Sweep:
-    """The two decorators of train.py's main, around Hydra's: `@sweep.reported @hydra.main(...) @sweep.job`."""
+    """The two decorators of train.py's main, around Hydra's: `@sweep.reported @hydra.main(...) @sweep.job`.
 
-    def __init__(self) -> None:
+    page: writes what compares the jobs, and returns what to say of it. One that fails is a warning.
+    """
+
+    def __init__(self, page: Callable[[list[Outcome]], str] = lambda outcomes: "") -> None:
+        self.page = page
         self.process = 0  # that in which the outcomes are collected; a launcher may start jobs in others
         self.outcomes: list[Outcome] = []
 
@@ -62,6 +66,7 @@ class Sweep:
             failed = [(name, job) for name, job in self._named() if job.failed]
             say(f"\nsweep     {len(self.outcomes)} jobs, {len(failed)} failed")
             say("\n".join(f"  {name}   {'FAILED' if job.failed else job.says}" for name, job in self._named()))
+            self._compare()
             if failed:
                 say("\nfailed; the same command tries again, and leaves out the jobs that are finished:")
                 say("\n".join(f"  {name}   {job.says}\n      {job.folder}" for name, job in failed))
@@ -92,6 +97,18 @@ class Sweep:
             return None if failure or not result else result.get("validation/nats")
 
         return wrapped
+
+    def _compare(self) -> None:
+        from models.training.summary import rank_zero_only, say
+
+        @rank_zero_only
+        def write() -> None:
+            try:
+                say(self.page(self.outcomes))
+            except Exception as error:
+                say(f"warning: there is no page of this sweep: {type(error).__name__}: {error}")
+
+        write()
 
     def _named(self) -> Iterator[tuple[str, Outcome]]:
         """Each job by the words in which it differs from others."""

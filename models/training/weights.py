@@ -1,30 +1,123 @@
-"""The weights that a new run begins with: `init_from`, the folder of another run or of an exported model."""
+"""Trained models by their path: a run, one of its checkpoints, or the folder of an exported model. A new run may begin
+with their weights (`init_from`), and the scripts that evaluate and generate open them.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import tokenizers
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
-from data.tokenizer import Tokenizer
-from models.language_model import LanguageModel
-from models.training.checkpoint import newest_whole
+from data.finding import missing
+from data.shards import shard_folder
+from data.tokenizer import HuggingFace, Tokenizer, Trainable
+from models.build import build, current
+from models.language_model import LanguageModel, LanguageModelConfig
+from models.training.checkpoint import newest_whole, step_of, what_is_wrong
 
 
-def find(init_from: str) -> Path:
+def find(where: str | Path, setting: str = "init_from=") -> Path:
     """An exported model's folder, or a checkpoint where the run is not finished. Raises ValueError where neither is."""
-    folder = Path(init_from)
+    folder, said = Path(where).expanduser(), f"{setting}{where}"
+    if not folder.exists():
+        raise ValueError(f"{said} does not exist{missing(folder)}")
+    if folder.is_file():
+        if folder.suffix != ".ckpt":
+            raise ValueError(f"{said} is a file, and not a checkpoint, which ends in .ckpt")
+        if wrong := what_is_wrong(folder):
+            raise ValueError(f"{said} is torn: {wrong}")
+        return folder
     exported = folder / "model" if (folder / "result.json").exists() else folder
     if (exported / "config.json").exists():
         return exported
     if path := newest_whole(folder / "checkpoints")[0]:
         return path
+    if (folder / "config.yaml").exists():
+        raise ValueError(f"{said} is a run that has no checkpoint yet; it has one after checkpoint_every=")
+    if jobs := sorted(path.parent for path in folder.glob("*/config.yaml")):
+        raise ValueError(f"{said} holds {len(jobs)} runs; name one of them, such as {jobs[0]}")
     raise ValueError(
-        f"init_from={init_from} is neither the folder of a run, with checkpoints/ or model/ in it, nor that of an "
-        "exported model, with config.json in it"
+        f"{said} is neither the folder of a run, with checkpoints/ or model/ in it, nor that of an exported model, "
+        "with config.json in it"
     )
+
+
+class Trained(NamedTuple):
+    """A trained model and what is known of its training.
+
+    model: in float32, on the CPU, in evaluation mode.  path: of the weights.  run, config: the folder of its run and
+    that run's config, None where an exported folder stands by itself.  step: of the optimizer, None where no run says.
+    """
+
+    model: LanguageModel
+    path: Path
+    run: Path | None
+    config: dict[str, Any] | None
+    step: int | None
+
+    def tokenizer(self) -> Tokenizer | None:
+        """That of its training, None where that was not on text. Raises ValueError where nothing says which it was, and
+        where the one beside it has ids that the model does not know.
+        """
+        beside = [self.path, *([self.run / "model"] if self.run else [])]
+        saved = [folder for folder in beside if (folder / "tokenizer.json").exists()]
+        if saved:
+            found, known = HuggingFace(str(saved[0])), self.model.config.vocab_size
+            if found.vocab_size > known:
+                raise ValueError(
+                    f"{saved[0]} holds another model's tokenizer, of {found.vocab_size:,} ids: this one knows {known:,}"
+                )
+            return found
+        if self.config is None:
+            raise ValueError(f"{self.path} has no tokenizer.json, so that it can't read text")
+        task = build(self.config["data"], tokenizer=build(self.config["tokenizer"]), seq_len=self.config["seq_len"])
+        if not isinstance(task.tokenizer, Trainable):
+            return task.tokenizer
+        task.prepare()  # its folder holds what was learnt
+        folder = shard_folder(task.name, task.corpus, task.tokenizer, task.drop_duplicates)
+        return HuggingFace(str(folder / "tokenizer"))
+
+
+def open_trained(where: str | Path) -> Trained:
+    """The newest weights of a run, or those of a checkpoint or folder. Raises ValueError, in a sentence."""
+    path = find(where, "")
+    folder = path.parents[1] if path.is_file() else path.parent
+    run = folder if (folder / "config.yaml").exists() else None
+    config: Any = current(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))) if run else None
+    if path.is_file():
+        if config is None:
+            raise ValueError(f"{path} stands without its run, which says what its numbers mean: {folder}/config.yaml")
+        weights = read(path)
+        shape = LanguageModelConfig(vocab_size=len(weights["embedding.weight"]), **config["model"])
+        model, step = LanguageModel(shape), step_of(path)
+        model.load_state_dict(weights)
+        return Trained(model.eval(), path, run, config, step)
+    if (kind := json.loads((path / "config.json").read_text()).get("model_type")) != LanguageModelConfig.model_type:
+        raise ValueError(f"{path} holds a model of model_type={kind!r}, which is not one of this repository")
+    return Trained(_exported(path).eval(), path, run, config, _steps(path, config) if run else None)
+
+
+def _steps(exported: Path, config: dict[str, Any]) -> int:
+    """What the result beside model/ or model-STEPS says."""
+    result = json.loads((exported.parent / f"{exported.name.replace('model', 'result')}.json").read_text())
+    return result["tokens"] // config["batch_tokens"]
+
+
+def _exported(folder: Path) -> LanguageModel:
+    return LanguageModel.from_pretrained(folder, dtype=torch.float32)
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The weights of an exported folder or of a checkpoint, by the names that LanguageModel has for them."""
+    if path.is_dir():
+        return _exported(path).state_dict()
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    return {name.removeprefix("model."): value for name, value in saved.items()}
 
 
 def load(model: LanguageModel, init_from: str | None, tokenizer: Tokenizer | None = None) -> str:
@@ -35,12 +128,7 @@ def load(model: LanguageModel, init_from: str | None, tokenizer: Tokenizer | Non
     if init_from is None:
         return ""
     path = find(init_from)
-    found: dict[str, Tensor]
-    if path.is_dir():
-        found = LanguageModel.from_pretrained(path, dtype=torch.float32).state_dict()
-    else:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        found = {name.removeprefix("model."): value for name, value in saved.items()}
+    found = read(path)
     here = model.state_dict()
     others = [name for name in (here | found) if _shape(here, name) != _shape(found, name)]
     if others:

@@ -19,16 +19,18 @@ ACCELERATED = [
 ]
 
 
-def errors(preset: str, backend: str, device: str, dtype: torch.dtype = torch.float32, T: int = 70) -> list[float]:
+def errors(
+    preset: str, backend: str, device: str, dtype: torch.dtype = torch.float32, T: int = 300, interpreted: bool = False
+) -> list[float]:
     """Of outputs, memory and every gradient: the distance to the PyTorch form's, of the same rounded queries, keys and
-    values, relative to its length; with and without documents."""
-    found = []
+    values, relative to its length; with documents and without. Interpreted: fewer of all, since it is slow."""
+    found, heads = [], 1 if interpreted else 2
     x = inputs(2, T, torch.float32).to(device)
     documents = (torch.arange(T, device=device) // 9).expand(2, -1)
-    for segments in (None, documents):
+    for segments in [documents] if interpreted else [documents, None]:
         with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
             exact, ours = (
-                outcome(mixer(preset, name, torch.float32, **small(preset)).to(device), x, segments=segments)
+                outcome(mixer(preset, name, torch.float32, **small(preset, heads)).to(device), x, segments=segments)
                 for name in ("torch", backend)
             )
         # a gradient that is small because large terms cancel is known to the rounding of the large ones
@@ -38,10 +40,10 @@ def errors(preset: str, backend: str, device: str, dtype: torch.dtype = torch.fl
     return found
 
 
-def small(preset: str) -> dict[str, Any]:
+def small(preset: str, heads: int) -> dict[str, Any]:
     """Triton's products want 16 at least. Without the output norm, which divides by q.k where a document has one pair
     and makes a rounding of any size of one where they are orthogonal: that is the shell's, not the kernel's."""
-    settings = {"num_heads": 2, "key_dim": 16, "value_dim": 16, "output_norm": False}
+    settings = {"num_heads": heads, "key_dim": 16, "value_dim": 16, "output_norm": False}
     long = parts(recipe(preset))[0]["regressor"].get("grad_batch", 1) > 16
     return settings | ({"regressor__grad_batch": 16} if long else {})
 
@@ -50,7 +52,8 @@ def small(preset: str) -> dict[str, Any]:
 @pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_8_interpreted_kernels_equal_the_pytorch_form(half):
-    """Many in one process: importing the kernels takes longer than running one."""
+    """Many in one process: importing the kernels takes longer than running one. (Tests of two
+    heads, and without documents, are in tests/kernels.)"""
     own = [str(conf / "mixer" / f"{PRESETS[0]}.yaml") for conf in ELSEWHERE]  # the child is told of --recipe
     code = """
     from pathlib import Path
@@ -58,7 +61,7 @@ def test_8_interpreted_kernels_equal_the_pytorch_form(half):
     for path in %r:
         presets.only(Path(path))
     from tests.laws.test_backends import *
-    print("FOUND", json.dumps({name: max(errors(*name.split(), "cpu")) for name in %r}))
+    print("FOUND", json.dumps({name: max(errors(*name.split(), "cpu", T=70, interpreted=True)) for name in %r}))
     """
     if not (names := [f"{preset} {backend}" for preset, backend in ACCELERATED[half::2]]):
         pytest.skip("no kernels")
@@ -73,9 +76,9 @@ def test_8_interpreted_kernels_equal_the_pytorch_form(half):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-2), (torch.bfloat16, 5e-2)], ids=["float32", "bf16"])
 def test_8_kernels_equal_the_pytorch_form(preset, backend, dtype, tolerance):
     """Within what the products' rounding gives: TF32 on a GPU of today, and bf16 of everything around the kernel."""
-    if why := mixer(preset, **small(preset)).regressor.accelerators(torch.device("cuda"), dtype)[backend]:
+    if why := mixer(preset, **small(preset, 2)).regressor.accelerators(torch.device("cuda"), dtype)[backend]:
         pytest.skip(f"refused: {why}")
-    found = errors(preset, backend, "cuda", dtype, T=300)
+    found = errors(preset, backend, "cuda", dtype)
     assert max(found) < tolerance, found
 
 

@@ -84,7 +84,7 @@ def test_other_data_from_its_weights(finished, tmp_path, cache):
     said = started(tmp_path, cache, "name=wide", "model.hidden_size=64", words[0])
     assert said.startswith(f"error: {words[0]} holds another model: embedding.weight is 64 x 32 there and 64 x 64 here")
     said = started(tmp_path, cache, "name=none", f"init_from={tmp_path}")
-    assert said.startswith(f"error: init_from={tmp_path} is neither the folder of a run")
+    assert said.startswith(f"error: init_from={tmp_path} holds 2 runs; name one of them, such as {tmp_path / 'new'}")
 
 
 def test_weights_of_a_run_that_is_not_finished_and_of_another_vocabulary(tmp_path):

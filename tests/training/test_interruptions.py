@@ -68,6 +68,7 @@ class Fit:
         self.trainer = L.Trainer(
             accelerator="cpu",
             devices=1,
+            default_root_dir=self.folder,
             logger=self.loggers,
             callbacks=self.callbacks,
             max_steps=NUM_STEPS,
@@ -499,18 +500,18 @@ def test_one_to_two_to_four_processes_and_back(tmp_path, cache):
     assert "finished" in said, said
     metrics = tmp_path / "more" / "run" / CsvLogger.FILE
     starts = []
-    for world_size in (1, 2, 4, 2, 1):
+    for world_size in (1, 2, 4, 1):
         split = ("strategy=ddp", f"trainer.devices={world_size}", "trainer.accelerator=cpu") if world_size > 1 else ()
         process = start(tmp_path / "more", cache, *slow, *split)
         done = len(metrics.read_text().splitlines()) - 1 if metrics.exists() else 0
         starts.append(done)
-        while len(starts) < 5 and process.returncode is None:
+        while len(starts) < 4 and process.returncode is None:
             if metrics.exists() and len(metrics.read_text().splitlines()) > done + 2:
                 process.send_signal(signal.SIGUSR1)
                 break
             time.sleep(0.005)
         said = process.end()
-        assert process.returncode == (UNFINISHED if len(starts) < 5 else 0), said
+        assert process.returncode == (UNFINISHED if len(starts) < 4 else 0), said
     ours, theirs = rows(tmp_path / "more" / "run"), rows(tmp_path / "one" / "run")
     assert [row["step"] for row in ours] == list(range(60))
     for first in starts:

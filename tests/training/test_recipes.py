@@ -13,7 +13,7 @@ from tests.laws.presets import PRESETS
 SMALL = (
     *("model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "seq_len=64"),
     *("batch_tokens=512", "micro_batch=8", "validation_tokens=1024", "log_every=1"),
-    *("callbacks.sample.num_tokens=2", "~callbacks.plot"),
+    *("callbacks.sample.num_tokens=2", "~callbacks.plot", "callbacks.regression.picture_share=null"),
 )
 FEATURES, DECAY = "features@model.mixers.main.features", "decay@model.mixers.main.decay"
 

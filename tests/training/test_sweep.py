@@ -20,6 +20,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 import train as entry
 from conf.folders import LONGEST, job_folder, run_id
+from models.training import origin
 from models.training.finish import ending
 from models.training.logger import Tolerant
 from models.training.run import Run
@@ -114,6 +115,7 @@ def test_a_job_that_fails_is_named_at_the_end_and_the_others_run(swept):
     assert "model.num_heads=5" in failures and "num_heads=5 does not divide hidden_size=32" in failures
     assert len(list(folder.glob("*/result.json"))) == 3
     assert "Traceback" not in started.said
+    assert f"page      {folder / 'report.html'}" in table and (folder / "report.html").exists()
 
 
 @pytest.mark.slow
@@ -148,10 +150,12 @@ def test_any_failure_is_told_with_its_job_and_leaves_nothing_behind(monkeypatch,
     (https://github.com/hydra-ecosystem/hydra/issues/2398); and the command line that Lightning gives to other ranks,
     which was the whole sweep's (https://github.com/Lightning-AI/pytorch-lightning/pull/11617)."""
     words: list[list[str]] = []
+    commands: list[str] = []
     alive: list[object] = []
 
     def assemble(cfg, preemption):
         words.append([*sys.argv, f"hydra.run.dir={HydraConfig.get().run.dir}"])
+        commands.append(origin.command())
         alive.append(torch.nn.Linear(1, 1))
         os.environ["LOCAL_RANK"] = "0"
         errors = [torch.OutOfMemoryError("CUDA out of memory.\nand how"), KeyError("gone"), ValueError("seed=3 is bad")]
@@ -164,7 +168,17 @@ def test_any_failure_is_told_with_its_job_and_leaves_nothing_behind(monkeypatch,
         assert f"  seed={seed}   {reason}\n      {tmp_path}/s/seed={seed}\n" in end
     assert end.count(f"{tmp_path}/s/seed=3\n") == 2 and "another job of this sweep has the same folder" in end
     assert words == [["train.py", "name=s", f"seed={i}", f"hydra.run.dir={tmp_path}/s/seed={i}"] for i in (1, 2, 3)]
+    assert commands == [f"python train.py -m name=s seed={i}" for i in (1, 2, 3)]
     assert "LOCAL_RANK" not in os.environ and sys.argv == ["train.py", "-m", "name=s", "seed=1,2,3,3"]
+
+
+def test_a_page_that_fails_is_a_warning(monkeypatch, tmp_path, capsys):
+    def assemble(cfg, preemption):
+        raise ValueError("first")
+
+    monkeypatch.setattr(entry.sweep, "page", lambda outcomes: 1 / 0)
+    code, said = started_here(["-m", "name=s", "seed=1"], assemble, monkeypatch, tmp_path, capsys)
+    assert code == 1 and "warning: there is no page of this sweep: ZeroDivisionError" in said and "failed;" in said
 
 
 def test_to_be_asked_to_stop_ends_the_sweep(monkeypatch, tmp_path, capsys):

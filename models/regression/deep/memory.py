@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class NetworkMemory(Memory):
     """
 
     rule: Rule
+    weighs_values: ClassVar[bool] = False
 
     def __init__(self, sizes: Sizes, backend: str, chunk: int | None, grad_batch: int, remat: int | None) -> None:
         super().__init__(sizes, backend, chunk)
@@ -78,6 +79,12 @@ class NetworkMemory(Memory):
         if backend == "triton":
             return KERNELS[type(self.rule)][1](self.rule, call)
         return deep_memory(self.rule, call, self.tokens_at_once(v), self.remat, compiles(v.device))
+
+    def describe(self, tokens: Tokens) -> dict[str, Tensor]:
+        """theta, on average over layers, and eta."""
+        theta, log_eta, *_ = self.gates(tokens.x, tokens.log_decay)
+        found = {"step_size": theta.mean(-1) if theta.ndim == 4 else theta}
+        return found if log_eta is None else found | {"momentum": log_eta.exp()}
 
     def recall(self, x: Tensor, q: Tensor, state: State | None) -> Tensor:
         dtype, start = working_dtype(q), self.begin()

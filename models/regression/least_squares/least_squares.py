@@ -297,6 +297,9 @@ class LeastSquares(Memory):
         size = torch.full((), self.fixed_ridge, dtype=doubled_dtype(k.device, k.dtype), device=k.device)
         return Ridge(size, True) if self.scaled_ridge else Ridge(size.expand(self.num_heads, self.key_dim))
 
+    def describe(self, tokens: Tokens) -> dict[str, Tensor]:
+        return {"write_weight": wide(self.write_weight(tokens.x)).sigmoid()}
+
     def diagnostics(self) -> dict[str, Tensor]:
         """Of the last forward pass in chunks, as tensors on the device, for which nothing waited: the steps that the
         solver took, on average and at most, and the largest relative residual left. {} where nothing was iterated.

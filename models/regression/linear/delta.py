@@ -187,14 +187,21 @@ class Delta(Memory):
 
     def forward(self, tokens: Tokens, state: Any = None) -> tuple[Tensor, Any]:
         x, q, k, v, log_decay, segments = tokens
-        step_size = self.largest_step * wide(self.step_size(x)).sigmoid().view(k.shape[:3])
-        step_size = step_size * self.share(step_size * wide(k).square().sum(-1))
+        step_size = self.steps(x, k)
         if log_decay is not None and self.gradient_before_decay:
             log_decay = log_decay.clamp(min=FORGET / 2)  # a gate that closes is no document's end: e^-32 is 0 to it too
         log_decay = forget_at_starts(log_decay, segments, like=q)
         # one token is the definition itself, on every backend
         backend = "recurrent" if q.shape[1] == 1 else self.choose(v.device, v.dtype).backend
         return self.solve(backend, q, k, v, step_size, log_decay, state)
+
+    def steps(self, x: Tensor, k: Tensor) -> Tensor:
+        """b f(b |k|^2), [B, T n, H]."""
+        b = self.largest_step * wide(self.step_size(x)).sigmoid().view(k.shape[:3])
+        return b * self.share(b * wide(k).square().sum(-1))
+
+    def describe(self, tokens: Tokens) -> dict[str, Tensor]:
+        return {"step_size": self.steps(tokens.x, tokens.k)}
 
     def solve(
         self, backend: str, q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_decay: Tensor | None, state: Any

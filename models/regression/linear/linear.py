@@ -168,6 +168,10 @@ class Linear(Memory):
         weight = wide(self.write_weight(x)).sigmoid()
         return 2 * weight - 1 if self.writes == "signed" else weight
 
+    def describe(self, tokens: Tokens) -> dict[str, Tensor]:
+        weight = self._weight(tokens.x, tokens.log_decay)
+        return {} if weight is None else {"write_weight": weight}
+
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
         return {"fla": fla.refusal_linear(device, dtype)}
 

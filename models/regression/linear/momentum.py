@@ -236,6 +236,10 @@ class Momentum(Memory):
         o, state = self.form(tokens)(q, k, v, *gates, state, self.grad_batch, segments)
         return o, state.times(remaining)
 
+    def describe(self, tokens: Tokens) -> dict[str, Tensor]:
+        """theta' grad_batch and eta."""
+        return {name: wide(getattr(self, name)(tokens.x)).sigmoid() for name in ("step_size", "momentum")}
+
     def form(self, tokens: Tokens) -> Callable[..., tuple[Tensor, State]]:
         """recurrent_momentum or one of the same map, for this call."""
         backend = self.choose(tokens.v.device, tokens.v.dtype).backend

@@ -265,6 +265,10 @@ class Nonparametric(Regressor):
         first = torch.zeros_like(rows, dtype=torch.long) if state.first is None else state.first
         return state._replace(first=first.masked_fill(rows, S + self.skipped))
 
+    def describe(self, tokens: Tokens) -> dict[str, Tensor]:
+        """1 / beta."""
+        return {"bandwidth": 1 / self.beta(tokens.q)}
+
     def num_visible(self, seq_len: int) -> int:
         """How many pairs the queries of a sequence use, all together."""
         window = min(self.window or seq_len, seq_len)
