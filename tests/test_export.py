@@ -206,6 +206,7 @@ def test_the_card_says_what_the_model_is(tmp_path, capsys):
     m.save_pretrained(run / "model")
     Bytes().save(run / "model")
     config = {"name": "mine", "seq_len": 16, "seed": 3, "data": {"name": "a corpus"}, "tokenizer": {"name": "theirs"}}
+    config["batch_tokens"] = 64
     config |= {"model": {"mixers": {}}, "run_dir": "/somewhere"}
     (run / "config.yaml").write_text(json.dumps(config))
     result = {"validation/nats": 1.25, "tokens": 4096, "flops": 10**9, "commit": "0a1b2c", "changed": True}
@@ -222,7 +223,7 @@ def test_the_card_says_what_the_model_is(tmp_path, capsys):
     assert "/somewhere" not in card and (folder / "tokenizer.json").exists()
     for words, message in (
         ([str(run)], "qwen3_next is there already"),
-        ([str(tmp_path)], "is neither the folder of a run"),
+        ([str(tmp_path)], "holds 1 runs; name one of them"),
     ):
         with pytest.raises(SystemExit, match=message):
             main(words)
