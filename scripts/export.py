@@ -33,7 +33,7 @@ MANY = 32_768  # positions, for a config whose run is not known; it limits nothi
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="RUN|FOLDER", help="a run, finished or not, or an exported model")
+    parser.add_argument("model", metavar="RUN|FOLDER", help="a run, a checkpoint of one, or an exported model")
     parser.add_argument("--to", choices=TO, help="as what (default: the first that computes the same function)")
     parser.add_argument("--folder", type=Path, help="where to (default: exported/TO in the folder of the model)")
     return parser.parse_args(words)

@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 
 from data.tokenizer import Bytes
 from models.language_model import LanguageModel, LanguageModelConfig
-from models.training import weights
+from models.training import origin, weights
 from scripts import import_model
 from scripts.export import arguments, choose, export, main
 from scripts.exporting.code import code
@@ -104,8 +104,9 @@ def qwens() -> dict[str, LanguageModel]:
     length one, inner sizes, gates."""
     wide = {"num_heads": 2 * HEADS, "num_key_heads": HEADS, "key_dim": 8, "value_dim": 16}
     gated = attention(qk_norm="rms", output_gate="sigmoid", rotary_channels=4, norm_eps=1e-4)
+    turning = {"key_dim": 46, "value_dim": 46, "rotary_channels": 26}  # 46 * (26 / 46) is below 26
     two = {"recurrent": delta(**wide), "attention": gated}
-    plain = {"recurrent": delta(output_norm_eps=None), "attention": attention()}
+    plain = {"recurrent": delta(output_norm_eps=None), "attention": attention(**turning)}
     grouped = attention(qk_norm="rms", num_kv_heads=1, rotary=500.0)
     return {
         "qwen3 rms": model({"main": grouped}, 2, tie_embeddings=False, norm_eps=1e-5),
@@ -130,6 +131,7 @@ def elsewhere(tmp_path_factory) -> tuple[dict[str, Found], dict[str, Found]]:
     """What all models compute here and there."""
     folder = tmp_path_factory.mktemp("elsewhere")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(origin, "commit", lambda: {"commit": "0a1b2c", "changed": True})  # asks git, twice a folder
         patch.setenv("TTR_PACKAGES", "own_mixer")
         patch.syspath_prepend(str(ROOT / "docs" / "examples" / "own_mixer"))
         models = as_they_train() | qwens()
@@ -204,6 +206,7 @@ def test_the_card_says_what_the_model_is(tmp_path, capsys):
     m.save_pretrained(run / "model")
     Bytes().save(run / "model")
     config = {"name": "mine", "seq_len": 16, "seed": 3, "data": {"name": "a corpus"}, "tokenizer": {"name": "theirs"}}
+    config["batch_tokens"] = 64
     config |= {"model": {"mixers": {}}, "run_dir": "/somewhere"}
     (run / "config.yaml").write_text(json.dumps(config))
     result = {"validation/nats": 1.25, "tokens": 4096, "flops": 10**9, "commit": "0a1b2c", "changed": True}
@@ -220,7 +223,7 @@ def test_the_card_says_what_the_model_is(tmp_path, capsys):
     assert "/somewhere" not in card and (folder / "tokenizer.json").exists()
     for words, message in (
         ([str(run)], "qwen3_next is there already"),
-        ([str(tmp_path)], "is neither the folder of a run"),
+        ([str(tmp_path)], "holds 1 runs; name one of them"),
     ):
         with pytest.raises(SystemExit, match=message):
             main(words)

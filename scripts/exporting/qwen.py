@@ -190,7 +190,9 @@ def as_qwen(model: LanguageModel, to: str, max_positions: int) -> PreTrainedMode
     }
     if attentions:
         first = attentions[0]
-        turning = {"partial_rotary_factor": (first.rotary_channels or first.key_dim) / first.key_dim}
+        turns, K = first.rotary_channels or first.key_dim, first.key_dim
+        exact = int(K * (turns / K)) == turns  # theirs rounds the product down
+        turning = {"partial_rotary_factor": turns / K if exact else math.nextafter(turns / K, 1.0)}
         rope = {"rope_type": "default", "rope_theta": first.rotary} | (turning if to == "qwen3_next" else {})
         heads = {"num_attention_heads": first.num_heads, "num_key_value_heads": first.num_kv_heads}
         given |= {**heads, "head_dim": first.key_dim, "rope_parameters": rope}

@@ -6,11 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from omegaconf import OmegaConf
-
-from models.build import current
-from models.language_model import LanguageModel, LanguageModelConfig
+from models.language_model import LanguageModel
 from models.training import weights
 
 
@@ -40,20 +36,8 @@ class Source(NamedTuple):
 
 
 def opened(where: str) -> Source:
-    """The model of a run, finished or not, or of an exported folder. Raises ValueError, in a sentence."""
-    path = weights.find(where)
-    folder = path.parent if path.is_dir() else path.parents[1]
-    run = folder if (folder / "config.yaml").is_file() else None
-    config: Any = current(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))) if run else None
-    said = folder / path.name.replace("model", "result", 1)
-    said = said.with_name(f"{said.name}.json")
-    result = json.loads(said.read_text()) if run and path.is_dir() and said.is_file() else None
-    if path.is_dir():
-        model = LanguageModel.from_pretrained(path, dtype=torch.float32)
-    else:
-        assert config is not None
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        found = {name.removeprefix("model."): value for name, value in saved.items()}
-        model = LanguageModel(LanguageModelConfig(vocab_size=len(found["embedding.weight"]), **config["model"]))
-        model.load_state_dict(found)
-    return Source(model.eval(), path, run, config, result)
+    """The model of a run, finished or not, of a checkpoint, or of an exported folder. Raises ValueError."""
+    found = weights.open_trained(where)
+    said = found.path.with_name(f"{found.path.name.replace('model', 'result', 1)}.json")  # model-N has result-N.json
+    result = json.loads(said.read_text()) if found.run and found.path.is_dir() and said.is_file() else None
+    return Source(found.model, found.path, found.run, found.config, result)
