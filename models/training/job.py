@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf import schema, settings
 from conf.checks import dtype, mistakes
+from conf.folders import refuse
 from data.batch import batch_arithmetic, every
 from data.module import DataModule, OtherDataError, misfits
 from models.build import build
@@ -35,12 +36,13 @@ def train(cfg: DictConfig) -> Result:
     quiet()
     with Preemption() as preemption:
         try:
+            preemption.overwrites = cfg.overwrite
             trainer, module, datamodule, run, overview = assemble(cfg, preemption)
             checkpoint, torn = newest_whole(run.checkpoints, run.branch)
             begin = not (checkpoint or run.result)
             begun = weights.load(module.model, cfg.init_from, datamodule.task.tokenizer) if begin else ""
         except ValueError as error:  # a mistake in the settings: what it is, without a traceback
-            sys.exit(f"error: {error}")
+            refuse(cfg.run_dir, [str(error)])
         if run.result is not None:
             say(f"{run.folder} is finished: {describe(run.result)}")
             say("For another run choose another name=, or overwrite=true to delete this one.")

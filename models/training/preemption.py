@@ -37,7 +37,9 @@ class Stopped(SystemExit):
         self.preemption, self.where = preemption, where
 
     def __str__(self) -> str:
-        return f"stopped by {(self.preemption.signal or signal.SIGTERM).name} {self.where}; the same command goes on"
+        said = f"stopped by {(self.preemption.signal or signal.SIGTERM).name} {self.where}"
+        again = "begins anew, for overwrite=true" if self.preemption.overwrites else "goes on"
+        return f"{said}; the same command {again}"
 
 
 class Preemption(Callback):
@@ -51,6 +53,7 @@ class Preemption(Callback):
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.agreed = self.requeue = self.training = False
+        self.overwrites = False  # whether the run was told overwrite=true, as debug= does
 
     def __enter__(self) -> Preemption:
         self.process = os.getpid()

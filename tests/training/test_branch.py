@@ -121,6 +121,12 @@ def test_where_a_longer_run_branches_off(tmp_path, capsys):
     assert branch(run, before, main_process=False) == 50 and len(list(run.checkpoints.glob("*.ckpt"))) == 4
     assert branch(run, before, main_process=True) == 50
     assert newest_whole(run.checkpoints)[0].name == "step-000000050.ckpt"
+    # what each branch has left is set aside, and none is taken for the next one's
+    for names in ({"result-100.json", "model-100"}, {"result-100-2.json", "model-100-2"}):
+        (tmp_path / "result.json").write_text("{}")
+        (tmp_path / "model").mkdir()
+        branch(run, before, main_process=True)
+        assert names < {path.name for path in tmp_path.iterdir()} and not (tmp_path / "result.json").exists()
     # and a shorter one, or one with another decay, where it begins to fall
     run, before = run_with(tmp_path, [20, 50], tokens=600, schedule=fixed)
     assert common_steps(before, run.config) == 30 and branch(run, before, main_process=False) == 20
