@@ -19,6 +19,7 @@ from tests.test_imports import FILES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 REQUIRED = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["project"]["dependencies"])}
+EXTRAS = {"lm_eval": "evaluation"}  # imported where they are asked for
 PEERS = "scripts.benchmarks.peers"  # imports what it is compared with, where that is installed
 WITH_TORCH = {"triton"}  # comes with a CUDA build of torch; code that needs it asks first
 
@@ -33,7 +34,7 @@ def imported() -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names.add(node.module.split(".")[0])
     others = names - ours - set(sys.stdlib_module_names) - WITH_TORCH
-    found = packages_distributions()
+    found = packages_distributions() | {name: [name] for name in EXTRAS}  # which may not be installed
     return {canonicalize_name(found[name][0]) for name in others}
 
 
@@ -45,7 +46,13 @@ def pinned(file: str) -> dict[str, Requirement]:
 
 def test_every_import_is_asked_for():
     # fla is two distributions, of which flash-linear-attention brings the other
-    assert imported() - {"fla-core"} <= REQUIRED.keys()
+    assert imported() - {"fla-core"} <= REQUIRED.keys() | set(map(canonicalize_name, EXTRAS))
+
+
+def test_an_extra_brings_what_its_code_imports():
+    extras = PROJECT["project"]["optional-dependencies"]
+    for name, extra in EXTRAS.items():
+        assert canonicalize_name(name) in {canonicalize_name(Requirement(line).name) for line in extras[extra]}
 
 
 @pytest.mark.parametrize(
