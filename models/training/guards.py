@@ -16,6 +16,7 @@ from models.training.summary import say
 
 WINDOW = 128  # losses that the next one is compared with
 FEWEST = 32  # ... and how many there must be for that
+LEAST = 0.1  # nats a token above the mean, for a spike to be told: near zero any batch is many deviations off
 
 
 class Guard:
@@ -60,7 +61,7 @@ class Guard:
             mean = math.fsum(self.losses) / len(self.losses)
             deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in self.losses) / len(self.losses))
             self.score = (loss - mean) / max(deviation, 1e-12)
-            if self.spike_score is not None and self.score > self.spike_score:
+            if self.spike_score is not None and self.score > self.spike_score and loss - mean > LEAST:
                 say(
                     f"warning: step {step:,}: the loss is {loss:.4g}, {self.score:.1f} standard deviations above the "
                     f"{mean:.4g} of the {len(self.losses)} before"

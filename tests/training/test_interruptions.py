@@ -351,6 +351,11 @@ def test_a_spike_is_told(capsys):
     again.load_state_dict(guard.state_dict())
     assert again.accepts(201, 3.1, 1.0, parameters) == guard.accepts(201, 3.1, 1.0, parameters)
     assert again.score == guard.score
+    learned = Guard(spike_score=6)  # of a task that is learned: a hard batch is no spike
+    for step in range(1, 200):
+        learned.accepts(step, 1e-3, 1.0, parameters)
+    capsys.readouterr()
+    assert learned.accepts(200, 0.03, 1.0, parameters) and not capsys.readouterr().out
 
 
 # hanging, loggers, the lock
