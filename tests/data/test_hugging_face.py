@@ -115,9 +115,51 @@ def test_text_that_spells_the_end_is_not_the_end(tmp_path):
     unigram.pre_tokenizer, unigram.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = HuggingFace(save(unigram, tmp_path / "unigram", unk_token="<unk>"))
     assert tokenizer.eos not in tokenizer.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
-    words = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
-    with pytest.raises(ValueError, match=r"makes its end-of-sequence token of a text with '</s>' in it"):
-        HuggingFace(save(words, tmp_path / "words"))
+    words = Tokenizer(models.WordLevel({"a": 0, "E": 1}, unk_token="a"))
+    with pytest.raises(ValueError, match=r"makes its end-of-sequence token of a text with 'E' in it"):
+        HuggingFace(save(words, tmp_path / "words", eos_token="E"))
+
+
+def test_the_end_is_not_taken_where_its_letters_are_unknown(tmp_path):
+    """An unknown letter costs more than the worst piece, and so more than the end."""
+    pieces = ["<unk>", "</s>", "▁", *"srikethou"]
+    unigram = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+    unigram.pre_tokenizer, unigram.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = HuggingFace(save(unigram, tmp_path / "theirs", unk_token="<unk>"))
+    ids = tokenizer.encode("strike <s>this</s> out")
+    assert tokenizer.eos not in ids and 0 in ids and tokenizer.decode(tokenizer.encode("this is")) == "this is"
+    again = exported(tokenizer, tmp_path / "ours")
+    assert again("strike <s>this", add_special_tokens=False).input_ids == tokenizer.encode("strike <s>this")
+    assert HuggingFace(str(tmp_path / "ours")).encode("strike <s>this</s> out") == ids
+
+
+def test_unknown_characters_are_not_the_end_of_a_document(tmp_path):
+    bpe = models.BPE(vocab={"</s>": 0, "a": 1}, merges=[], unk_token="</s>")
+    unigram = models.Unigram([("</s>", 0.0), ("a", -1.0)], unk_id=0)
+    for i, each in enumerate((bpe, unigram)):
+        with pytest.raises(
+            ValueError, match=r"has its end-of-sequence token '</s>' for unknown characters too; choose"
+        ):
+            HuggingFace(save(Tokenizer(each), tmp_path / str(i)))
+
+
+def test_dropout_is_for_training(tmp_path):
+    """Of merges: with it a text is encoded otherwise each time."""
+
+    def dropout(t: Tokenizer) -> None:
+        vocabulary = json.loads(t.to_str())["model"]["vocab"] | {"ab": 259}
+        t.model = models.BPE(vocab=vocabulary, merges=[("a", "b")], dropout=0.5)
+
+    tokenizer = HuggingFace(published(tmp_path / "theirs", dropout))
+    assert tokenizer.encode("ab" * 50) == [259] * 50
+    assert exported(tokenizer, tmp_path / "ours")("ab" * 50).input_ids == [259] * 50
+
+
+def test_settings_that_are_no_dictionary_are_one_sentence(tmp_path):
+    folder = published(tmp_path / "theirs")
+    (folder / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"^tokenizer\.name='.*theirs' can't be loaded: it must be a folder with"):
+        HuggingFace(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -171,6 +213,10 @@ def test_what_a_normalizer_loses_is_said(tmp_path, documents):
     assert "warning: the tokenizer does not keep capitals, forms that NFKC unites" in task.describe()[-1]
     plain = HuggingFace(published(tmp_path / "plain", clean_up_tokenization_spaces=True))
     assert plain.loses == () and plain.decode(plain.encode("hello !")) == "hello !"
+    strips = HuggingFace(published(tmp_path / "strips", lambda t: setattr(t, "normalizer", normalizers.Strip())))
+    assert strips.loses == ("blanks at the end",)
+    blank = pre_tokenizers.ByteLevel(add_prefix_space=True)  # one before each text, which loses nothing
+    assert HuggingFace(published(tmp_path / "blank", lambda t: setattr(t, "pre_tokenizer", blank))).loses == ()
 
 
 def test_bytes_that_a_vocabulary_falls_back_to(tmp_path):
