@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.cache import Cache
+from models.loss import IGNORED
 
 # They say nothing that is not said elsewhere: lengths of documents that cu_seq_lens_q has as well, the place in a cache
 # that knows it.
@@ -66,6 +67,16 @@ def refuse_shapes(
             f"past_key_values is of {cache.batch_size} rows, and the batch has {B}; batch_repeat_interleave(n) makes n "
             "of each row"
         )
+
+
+def refuse_targets(name: str, targets: Tensor | None, vocabulary: int) -> None:
+    """Raises ValueError for a target that is no token of the vocabulary, where the loss would count another's."""
+    if targets is None or torch.compiler.is_compiling():
+        return
+    outside = (targets != IGNORED) & ((targets < 0) | (targets >= vocabulary))
+    if outside.any():
+        y = targets[outside][0].item()
+        raise ValueError(f"{name} has {y}; it must be a token, 0 to {vocabulary - 1}, or {IGNORED} to ignore")
 
 
 def refuse_documents(told: dict[str, Tensor | None], others: dict[str, Any], seen: int) -> None:

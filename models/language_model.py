@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from models.block import Block, feed_forward
 from models.build import build
 from models.cache import Cache
-from models.calls import documents, refuse_documents, refuse_shapes, refuse_unknown
+from models.calls import documents, refuse_documents, refuse_shapes, refuse_targets, refuse_unknown
 from models.loss import IGNORED, score, sum_nats
 from models.mixers.mixer import State
 from models.parts.norm import RMSNorm
@@ -190,6 +190,9 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         targets: Tensor | None = others.pop("shift_labels", None)
         refuse_unknown(others, [name for name in inspect.signature(self.forward).parameters if name != "others"])
         refuse_shapes(input_ids, inputs_embeds, {"labels": labels, "shift_labels": targets}, past_key_values)
+        if targets is None and labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        refuse_targets("shift_labels" if labels is None else "labels", targets, self.config.vocab_size)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         told = {
@@ -205,8 +208,6 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             segments = documents(x, attention_mask, position_ids, seq_idx, ends, seen, number)
         each, states = self._layers(x, segments, past_key_values)
         hidden, loss = each[-1], None
-        if targets is None and labels is not None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if targets is not None:
             self._warn_of_tied_adapters()
             counted = (targets != IGNORED).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)

@@ -44,6 +44,14 @@ def test_the_loss_is_divided_by_the_items_of_the_whole_step(preset):
     assert m(IDS, labels=nothing).loss == m(IDS, labels=nothing, num_items_in_batch=0).loss == 0
 
 
+def test_a_label_outside_the_vocabulary_is_refused():
+    m = model(num_layers=1)
+    for name in ("labels", "shift_labels"):
+        for token in (-1, V):
+            with pytest.raises(ValueError, match=f"{name} has {token}; it must be a token, 0 to 60, or -100 to ignore"):
+                m(IDS, **{name: torch.where(IDS > 30, token, IDS)})
+
+
 def test_a_keyword_that_means_nothing_is_refused():
     m = model()
     with pytest.raises(TypeError, match=r"no keyword atention_mask; did you mean attention_mask\?"):
