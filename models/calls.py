@@ -104,7 +104,8 @@ def documents(
     """segments [B, T] of tokens like [B, T], whatever way they are told; None where no document begins.
 
     seen: how many tokens are in a cache; number: of the document [B] that goes on, None for 0.
-    attention_mask: [B, T] or [B, seen + T]: padding, on either side, is another document. position_ids: [1 or B, T]: a
+    attention_mask: [B, seen + T], or [B, T] where the tokens in the cache go on: padding, on either side, is another
+    document. position_ids: [1 or B, T]: a
     document begins where they do not go on by one. seq_idx: [1 or B, T], numbers of documents. cu_seqlens: [N + 1], for
     B = 1 the tokens before each document and after the last.
     """
@@ -117,6 +118,12 @@ def documents(
             raise ValueError(
                 f"attention_mask has the shape {tuple(attention_mask.shape)}; it must be [{B}, {seen + T}], a number "
                 "for each token, those in the cache first"
+            )
+        alone = seen > 0 and attention_mask.shape[1] == T
+        if alone and not torch.compiler.is_compiling() and (attention_mask[:, 0] == 0).any():
+            raise ValueError(
+                f"attention_mask has the shape {tuple(attention_mask.shape)} and begins with padding after a cache of "
+                f"{seen} tokens; it must be [{B}, {seen + T}], a number for each token, those in the cache first"
             )
         changes = F.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0))
         if not torch.compiler.is_compiling() and (changes.sum(1) + (attention_mask[:, 0] != 0) > 2).any():

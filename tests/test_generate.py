@@ -47,6 +47,15 @@ def test_a_cache_goes_on_in_its_own_document(preset):
     torch.testing.assert_close(m(IDS[:, 12:], past_key_values=cache, position_ids=positions).logits, apart)
 
 
+def test_a_mask_after_a_cache_says_whether_its_text_goes_on():
+    m = model()
+    cache, mask = m(IDS[:, :12], use_cache=True).past_key_values, F.pad(torch.ones(2, 6), (2, 0))
+    with pytest.raises(ValueError, match=r"\(2, 8\) and begins with padding after a cache of 12 .* must be \[2, 20\]"):
+        m(IDS[:, 12:], past_key_values=cache, attention_mask=mask)
+    found = m(IDS[:, 12:], past_key_values=cache, attention_mask=F.pad(mask, (12, 0))).logits[:, 2:]
+    torch.testing.assert_close(found, m(IDS[:, 14:]).logits)
+
+
 @every_mixer
 def test_a_cache_is_copied_and_repeated(preset):
     """As the caches of transformers, for a prompt that many requests share: with gradients, which torch's own copies
