@@ -303,7 +303,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
                 f"the cache has seen {seen} tokens, and input_ids has {input_ids.shape[1]}; it must begin with those, "
                 "and go on with at least one more"
             )
-        if mask is not None and seen == 0 and not mask[:, -1].all():
+        if mask is not None and not mask[:, -1].all():
             raise ValueError("a row ends with padding, where its text should go on; pad on the left to generate")
         asked = {name: True for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)}
         return asked | {

@@ -142,5 +142,6 @@ def test_what_generate_can_not_do_is_refused():
     for name in ("segments", "seq_idx", "position_ids"):
         with pytest.raises(ValueError, match=f"{name}: generate goes on with one document"):
             generated(m, IDS, **{name: torch.zeros_like(IDS)})
-    with pytest.raises(ValueError, match="pad on the left to generate"):
-        generated(m, IDS, attention_mask=F.pad(torch.ones(2, 15), (0, 5)))
+    for given in ({}, {"past_key_values": m(IDS[:, :5], use_cache=True).past_key_values}):
+        with pytest.raises(ValueError, match="pad on the left to generate"):
+            m.generate(IDS, attention_mask=F.pad(torch.ones(2, 15), (0, 5)), max_new_tokens=1, **given)
