@@ -86,10 +86,14 @@ def refuse_documents(told: dict[str, Tensor | None], others: dict[str, Any], see
             raise ValueError(f"segments and {name} both say where documents begin; give one of them")
     if told["cu_seqlens"] is not None and told["cu_seq_lens_q"] is not None:
         raise ValueError("cu_seqlens and cu_seq_lens_q both say where documents begin; give one of them")
-    if others.get("cu_seq_lens_k") is not None and told["cu_seq_lens_q"] is None:
+    q, k = told["cu_seq_lens_q"], others.get("cu_seq_lens_k")
+    if k is not None and q is None:
         raise ValueError("cu_seq_lens_k says where documents begin, and cu_seq_lens_q is missing, which is read here")
-    if seen and told["seq_idx"] is not None:
-        raise ValueError("seq_idx with a cache: it can't say whether the cache's document goes on; give segments")
+    for name in ("seq_idx", "cu_seqlens", "cu_seq_lens_q"):
+        if seen and told[name] is not None:
+            raise ValueError(f"{name} with a cache: it can't say whether the cache's document goes on; give segments")
+    if k is not None and torch.as_tensor(k).tolist() != torch.as_tensor(q).tolist():
+        raise ValueError(f"cu_seq_lens_k={k} and cu_seq_lens_q={q} differ; they must be the same documents")
 
 
 def documents(

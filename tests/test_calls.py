@@ -117,6 +117,7 @@ def test_packed_rows_are_separate_however_they_are_told(preset):
 
 def test_documents_are_told_once():
     m, ends = model(), torch.tensor([0, 7, 20])
+    cached = {"past_key_values": m(IDS, use_cache=True).past_key_values}
     segments = torch.zeros_like(IDS)
     mask = torch.ones_like(IDS)
     mask[0, 8:11] = 0
@@ -126,7 +127,10 @@ def test_documents_are_told_once():
         ("cu_seqlens and cu_seq_lens_q both", {"cu_seqlens": ends, "cu_seq_lens_q": ends}),
         ("cu_seq_lens_q is missing", {"cu_seq_lens_k": ends}),
         ("padding inside a row's text", {"attention_mask": mask}),
-        ("seq_idx with a cache", {"seq_idx": segments, "past_key_values": m(IDS, use_cache=True).past_key_values}),
+        ("cu_seq_lens_k=.* differ", {"cu_seq_lens_q": ends, "cu_seq_lens_k": torch.tensor([0, 20])}),
+        ("seq_idx with a cache", {"seq_idx": segments} | cached),
+        ("cu_seqlens with a cache", {"cu_seqlens": ends} | cached),
+        ("cu_seq_lens_q with a cache", {"cu_seq_lens_q": ends} | cached),
         ("past_key_values is a DynamicCache", {"past_key_values": DynamicCache()}),
     ):
         with pytest.raises(ValueError, match=says):
