@@ -133,9 +133,11 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         nn.init.normal_(self.embedding.weight, std=self.config.hidden_size**-0.5)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """transformers' hook, called for each module: nothing is left to do, everything has been initialised where it
-        was built.
+        """transformers' hook, called for each module, which has been initialised where it was built; and for a larger
+        embedding or head, not yet in the model, whose new rows are initialised here.
         """
+        if isinstance(module, nn.Embedding | nn.Linear) and all(module is not each for each in self.modules()):
+            nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
 
     def hidden(
         self, input_ids: Tensor, segments: Tensor | None = None, cache: Cache | None = None

@@ -166,6 +166,9 @@ def test_the_vocabulary_grows():
         assert m.config.vocab_size == 64 and m.head.weight.shape == m.embedding.weight.shape == (64, 32)
         assert (m.head.weight is m.embedding.weight) == tied
         torch.testing.assert_close(m(IDS).logits[..., :V], before)
+        m.resize_token_embeddings(200, mean_resizing=False)
+        for weight in (m.embedding.weight, m.head.weight):
+            assert weight[64:].std().item() == pytest.approx(32**-0.5, rel=0.1)
     assert m.config.num_hidden_layers == 2
 
 
