@@ -281,14 +281,16 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers', but for ways of it that take tokens back: a state has no token to take back."""
+        given = inspect.signature(super().generate).bind_partial(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
         for name in ("segments", "seq_idx", "position_ids", "cu_seqlens", "cu_seq_lens_q"):
-            if kwargs.get(name) is not None:
+            if given.get(name) is not None:
                 raise ValueError(f"{name}: generate goes on with one document a row; leave it out, and pad on the left")
-        config = kwargs.get("generation_config") or self.generation_config
+        config = given.get("generation_config") or self.generation_config
         for name in ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"):
-            if kwargs.get(name, getattr(config, name, None)) is not None:
+            if given.get(name, getattr(config, name, None)) is not None:
                 raise ValueError(f"{name}: tokens that are refused must be taken back, and a state can't; leave it out")
-        if (kind := kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))) is not None:
+        if (kind := given.get("cache_implementation", getattr(config, "cache_implementation", None))) is not None:
             raise ValueError(
                 f"cache_implementation={kind!r}: the cache is the states of the mixers, of one kind; leave it out"
             )

@@ -134,6 +134,13 @@ def test_what_generate_can_not_do_is_refused():
         generated(m, IDS[:1], prompt_lookup_num_tokens=3)
     with pytest.raises(ValueError, match=r"prompt_lookup_num_tokens: .* must be taken back"):
         generated(m, IDS[:1], generation_config=GenerationConfig(prompt_lookup_num_tokens=3))
+    for told, says in (
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens: "),
+        ({"assistant_early_exit": 1}, "assistant_early_exit: "),
+        ({"cache_implementation": "static"}, "cache_implementation='static': "),
+    ):
+        with pytest.raises(ValueError, match=says):
+            m.generate(IDS[:1], GenerationConfig(max_new_tokens=5, **told))
     with pytest.raises(ValueError, match=r"assistant_model: .* must be taken back"):
         generated(m, IDS[:1], assistant_model=model())
     for kind in ("static", "quantized"):
