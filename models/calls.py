@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.cache import Cache
+from models.loss import IGNORED
 
 # They say nothing that is not said elsewhere: lengths of documents that cu_seq_lens_q has as well, the place in a cache
 # that knows it.
@@ -68,6 +69,16 @@ def refuse_shapes(
         )
 
 
+def refuse_targets(name: str, targets: Tensor | None, vocabulary: int) -> None:
+    """Raises ValueError for a target that is no token of the vocabulary, where the loss would count another's."""
+    if targets is None or torch.compiler.is_compiling():
+        return
+    outside = (targets != IGNORED) & ((targets < 0) | (targets >= vocabulary))
+    if outside.any():
+        y = targets[outside][0].item()
+        raise ValueError(f"{name} has {y}; it must be a token, 0 to {vocabulary - 1}, or {IGNORED} to ignore")
+
+
 def refuse_documents(told: dict[str, Tensor | None], others: dict[str, Any], seen: int) -> None:
     """Raises ValueError where documents are told twice, or in a way that says too little. told: by keyword."""
     if told["segments"] is not None:
@@ -75,10 +86,14 @@ def refuse_documents(told: dict[str, Tensor | None], others: dict[str, Any], see
             raise ValueError(f"segments and {name} both say where documents begin; give one of them")
     if told["cu_seqlens"] is not None and told["cu_seq_lens_q"] is not None:
         raise ValueError("cu_seqlens and cu_seq_lens_q both say where documents begin; give one of them")
-    if others.get("cu_seq_lens_k") is not None and told["cu_seq_lens_q"] is None:
+    q, k = told["cu_seq_lens_q"], others.get("cu_seq_lens_k")
+    if k is not None and q is None:
         raise ValueError("cu_seq_lens_k says where documents begin, and cu_seq_lens_q is missing, which is read here")
-    if seen and told["seq_idx"] is not None:
-        raise ValueError("seq_idx with a cache: it can't say whether the cache's document goes on; give segments")
+    for name in ("seq_idx", "cu_seqlens", "cu_seq_lens_q"):
+        if seen and told[name] is not None:
+            raise ValueError(f"{name} with a cache: it can't say whether the cache's document goes on; give segments")
+    if k is not None and torch.as_tensor(k).tolist() != torch.as_tensor(q).tolist():
+        raise ValueError(f"cu_seq_lens_k={k} and cu_seq_lens_q={q} differ; they must be the same documents")
 
 
 def documents(
@@ -93,7 +108,8 @@ def documents(
     """segments [B, T] of tokens like [B, T], whatever way they are told; None where no document begins.
 
     seen: how many tokens are in a cache; number: of the document [B] that goes on, None for 0.
-    attention_mask: [B, T] or [B, seen + T]: padding, on either side, is another document. position_ids: [1 or B, T]: a
+    attention_mask: [B, seen + T], or [B, T] where the tokens in the cache go on: padding, on either side, is another
+    document. position_ids: [1 or B, T]: a
     document begins where they do not go on by one. seq_idx: [1 or B, T], numbers of documents. cu_seqlens: [N + 1], for
     B = 1 the tokens before each document and after the last.
     """
@@ -106,6 +122,12 @@ def documents(
             raise ValueError(
                 f"attention_mask has the shape {tuple(attention_mask.shape)}; it must be [{B}, {seen + T}], a number "
                 "for each token, those in the cache first"
+            )
+        alone = seen > 0 and attention_mask.shape[1] == T
+        if alone and not torch.compiler.is_compiling() and (attention_mask[:, 0] == 0).any():
+            raise ValueError(
+                f"attention_mask has the shape {tuple(attention_mask.shape)} and begins with padding after a cache of "
+                f"{seen} tokens; it must be [{B}, {seen + T}], a number for each token, those in the cache first"
             )
         changes = F.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0))
         if not torch.compiler.is_compiling() and (changes.sum(1) + (attention_mask[:, 0] != 0) > 2).any():

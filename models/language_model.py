@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from models.block import Block, feed_forward
 from models.build import build
 from models.cache import Cache
-from models.calls import documents, refuse_documents, refuse_shapes, refuse_unknown
+from models.calls import documents, refuse_documents, refuse_shapes, refuse_targets, refuse_unknown
 from models.loss import IGNORED, score, sum_nats
 from models.mixers.mixer import State
 from models.parts.norm import RMSNorm
@@ -133,9 +133,11 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         nn.init.normal_(self.embedding.weight, std=self.config.hidden_size**-0.5)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """transformers' hook, called for each module: nothing is left to do, everything has been initialised where it
-        was built.
+        """transformers' hook, called for each module, which has been initialised where it was built; and for a larger
+        embedding or head, not yet in the model, whose new rows are initialised here.
         """
+        if isinstance(module, nn.Embedding | nn.Linear) and all(module is not each for each in self.modules()):
+            nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
 
     def hidden(
         self, input_ids: Tensor, segments: Tensor | None = None, cache: Cache | None = None
@@ -190,6 +192,9 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         targets: Tensor | None = others.pop("shift_labels", None)
         refuse_unknown(others, [name for name in inspect.signature(self.forward).parameters if name != "others"])
         refuse_shapes(input_ids, inputs_embeds, {"labels": labels, "shift_labels": targets}, past_key_values)
+        if targets is None and labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        refuse_targets("shift_labels" if labels is None else "labels", targets, self.config.vocab_size)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         told = {
@@ -205,8 +210,6 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             segments = documents(x, attention_mask, position_ids, seq_idx, ends, seen, number)
         each, states = self._layers(x, segments, past_key_values)
         hidden, loss = each[-1], None
-        if targets is None and labels is not None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if targets is not None:
             self._warn_of_tied_adapters()
             counted = (targets != IGNORED).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
@@ -278,14 +281,16 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers', but for ways of it that take tokens back: a state has no token to take back."""
+        given = inspect.signature(super().generate).bind_partial(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
         for name in ("segments", "seq_idx", "position_ids", "cu_seqlens", "cu_seq_lens_q"):
-            if kwargs.get(name) is not None:
+            if given.get(name) is not None:
                 raise ValueError(f"{name}: generate goes on with one document a row; leave it out, and pad on the left")
-        config = kwargs.get("generation_config") or self.generation_config
+        config = given.get("generation_config") or self.generation_config
         for name in ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"):
-            if kwargs.get(name, getattr(config, name, None)) is not None:
+            if given.get(name, getattr(config, name, None)) is not None:
                 raise ValueError(f"{name}: tokens that are refused must be taken back, and a state can't; leave it out")
-        if (kind := kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))) is not None:
+        if (kind := given.get("cache_implementation", getattr(config, "cache_implementation", None))) is not None:
             raise ValueError(
                 f"cache_implementation={kind!r}: the cache is the states of the mixers, of one kind; leave it out"
             )
@@ -302,7 +307,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
                 f"the cache has seen {seen} tokens, and input_ids has {input_ids.shape[1]}; it must begin with those, "
                 "and go on with at least one more"
             )
-        if mask is not None and seen == 0 and not mask[:, -1].all():
+        if mask is not None and not mask[:, -1].all():
             raise ValueError("a row ends with padding, where its text should go on; pad on the left to generate")
         asked = {name: True for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)}
         return asked | {

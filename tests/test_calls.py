@@ -44,6 +44,14 @@ def test_the_loss_is_divided_by_the_items_of_the_whole_step(preset):
     assert m(IDS, labels=nothing).loss == m(IDS, labels=nothing, num_items_in_batch=0).loss == 0
 
 
+def test_a_label_outside_the_vocabulary_is_refused():
+    m = model(num_layers=1)
+    for name in ("labels", "shift_labels"):
+        for token in (-1, V):
+            with pytest.raises(ValueError, match=f"{name} has {token}; it must be a token, 0 to 60, or -100 to ignore"):
+                m(IDS, **{name: torch.where(IDS > 30, token, IDS)})
+
+
 def test_a_keyword_that_means_nothing_is_refused():
     m = model()
     with pytest.raises(TypeError, match=r"no keyword atention_mask; did you mean attention_mask\?"):
@@ -109,6 +117,7 @@ def test_packed_rows_are_separate_however_they_are_told(preset):
 
 def test_documents_are_told_once():
     m, ends = model(), torch.tensor([0, 7, 20])
+    cached = {"past_key_values": m(IDS, use_cache=True).past_key_values}
     segments = torch.zeros_like(IDS)
     mask = torch.ones_like(IDS)
     mask[0, 8:11] = 0
@@ -118,7 +127,10 @@ def test_documents_are_told_once():
         ("cu_seqlens and cu_seq_lens_q both", {"cu_seqlens": ends, "cu_seq_lens_q": ends}),
         ("cu_seq_lens_q is missing", {"cu_seq_lens_k": ends}),
         ("padding inside a row's text", {"attention_mask": mask}),
-        ("seq_idx with a cache", {"seq_idx": segments, "past_key_values": m(IDS, use_cache=True).past_key_values}),
+        ("cu_seq_lens_k=.* differ", {"cu_seq_lens_q": ends, "cu_seq_lens_k": torch.tensor([0, 20])}),
+        ("seq_idx with a cache", {"seq_idx": segments} | cached),
+        ("cu_seqlens with a cache", {"cu_seqlens": ends} | cached),
+        ("cu_seq_lens_q with a cache", {"cu_seq_lens_q": ends} | cached),
         ("past_key_values is a DynamicCache", {"past_key_values": DynamicCache()}),
     ):
         with pytest.raises(ValueError, match=says):
@@ -154,6 +166,9 @@ def test_the_vocabulary_grows():
         assert m.config.vocab_size == 64 and m.head.weight.shape == m.embedding.weight.shape == (64, 32)
         assert (m.head.weight is m.embedding.weight) == tied
         torch.testing.assert_close(m(IDS).logits[..., :V], before)
+        m.resize_token_embeddings(200, mean_resizing=False)
+        for weight in (m.embedding.weight, m.head.weight):
+            assert weight[64:].std().item() == pytest.approx(32**-0.5, rel=0.1)
     assert m.config.num_hidden_layers == 2
 
 

@@ -47,6 +47,15 @@ def test_a_cache_goes_on_in_its_own_document(preset):
     torch.testing.assert_close(m(IDS[:, 12:], past_key_values=cache, position_ids=positions).logits, apart)
 
 
+def test_a_mask_after_a_cache_says_whether_its_text_goes_on():
+    m = model()
+    cache, mask = m(IDS[:, :12], use_cache=True).past_key_values, F.pad(torch.ones(2, 6), (2, 0))
+    with pytest.raises(ValueError, match=r"\(2, 8\) and begins with padding after a cache of 12 .* must be \[2, 20\]"):
+        m(IDS[:, 12:], past_key_values=cache, attention_mask=mask)
+    found = m(IDS[:, 12:], past_key_values=cache, attention_mask=F.pad(mask, (12, 0))).logits[:, 2:]
+    torch.testing.assert_close(found, m(IDS[:, 14:]).logits)
+
+
 @every_mixer
 def test_a_cache_is_copied_and_repeated(preset):
     """As the caches of transformers, for a prompt that many requests share: with gradients, which torch's own copies
@@ -125,6 +134,13 @@ def test_what_generate_can_not_do_is_refused():
         generated(m, IDS[:1], prompt_lookup_num_tokens=3)
     with pytest.raises(ValueError, match=r"prompt_lookup_num_tokens: .* must be taken back"):
         generated(m, IDS[:1], generation_config=GenerationConfig(prompt_lookup_num_tokens=3))
+    for told, says in (
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens: "),
+        ({"assistant_early_exit": 1}, "assistant_early_exit: "),
+        ({"cache_implementation": "static"}, "cache_implementation='static': "),
+    ):
+        with pytest.raises(ValueError, match=says):
+            m.generate(IDS[:1], GenerationConfig(max_new_tokens=5, **told))
     with pytest.raises(ValueError, match=r"assistant_model: .* must be taken back"):
         generated(m, IDS[:1], assistant_model=model())
     for kind in ("static", "quantized"):
@@ -133,5 +149,6 @@ def test_what_generate_can_not_do_is_refused():
     for name in ("segments", "seq_idx", "position_ids"):
         with pytest.raises(ValueError, match=f"{name}: generate goes on with one document"):
             generated(m, IDS, **{name: torch.zeros_like(IDS)})
-    with pytest.raises(ValueError, match="pad on the left to generate"):
-        generated(m, IDS, attention_mask=F.pad(torch.ones(2, 15), (0, 5)))
+    for given in ({}, {"past_key_values": m(IDS[:, :5], use_cache=True).past_key_values}):
+        with pytest.raises(ValueError, match="pad on the left to generate"):
+            m.generate(IDS, attention_mask=F.pad(torch.ones(2, 15), (0, 5)), max_new_tokens=1, **given)
