@@ -12,6 +12,7 @@ corpus is one, and of several processes that start together one prepares while t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -67,7 +68,8 @@ def prepare(
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = _lock(folder)
         except OSError as error:
-            raise ValueError(f"{folder.parent} can't be written ({error}); TTR_CACHE names another folder") from error
+            reason = "it is a file, not a folder" if isinstance(error, FileExistsError) else error
+            raise ValueError(f"{folder.parent} can't be written ({reason}); TTR_CACHE names another folder") from error
         with lock:
             if not folder.exists():
                 _Preparation(corpus, tokenizer, folder, shard_tokens, num_workers, drop_duplicates).run()
@@ -107,7 +109,11 @@ class _Preparation:
             shutil.rmtree(self.partial)
             raise
         except OSError as error:
-            raise ValueError(f"{self.partial} can't be written ({error}); what has been prepared is kept") from error
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            advice = "make room there, or set TTR_CACHE to a folder that has some; " if full else ""
+            raise ValueError(
+                f"{self.partial} can't be written ({error}); {advice}what has been prepared is kept"
+            ) from error
         self.partial.rename(self.folder)
         sync(self.folder.parent)
         (self.folder / JOURNAL).unlink()

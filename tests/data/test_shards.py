@@ -1,5 +1,6 @@
 """What is written comes back, all of it or nothing."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -274,6 +275,16 @@ def test_a_tokenizer_is_trained_once_and_found_again(documents, tmp_path):
         == first.fingerprint()
         == TokenShards(tmp_path / "shards", "train").meta["tokenizer_fingerprint"]
     )
+
+
+def test_a_full_disk_is_told(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("data.shards.SplitWriter.append", full)
+    with pytest.raises(ValueError, match=r"No space left on device\); make room there, or set TTR_CACHE to a folder"):
+        prepare(Documents(TRAIN, VALIDATION), Bytes(), tmp_path / "shards")
+    assert (tmp_path / "shards.partial").exists()
 
 
 def test_a_pickled_reader_maps_the_files_again(documents, tmp_path):
