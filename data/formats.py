@@ -20,6 +20,7 @@ import lzma
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -96,6 +97,9 @@ class Reader:
             raise ValueError(f"{file} can't be read as {what} ({error})") from error
 
     def _stream(self, stream: BinaryIO, kind: str, file: str, offset: int, index: int) -> Iterator[Part]:
+        if not _peek(stream):  # compressed, and nothing in it
+            yield from [("", True, [0, 1])][index:]
+            return
         windows = b"\r\n" in _peek(stream)
         mark = len(stream.read(len(MARK))) if _peek(stream).startswith(MARK) else 0
         if kind in PAGES:
@@ -148,18 +152,24 @@ class Reader:
             yield self._text_of(rows[number], where, number == 0), True, [0, number + 1]
 
     def _table(self, stream: BinaryIO, kind: str, file: str, mark: int, index: int) -> Iterator[Part]:
-        lines = (text for text, _ in self._lines(stream, file, mark))
-        first, number = next(lines, ""), 0
-        # spreadsheets of many countries write semicolons, since a comma is in their numbers
-        delimiters = "\t" if kind == ".tsv" else ",;\t|"
-        found = {d: [name.strip() for name in next(csv.reader([first], delimiter=d), [])] for d in delimiters}
-        delimiter = next((d for d in delimiters if self.text_field in found[d]), delimiters[0])
-        columns = found[delimiter]
-        if self.text_field not in columns:
-            text_of(dict.fromkeys(columns), self.text_field, file, ELSE)  # raises
-        column, rows = columns.index(self.text_field), csv.reader(lines, delimiter=delimiter, strict=True)
+        # a line ends in \n, \r\n or, from an old Mac, \r
+        lines = (line for text, _ in self._lines(stream, file, mark) for line in io.StringIO(text, newline=""))
+        number = 0
         try:
+            columns, delimiter, rest = self._header(lines, kind)
+            if not columns:
+                yield from [("", True, [0, 1])][index:]
+                return
+            if self.text_field not in columns:
+                shown = (" ".join(name.split()) for name in columns)
+                text_of(dict.fromkeys(shown), self.text_field, file, ELSE)  # raises
+            column, rows = columns.index(self.text_field), csv.reader(rest, delimiter=delimiter, strict=True)
             for number, row in enumerate((row for row in rows if row), start=1):
+                if any(map(str.strip, row[len(columns) :])):
+                    raise ValueError(
+                        f"row {number} of {file} has more fields than the header; put a text that holds {delimiter!r} "
+                        "in quotes"
+                    )
                 if number > index:
                     yield row[column] if column < len(row) else "", True, [number, number]
         except csv.Error as error:
@@ -167,6 +177,32 @@ class Reader:
                 f"row {number + 1} of {file} can't be read as {kind[1:]} ({error}); a field that begins with a quote "
                 'must end with one, and have those within doubled: """Yes"", she said."'
             ) from None
+
+    def _header(self, lines: Iterator[str], kind: str) -> tuple[list[str], str, Iterator[str]]:
+        """The columns, the delimiter, and the lines behind: the first delimiter that gives a column of the text, else
+        the usual one. No columns where all lines are blank.
+        """
+        head: list[str] = []
+
+        def from_the_first() -> Iterator[str]:
+            yield from head
+            for line in lines:
+                head.append(line)
+                yield line
+
+        # spreadsheets of many countries write semicolons, since a comma is in their numbers
+        found: dict[str, tuple[list[str], int]] = {}
+        for delimiter in "\t" if kind == ".tsv" else ",;\t|":
+            found[delimiter] = _first_row(csv.reader(from_the_first(), delimiter=delimiter, strict=True))
+            if found[delimiter][1] < 0:  # quotes that do not end: of its line alone
+                number = next(n for n, line in enumerate(head, start=1) if line.strip())
+                found[delimiter] = _first_row(csv.reader(head[number - 1 : number], delimiter=delimiter))[0], number
+            if self.text_field in found[delimiter][0]:
+                break
+        else:
+            delimiter = next(iter(found))
+        columns, number = found[delimiter]
+        return columns, delimiter, chain(head[number:], lines)
 
     def _parquet(self, file: str, index: int) -> Iterator[Part]:
         table, row = pyarrow.parquet.ParquetFile(file), 0
@@ -201,6 +237,15 @@ class Reader:
                 f"-f {likely} -t UTF-8, if that is what it is), or data.corpus.invalid_utf8=replace puts U+FFFD in "
                 "place of such bytes"
             ) from None
+
+
+def _first_row(reader: Any) -> tuple[list[str], int]:
+    """The first row that is not blank, and how many lines end with it; -1 where it can't be read."""
+    try:
+        row = next((row for row in reader if any(map(str.strip, row))), [])
+    except csv.Error:
+        return [], -1
+    return [name.strip() for name in row], reader.line_num
 
 
 def _cut(stream: BinaryIO, separator: bytes, offset: int, index: int) -> Iterator[tuple[bytes, bool, list[int]]]:

@@ -12,6 +12,7 @@ corpus is one, and of several processes that start together one prepares while t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -39,6 +40,7 @@ class Piece(NamedTuple):
 
     parts: list[Part]
     position: Any  # where reading goes on behind it
+    within: bool  # whether that is within a document
     hashes: list[str]  # of its documents, where duplicates are dropped
     dropped: int
     empty: int  # documents without text, which are left out
@@ -66,7 +68,8 @@ def prepare(
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = _lock(folder)
         except OSError as error:
-            raise ValueError(f"{folder.parent} can't be written ({error}); TTR_CACHE names another folder") from error
+            reason = "it is a file, not a folder" if isinstance(error, FileExistsError) else error
+            raise ValueError(f"{folder.parent} can't be written ({reason}); TTR_CACHE names another folder") from error
         with lock:
             if not folder.exists():
                 _Preparation(corpus, tokenizer, folder, shard_tokens, num_workers, drop_duplicates).run()
@@ -106,7 +109,11 @@ class _Preparation:
             shutil.rmtree(self.partial)
             raise
         except OSError as error:
-            raise ValueError(f"{self.partial} can't be written ({error}); what has been prepared is kept") from error
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            advice = "make room there, or set TTR_CACHE to a folder that has some; " if full else ""
+            raise ValueError(
+                f"{self.partial} can't be written ({error}); {advice}what has been prepared is kept"
+            ) from error
         self.partial.rename(self.folder)
         sync(self.folder.parent)
         (self.folder / JOURNAL).unlink()
@@ -129,12 +136,12 @@ class _Preparation:
         dtype = np.dtype(np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.uint32)
         self.writers = {split: SplitWriter(self.partial, split, dtype, self.shard_tokens) for split in SPLITS}
         with open(self.partial / JOURNAL, "a+b") as journal:
-            position, seen, dropped, empty = self._restore(journal)
+            position, within, seen, dropped, empty = self._restore(journal)
             progress = _Progress(self.folder.name, self.corpus, position, self.writers.values())
-            pieces = _pieces(self.corpus, position, seen, dropped, empty)
+            pieces = _pieces(self.corpus, position, within, seen, dropped, empty)
             for piece, encoded in tokenized(pieces, self.tokenizer, dtype, self.num_workers):
                 record = {split: writer.append(encoded[split]) for split, writer in self.writers.items()}
-                record |= {"position": piece.position, "hashes": piece.hashes}
+                record |= {"position": piece.position, "within": piece.within, "hashes": piece.hashes}
                 record |= {"dropped": piece.dropped, "empty": piece.empty}
                 journal.write(json.dumps(record).encode() + b"\n")
                 journal.flush()
@@ -143,9 +150,9 @@ class _Preparation:
         self._finish(dtype, dropped, empty)
         progress.say("Prepared")
 
-    def _restore(self, journal) -> tuple[Any, set[str] | None, int, int]:
-        """Keeps the pieces that are whole, and says where reading goes on, what has been seen, and how many documents
-        have been dropped and were empty.
+    def _restore(self, journal) -> tuple[Any, bool, set[str] | None, int, int]:
+        """Keeps the pieces that are whole, and says where reading goes on, whether that is within a document, what has
+        been seen, and how many documents have been dropped and were empty.
         """
         recipe: dict[str, Any] = {"piece": PIECE, "part": PART, "shard_tokens": self.shard_tokens, "format": FORMAT}
         if self.corpus is not self.given:  # its positions are others
@@ -153,17 +160,20 @@ class _Preparation:
         header = json.dumps(recipe | {"tokenizer": self.tokenizer.fingerprint()}).encode() + b"\n"
         journal.seek(0)
         seen: set[str] | None = set() if self.drop_duplicates else None
-        position, dropped, empty, end = None, 0, 0, len(header)
+        position, within, dropped, empty, end = None, False, 0, 0, len(header)
         if journal.readline() == header:
             for line in journal:
                 record = _parsed(line)
                 if record is None or record["position"] is None:
                     break
+                if seen is not None and "within" not in record:
+                    break  # of a version that took the end of a long document for a whole one
                 if not all(writer.holds(record[writer.split]) for writer in self.writers.values()):
                     break  # torn when the machine went down
                 for split, writer in self.writers.items():
                     writer.keep(record[split])
-                position, dropped, empty = record["position"], record["dropped"], record.get("empty", 0)
+                position, within = record["position"], record.get("within", False)
+                dropped, empty = record["dropped"], record.get("empty", 0)
                 end += len(line)
                 if seen is not None:
                     seen.update(record["hashes"])
@@ -176,7 +186,7 @@ class _Preparation:
             journal.truncate(end)
             tokens = sum(writer.tokens for writer in self.writers.values())
             print(f"Going on with {self.folder.name} behind {tokens:,} tokens that are done", flush=True)
-        return position, seen, dropped, empty
+        return position, within, seen, dropped, empty
 
     def _finish(self, dtype: np.dtype, dropped: int, empty: int) -> None:
         counts = {split: writer.close() for split, writer in self.writers.items()}
@@ -225,12 +235,16 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _pieces(corpus: Corpus, position: Any, seen: set[str] | None, dropped: int, empty: int) -> Iterator[Piece]:
-    """The corpus from this position on. A piece ends behind the first part that fills it and has a position."""
+def _pieces(
+    corpus: Corpus, position: Any, within: bool, seen: set[str] | None, dropped: int, empty: int
+) -> Iterator[Piece]:
+    """The corpus from this position on, which may be within a document. A piece ends behind the first part that fills
+    it and has a position.
+    """
     parts: list[Part] = []
-    hashes, size, started, behind = [], 0, False, None
+    hashes, size, behind = [], 0, None
     for document in corpus.read(position):
-        whole, started = document.last and not started, not document.last
+        whole, within = document.last and not within, not document.last
         behind = document.position
         if whole and seen is not None and document.text:
             digest = hashlib.sha256(document.text.encode("utf-8", errors="replace")).hexdigest()[:32]
@@ -245,9 +259,9 @@ def _pieces(corpus: Corpus, position: Any, seen: set[str] | None, dropped: int, 
         parts += _divided(document)
         size += len(document.text)
         if size >= PIECE and behind is not None:
-            yield Piece(parts, behind, hashes, dropped, empty)
+            yield Piece(parts, behind, within, hashes, dropped, empty)
             parts, hashes, size = [], [], 0
-    yield Piece(parts, behind, hashes, dropped, empty)
+    yield Piece(parts, behind, within, hashes, dropped, empty)
 
 
 def _divided(document: Document) -> Iterator[Part]:

@@ -218,7 +218,7 @@ def test_places_that_can_not_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("RUNS", f"{tmp_path}/file")
     assert "can't be made (Not a directory); RUNS, name= and run_dir= say" in said(monkeypatch)
-    with pytest.raises(ValueError, match=r"file can't be written \(.*\); TTR_CACHE names another folder"):
+    with pytest.raises(ValueError, match=r"file can't be written \(it is a file, not a folder\); TTR_CACHE names"):
         prepare(Documents(["x"], ["y"]), Bytes(), tmp_path / "file" / "corpus")
 
 

@@ -3,6 +3,7 @@
 Beside a case stands a public report of it.
 """
 
+import gzip
 import json
 import os
 import re
@@ -63,6 +64,12 @@ READ = {  # what is said of it -> name, content, documents
     # https://github.com/biolab/orange3/issues/2404
     "a long field": ("a.csv", b"text\n" + b"x" * 200_000 + b"\n", ["x" * 200_000]),
     "semicolons": ("a.csv", b"n;text\n1,5;a, b\n", ["a, b"]),
+    "a comma at the end": ("a.csv", b"id,text\n1,a,\n", ["a"]),
+    "a header over lines": ("a.csv", b'text,"other\ncolumn"\na,1\nb,2\n', ["a", "b"]),
+    "a header over lines before": ("a.csv", b'"other\n\ncolumn";text\n1;a\n2;b, c\n', ["a", "b, c"]),
+    "a header with an open quote": ("a.csv", b'text,"id\na,1\n', ["a"]),
+    "a blank line before the header": ("a.csv", b"\n \nid,text\n1,a\n", ["a"]),
+    "line ends of an old Mac": ("a.csv", b'id,text\r1,a\r\r2,"b\rc"\r', ["a", "b\rc"]),
     "tabs": ("a.tsv", b'n\ttext\n1\t5" wide, red\n', ['5" wide, red']),
     # https://github.com/html-to-text/node-html-to-text/issues/268, https://github.com/yasserg/crawler4j/issues/259
     "a page": (
@@ -73,6 +80,10 @@ READ = {  # what is said of it -> name, content, documents
     ),
     "a page without an end": ("a.HTM", b"<p>open <i>and", ["open and"]),
     "a file without a byte": ("a.jsonl", b"", [""]),
+    "a compressed file of nothing": ("a.jsonl.gz", gzip.compress(b""), [""]),
+    "a compressed table of nothing": ("a.csv.gz", gzip.compress(b""), [""]),
+    "a table of a blank line": ("a.csv", b"\r\n", [""]),
+    "a table of a mark": ("a.tsv", MARK, [""]),
     "a parquet without a byte": ("a.parquet", b"", [""]),
     # https://github.com/openai/tiktoken/issues/82
     "half of a pair": ("a.jsonl", b'{"text": "a\\ud83d"}\n', ["a\ud83d"]),
@@ -115,6 +126,12 @@ REFUSED = {
     "rows in an object": ("a.json", b'{"v": 1,\n"data": [{"text": "a"}]}', "a column of {}/a.json, which has data, v"),
     # https://github.com/wireservice/csvkit/issues/382
     "an open quote": ("a.csv", b'text\na\n"b\nc\n', "row 2 of {}/a.csv can't be read as csv (unexpected end of data)"),
+    "commas without quotes": (
+        "a.csv",
+        b"text\na\nhello, world\n",
+        "row 2 of {}/a.csv has more fields than the header; put a text that holds ',' in quotes",
+    ),
+    "another column over lines": ("a.csv", b'"a\nb",c\n1,2\n', "is not a column of {}/a.csv, which has a b, c; name"),
     # https://github.com/wonderwhy-er/DesktopCommanderMCP/issues/610
     "UTF-16": ("a.txt", "text".encode("utf-16"), "UTF-8 at byte 0 (0xff); convert it (iconv -f UTF-16 -t UTF-8"),
     # https://github.com/nshepperd/gpt-2/pull/39, https://github.com/pytorch/text/issues/228

@@ -1,5 +1,6 @@
 """What is written comes back, all of it or nothing."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import shutil
 import numpy as np
 import pytest
 
+from data.files import TextFiles
 from data.prepare import prepare
 from data.shards import TokenShards, cache_folder, check, hash_file, shard_folder
 from data.text import Text
@@ -118,6 +120,31 @@ def test_duplicates_are_dropped_on_demand_and_counted(tmp_path, monkeypatch):
         prepare(interrupted, Bytes(), tmp_path / "resumed", drop_duplicates=True)
     prepare(interrupted, Bytes(), tmp_path / "resumed", drop_duplicates=True)
     assert TokenShards(tmp_path / "resumed", "validation").num_documents == 1
+
+
+def test_the_end_of_a_long_document_is_no_duplicate_after_a_kill(tmp_path, monkeypatch):
+    for module in ("formats", "prepare"):
+        monkeypatch.setattr(f"data.{module}.PART", 8)
+    monkeypatch.setattr("data.prepare.PIECE", 1)
+    for name, text in (("a", "x" * 8 + "hello"), ("b", "hello"), ("c", "hello")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "v.txt").write_text("held out")
+    corpus = TextFiles(str(tmp_path / "*.txt"), validation=str(tmp_path / "v"))
+    prepare(corpus, Bytes(), tmp_path / "whole", drop_duplicates=True)
+    assert TokenShards(tmp_path / "whole", "train").num_documents == 2
+    read = corpus.read
+
+    def killed(position=None):
+        yield next(read(position))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(corpus, "read", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(corpus, Bytes(), tmp_path / "killed", drop_duplicates=True)
+    monkeypatch.setattr(corpus, "read", read)
+    prepare(corpus, Bytes(), tmp_path / "killed", drop_duplicates=True)
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
 DAMAGES = {  # what is done to a folder -> what is said of it
@@ -248,6 +275,16 @@ def test_a_tokenizer_is_trained_once_and_found_again(documents, tmp_path):
         == first.fingerprint()
         == TokenShards(tmp_path / "shards", "train").meta["tokenizer_fingerprint"]
     )
+
+
+def test_a_full_disk_is_told(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("data.shards.SplitWriter.append", full)
+    with pytest.raises(ValueError, match=r"No space left on device\); make room there, or set TTR_CACHE to a folder"):
+        prepare(Documents(TRAIN, VALIDATION), Bytes(), tmp_path / "shards")
+    assert (tmp_path / "shards.partial").exists()
 
 
 def test_a_pickled_reader_maps_the_files_again(documents, tmp_path):
