@@ -3,9 +3,10 @@
     python scripts/recipes.py [--size 340m] [--markdown]
     python scripts/recipes.py --write       # writes the table into docs/family.md
 
-A recipe is four choices: which decay (how much each past pair counts), which function class (what the memory can
-express), which solver (how the fit is computed), on which backends. State: numbers one layer holds per sequence at the
-end of the size's sequences. FLOPs: of one layer's mixer, forward, per token on average over such a sequence.
+Of the five choices that a mixer is, the table has which decay (how much each past pair counts), which function class
+(what the memory can express) and which solver (how the fit is computed); and on which backends it runs. State: numbers
+one layer holds per sequence at the end of the size's sequences. FLOPs: of one layer's mixer, forward, per token on
+average over such a sequence.
 """
 
 from __future__ import annotations

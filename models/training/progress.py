@@ -33,7 +33,7 @@ class Progress(Callback):
         total, self.first = trainer.max_steps, trainer.global_step
         hidden = trainer.global_rank > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=self.first, unit="step", dynamic_ncols=True, leave=False, disable=hidden)
-        self.lines = trainer.global_rank == 0 and not sys.stdout.isatty()
+        self.lines = trainer.global_rank == 0 and (hidden or not sys.stdout.isatty())
         self.started = time.perf_counter()
         self._begin_window(trainer)
 
