@@ -135,6 +135,12 @@ def documents(
     B, T = like.shape[:2]
     starts = torch.zeros(B, T, dtype=torch.bool, device=like.device)
     if attention_mask is not None:
+        others = (attention_mask != 0) & (attention_mask != 1)
+        if not torch.compiler.is_compiling() and others.any():
+            raise ValueError(
+                f"attention_mask has {attention_mask[others][0].item()}; it must be 1 for text and 0 for padding, and "
+                "documents are told by segments or position_ids"
+            )
         alone = seen > 0 and attention_mask.shape[1] == T
         if alone and not torch.compiler.is_compiling() and (attention_mask[:, 0] == 0).any():
             raise ValueError(

@@ -127,6 +127,8 @@ def test_documents_are_told_once():
         ("cu_seqlens and cu_seq_lens_q both", {"cu_seqlens": ends, "cu_seq_lens_q": ends}),
         ("cu_seq_lens_q is missing", {"cu_seq_lens_k": ends}),
         ("padding inside a row's text", {"attention_mask": mask}),
+        ("attention_mask has 2; it must be 1 for text", {"attention_mask": mask + 1}),
+        ("attention_mask has -inf; it must be 1 for text", {"attention_mask": mask.log()}),
         ("cu_seq_lens_k=.* differ", {"cu_seq_lens_q": ends, "cu_seq_lens_k": torch.tensor([0, 20])}),
         ("seq_idx with a cache", {"seq_idx": segments} | cached),
         ("cu_seqlens with a cache", {"cu_seqlens": ends} | cached),
