@@ -79,8 +79,10 @@ def refuse_targets(name: str, targets: Tensor | None, vocabulary: int) -> None:
         raise ValueError(f"{name} has {y}; it must be a token, 0 to {vocabulary - 1}, or {IGNORED} to ignore")
 
 
-def refuse_documents(told: dict[str, Tensor | None], others: dict[str, Any], seen: int) -> None:
-    """Raises ValueError where documents are told twice, or in a way that says too little. told: by keyword."""
+def refuse_documents(told: dict[str, Tensor | None], others: dict[str, Any], like: Tensor, seen: int) -> None:
+    """Raises ValueError where documents of tokens like [B, T] are told twice, in another shape, or in a way that says
+    too little. told: by keyword.
+    """
     if told["segments"] is not None:
         for name in (name for name, value in told.items() if value is not None and name != "segments"):
             raise ValueError(f"segments and {name} both say where documents begin; give one of them")
@@ -89,10 +91,25 @@ def refuse_documents(told: dict[str, Tensor | None], others: dict[str, Any], see
     q, k = told["cu_seq_lens_q"], others.get("cu_seq_lens_k")
     if k is not None and q is None:
         raise ValueError("cu_seq_lens_k says where documents begin, and cu_seq_lens_q is missing, which is read here")
+    B, T = like.shape[:2]
+    for name, value in (told | {"cu_seq_lens_k": k}).items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}; it must be a tensor")
+        shape, wanted = tuple(value.shape), f"[{B}, {T}], a number for each token"
+        right = shape in ((B, T), (1, T))
+        if name == "attention_mask":
+            right = shape in ((B, T), (B, seen + T))
+            wanted = f"[{B}, {seen + T}], a number for each token, those in the cache first"
+        elif name.startswith("cu_"):
+            right, wanted = len(shape) == 1 and shape[0] > 1, "[N + 1], the tokens before each document and after all"
+        if not right:
+            raise ValueError(f"{name} has the shape {shape}; it must be {wanted}")
     for name in ("seq_idx", "cu_seqlens", "cu_seq_lens_q"):
         if seen and told[name] is not None:
             raise ValueError(f"{name} with a cache: it can't say whether the cache's document goes on; give segments")
-    if k is not None and torch.as_tensor(k).tolist() != torch.as_tensor(q).tolist():
+    if k is not None and k.tolist() != q.tolist():
         raise ValueError(f"cu_seq_lens_k={k} and cu_seq_lens_q={q} differ; they must be the same documents")
 
 
@@ -118,10 +135,11 @@ def documents(
     B, T = like.shape[:2]
     starts = torch.zeros(B, T, dtype=torch.bool, device=like.device)
     if attention_mask is not None:
-        if tuple(attention_mask.shape) not in ((B, T), (B, seen + T)):
+        others = (attention_mask != 0) & (attention_mask != 1)
+        if not torch.compiler.is_compiling() and others.any():
             raise ValueError(
-                f"attention_mask has the shape {tuple(attention_mask.shape)}; it must be [{B}, {seen + T}], a number "
-                "for each token, those in the cache first"
+                f"attention_mask has {attention_mask[others][0].item()}; it must be 1 for text and 0 for padding, and "
+                "documents are told by segments or position_ids"
             )
         alone = seen > 0 and attention_mask.shape[1] == T
         if alone and not torch.compiler.is_compiling() and (attention_mask[:, 0] == 0).any():

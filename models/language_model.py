@@ -183,10 +183,10 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         """transformers' interface. Keywords that mean nothing here are an error (calls.py).
 
         labels: the input_ids themselves (shifted here), -100 to ignore; shift_labels: shifted already. The loss is the
-        mean over those that count, or their sum / num_items_in_batch, with which Trainer accumulates. segments [B, T]
-        number packed documents; or attention_mask, position_ids, seq_idx or cu_seqlens tell them (calls.documents).
-        logits_to_keep: of so many last tokens (0: all), or of these places. output_hidden_states: what each block is
-        given, and what the head is.
+        mean over those that count, or their sum / num_items_in_batch, with which Trainer accumulates.
+        segments [1 or B, T] number packed documents; or attention_mask, position_ids, seq_idx or cu_seqlens tell them
+        (calls.documents). logits_to_keep: of so many last tokens (0: all), or of these places. output_hidden_states:
+        what each block is given, and what the head is.
         """
         # not a parameter: Trainer evaluates only where all parameters with "label" in their names are in the batch
         targets: Tensor | None = others.pop("shift_labels", None)
@@ -203,11 +203,13 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             "cu_seqlens": cu_seqlens,
             "cu_seq_lens_q": cu_seq_lens_q,
         }
-        refuse_documents(told | {"attention_mask": attention_mask, "segments": segments}, others, seen)
+        refuse_documents(told | {"attention_mask": attention_mask, "segments": segments}, others, x, seen)
         if segments is None:
             ends = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
             number = None if past_key_values is None else past_key_values.segment
             segments = documents(x, attention_mask, position_ids, seq_idx, ends, seen, number)
+        else:
+            segments = segments.expand(x.shape[:2])
         each, states = self._layers(x, segments, past_key_values)
         hidden, loss = each[-1], None
         if targets is not None:

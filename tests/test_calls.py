@@ -127,6 +127,8 @@ def test_documents_are_told_once():
         ("cu_seqlens and cu_seq_lens_q both", {"cu_seqlens": ends, "cu_seq_lens_q": ends}),
         ("cu_seq_lens_q is missing", {"cu_seq_lens_k": ends}),
         ("padding inside a row's text", {"attention_mask": mask}),
+        ("attention_mask has 2; it must be 1 for text", {"attention_mask": mask + 1}),
+        ("attention_mask has -inf; it must be 1 for text", {"attention_mask": mask.log()}),
         ("cu_seq_lens_k=.* differ", {"cu_seq_lens_q": ends, "cu_seq_lens_k": torch.tensor([0, 20])}),
         ("seq_idx with a cache", {"seq_idx": segments} | cached),
         ("cu_seqlens with a cache", {"cu_seqlens": ends} | cached),
@@ -135,6 +137,22 @@ def test_documents_are_told_once():
     ):
         with pytest.raises(ValueError, match=says):
             m(IDS, **given)
+
+
+def test_documents_are_told_in_a_shape():
+    m, zeros = model(num_layers=1), torch.zeros_like(IDS)
+    for name in ("segments", "position_ids", "seq_idx"):
+        for wrong in (zeros[0], zeros[:, :1], zeros[:, 1:], zeros.unsqueeze(0)):
+            shape = str(tuple(wrong.shape)).replace("(", r"\(").replace(")", r"\)")
+            with pytest.raises(ValueError, match=rf"{name} has the shape {shape}; it must be \[2, 20\]"):
+                m(IDS, **{name: wrong})
+    for name in ("cu_seqlens", "cu_seq_lens_q"):
+        with pytest.raises(ValueError, match=f"{name} is a list; it must be a tensor"):
+            m(IDS[:1], **{name: [0, 3, 20]})
+        with pytest.raises(ValueError, match=rf"{name} has the shape \(1, 3\); it must be \[N \+ 1\]"):
+            m(IDS[:1], **{name: torch.tensor([[0, 3, 20]])})
+    halves = torch.arange(20).unsqueeze(0) // 10
+    torch.testing.assert_close(m(IDS, segments=halves).logits[:, 10:], m(IDS[:, 10:]).logits)
 
 
 def test_trainer_finds_the_labels_and_shifts_what_it_smooths():
