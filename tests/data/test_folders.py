@@ -202,6 +202,24 @@ def test_a_folder_is_all_of_its_files_once(tmp_path, capsys):
     assert sorted(d.text for d in several) == sorted(text for _, text in names)
 
 
+def test_a_file_has_its_name_from_where_it_lies(tmp_path):
+    """And not from a link to it or to its folder, whatever comes first; the order is that of the paths."""
+    for name in ("a.txt", "real/b.TXT", "x/c.txt"):
+        (tmp_path / "f" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "f" / name).write_text(name)
+    (tmp_path / "f" / "A.txt").symlink_to("real/b.TXT")
+    (tmp_path / "f" / "real" / "link").symlink_to("../x")
+    (tmp_path / "f" / "gone").symlink_to("nowhere")
+    corpus = TextFiles(str(tmp_path / "f"))
+    assert [d.name for d in corpus] == ["a.txt:0", "real/b.TXT:0", "x/c.txt:0"]
+    assert corpus.left_out() == "1 link to nothing, 2 reached twice"
+    assert [d.name for d in TextFiles([str(tmp_path / "f" / name) for name in ("x", "*.txt")])] == [
+        "c.txt:0",
+        "A.txt:0",
+        "a.txt:0",
+    ]
+
+
 def test_runs_within_the_folder_are_no_text(tmp_path, monkeypatch):
     """Else the same command, given again in the folder of the texts, would find other data than before."""
     monkeypatch.chdir(tmp_path)
@@ -241,9 +259,11 @@ def test_what_is_not_a_path(tmp_path):
         TextFiles(str(tmp_path / "text" / "*.txt"))
     with pytest.raises(ValueError, match=r"texts/\*.txt' matches no file$"):
         TextFiles(str(tmp_path / "texts" / "*.txt"))
-    for path in ("", [" "], None):
+    for path in ("", [" "], None, []):
         with pytest.raises(ValueError, match="names nothing; a file, a folder or a pattern is needed"):
             TextFiles(path)
+    with pytest.raises(ValueError, match=r"matches no file: .* has no 'x{300}'$"):
+        TextFiles(str(tmp_path / ("x" * 300)))
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "v.txt").symlink_to(tmp_path / "a.txt")
     with pytest.raises(
