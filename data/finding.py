@@ -23,12 +23,13 @@ Id = tuple[int, int]
 class Found(NamedTuple):
     """files: each path, with its name relative to where its pattern starts, in the order of the patterns and, within
     one, of the paths.  ids: device and inode of all that was found, and whether it was found again.  left_out: what was
-    found too, and how often.
+    found too, and how often.  walked: those of the files that are from a folder, not from a pattern.
     """
 
     files: dict[str, str]
     ids: dict[Id, bool]
     left_out: Counter[str]
+    walked: set[str]
 
     def sentence(self) -> str:
         said = {NOWHERE: "link to nothing"}
@@ -43,7 +44,7 @@ def find(setting: str, path: str | list[str]) -> Found:
     ones and those of runs, and links are followed. Other patterns are those of `glob`, where ** crosses folders. Raises
     ValueError where there is nothing to read.
     """
-    found = Found({}, {}, Counter())
+    found = Found({}, {}, Counter(), set())
     patterns = [str(item) for item in (path if isinstance(path, list) else [path])]
     if not patterns:
         raise ValueError(f"{setting}={path!r} names nothing; a file, a folder or a pattern is needed")
@@ -57,6 +58,8 @@ def find(setting: str, path: str | list[str]) -> Found:
             _add(found, file, start)
         added = sorted(found.files.items() - before)
         found.files.update({file: found.files.pop(file) for file, _ in added})
+        if start == Path(pattern).expanduser():
+            found.walked.update(file for file, _ in added)
     if found.files:
         return found
     shown = path if isinstance(path, list) else patterns[0]

@@ -295,6 +295,20 @@ def test_prepared_data_of_before_are_found_again(tmp_path, monkeypatch):
     assert {path: TextFiles(path).fingerprint()[:8] for path in expected} == expected
 
 
+def test_a_folder_and_one_within_it_are_two_corpora(tmp_path):
+    """Of the same files, but of other names, and so split another way, unless there is a validation path."""
+    (tmp_path / "f" / "a").mkdir(parents=True)
+    for number in range(30):
+        (tmp_path / "f" / "a" / f"{number}.txt").write_text(f"document {number} " * 800)
+    outer, inner = (TextFiles(str(tmp_path / path), validation_fraction=0.2) for path in ("f", "f/a"))
+    assert [d.split for d in outer] != [d.split for d in inner]
+    assert outer.fingerprint() != inner.fingerprint()
+    assert inner.fingerprint() == TextFiles(f"{tmp_path}/f/a/*.txt", validation_fraction=0.2).fingerprint()
+    held_out = str(own_validation(tmp_path / "f"))
+    outer, inner = (TextFiles(str(tmp_path / path), validation=held_out) for path in ("f", "f/a"))
+    assert outer.fingerprint() == inner.fingerprint()
+
+
 def test_rows_without_text_are_counted_after_a_kill_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("data.prepare.PIECE", 1)
     rows = [None, "a", "", "b", None, "c"]
