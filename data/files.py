@@ -73,7 +73,10 @@ class TextFiles(Corpus):
         return (sum(sizes[:number]) + within) / max(1, sum(sizes))
 
     def fingerprint(self) -> str:
-        """Names, sizes and times of change: a file that was edited is prepared again."""
+        """Paths, sizes and times of change: a file that was edited is prepared again. And names where they decide the
+        split: a folder and one within it may hold the same files. (Those of patterns are left out, so that what was
+        prepared before is found.)
+        """
         reader = self.reader
         settings = (
             reader.text_field,
@@ -88,7 +91,9 @@ class TextFiles(Corpus):
                 stat = Path(file).stat()
             except OSError as error:
                 raise ValueError(f"data.corpus.path={self.path!r}: {file} has gone ({error.strerror})") from error
-            files.append(f"{split} {file} {stat.st_size} {stat.st_mtime_ns}")
+            found, line = self.found[split], f"{split} {file} {stat.st_size} {stat.st_mtime_ns}"
+            named = self.validation is None and file in found.walked and found.files[file] != Path(file).name
+            files.append(f"{line} {found.files[file]}" if named else line)
         return hash_of("text_files", *settings, *files)
 
     def describe(self) -> str:

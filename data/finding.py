@@ -23,15 +23,18 @@ Id = tuple[int, int]
 class Found(NamedTuple):
     """files: each path, with its name relative to where its pattern starts, in the order of the patterns and, within
     one, of the paths.  ids: device and inode of all that was found, and whether it was found again.  left_out: what was
-    found too, and how often.
+    found too, and how often.  walked: those of the files that are from a folder, not from a pattern.
     """
 
     files: dict[str, str]
     ids: dict[Id, bool]
     left_out: Counter[str]
+    walked: set[str]
 
     def sentence(self) -> str:
-        return ", ".join(f"{count:,} {what}" for what, count in sorted(self.left_out.items()))
+        said = {NOWHERE: "link to nothing"}
+        counts = sorted(self.left_out.items())
+        return ", ".join(f"{count:,} {said.get(what, what) if count == 1 else what}" for what, count in counts)
 
 
 def find(setting: str, path: str | list[str]) -> Found:
@@ -41,14 +44,22 @@ def find(setting: str, path: str | list[str]) -> Found:
     ones and those of runs, and links are followed. Other patterns are those of `glob`, where ** crosses folders. Raises
     ValueError where there is nothing to read.
     """
-    found = Found({}, {}, Counter())
+    found = Found({}, {}, Counter(), set())
     patterns = [str(item) for item in (path if isinstance(path, list) else [path])]
+    if not patterns:
+        raise ValueError(f"{setting}={path!r} names nothing; a file, a folder or a pattern is needed")
     for pattern in patterns:
         if not pattern.strip() or path is None:
             raise ValueError(f"{setting}={path!r} names nothing; a file, a folder or a pattern is needed")
+        before = set(found.files.items())
         start, files = _files(pattern, found.left_out, setting)
-        for file in sorted(files):
+        # of a file and links to it, the file gives the name
+        for file in sorted(files, key=lambda file: (os.path.islink(file), file)):
             _add(found, file, start)
+        added = sorted(found.files.items() - before)
+        found.files.update({file: found.files.pop(file) for file, _ in added})
+        if start == Path(pattern).expanduser():
+            found.walked.update(file for file, _ in added)
     if found.files:
         return found
     shown = path if isinstance(path, list) else patterns[0]
@@ -90,7 +101,7 @@ def missing(path: Path) -> str:
     for part in (*reversed(path.parents), path):
         if glob.has_magic(part.name):
             return ""
-        if not part.exists():
+        if not os.path.exists(part):
             folder = part.parent.absolute()
             near = difflib.get_close_matches(part.name, os.listdir(folder) if folder.is_dir() else [], n=1)
             return f": {folder} has no {part.name!r}{f'; did you mean {near[0]!r}?' if near else ''}"
@@ -102,12 +113,12 @@ def _files(pattern: str, left_out: Counter[str], setting: str) -> tuple[Path, li
     that it matches.
     """
     path = Path(pattern).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # which, unlike Path.is_dir, takes a name that is too long
         return path, list(_walk(path, left_out, setting))
-    if path.is_file():
+    if os.path.isfile(path):
         return path.parent, [str(path)]
     start = path.parent
-    while glob.has_magic(str(start)) and not start.is_dir():
+    while glob.has_magic(str(start)) and not os.path.isdir(start):
         start = start.parent
     escaped = Path(glob.escape(str(start))) / path.relative_to(start)
     return start, glob.glob(str(escaped), recursive=True)
@@ -120,14 +131,17 @@ def _walk(folder: Path, left_out: Counter[str], setting: str) -> Iterator[str]:
     # what was made of the text is no text: runs and prepared data that lie in the folder
     own = [os.path.realpath(place) for place in (os.path.expanduser(os.environ.get("RUNS") or "runs"), cache_folder())]
     seen = set()
-    for root, folders, files in os.walk(folder, followlinks=True, onerror=fail):
-        if (key := id_of(os.stat(root))) in seen:  # by a link that leads back, or twice to one place
-            left_out[REACHED_TWICE] += 1
-            folders.clear()
-            continue
-        seen.add(key)
-        hidden = {name for name in (*folders, *files) if name.startswith(".") or name == "__MACOSX"}
-        made = {name for name in folders if os.path.realpath(os.path.join(root, name)) in own}
-        left_out.update({what: len(names) for what, names in ((HIDDEN, hidden), (OWN, made)) if names})
-        folders[:] = sorted(set(folders) - hidden - made)
-        yield from (os.path.join(root, name) for name in files if name not in hidden)
+    places = [str(folder)]  # and links to folders, which come last: a file has its name from where it lies
+    for place in places:
+        for root, folders, files in os.walk(place, onerror=fail):
+            if (key := id_of(os.stat(root))) in seen:  # by a link that leads back, or twice to one place
+                left_out[REACHED_TWICE] += 1
+                folders.clear()
+                continue
+            seen.add(key)
+            hidden = {name for name in (*folders, *files) if name.startswith(".") or name == "__MACOSX"}
+            made = {name for name in folders if os.path.realpath(os.path.join(root, name)) in own}
+            left_out.update({what: len(names) for what, names in ((HIDDEN, hidden), (OWN, made)) if names})
+            folders[:] = sorted(set(folders) - hidden - made)
+            places += (link for name in folders if os.path.islink(link := os.path.join(root, name)))
+            yield from (os.path.join(root, name) for name in files if name not in hidden)

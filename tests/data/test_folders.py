@@ -202,6 +202,24 @@ def test_a_folder_is_all_of_its_files_once(tmp_path, capsys):
     assert sorted(d.text for d in several) == sorted(text for _, text in names)
 
 
+def test_a_file_has_its_name_from_where_it_lies(tmp_path):
+    """And not from a link to it or to its folder, whatever comes first; the order is that of the paths."""
+    for name in ("a.txt", "real/b.TXT", "x/c.txt"):
+        (tmp_path / "f" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "f" / name).write_text(name)
+    (tmp_path / "f" / "A.txt").symlink_to("real/b.TXT")
+    (tmp_path / "f" / "real" / "link").symlink_to("../x")
+    (tmp_path / "f" / "gone").symlink_to("nowhere")
+    corpus = TextFiles(str(tmp_path / "f"))
+    assert [d.name for d in corpus] == ["a.txt:0", "real/b.TXT:0", "x/c.txt:0"]
+    assert corpus.left_out() == "1 link to nothing, 2 reached twice"
+    assert [d.name for d in TextFiles([str(tmp_path / "f" / name) for name in ("x", "*.txt")])] == [
+        "c.txt:0",
+        "A.txt:0",
+        "a.txt:0",
+    ]
+
+
 def test_runs_within_the_folder_are_no_text(tmp_path, monkeypatch):
     """Else the same command, given again in the folder of the texts, would find other data than before."""
     monkeypatch.chdir(tmp_path)
@@ -241,9 +259,11 @@ def test_what_is_not_a_path(tmp_path):
         TextFiles(str(tmp_path / "text" / "*.txt"))
     with pytest.raises(ValueError, match=r"texts/\*.txt' matches no file$"):
         TextFiles(str(tmp_path / "texts" / "*.txt"))
-    for path in ("", [" "], None):
+    for path in ("", [" "], None, []):
         with pytest.raises(ValueError, match="names nothing; a file, a folder or a pattern is needed"):
             TextFiles(path)
+    with pytest.raises(ValueError, match=r"matches no file: .* has no 'x{300}'$"):
+        TextFiles(str(tmp_path / ("x" * 300)))
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "v.txt").symlink_to(tmp_path / "a.txt")
     with pytest.raises(
@@ -273,6 +293,20 @@ def test_prepared_data_of_before_are_found_again(tmp_path, monkeypatch):
         "./b/*.txt": "f44f0ce4",
     }
     assert {path: TextFiles(path).fingerprint()[:8] for path in expected} == expected
+
+
+def test_a_folder_and_one_within_it_are_two_corpora(tmp_path):
+    """Of the same files, but of other names, and so split another way, unless there is a validation path."""
+    (tmp_path / "f" / "a").mkdir(parents=True)
+    for number in range(30):
+        (tmp_path / "f" / "a" / f"{number}.txt").write_text(f"document {number} " * 800)
+    outer, inner = (TextFiles(str(tmp_path / path), validation_fraction=0.2) for path in ("f", "f/a"))
+    assert [d.split for d in outer] != [d.split for d in inner]
+    assert outer.fingerprint() != inner.fingerprint()
+    assert inner.fingerprint() == TextFiles(f"{tmp_path}/f/a/*.txt", validation_fraction=0.2).fingerprint()
+    held_out = str(own_validation(tmp_path / "f"))
+    outer, inner = (TextFiles(str(tmp_path / path), validation=held_out) for path in ("f", "f/a"))
+    assert outer.fingerprint() == inner.fingerprint()
 
 
 def test_rows_without_text_are_counted_after_a_kill_too(tmp_path, monkeypatch, capsys):
