@@ -271,7 +271,7 @@ def run_folder(config: dict[str, Any]) -> Iterator[str]:
         yield f"name={name!r} names a folder below runs/: it must not be empty, begin with '/' or hold '..'"
     folder = Path(config.get("run_dir", ""))
     source = config.get("init_from")
-    if config.get("overwrite") and source and Path(source).resolve().is_relative_to(folder.resolve()):
+    if config.get("overwrite") and source and Path(source).expanduser().resolve().is_relative_to(folder.resolve()):
         yield f"overwrite=true would delete init_from={source}; choose another name="
     for path in (folder, *folder.parents):
         if os.path.isfile(path):

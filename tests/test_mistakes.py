@@ -11,6 +11,7 @@ import shutil
 from copy import deepcopy
 from fnmatch import fnmatchcase
 from functools import cache
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -94,6 +95,7 @@ CONFIGS = {
     "schedule.warmup=100000": "schedule.warmup=100000 must be below 1, a fraction of the run, or a whole number of its",
     "schedule=cosine schedule.warmup=100000": "schedule.warmup=100000 must be below 1",
     "overwrite=true run_dir=/none/a init_from=/none/a/model": "overwrite=true would delete init_from=/none/a/model",
+    f"overwrite=true run_dir={Path.home()}/none/a init_from='~/none/a'": "overwrite=true would delete init_from=~/none",
     "schedule.decay=2": "schedule.decay=2 must be between 0 and 1",
     "schedule.warmup=0.6 schedule.decay=0.6": "schedule.warmup=0.6 and schedule.decay=0.6 are together more",
     "schedule=cosine schedule.final=-1": "schedule.final=-1 must be between 0 and 1",

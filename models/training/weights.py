@@ -19,6 +19,10 @@ from data.tokenizer import HuggingFace, Tokenizer, Trainable
 from models.build import build, current
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training.checkpoint import newest_whole, step_of, what_is_wrong
+from models.training.run import difference
+
+# What weights may be given to without another shape, and then mean something else.
+SETTINGS = ("mixers", "pattern", "feed_forward", "tie_embeddings", "norm_eps")
 
 
 def find(where: str | Path, setting: str = "init_from=") -> Path:
@@ -122,8 +126,8 @@ def read(path: Path) -> dict[str, Tensor]:
 
 def load(model: LanguageModel, init_from: str | None, tokenizer: Tokenizer | None = None) -> str:
     """Gives the model those weights, and nothing else of the other run: its optimizer, schedule and data begin anew.
-    Returns a line about it, "" for None. Raises ValueError, with the first that differs, where names or shapes are
-    others, and where an exported model comes with another vocabulary.
+    Returns lines about it, "" for None: other settings of the same shapes are a warning. Raises ValueError, with the
+    first that differs, where names or shapes are others, and where the vocabulary was another.
     """
     if init_from is None:
         return ""
@@ -137,16 +141,47 @@ def load(model: LanguageModel, init_from: str | None, tokenizer: Tokenizer | Non
             f"{_shape(here, others[0])} here, and {len(others) - 1} more differ. Its model=, size= and tokenizer= have "
             "to be those of this run"
         )
-    vocabulary = path / "tokenizer.json"
-    if tokenizer is not None and vocabulary.exists():
-        theirs = tokenizers.Tokenizer.from_file(str(vocabulary)).get_vocab()
-        if theirs != tokenizer.to_hugging_face().get_vocab():
+    theirs, its = _settings_and_vocabulary(path, model, tokenizer is not None)
+    if tokenizer is not None and its is not None:
+        vocabulary, choice = its
+        if vocabulary != tokenizer.to_hugging_face().get_vocab():
             raise ValueError(
                 f"init_from={init_from} was trained on another vocabulary, so that its embedding would mean nothing: "
-                f"take its own by tokenizer=hugging_face tokenizer.name={path}"
+                f"take its own by {choice}"
             )
     model.load_state_dict(found)
-    return f"weights   of {path}"
+    said = f"weights   of {path}"
+    if theirs and (others := difference(_settings(theirs), _settings(model.config), "model").splitlines()):
+        said += f"\nwarning: init_from={init_from} was trained with other settings: {'; '.join(map(str.strip, others))}"
+    return said
+
+
+def _settings_and_vocabulary(
+    path: Path, model: LanguageModel, text: bool
+) -> tuple[LanguageModelConfig | None, tuple[dict[str, int], str] | None]:
+    """Of the model at this path: its config, and its vocabulary with the settings that choose it. None where nothing
+    says it.
+    """
+    if path.is_dir():
+        theirs, file = LanguageModelConfig.from_pretrained(path), path / "tokenizer.json"
+        if not (text and file.exists()):
+            return theirs, None
+        vocabulary = tokenizers.Tokenizer.from_file(str(file)).get_vocab()
+        return theirs, (vocabulary, f"tokenizer=hugging_face tokenizer.name={path}")
+    run = path.parents[1]
+    if not (run / "config.yaml").exists():
+        return None, None
+    config: Any = current(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
+    theirs = LanguageModelConfig(vocab_size=model.config.vocab_size, **config["model"])
+    tokenizer = Trained(model, path, run, config, None).tokenizer() if text else None
+    if tokenizer is None:
+        return theirs, None
+    choice = f"hugging_face tokenizer.name={tokenizer.name}" if isinstance(tokenizer, HuggingFace) else tokenizer.spec()
+    return theirs, (tokenizer.to_hugging_face().get_vocab(), f"tokenizer={choice}")
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    return {name: current(getattr(config, name)) for name in SETTINGS}
 
 
 def _shape(weights: dict[str, Tensor], name: str) -> str:

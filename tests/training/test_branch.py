@@ -15,8 +15,10 @@ import shutil
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from data.tokenizer import Bpe, Bytes
+from models.build import build
 from models.language_model import LanguageModel
 from models.training import weights
 from models.training.branch import branch, common_steps
@@ -103,6 +105,55 @@ def test_weights_of_a_run_that_is_not_finished_and_of_another_vocabulary(tmp_pat
     weights.load(ours, str(tmp_path / "same"), Bytes())
     with pytest.raises(ValueError, match=r"another vocabulary.*tokenizer=hugging_face tokenizer\.name="):
         weights.load(ours, str(tmp_path / "other"), Bytes())
+
+
+def checkpoint_of(m: LanguageModel, run, **config) -> None:
+    saved = {"state_dict": {f"model.{name}": value for name, value in m.state_dict().items()}}
+    WholeFiles().save_checkpoint(saved, run / "checkpoints" / "step-000000003.ckpt")
+    names = ("hidden_size", "num_layers", "mixers", "pattern", "norm_eps")
+    config |= {"model": {name: getattr(m.config, name) for name in names}, "seq_len": 8}
+    OmegaConf.save(OmegaConf.create(config), run / "config.yaml")
+
+
+def test_a_checkpoint_is_of_the_vocabulary_that_its_run_learnt(tmp_path, monkeypatch):
+    monkeypatch.setenv("TTR_CACHE", str(tmp_path / "cache"))
+
+    def settings(text: str) -> dict:
+        (tmp_path / f"{text}.txt").write_text(f"{text} " * 999)
+        corpus = {"_target_": "data.files.TextFiles", "path": str(tmp_path / f"{text}.txt")}
+        bpe = {"_target_": "data.tokenizer.Bpe", "vocab_size": 260}
+        return {"data": {"_target_": "data.text.Text", "corpus": corpus}, "tokenizer": bpe}
+
+    m = model("softmax", vocab_size=260).float()
+    checkpoint_of(m, tmp_path, **settings("abcdef"))
+    for text in ("abcdef", "uvwxyz"):
+        ours = settings(text)
+        task = build(ours["data"], tokenizer=build(ours["tokenizer"]), seq_len=8)
+        task.prepare()
+        if text == "abcdef":
+            assert "warning" not in weights.load(m, str(tmp_path), task.tokenizer)
+            continue
+        with pytest.raises(
+            ValueError, match=r"another vocabulary.*tokenizer=hugging_face tokenizer\.name=.*tokenizer$"
+        ):
+            weights.load(m, str(tmp_path), task.tokenizer)
+    checkpoint_of(m, tmp_path, data=ours["data"], tokenizer={"_target_": "data.tokenizer.Bytes"})
+    with pytest.raises(ValueError, match=r"another vocabulary.*take its own by tokenizer=bytes$"):
+        weights.load(m, str(tmp_path), task.tokenizer)
+
+
+def test_other_settings_of_the_same_shapes_are_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    theirs, ours = model("softmax").float(), model("softmax", norm_eps=0.5).float()
+    checkpoint_of(theirs, tmp_path / "run")
+    theirs.save_pretrained(tmp_path / "exported")
+    ours.config.mixers = {"softmax": ours.config.mixers["softmax"] | {"rotary": 10}}
+    for name in ("~/run", "~/exported"):
+        assert "warning" not in weights.load(theirs, name)
+        said = weights.load(ours, name).splitlines()
+        assert len(said) == 2 and said[1].startswith(f"warning: init_from={name} was trained with other settings: ")
+        assert "model.mixers.softmax.rotary: 10000.0 before, 10 now; " in said[1]
+        assert said[1].endswith("model.norm_eps: 1e-06 before, 0.5 now")
 
 
 def run_with(folder, steps, **now) -> tuple[Run, dict]:
