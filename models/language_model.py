@@ -288,11 +288,15 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         for name in ("segments", "seq_idx", "position_ids", "cu_seqlens", "cu_seq_lens_q"):
             if given.get(name) is not None:
                 raise ValueError(f"{name}: generate goes on with one document a row; leave it out, and pad on the left")
-        config = given.get("generation_config") or self.generation_config
+        asked: dict[str, Any] = {}  # transformers takes from the model's config what the call's leaves None
+        for config in (self.generation_config, given.get("generation_config")):
+            if config is not None:
+                asked |= {name: value for name, value in vars(config).items() if value is not None}
+        asked |= given
         for name in ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"):
-            if given.get(name, getattr(config, name, None)) is not None:
+            if asked.get(name) is not None:
                 raise ValueError(f"{name}: tokens that are refused must be taken back, and a state can't; leave it out")
-        if (kind := given.get("cache_implementation", getattr(config, "cache_implementation", None))) is not None:
+        if (kind := asked.get("cache_implementation")) is not None:
             raise ValueError(
                 f"cache_implementation={kind!r}: the cache is the states of the mixers, of one kind; leave it out"
             )

@@ -141,6 +141,10 @@ def test_what_generate_can_not_do_is_refused():
     ):
         with pytest.raises(ValueError, match=says):
             m.generate(IDS[:1], GenerationConfig(max_new_tokens=5, **told))
+    m.generation_config.prompt_lookup_num_tokens = 3
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens: "):
+        m.generate(IDS[:1], GenerationConfig(max_new_tokens=5))
+    m.generation_config.prompt_lookup_num_tokens = None
     with pytest.raises(ValueError, match=r"assistant_model: .* must be taken back"):
         generated(m, IDS[:1], assistant_model=model())
     for kind in ("static", "quantized"):
