@@ -98,7 +98,12 @@ def check_fraction(validation_fraction: float) -> float:
 
 
 def hash_of(*parts: object) -> str:
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+    return hashlib.sha256(escaped("\n".join(map(str, parts))).encode()).hexdigest()
+
+
+def escaped(name: str) -> str:
+    """A name of a file that is not UTF-8 as text that can be printed and hashed; any other as it is."""
+    return name.encode("utf-8", errors="backslashreplace").decode()
 
 
 class PythonSource(Corpus):

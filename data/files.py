@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.corpora import Corpus, Document, check_fraction, hash_of, split_of
+from data.corpora import Corpus, Document, check_fraction, escaped, hash_of, split_of
 from data.finding import find, id_of
 from data.formats import ROWS, TEXT, Reader
 from data.held_out import with_held_out
@@ -92,12 +92,12 @@ class TextFiles(Corpus):
             except OSError as error:
                 raise ValueError(f"data.corpus.path={self.path!r}: {file} has gone ({error.strerror})") from error
             found, line = self.found[split], f"{split} {file} {stat.st_size} {stat.st_mtime_ns}"
-            named = self.validation is None and file in found.walked and found.files[file] != Path(file).name
+            named = self.validation is None and file in found.walked and found.files[file] != escaped(Path(file).name)
             files.append(f"{line} {found.files[file]}" if named else line)
         return hash_of("text_files", *settings, *files)
 
     def describe(self) -> str:
-        return f"{self.path}{f' and {self.validation}' if self.validation else ''} ({len(self.files)} files)"
+        return escaped(f"{self.path}{f' and {self.validation}' if self.validation else ''} ({len(self.files)} files)")
 
     def left_out(self) -> str:
         return ", ".join(sentence for found in self.found.values() if (sentence := found.sentence()))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from data.corpora import escaped
 from data.formats import COMPRESSED, SUFFIXES, compressed, readable
 from data.shards import cache_folder
 
@@ -85,10 +86,10 @@ def _add(found: Found, file: str, start: Path) -> None:
         return
     found.ids[key] = False
     if readable(file):
-        found.files[file] = Path(file).relative_to(start).as_posix()
+        found.files[file] = escaped(Path(file).relative_to(start).as_posix())
     else:
         suffixes = [s.lower() for s in Path(file).suffixes[-1 - compressed(file) :]]
-        found.left_out["".join(suffixes) or "without a suffix"] += 1
+        found.left_out[escaped("".join(suffixes)) or "without a suffix"] += 1
 
 
 def id_of(stat: os.stat_result) -> Id:

@@ -17,6 +17,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from typing import Any, BinaryIO
 import pyarrow
 import pyarrow.parquet
 
-from data.corpora import text_of
+from data.corpora import escaped, text_of
 from data.pages import visible_text
 
 PART = 2**20  # bytes of a text that are read at once; a longer document comes in parts of at most so many
@@ -78,14 +79,14 @@ class Reader:
         """The texts behind this position, of which those of rows without text are "". Raises ValueError, naming the
         file and where in it, for what can't be read.
         """
-        kind = suffix_of(file)
+        kind, path, file = suffix_of(file), file, escaped(file)
         try:
-            if not Path(file).stat().st_size:
+            if not Path(path).stat().st_size:
                 yield from [("", True, [0, 1])][index:]
             elif kind == ".parquet":
-                yield from self._parquet(file, index)
+                yield from self._parquet(path, file, index)
             else:
-                with _open(file) as stream:
+                with _open(path) as stream:
                     yield from self._stream(stream, kind, file, offset, index)
         except BROKEN as error:
             if "too much memory" in str(error):  # a window of more than 128 MB, which pyarrow does not take
@@ -94,7 +95,7 @@ class Reader:
                     f"zstd -d --long=31 {file}"
                 ) from error
             what = "".join(s for s in Path(file).suffixes[-1 - compressed(file) :])[1:]
-            raise ValueError(f"{file} can't be read as {what} ({error})") from error
+            raise ValueError(f"{file} can't be read as {what} ({escaped(str(error))})") from error
 
     def _stream(self, stream: BinaryIO, kind: str, file: str, offset: int, index: int) -> Iterator[Part]:
         if not _peek(stream):  # compressed, and nothing in it
@@ -204,8 +205,8 @@ class Reader:
         columns, number = found[delimiter]
         return columns, delimiter, chain(head[number:], lines)
 
-    def _parquet(self, file: str, index: int) -> Iterator[Part]:
-        table, row = pyarrow.parquet.ParquetFile(file), 0
+    def _parquet(self, path: str, file: str, index: int) -> Iterator[Part]:
+        table, row = pyarrow.parquet.ParquetFile(pyarrow.OSFile(os.fsencode(path))), 0
         if self.text_field not in table.schema_arrow.names:
             text_of(dict.fromkeys(table.schema_arrow.names), self.text_field, file, ELSE)  # raises
         for group in range(table.num_row_groups):
@@ -292,7 +293,7 @@ def boundary(text: bytes, begin: int, stop: int) -> int:
 def _open(file: str) -> BinaryIO:
     suffix = Path(file).suffix.lower()
     if suffix == ".zst":  # Python 3.11 has no zstd; pyarrow has
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(file), "zstd"))
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(os.fsencode(file)), "zstd"))
     openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     return openers.get(suffix, open)(file, "rb")
 

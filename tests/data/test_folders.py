@@ -295,6 +295,35 @@ def test_prepared_data_of_before_are_found_again(tmp_path, monkeypatch):
     assert {path: TextFiles(path).fingerprint()[:8] for path in expected} == expected
 
 
+@pytest.mark.parametrize("kind", ["txt", "jsonl.gz", "csv.zst", "parquet"])
+def test_a_name_that_is_not_utf8(tmp_path, kind):
+    (tmp_path / "f").mkdir()
+    path = tmp_path / "f" / os.fsdecode(b"caf\xe9." + kind.encode())
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a")
+        (tmp_path / "a").rename(path)
+    else:
+        raw = {"txt": b"a", "jsonl.gz": gzip.compress(b'{"text": "a"}'), "csv.zst": long_window(b"")}[kind]
+        path.write_bytes(raw)
+    path.with_name(os.fsdecode(b"x.\xe9")).touch()
+    for given in (path, path.parent):
+        corpus = TextFiles(str(given), validation=str(own_validation(tmp_path / "f")))
+        assert corpus.fingerprint() and corpus.describe().encode()
+        if kind == "csv.zst":
+            with pytest.raises(ValueError, match="compressed with too long a window") as caught:
+                list(corpus)
+            assert str(caught.value).encode()
+            continue
+        prepare(corpus, Bytes(), tmp_path / f"shards {given == path}")
+        assert next(d.name for d in corpus) == f"caf\\udce9.{kind}:0"
+    assert corpus.left_out() == "1 .\\udce9"
+    if kind == "txt":
+        path.write_bytes(b"\xff")
+        with pytest.raises(ValueError, match=r"caf.*txt is not UTF-8 at byte 0") as caught:
+            list(TextFiles(str(path)))
+        assert str(caught.value).encode()
+
+
 def test_a_folder_and_one_within_it_are_two_corpora(tmp_path):
     """Of the same files, but of other names, and so split another way, unless there is a validation path."""
     (tmp_path / "f" / "a").mkdir(parents=True)
