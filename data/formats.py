@@ -243,7 +243,7 @@ class Reader:
 def _first_row(reader: Any) -> tuple[list[str], int]:
     """The first row that is not blank, and how many lines end with it; -1 where it can't be read."""
     try:
-        row = next((row for row in reader if any(map(str.strip, row))), [])
+        row: list[str] = next((row for row in reader if any(map(str.strip, row))), [])
     except csv.Error:
         return [], -1
     return [name.strip() for name in row], reader.line_num

@@ -109,7 +109,7 @@ def refuse_documents(told: dict[str, Tensor | None], others: dict[str, Any], lik
     for name in ("seq_idx", "cu_seqlens", "cu_seq_lens_q"):
         if seen and told[name] is not None:
             raise ValueError(f"{name} with a cache: it can't say whether the cache's document goes on; give segments")
-    if k is not None and k.tolist() != q.tolist():
+    if k is not None and q is not None and k.tolist() != q.tolist():
         raise ValueError(f"cu_seq_lens_k={k} and cu_seq_lens_q={q} differ; they must be the same documents")
 
 
