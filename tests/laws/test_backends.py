@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.kernels.interpreter import run_interpreted
-from tests.laws.presets import ELSEWHERE, PRESETS, inputs, mixer, outcome, parts, recipe
+from tests.laws.presets import ELSEWHERE, HIDDEN, PRESETS, inputs, mixer, outcome, parts, recipe
 
 ACCELERATED = [
     (p, name) for p in PRESETS for name in mixer(p).regressor.accelerators(torch.device("cuda"), torch.float32)
@@ -43,7 +43,8 @@ def errors(
 def small(preset: str, heads: int) -> dict[str, Any]:
     """Triton's products want 16 at least. Without the output norm, which divides by q.k where a document has one pair
     and makes a rounding of any size of one where they are orthogonal: that is the shell's, not the kernel's."""
-    settings = {"num_heads": heads, "key_dim": 16, "value_dim": 16, "output_norm": False}
+    width = HIDDEN // heads
+    settings = {"num_heads": heads, "key_dim": width, "value_dim": width, "output_norm": False}
     long = parts(recipe(preset))[0]["regressor"].get("grad_batch", 1) > 16
     return settings | ({"regressor__grad_batch": 16} if long else {})
 
