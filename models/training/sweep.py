@@ -34,6 +34,8 @@ class JobError(RuntimeError):
 
 
 class Outcome(NamedTuple):
+    """How a job ended: its words, its folder, and its result in a line, or why there is none."""
+
     words: list[str]
     folder: Path
     says: str

@@ -19,6 +19,8 @@ METRICS = {name.removeprefix("validation/"): unit for name, unit in NUMBERS.item
 
 
 class Evaluation(NamedTuple):
+    """What evaluate.py left under one name, of all variants."""
+
     name: str
     pictures: list[Picture]
     table: Table

@@ -21,12 +21,16 @@ POSITION = re.compile(r"validation/nats_at/(\d+)-(\d+)")
 
 
 class Look(NamedTuple):
+    """A variant's line: matplotlib's colour and dash, and its width in points."""
+
     colour: str
     dash: object
     width: float
 
 
 class Picture(NamedTuple):
+    """A figure of the page: its heading, its SVG, and the words below it."""
+
     title: str
     svg: str
     says: str

@@ -27,6 +27,8 @@ Rows = list[dict[str, Any]]
 
 
 class Inner(NamedTuple):
+    """The inner regression on the page: pictures and a table of means, the same by layer, and what is to be said."""
+
     pictures: list[Picture]
     table: Table
     layers: list[Picture]

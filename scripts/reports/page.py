@@ -23,6 +23,8 @@ SAMPLE = 2000  # characters that are shown of one
 
 
 class Sample(NamedTuple):
+    """What a variant wrote at the end of its training."""
+
     label: str
     text: str
 
