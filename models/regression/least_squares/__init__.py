@@ -6,6 +6,8 @@ Solution.   S_t = (H_t + Lambda)^{-1} G_t , with the moments H_t = sum gamma b k
 Members.    least_squares.py   LeastSquares: mesa, gated Kalman and Nystrom are presets of it
             recursive.py       its forms with a ridge that fades: the inverse kept up to date (RLS)
 Tools.      moments.py         H and G, and what a call hands on of them
+            layout.py          a call in chunks: what comes before and after a solve
+            replayed.py        the same with the solve in a kernel, and in little memory
             solvers.py         conjugate gradients, Chebyshev iterations, Cholesky, the pseudo-inverse
 """
 

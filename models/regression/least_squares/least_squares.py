@@ -33,21 +33,23 @@ Shapes: B batch, T tokens, H heads, K key width, V value width, C chunk, N chunk
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.kernels import least_squares as kernels
 from models.parts import solves
 from models.parts.precision import doubled_dtype, wide
 from models.parts.sizes import Sizes
-from models.regression.chunks import fades, from_chunks, into_chunks, short
+from models.regression.chunks import from_chunks, short
 from models.regression.documents import forget_at_starts
+from models.regression.least_squares.layout import Ridge, laid_out, mixed, norm
 from models.regression.least_squares.moments import Moments, first_moments, forget
 from models.regression.least_squares.recursive import recurrent_fading_ridge, recursive_least_squares
+from models.regression.least_squares.replayed import kernel_least_squares
 from models.regression.least_squares.solvers import (
-    Normal,
     Solution,
     Solver,
     chebyshev,
@@ -59,18 +61,6 @@ from models.regression.least_squares.solvers import (
 )
 from models.regression.memory import Memory
 from models.regression.regressor import Tokens
-
-# ||H|| counts as no less in a ridge that is scaled by it: where nothing has been written yet, nothing divides nothing.
-LEAST_NORM = 1e-6
-
-
-class Ridge(NamedTuple):
-    """Lambda. size: [H, K], or None for the limit of no ridge, the least squares of least norm. scaled: Lambda_t =
-    size * max(||H_t||_F, LEAST_NORM), with a single number for size.
-    """
-
-    size: Tensor | None
-    scaled: bool = False
 
 
 def recurrent_least_squares(
@@ -105,9 +95,9 @@ def recurrent_least_squares(
             else:
                 size = ridge.size.to(dtype)
                 if ridge.scaled:
-                    size = size * _norm(H.square().sum((-2, -1))).unsqueeze(-1)
+                    size = size * norm(H.square().sum((-2, -1))).unsqueeze(-1)
                 x = solves.solve(H + torch.diag_embed(size.expand_as(q[:, t])), q[:, t])
-            outputs.append((_mixed(q[:, t], x, None if mix is None else mix[:, t]).unsqueeze(-2) @ G).squeeze(-2))
+            outputs.append((mixed(q[:, t], x, None if mix is None else mix[:, t]).unsqueeze(-2) @ G).squeeze(-2))
         return torch.stack(outputs, dim=1).to(out_dtype), Moments(H, G)
 
 
@@ -132,49 +122,15 @@ def chunked_least_squares(
     solver. Where ridge.size is None the solver is least_norm.
     """
     first = first_moments(q, k, v, moments)
-    (B, T, H, K), dtype = k.shape, first.keys.dtype
+    B, T, H, _ = k.shape
     pairs = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     chunk = 1 if T == 1 else short(chunk, T)
     with torch.autocast(q.device.type, enabled=False):
-        q, k, values, b, log_decay, mix = (
-            into_chunks(x, chunk, dtype) for x in (q, k, v, write_weight, log_decay, mix)
-        )
-        within, start, end = fades(k, log_decay)
-        writes = torch.bmm((k * (b * end)).mT, torch.cat((k, values), dim=-1))
-        before, last = _scan(writes, start[:, -1:], torch.cat(first[:2], dim=-1).flatten(0, 1))
-        G, weights = before[..., K:], within * b.mT
-        A = Normal(k, weights, start.expand(len(k), chunk, 1), before[..., :K], k.new_zeros(1, 1, 1).expand_as(b))
-        if ridge.size is None:
-            found = Solution(least_norm(A, q))
-        else:
-            size = ridge.size.to(dtype)
-            size = (
-                size * _norm(A.squared_norms()) if ridge.scaled else size.expand(H, K).repeat(len(k) // H, 1)[:, None]
-            )
-            found = solve(Normal(*A[:4], size), q, solver, pairs)
-        query = _mixed(q, found.x, None if mix is None else mix.squeeze(-1))
-        o = torch.bmm(query, G) * start + torch.bmm(torch.bmm(query, k.mT) * weights, values)
+        laid = laid_out(q, k, v, write_weight, ridge, log_decay, first, mix, chunk)
+        found = Solution(least_norm(laid.A, laid.q)) if ridge.size is None else solve(laid.A, laid.q, solver, pairs)
+        o = laid.read(found.x)
         found = Solution._make(None if x is None else from_chunks(x, (B, T, H)) for x in found)
-    return from_chunks(o, (B, T, H)).to(v.dtype), Moments(*last.unflatten(0, (B, H)).split([K, v.shape[-1]], -1)), found
-
-
-def _scan(writes: Tensor, whole: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """S_{n+1} = whole_n S_n + writes_n over the chunks of each sequence, from memory [B H, ...]. Returns all S_n that
-    chunks begin with, [M, ...], and what the last leaves."""
-    rows, states = len(memory), [memory]
-    whole = whole.expand(len(writes), 1, 1)
-    for write, left in zip(writes.split(rows), whole.split(rows), strict=True):
-        states.append(torch.addcmul(write, left, states[-1]))
-    return torch.cat(states[:-1]), states[-1]
-
-
-def _norm(squared: Tensor) -> Tensor:
-    return squared.clamp(min=LEAST_NORM**2).sqrt()
-
-
-def _mixed(q: Tensor, x: Tensor, mix: Tensor | None) -> Tensor:
-    """q + alpha (x - q), or x."""
-    return x if mix is None else torch.lerp(q, x, mix.to(q.dtype).unsqueeze(-1))
+    return from_chunks(o, (B, T, H)).to(v.dtype), laid.moments(B), found
 
 
 class LeastSquares(Memory):
@@ -223,6 +179,7 @@ class LeastSquares(Memory):
         self.fit = f"least squares, {solver.replace('_', ' ')}"
         self.fixed_ridge = None if ridge == "learned" else float(ridge)  # a number for chebyshev
         self.solver_name, self.scaled_ridge, self.decay_cap = solver, scaled_ridge, decay_cap
+        self.tolerance, self.max_steps = tolerance, max_steps
         self.solver: Any = {
             "conjugate_gradients": partial(conjugate_gradients, tolerance=tolerance, max_steps=max_steps),
             "chebyshev": partial(chebyshev, scale=self.fixed_ridge or 1.0, tolerance=tolerance, max_steps=max_steps),
@@ -273,19 +230,21 @@ class LeastSquares(Memory):
     def _fit(self, tokens: Tokens, b: Tensor, state: Moments | None) -> tuple[Tensor, Moments]:
         """What forward does once it knows the write weights b [B, T, H]."""
         x, q, k, v, log_decay, segments = tokens
-        recurrent, ridge = self.choose(v.device, v.dtype).backend == "recurrent", self._ridge(k)
+        backend, ridge = self.choose(v.device, v.dtype).backend, self._ridge(k)
         if self.solver_name == "rls":
             assert ridge.size is not None
             starts = None if segments is None else F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
-            form = recurrent_fading_ridge if recurrent else recursive_least_squares
+            form = recurrent_fading_ridge if backend == "recurrent" else recursive_least_squares
             return form(q, k, v, b, ridge.size, log_decay, state, starts)
         log_decay = forget_at_starts(log_decay, segments, like=b)
         mix = None if self.query_mix is None else wide(self.query_mix(x)).sigmoid()
-        if recurrent:
+        if backend == "recurrent":
             return recurrent_least_squares(q, k, v, b, ridge, log_decay, state, mix)
-        o, state, found = chunked_least_squares(
-            q, k, v, b, ridge, log_decay, state, mix, self.solver, self.tokens_at_once(v)
-        )
+        given, chunk = (q, k, v, b, ridge, log_decay, state, mix), self.tokens_at_once(v)
+        if backend == "triton":
+            o, state, found = kernel_least_squares(*given, self.tolerance, self.max_steps, chunk)
+        else:
+            o, state, found = chunked_least_squares(*given, self.solver, chunk)
         self.steps_taken, self.residual = found.steps, found.residual
         return o, state
 
@@ -312,10 +271,18 @@ class LeastSquares(Memory):
     def forget(self, state: Moments, rows: Tensor) -> Moments:
         return forget(state, rows)
 
+    def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+        return {"triton": self._refusal(device, dtype)} if self.solver_name == "conjugate_gradients" else {}
+
+    def _refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if self.chunk is not None and self.chunk > kernels.LONGEST:
+            return f"the kernel takes chunks of up to {kernels.LONGEST} tokens, not regressor.chunk={self.chunk}"
+        return kernels.refusal(device, dtype, self.key_dim)
+
     def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         moments = str(doubled_dtype(device, dtype)).removeprefix("torch.")
         why = ": MPS has no float64" if device.type == "mps" and dtype is torch.float32 else ""
-        return ", ".join([*([self.solver_name] if backend == "torch" else []), f"moments in {moments}{why}"])
+        return ", ".join([*([] if backend == "recurrent" else [self.solver_name]), f"moments in {moments}{why}"])
 
     def flops_per_token(self, seq_len: int) -> int:
         """Two writes, a read, and the projections. The solve is not counted: what it takes depends on the solver and,

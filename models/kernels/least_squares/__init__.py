@@ -1,0 +1,80 @@
+"""Least squares in chunks: (H_t + Lambda) x_t = b_t of all tokens of a chunk, by conjugate gradients in one kernel.
+
+The problem is in models/regression/least_squares/solvers.py, `conjugate_gradients` the same solver in PyTorch, which
+makes three products of all chunks a step, and reads and writes eight tensors of their size.
+Products.   TF32 in a descent, which makes a residual 128 times smaller; then it is measured with all digits of float32
+            (three TF32 products) and put in the place of the one that was updated, as are its digits in the direction
+            (van der Vorst and Ye 2000). It works while condition number times rounding is small. Where a descent has
+            not made a residual ten times smaller in truth, the next ones take all digits too.
+Start, end. Those of `conjugate_gradients`: from b / diag(A), and until |b - x A| <= tolerance |b| or max_steps. A token
+            that is there stays as it is, whatever others do.
+Cost.       A step is 2 K^2 + 4 C K multiply-adds a token and head, and reads K^2 + 2 C K + C^2 numbers a chunk from the
+            cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.kernels import backend
+from models.kernels.backend import interpreting
+
+WIDEST = 128
+LONGEST = 64  # tokens of a chunk
+GAIN = 2.0**-7  # what a descent in TF32 makes of a residual
+
+
+def refusal(device: torch.device, dtype: torch.dtype, key_dim: int) -> str | None:
+    """Why the kernel can't run here, or None if it can. dtype is that of q, k and v."""
+    if (reason := backend.refusal(device, dtype)) is not None:
+        return reason
+    if dtype == torch.float32:
+        return "the kernel solves in float32, and pairs in float32 have moments in float64"
+    if key_dim > WIDEST:
+        return f"the kernel holds whole keys, up to {WIDEST} wide, not {key_dim}"
+    return None
+
+
+@torch.library.custom_op("test_time_regression::least_squares", mutates_args=())
+def conjugate_gradients(
+    b: Tensor,
+    keys: Tensor,
+    weights: Tensor,
+    start: Tensor,
+    first: Tensor,
+    ridge: Tensor,
+    tolerance: float,
+    max_steps: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, C, K], the steps that each token took [M, C, 1] and the residual |b - x A| / |b| that is left [M, C, 1].
+
+    b [M, C, K]; keys, weights, start, first and ridge as solvers.Normal has them, all in float32. Not differentiable by
+    itself.
+    """
+    from models.kernels.least_squares.kernels import solve_kernel
+
+    M, C, K = b.shape
+    results = _results(b)
+    b, keys, weights = b.contiguous(), keys.contiguous(), weights.contiguous()
+    start, ridge = start.expand(M, C, 1).contiguous(), ridge.expand(M, C, K)
+    first = first if first.stride(-1) == 1 else first.contiguous()
+    fast, exact = ("ieee", "ieee") if interpreting() else ("tf32", "tf32x3")
+    BC, BK = (max(16, 1 << (n - 1).bit_length()) for n in (C, K))
+    with torch.cuda.device_of(b):
+        solve_kernel[(M,)](
+            b, keys, weights, start, first, ridge, *results, tolerance, max_steps,
+            first.stride(0), first.stride(1), *ridge.stride(),
+            C=C, K=K, BC=BC, BK=BK, FAST=fast, EXACT=exact, GAIN=GAIN, num_warps=8 if BK > 64 else 4,
+        )  # fmt: skip
+    return results
+
+
+@conjugate_gradients.register_fake
+def _(b, *_):
+    return _results(b)
+
+
+def _results(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    M, C, K = b.shape
+    return b.new_empty(M, C, K), b.new_empty(M, C, 1), b.new_empty(M, C, 1)

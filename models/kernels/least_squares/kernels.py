@@ -1,0 +1,118 @@
+"""The Triton kernel of a least-squares solve; what it computes is in __init__.py.
+
+One program per chunk: it holds x, the residual and the direction of all tokens of the chunk, and reads keys, weights
+and the chunk's first matrix anew for every product, from the cache that all programs share.
+
+b, x [M, C, K], keys [M, C, K], weights [M, C, C], start, steps and residual [M, C], float32 and contiguous; first
+[M, K, K] and ridge [M, C, K] by their strides.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load(base, rows, num_rows, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[rows, BLOCK], zero beyond the last row and column."""
+    columns = tl.arange(0, BLOCK)
+    inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
+    return tl.load(base + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def times(
+    p, keys, weights, first, first_row, start, ridge,
+    C: tl.constexpr, K: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """p_t A_t of every token."""
+    rows, channels = tl.arange(0, BC), tl.arange(0, BK)
+    matrix = load(first, channels, K, first_row, K, BK)
+    y = tl.dot(p, matrix, input_precision=PRECISION) * start[:, None]
+    k = load(keys, rows, C, K, K, BK)
+    attend = tl.dot(p, tl.trans(k), input_precision=PRECISION) * load(weights, rows, C, C, C, BC)
+    return tl.dot(attend, k, y, input_precision=PRECISION) + p * ridge
+
+
+@triton.jit
+def descend(
+    r, p, squares, goal, steps, max_steps, keys, weights, first, first_row, start, ridge,
+    C: tl.constexpr, K: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Conjugate gradients from the residual r and along p until |r|^2 <= goal, of the tokens that have not taken
+    max_steps. By how much x has moved, the residual that this leaves by its own account, the next direction, and the
+    steps that each token has taken."""
+    d, active = tl.zeros_like(r), (squares > goal) & (steps < max_steps)
+    while tl.max(active.to(tl.int32), 0) > 0:
+        moved = times(p, keys, weights, first, first_row, start, ridge, C, K, BC, BK, PRECISION)
+        along = tl.sum(p * moved, 1)
+        alpha = tl.where(active, squares / tl.where(active, along, 1.0), 0.0)
+        d += alpha[:, None] * p
+        r -= alpha[:, None] * moved
+        before, squares = squares, tl.sum(r * r, 1)
+        p = tl.where(active[:, None], r + (squares / tl.where(active, before, 1.0))[:, None] * p, p)
+        steps += active.to(tl.int32)
+        active &= (squares > goal) & (steps < max_steps)
+    return d, r, p, steps
+
+
+@triton.jit(do_not_specialize=["max_steps"])
+def solve_kernel(
+    b, keys, weights, start, first, ridge, x_out, steps_out, residual_out, tolerance, max_steps,
+    first_matrix, first_row, ridge_matrix, ridge_row, ridge_channel,
+    C: tl.constexpr, K: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr, EXACT: tl.constexpr,
+    GAIN: tl.constexpr,
+):  # fmt: skip
+    """x, with the steps and the residual of each token."""
+    m = tl.program_id(0).to(tl.int64)
+    rows, channels = tl.arange(0, BC), tl.arange(0, BK)
+    inside = (rows < C)[:, None] & (channels < K)[None, :]
+    keys += m * C * K
+    weights += m * C * C
+    first += m * first_matrix
+    s = tl.load(start + m * C + rows, mask=rows < C, other=0.0)
+    places = ridge + m * ridge_matrix + rows[:, None] * ridge_row + channels[None, :] * ridge_channel
+    penalty = tl.load(places, mask=inside, other=1.0)
+
+    right = load(b + m * C * K, rows, C, K, K, BK)
+    size = tl.max(tl.abs(right), 1)
+    right = right / tl.where(size > 0, size, 1.0)[:, None]  # squares of it neither overflow nor underflow
+    length = tl.sum(right * right, 1)
+    goal = tolerance * tolerance * length
+
+    k = load(keys, rows, C, K, K, BK)
+    diagonal = tl.load(first + channels * (first_row + 1), mask=channels < K, other=0.0)
+    diagonal = s[:, None] * diagonal[None, :] + penalty
+    diagonal = tl.dot(load(weights, rows, C, C, C, BC), k * k, diagonal, input_precision=FAST)
+    x = right / diagonal
+    r = right - times(x, keys, weights, first, first_row, s, penalty, C, K, BC, BK, EXACT)
+    squares, p = tl.sum(r * r, 1), r
+    steps = tl.zeros_like(s).to(tl.int32)
+    careful, busy = 0, tl.max(((squares > goal) & (max_steps > 0)).to(tl.int32), 0)
+    while busy > 0:
+        nearer = tl.maximum(GAIN * GAIN * squares, 0.25 * goal)
+        nearer = tl.where(squares > goal, nearer, squares)  # who is done stays as it is
+        if careful > 0:
+            d, said, p, steps = descend(
+                r, p, squares, nearer, steps, max_steps, keys, weights, first, first_row, s, penalty,
+                C, K, BC, BK, EXACT,
+            )  # fmt: skip
+        else:
+            d, said, p, steps = descend(
+                r, p, squares, nearer, steps, max_steps, keys, weights, first, first_row, s, penalty,
+                C, K, BC, BK, FAST,
+            )  # fmt: skip
+        x += d
+        r = right - times(x, keys, weights, first, first_row, s, penalty, C, K, BC, BK, EXACT)
+        p += r - said  # the directions go on, so that no step is lost
+        before, squares = squares, tl.sum(r * r, 1)
+        slow = tl.max(((squares > goal) & (squares > before * 0.01)).to(tl.int32), 0)
+        busy = tl.max(((squares > goal) & (steps < max_steps)).to(tl.int32), 0)
+        busy = tl.where((careful > 0) & (slow > 0), 0, busy)  # as far as float32 goes
+        careful = tl.maximum(careful, slow)
+    places = m * C + rows
+    tl.store(x_out + places[:, None] * K + channels[None, :], x * size[:, None], mask=inside)
+    tl.store(steps_out + places, steps.to(tl.float32), mask=rows < C)
+    left = tl.sqrt(squares / tl.where(length > 0, length, 1.0))
+    tl.store(residual_out + places, left, mask=rows < C)
