@@ -28,6 +28,7 @@ from models.regression.local.polynomial import blocked_local_polynomial
 from models.regression.memory import Memory
 from models.regression.regressor import Tokens
 from scripts.benchmarks import parts, peers
+from scripts.benchmarks.parts import half
 from scripts.benchmarks.timing import Case, Operator, graphed, same
 from scripts.recipes import PRESETS, composed, mixer_of
 
@@ -281,11 +282,6 @@ def regressor_of(preset: str, shape: tuple[int, int, int, int], device: str) -> 
             return mixer.regressor.forward(Tokens(*inputs))[0]
 
     return Operator(function, inputs, tuple(mixer.regressor.parameters()))
-
-
-def half(device: str) -> torch.autocast:
-    """bf16 products on a GPU."""
-    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
 
 def mixer_of_qwen3(attention: Qwen3Attention) -> Mixer:

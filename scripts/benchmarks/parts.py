@@ -96,33 +96,23 @@ def block(B: int, T: int, D: int, num_heads: int) -> Case:
     for preset in ("gated_delta", "softmax"):
         for form, refusing in (("PyTorch", swiglu), ("Triton", None)):
             mixer = mixer_of(composed(preset, f"model.num_heads={num_heads}", f"model.hidden_size={D}"))
-            layer = First(Block(D, mixer, feed_forward("swiglu", D, mixer), 1e-6))
+            layer = Block(D, mixer, feed_forward("swiglu", D, mixer), 1e-6)
             operators[f"{preset}, SwiGLU by {form}"] = timed(layer, x, "cuda", refusing, compiled=True)
     return Case(operators, alike=False)
-
-
-class First(nn.Module):
-    """The output of a layer that returns a state with it."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)[0]
 
 
 def timed(
     layer: nn.Module, x: Tensor, device: str, without: ModuleType | None = None, compiled: bool = False
 ) -> Operator:
-    """By bf16 products on a GPU. without: kernels that are not taken."""
+    """By bf16 products on a GPU, without the state that a block returns. without: kernels that are not taken."""
     layer = layer.to(device)
     if compiled:
         layer.compile(dynamic=False)
 
     def operator(x: Tensor) -> Tensor:
         with half(device):
-            return layer(x)
+            y = layer(x)
+        return y[0] if isinstance(y, tuple) else y
 
     return Operator(operator if without is None else refused(without, operator), [x], tuple(layer.parameters()))
 

@@ -47,10 +47,11 @@ def errors(dtype: torch.dtype = torch.float32, device: str = "cpu", rows: int = 
         found = loss.sum_nats(h, w, y)
         dh, dw = torch.autograd.grad(3 * found, (h, w))
         each, likeliest = loss.score(h, w, y)
+        with torch.no_grad():  # the same products: of other shapes cuBLAS rounds otherwise
+            logits = torch.cat([z.double() for z, _, _ in loss._chunks(h, w, y, True)])
     finally:
         cross_entropy.BLOCK, cross_entropy.CHUNK = block, chunk
     with torch.no_grad():
-        logits = (h @ w.T).double()
         exact = F.cross_entropy(logits, y, ignore_index=loss.IGNORED, reduction="none")
         p = (logits.softmax(-1) - F.one_hot(y.clamp(min=0), len(w))) * (y != loss.IGNORED).unsqueeze(1)
         pairs = (found, exact.sum()), (each, exact), (dh, 3 * p @ w.double()), (dw, 3 * p.T @ h.double())
