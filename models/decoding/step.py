@@ -170,7 +170,7 @@ class Step:
         """
         side, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), torch.compiler.set_stance("force_eager"):
+        with torch.cuda.stream(side):
             run()
             torch.cuda.set_sync_debug_mode("error")
             try:
@@ -181,7 +181,7 @@ class Step:
                 torch.cuda.set_sync_debug_mode(mode)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.compiler.set_stance("force_eager"), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             run()
         return graph.replay
 
