@@ -45,7 +45,7 @@ class Cache:
         return copied
 
     def _map(self, function: Callable[[Tensor], Any]) -> None:
-        self.states = [_map_tensors(state, function) for state in self.states]
+        self.states = [map_tensors(state, function) for state in self.states]
 
     def get_seq_length(self) -> int:
         """What generate calls `seen`."""
@@ -55,15 +55,24 @@ class Cache:
     def num_bytes(self) -> int:
         sizes: list[int] = []
         for state in self.states:
-            _map_tensors(state, lambda t: sizes.append(t.numel() * t.element_size()))
+            map_tensors(state, lambda t: sizes.append(t.numel() * t.element_size()))
         return sum(sizes)
 
 
-def _map_tensors(node: Any, function: Callable[[Tensor], Any]) -> Any:
+def alone(state: Any) -> Any:
+    """The state without what else is in its tensors' memory: the last tokens of a long call, say, and all before."""
+
+    def fits(x: Tensor) -> bool:
+        return x.untyped_storage().nbytes() <= x.numel() * x.element_size()
+
+    return map_tensors(state, lambda x: x if fits(x) else x.clone())
+
+
+def map_tensors(node: Any, function: Callable[[Tensor], Any]) -> Any:
     """function applied to every tensor in nested (named) tuples."""
     if isinstance(node, Tensor):
         return function(node)
     if isinstance(node, tuple):
-        mapped = [_map_tensors(item, function) for item in node]
+        mapped = [map_tensors(item, function) for item in node]
         return type(node)(*mapped) if hasattr(node, "_fields") else tuple(mapped)
     return node

@@ -23,15 +23,18 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from models import decoding
 from models.block import Block, feed_forward
 from models.build import build
-from models.cache import Cache
+from models.cache import Cache, alone
 from models.calls import documents, refuse_documents, refuse_shapes, refuse_targets, refuse_unknown
 from models.loss import IGNORED, score, sum_nats
 from models.mixers.mixer import State
 from models.parts.linear import is_its_weight
 from models.parts.norm import RMSNorm
 from models.parts.precision import wide
+
+PIECE = 16384  # tokens of a prompt that go through the layers at once on a GPU; more take memory and are no faster
 
 transformers_logging.disable_progress_bar()  # over a single file of weights
 
@@ -159,8 +162,32 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
                 x, state = self._gradient_checkpointing_func(block.__call__, x, state, segments)
             else:
                 x, state = block(x, state, segments)
-            states.append(state)
+            held = torch.is_grad_enabled() or torch.compiler.is_compiling()  # the one by the graph of gradients
+            states.append(state if held else alone(state))
         return (*each, self.norm(x)), states
+
+    def _embedded(self, given: Tensor) -> Tensor:
+        """input_ids [B, T] or inputs_embeds [B, T, D] as the latter."""
+        return given if given.is_floating_point() else self.embedding(given)
+
+    def piece(self, given: Tensor) -> int:
+        """How many tokens of each row of a prompt go through the layers at once: on a GPU no more than it needs to be
+        busy. States that grow are not gathered anew for each piece.
+        """
+        grows = self.state_size(1 << 40) > self.state_size(1 << 39)
+        return given.shape[1] if grows or not given.is_cuda else max(64, PIECE // len(given) // 64 * 64)
+
+    def _in_pieces(
+        self, given: Tensor, segments: Tensor | None, cache: Cache | None
+    ) -> tuple[tuple[Tensor, ...], list[State]]:
+        """As _layers, where nothing but the last token and the states is wanted: a long prompt, a piece at a time."""
+        size = self.piece(given)
+        for start in range(0, given.shape[1], size):
+            now = slice(start, start + size)
+            x = self._embedded(given[:, now])
+            each, states = self._layers(x, None if segments is None else segments[:, now], cache)
+            cache = Cache(states)
+        return each, states
 
     def forward(
         self,
@@ -191,12 +218,14 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         """
         # not a parameter: Trainer evaluates only where all parameters with "label" in their names are in the batch
         targets: Tensor | None = others.pop("shift_labels", None)
-        refuse_unknown(others, [name for name in inspect.signature(self.forward).parameters if name != "others"])
+        if others:
+            refuse_unknown(others, [name for name in inspect.signature(self.forward).parameters if name != "others"])
         refuse_shapes(input_ids, inputs_embeds, {"labels": labels, "shift_labels": targets}, past_key_values)
         if targets is None and labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         refuse_targets("shift_labels" if labels is None else "labels", targets, self.config.vocab_size)
-        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         told = {
             "position_ids": position_ids,
@@ -204,14 +233,26 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             "cu_seqlens": cu_seqlens,
             "cu_seq_lens_q": cu_seq_lens_q,
         }
-        refuse_documents(told | {"attention_mask": attention_mask, "segments": segments}, others, x, seen)
+        refuse_documents(told | {"attention_mask": attention_mask, "segments": segments}, others, given, seen)
         if segments is None:
             ends = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
             number = None if past_key_values is None else past_key_values.segment
-            segments = documents(x, attention_mask, position_ids, seq_idx, ends, seen, number)
+            segments = documents(given, attention_mask, position_ids, seq_idx, ends, seen, number)
         else:
-            segments = segments.expand(x.shape[:2])
-        each, states = self._layers(x, segments, past_key_values)
+            segments = segments.expand(given.shape[:2])
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        plain = targets is None and not wanted and isinstance(logits_to_keep, int)
+        if plain and use_cache and seen and input_ids is not None and input_ids.shape[1] == 1 and segments is None:
+            assert past_key_values is not None
+            if (step := decoding.go_on(self, input_ids, past_key_values)) is not None:
+                found = CausalLMOutputWithPast(None, step[0], cast("Any", step[1]))
+                return found.to_tuple() if return_dict is False else found
+        last = plain and logits_to_keep == 1 and not torch.is_grad_enabled()
+        each, states = (
+            self._in_pieces(given, segments, past_key_values)
+            if last
+            else self._layers(self._embedded(given), segments, past_key_values)
+        )
         hidden, loss = each[-1], None
         if targets is not None:
             self._warn_of_tied_adapters()
@@ -221,8 +262,8 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             logits = self.head(hidden[:, logits_to_keep])
         else:
             logits = self.head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        cache: Any = Cache(states, seen + x.shape[1]) if use_cache else None  # of another kind than transformers' own
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        # of another kind than transformers' own
+        cache: Any = Cache(states, seen + given.shape[1]) if use_cache else None
         found = CausalLMOutputWithPast(loss, logits, cache, each if wanted else None)
         return found.to_tuple() if return_dict is False else found
 
@@ -294,6 +335,9 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"cache_implementation={kind!r}: the cache is the states of the mixers, of one kind; leave it out"
             )
+        if asked.get("disable_compile"):
+            with decoding.uncaptured():
+                return super().generate(*args, **kwargs)
         return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -307,8 +351,13 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
                 f"the cache has seen {seen} tokens, and input_ids has {input_ids.shape[1]}; it must begin with those, "
                 "and go on with at least one more"
             )
-        if mask is not None and not mask[:, -1].all():
+        first = kwargs.get("is_first_iteration", "next_sequence_length" not in kwargs)
+        if mask is not None and first and not mask[:, -1].all():
             raise ValueError("a row ends with padding, where its text should go on; pad on the left to generate")
+        if not first and seen:  # generate's own tokens are text, and the cache before them is wanted no more
+            mask = None
+            if isinstance(past_key_values, decoding.Held):
+                past_key_values.spent = True
         asked = {name: True for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)}
         return asked | {
             "input_ids": input_ids[:, seen:],
@@ -317,6 +366,12 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             "use_cache": kwargs.get("use_cache", True),
             "logits_to_keep": 1,
         }
+
+    def train(self, mode: bool = True) -> LanguageModel:
+        """torch's; training wants the memory that a captured step holds."""
+        if mode:
+            decoding.forget(self)
+        return super().train(mode)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -38,7 +38,7 @@ class Sample(Callback):
         prompt = sample["input_ids"][: max(1, min(self.num_prompt_tokens, length // 2))].to(device)
         model = module.model.to(device).eval()
         devices = [device] if device.type == "cuda" else []
-        # not compiled: a token at a time is another shape, and soon over
+        # not compiled, nor captured: a token at a time is another shape, and soon over
         eager, precision = torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context()
         with torch.random.fork_rng(devices=devices), eager, precision:
             torch.manual_seed(0)
@@ -50,6 +50,7 @@ class Sample(Callback):
                     do_sample=True,
                     temperature=self.temperature,
                     logits_processor=[_finite],
+                    disable_compile=True,
                 )[0]
             except FloatingPointError as error:
                 print(f"warning: no sample.txt, since {error}", flush=True)

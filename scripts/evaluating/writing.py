@@ -74,10 +74,9 @@ class Writer:
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
             for start in range(0, len(self.unread), PIECE):
                 ids = torch.tensor([self.unread[start : start + PIECE]], device=device)
-                seen = ids.shape[1] + (self.cache.seen if self.cache else 0)
-                hidden, states = self.model.hidden(ids, cache=self.cache)
-                self.cache = Cache(states, seen)
-            logits = self.model.head(hidden[:, -1]).float()
+                out = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                self.cache, seen = out.past_key_values, out.past_key_values.seen
+            logits = out.logits[:, -1].float()
         if logits.isnan().any() or logits.isposinf().any():
             raise ValueError(f"the model's output is not finite after {seen} tokens")
         return logits

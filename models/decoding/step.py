@@ -1,0 +1,209 @@
+"""One token's step: embedding -> blocks -> norm -> head, and the states after it.
+
+Issued one by one, the kernels of a step wait for the host: 42 ms a token at 340 million parameters on an H200, whose
+memory brings all weights in 0.2 ms. So on a GPU the step is captured once, as a graph of kernels at fixed places, and
+started by one call a token. What changes is copied in, the tokens; the states lie where the step finds and leaves them
+(held.py), and the sampling stays outside.
+
+Whoever calls the model with one token, a cache and no gradients goes on by such a step, `generate` above all. Where
+that is not possible, the model is called layer by layer, with the same result: `refusal` says why.
+
+A step is made for a number of rows and the dtypes of one autocast, in about the time of three tokens without it. A
+model keeps the last one, its copies of weights and states included, until it is trained again (or is gone).
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from models.cache import Cache
+from models.decoding.fused import FusedBlock
+from models.decoding.held import Buffers, Held, signature
+from models.decoding.weights import Weights
+
+_ALLOWED: ContextVar[bool] = ContextVar("captured", default=True)
+_STEPS: weakref.WeakKeyDictionary[nn.Module, Step | str] = weakref.WeakKeyDictionary()
+_LOCK = threading.RLock()  # a thread's token and states must not meet another's
+
+
+@contextmanager
+def uncaptured() -> Iterator[None]:
+    """Inside, no step is captured or replayed."""
+    token = _ALLOWED.set(False)
+    try:
+        yield
+    finally:
+        _ALLOWED.reset(token)
+
+
+def forget(model: nn.Module) -> None:
+    """Gives back what a model's step holds."""
+    _STEPS.pop(model, None)
+
+
+def go_on(model: Any, ids: Tensor, cache: Cache) -> tuple[Tensor, Cache] | None:
+    """The logits [B, 1, V] after one more token of each row, ids [B, 1], and the cache with it; or None where no step
+    is captured.
+    """
+    if refusal_of_call(ids) is not None:
+        return None
+    with _LOCK, torch.inference_mode(False), torch.no_grad():
+        step = _STEPS.get(model)
+        if not (isinstance(step, Step) and step.buffers.owned_by(cache)) and refusal(model, ids, cache) is not None:
+            return None
+        if not (isinstance(step, Step) and step.fits(cache, ids)):
+            step = _captured(model, ids, cache)
+        return None if step is None else step(ids, cache)
+
+
+def refusal_of_call(ids: Tensor) -> str | None:
+    """What a call of one token has that can't be captured."""
+    if not _ALLOWED.get():
+        return "it is switched off"
+    if ids.device.type != "cuda":
+        return f"a graph needs a GPU, this is {ids.device.type}"
+    if torch.is_grad_enabled():
+        return "gradients are wanted; call it under torch.no_grad()"
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return "it is being compiled or captured already"
+    return None
+
+
+def refusal(model: Any, ids: Tensor, cache: Cache) -> str | None:
+    """Why the step from this cache can't be captured, or None if it can."""
+    if (reason := refusal_of_call(ids)) is not None:
+        return reason
+    if model.state_size(cache.seen) != model.state_size(cache.seen + 1):
+        return "its states grow with every token"
+    if any(type(x) is not nn.Parameter or x.device != ids.device for x in model.parameters()):
+        return f"its parameters are not all plain ones on {ids.device}"
+    layers = (layer for layer in model.modules() if layer is not model)
+    if any(x._forward_hooks or x._forward_pre_hooks or "forward" in vars(x) for x in layers):
+        return "a layer has hooks, which a graph would leave out"
+    found = _STEPS.get(model)
+    return found if isinstance(found, str) else None
+
+
+def _captured(model: Any, ids: Tensor, cache: Cache) -> Step | None:
+    forget(model)
+    try:
+        step = Step(model, ids, cache)
+    except HostNeededError as error:
+        # said once for a model
+        warnings.warn(f"tokens are decoded layer by layer: {error}", stacklevel=4)
+        _STEPS[model] = str(error)
+        return None
+    _STEPS[model] = step
+    return step
+
+
+class HostNeededError(RuntimeError):
+    """A step that needs the host."""
+
+
+class Step:
+    """Of one model, for rows of ids [B, 1] and states like those of a cache. On a CPU it is run as it is."""
+
+    def __init__(self, model: Any, ids: Tensor, cache: Cache) -> None:
+        self.dtype, self.ids = autocast_dtype(ids), ids.clone()
+        compute = self.dtype or model.head.weight.dtype
+        blocks = [FusedBlock(block, ids.device, compute) for block in model.blocks]
+        self.weights = Weights(model, blocks, self.dtype)
+        self.buffers = Buffers(cache.states)
+        self.buffers.load(cache.states)
+        run = partial(self._run, _OneToken(model, blocks))
+        self.stream = torch.cuda.current_stream() if ids.is_cuda else None
+        self.run: Callable[[], Any] = self._graph(run) if ids.is_cuda else run
+
+    def fits(self, cache: Cache, ids: Tensor) -> bool:
+        """Whether this step can go on from a cache."""
+        if ids.shape != self.ids.shape or ids.device != self.ids.device or autocast_dtype(ids) != self.dtype:
+            return False
+        same = self.buffers.owned_by(cache) or signature(cache.states) == self.buffers.signature
+        return same and not self.weights.moved
+
+    def __call__(self, ids: Tensor, cache: Cache) -> tuple[Tensor, Held]:
+        self._order()
+        if self.buffers.owned_by(cache):
+            assert isinstance(cache, Held)
+            if not cache.spent:
+                cache.part()
+                if self.weights.stamp != self.weights.now():
+                    self.weights.refresh()
+        else:
+            if self.buffers.owner is not None and (other := self.buffers.owner()) is not None:
+                other.part()
+            self.buffers.load(cache.states)
+            self.weights.refresh()
+        self.ids.copy_(ids)
+        self.run()
+        return self.logits.clone(), Held(self.buffers, len(ids), cache.seen + 1)
+
+    def _order(self) -> None:
+        """After what another stream has been told."""
+        if self.stream is not None and (now := torch.cuda.current_stream()) != self.stream:
+            now.wait_stream(self.stream)
+            self.stream = now
+
+    def _run(self, form: _OneToken) -> None:
+        with torch.autocast(self.ids.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False):
+            copies = {f"model.{name}": x for name, x in self.weights.copies.items()}
+            self.logits, states = functional_call(form, copies, (self.ids, self.buffers.states), tie_weights=False)
+        if signature(states) != self.buffers.signature:
+            raise HostNeededError("its states change their shapes from token to token")
+        self.buffers.load(states)
+
+    def _graph(self, run: Callable[[], None]) -> Callable[[], None]:
+        """After two runs for what first calls set up. In the second it is an error where the host waits for the device,
+        which a graph can't.
+        """
+        side, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                run()
+            except RuntimeError as error:
+                raise HostNeededError(f"a layer's step waits for the host ({error})") from error
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
+        return graph.replay
+
+
+class _OneToken(nn.Module):
+    """(ids [B, 1], states) -> (logits [B, 1, V], states), with the model's parameters or those that functional_call
+    puts in their place.
+    """
+
+    def __init__(self, model: Any, blocks: list[FusedBlock]) -> None:
+        super().__init__()
+        self.model, self.blocks = model, blocks
+
+    def forward(self, ids: Tensor, states: Any) -> tuple[Tensor, list[Any]]:
+        x, after = self.model.embedding(ids), []
+        for block, state in zip(self.blocks, states, strict=True):
+            x, state = block(x, state)
+            after.append(state)
+        return self.model.head(self.model.norm(x)), after
+
+
+def autocast_dtype(like: Tensor) -> torch.dtype | None:
+    """Of the products around a call, None without autocast."""
+    kind = like.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -1,0 +1,250 @@
+"""One token's step: what is captured on a GPU is run as it is on a CPU, and is the model called layer by layer. Beside
+a test is where people met its case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models import decoding
+from models.cache import Cache
+from models.decoding import step as steps
+from models.decoding.held import Held, leaves
+from models.language_model import LanguageModel
+from scripts.evaluating.writing import Writer, greedy
+from tests.laws.presets import PRESETS
+from tests.test_calls import IDS, model
+
+GPU = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+)
+WAITS = ("mesa", "nystrom", "titans_mac", "titans_mlp", "ttt_linear", "ttt_mlp")  # for the host, in one token's step
+
+
+class Waits(TorchDispatchMode):
+    """What has run inside and made the host wait, if the tensors were a GPU's."""
+
+    SYNCHRONOUS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.__name__.split(".")[0] in self.SYNCHRONOUS:
+            self.found.append(operator.__name__)
+        return operator(*args, **(kwargs or {}))
+
+
+def recurrent(preset: str, **settings) -> LanguageModel:
+    m = model(preset, num_layers=1, **settings).eval()
+    if m.state_size(8) != m.state_size(9):
+        pytest.skip("its states grow")
+    return m
+
+
+def logits_of(go_on: Callable[[Tensor, Cache], tuple[Tensor, Cache]], cache: Cache) -> Tensor:
+    found = []
+    for i in range(12, 17):
+        logits, cache = go_on(IDS[:, i : i + 1], cache)
+        found.append(logits)
+    return torch.cat(found, 1)
+
+
+def layers_of(m: LanguageModel) -> Callable[[Tensor, Cache], tuple[Tensor, Cache]]:
+    def go_on(ids: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        out = m(ids, past_key_values=cache, use_cache=True)
+        return out.logits, out.past_key_values
+
+    return go_on
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@torch.no_grad()
+def test_a_step_is_the_model(preset):
+    m = recurrent(preset)
+    cache = m(IDS[:, :12], use_cache=True).past_key_values
+    step = steps.Step(m, IDS[:, :1], cache)
+    torch.testing.assert_close(logits_of(step, cache), logits_of(layers_of(m), cache), rtol=0, atol=1e-12)
+    with Waits() as waits:
+        step.run()
+    assert bool(waits.found) == (preset in WAITS), waits.found
+
+
+@pytest.mark.parametrize("preset", ["gated_delta", "titans", "kda"])
+@torch.no_grad()
+def test_a_step_has_the_casts_of_autocast(preset):
+    """To the last bit, from weights that are cast once."""
+    m = recurrent(preset).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = m(IDS[:, :12], use_cache=True).past_key_values
+        step = steps.Step(m, IDS[:, :1], cache)
+        assert step.weights.copies["blocks.0.mixer.projection.weight"].dtype == torch.bfloat16
+        assert "embedding.weight" not in step.weights.copies
+        assert torch.equal(logits_of(step, cache), logits_of(layers_of(m), cache))
+
+
+@pytest.fixture
+def replays(monkeypatch) -> Iterator[list[int]]:
+    """Steps are taken on a CPU too. Each adds the number of its rows."""
+    call, found = steps.Step.__call__, []
+
+    def counted(self, ids, cache):
+        found.append(len(ids))
+        return call(self, ids, cache)
+
+    def anywhere(ids: Tensor) -> str | None:
+        return None if steps._ALLOWED.get() and not torch.is_grad_enabled() else "not here"
+
+    monkeypatch.setattr(steps, "refusal_of_call", anywhere)
+    monkeypatch.setattr(steps.Step, "__call__", counted)
+    yield found
+    steps._STEPS.clear()
+
+
+def generated(m: LanguageModel, rows: int, **settings) -> Tensor:
+    """Of rows whose texts have different lengths, padded on the left."""
+    ids, mask = IDS[:, :12].repeat(-(-rows // 2), 1)[:rows].to(m.device), torch.ones(rows, 12, dtype=torch.long)
+    mask[0, :5] = 0
+    given = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": mask.to(m.device)} | settings
+    torch.manual_seed(0)
+    return m.generate(ids, **given)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("preset", ["gated_delta", "titans", "kda"])
+def test_generate_goes_on_by_steps(preset, device, replays):
+    """Whatever the batch; with beams, samples and weights that have changed; with two models in turn."""
+    m, other = (recurrent(preset).to(device, torch.float64 if device == "cpu" else torch.float32) for _ in range(2))
+    with torch.no_grad():
+        other.embedding.weight.mul_(-1)
+    for rows in (2, 3, 1, 2):
+        wanted = generated(m, rows, disable_compile=True)
+        assert not replays
+        assert torch.equal(generated(m, rows), wanted)
+        assert replays == 5 * [rows]
+        replays.clear()
+    for settings in ({"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}):
+        assert torch.equal(generated(m, 2, **settings), generated(m, 2, **settings, disable_compile=True))
+        assert replays == 5 * [6]
+        replays.clear()
+    before = generated(m, 2)
+    assert torch.equal(generated(other, 2), generated(other, 2, disable_compile=True))
+    with torch.no_grad():
+        m.head.weight.copy_(m.head.weight.flip(0))
+        m.blocks[0].mixer.projection.weight.mul_(0.5)
+    after = generated(m, 2)
+    assert torch.equal(after, generated(m, 2, disable_compile=True)) and not torch.equal(after, before)
+    m.embedding.weight = m.head.weight = torch.nn.Parameter(m.embedding.weight * 2)
+    assert torch.equal(generated(m, 2), generated(m, 2, disable_compile=True))
+    m.train()
+    assert m not in steps._STEPS and other in steps._STEPS
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@torch.no_grad()
+def test_a_step_changes_no_cache_that_it_is_given(device, replays):
+    """As people go on from one prompt in several ways (huggingface/transformers issue 34232). Two texts take turns."""
+    m, ids = recurrent("titans").to(device), IDS.to(device)
+    prompts = [m(ids[i : i + 1, :9], use_cache=True).past_key_values for i in (0, 1)]
+    caches, texts = list(prompts), [[], []]
+    for t in range(9, 13):
+        for i in (0, 1):
+            before = caches[i]
+            token = ids[i : i + 1, t : t + 1]
+            out = m(token, past_key_values=before, use_cache=True)
+            copied, again = deepcopy(before), m(token, past_key_values=before, use_cache=True)
+            torch.testing.assert_close(again.logits, out.logits)
+            torch.testing.assert_close(m(token, past_key_values=copied, use_cache=True).logits, out.logits)
+            caches[i], texts[i] = out.past_key_values, [*texts[i], out.logits]
+    assert len(replays) == 24 and isinstance(caches[0], Held)
+    for i in (0, 1):
+        whole = m(ids[i : i + 1, :13], use_cache=True)
+        torch.testing.assert_close(torch.cat(texts[i], 1), whole.logits[:, 9:])
+        for a, b in zip(leaves(caches[i].states), leaves(whole.past_key_values.states), strict=True):
+            torch.testing.assert_close(a, b)
+        assert caches[i].batch_size == 1 and caches[i].seen == 13
+    chosen = m(ids[:, :9], use_cache=True).past_key_values
+    chosen = m(ids[:, 9:10], past_key_values=chosen, use_cache=True).past_key_values
+    chosen.reorder_cache(torch.tensor([1, 1], device=device))
+    rows = m(ids[:, 10:11].flip(0), past_key_values=chosen, use_cache=True).logits
+    torch.testing.assert_close(rows[:1], texts[1][1])
+    chosen.batch_repeat_interleave(2)
+    assert chosen.batch_size == 4
+
+
+def test_a_step_is_for_tokens_that_go_on(replays):
+    """Gradients, hidden states, documents and hooks ask for the layers."""
+    m = recurrent("gated_delta")
+    cache = m(IDS[:, :9], use_cache=True).past_key_values
+    given = {"input_ids": IDS[:, 9:10], "past_key_values": cache, "use_cache": True}
+    m(**given)
+    with torch.no_grad():
+        m(**given, output_hidden_states=True)
+        m(**given, labels=IDS[:, 9:10])
+        m(**given, position_ids=torch.zeros(1, 1, dtype=torch.long))
+        with decoding.uncaptured():
+            m(**given)
+        hook = m.blocks[0].register_forward_hook(lambda *_: None)
+        m(**given)
+        assert "hooks" in decoding.refusal(m, IDS[:, :1], cache)
+        hook.remove()
+        assert not replays
+        m(**given)
+        assert replays == [2]
+        grown = model("softmax", num_layers=1)(IDS, use_cache=True).past_key_values
+        assert "grow" in decoding.refusal(model("softmax", num_layers=1), IDS[:, :1], grown)
+
+
+def test_a_step_that_can_not_be_captured_is_told_once(replays, monkeypatch):
+    def refused(self, *_):
+        raise steps.HostNeededError("a layer's step waits for the host")
+
+    m = recurrent("gated_delta")
+    wanted = generated(m, 2, disable_compile=True)
+    monkeypatch.setattr(steps.Step, "_run", refused)
+    monkeypatch.setattr(steps.Step, "__init__", refused)
+    with pytest.warns(UserWarning, match="decoded layer by layer: a layer's step waits for the host") as told:
+        assert torch.equal(generated(m, 2), wanted)
+    assert len(told) == 1 and not replays
+
+
+def test_the_writer_goes_on_by_steps(replays):
+    m = recurrent("gated_delta")
+    writer = Writer(m, None, greedy)
+    writer.read(IDS[0].tolist())
+    with decoding.uncaptured():
+        wanted = list(writer.write(6))
+    writer.forget()
+    writer.read(IDS[0].tolist())
+    assert list(writer.write(6)) == wanted and replays == 5 * [1]
+
+
+@torch.no_grad()
+def test_a_cache_holds_no_more_than_its_states():
+    """The last tokens of a prompt were a view of all its tokens: 9.7 GB of 14.9 at 64 x 1,024."""
+    for preset in ("gated_delta", "sliding_window"):
+        cache = model(preset)(IDS, use_cache=True).past_key_values
+        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in leaves(cache.states)}
+        assert sum(held.values()) <= cache.num_bytes
+
+
+@torch.no_grad()
+def test_a_prompt_in_pieces_is_the_prompt(monkeypatch):
+    """Its last logits and its states; padding on the left included."""
+    mask = torch.ones(2, 20)
+    mask[0, :9] = 0
+    for preset in ("gated_delta", "softmax"):
+        m = model(preset).eval()
+        given = {"attention_mask": mask, "use_cache": True, "logits_to_keep": 1}
+        whole = m(IDS, **given)
+        monkeypatch.setattr(m, "piece", lambda given: 8)
+        found = m(IDS, **given)
+        torch.testing.assert_close(found.logits, whole.logits)
+        for a, b in zip(*(leaves(out.past_key_values.states) for out in (found, whole)), strict=True):
+            torch.testing.assert_close(a, b)
