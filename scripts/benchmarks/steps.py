@@ -1,0 +1,123 @@
+"""Training steps of one model, timed: what `benchmark.py train` and `length` do in a process of its own.
+
+A step is the loss in bf16 autocast (float32 on a CPU), its gradients, clipping to norm 1, fused AdamW. Its loss and
+norm are read at its end, as train.py does to know what the step is worth, and so the host does not run ahead.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.training.speed import peak_flops
+from scripts.benchmarks.contenders import Contender, Sizes, batch_of, contender
+from scripts.benchmarks.kinds import Kind, by_kind
+from scripts.benchmarks.timing import by_kernel, seconds
+
+WARM_UP = 2  # steps after the first, not counted
+
+
+@dataclass
+class Trained:
+    """One model's row. ms: the median step; six_n: 6 N tokens/s over the dense bf16 peak, N all parameters, and
+    model_flops the operations that the model itself counts; peak_gb: allocated, over the timed steps; first_s: the
+    first step, compilation and tuning included; caches: of compiled kernels, before it. On a CPU,
+    and where the device's peak is not known, shares and memory are None. reason: why there is no row.
+    """
+
+    name: str
+    tokens: int = 0
+    seq_len: int = 0
+    num_params: int = 0
+    note: str = ""
+    ms: float | None = None
+    tokens_per_second: float | None = None
+    six_n: float | None = None
+    model_flops: float | None = None
+    peak_gb: float | None = None
+    first_s: float | None = None
+    caches: str = ""
+    loss: float | None = None
+    steps: list[float] = field(default_factory=list)
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    kernels: dict[str, tuple[float, int]] = field(default_factory=dict)
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"{self.name:32} left out: {self.reason}"
+        shares = "".join(f"{'' if x is None else f'{x:.1%}':>8}" for x in (self.six_n, self.model_flops))
+        peak = "" if self.peak_gb is None else f"{self.peak_gb:.1f}"
+        rate = f"{self.tokens_per_second:12,.0f}{self.ms:10.1f}{shares}{peak:>9}{self.first_s:9.1f}"
+        return f"{self.name:32} {self.num_params / 1e6:8.1f}{rate}  {self.caches}, {self.note}"
+
+
+HEAD = (
+    f"{'model':32} {'M params':>8}{'tokens/s':>12}{'ms':>10}{'6N':>8}{'FLOPs':>8}{'peak GB':>9}{'first s':>9}  caches"
+)
+
+
+def time_training(name: str, sizes: Sizes, device: str, steps: int, kernels: bool, documents: bool) -> Trained:
+    """The row of one model."""
+    caches = state_of_caches()
+    model = contender(name, sizes, device)
+    packed = documents and model.packs
+    step = step_of(model, batch_of(sizes, device, packed), device)
+    begin = time.perf_counter()
+    step()
+    first = time.perf_counter() - begin
+    for _ in range(WARM_UP):
+        loss = step()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = [seconds(step, device) for _ in range(steps)]
+    row = Trained(name, sizes.B * sizes.T, sizes.T, model.num_params, model.note, caches=caches, loss=loss)
+    row.note += f", {'packed documents' if packed else 'whole rows'}"
+    row.steps = [round(t * 1e3, 3) for t in times]
+    middle = statistics.median(times)
+    row.ms, row.first_s, row.tokens_per_second = round(middle * 1e3, 3), round(first, 2), round(row.tokens / middle, 1)
+    if device == "cuda":
+        row.peak_gb = torch.cuda.max_memory_allocated() / 1e9
+    if (peak := peak_flops(torch.device(device))) is not None:
+        row.six_n = 6 * row.num_params * row.tokens_per_second / peak
+        row.model_flops = model.flops * row.tokens_per_second / peak
+    if kernels:
+        row.kernels = by_kernel(step)
+        row.kinds = by_kind(row.kernels)
+    return row
+
+
+def step_of(model: Contender, batch: dict[str, Any], device: str) -> Callable[[], float]:
+    """One step, which returns its loss."""
+    parameters = [p for p in model.model.parameters() if p.requires_grad]
+    model.model.train()
+
+    def step() -> float:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = model.loss(batch)
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        value, _ = torch.stack([loss.detach().float(), norm.float()]).tolist()
+        torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+        model.optimizer.step()
+        model.optimizer.zero_grad(set_to_none=True)
+        return value
+
+    return step
+
+
+def state_of_caches() -> str:
+    """`cold` where neither torch.compile nor Triton has left anything compiled, else `warm`, with how many files."""
+    triton = os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache")
+    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
+    count = sum(path.is_file() for folder in (triton, inductor) for path in Path(folder).rglob("*"))
+    return f"warm ({count:,} files)" if count else "cold"

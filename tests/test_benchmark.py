@@ -1,0 +1,151 @@
+"""Whole models side by side, in small and on a CPU: equal parameters, a row or a reason for each, kernels by kind."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from scripts import benchmark
+from scripts.benchmarks import apart, contenders, kinds, steps, training
+from scripts.benchmarks.contenders import COMPILED, DEFAULT, PEERS, PRESETS, Sizes
+
+SMALL = Sizes("tiny", vocabulary=64, D=96, H=3, layers=4, B=2, T=64)
+
+
+def in_process(function: str, given: dict, limit: float, cold: bool) -> dict:
+    """As the process of one model does it, by way of JSON too."""
+    return json.loads(json.dumps(training.one(**json.loads(json.dumps(given)))))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("benchmark") / "train.json"
+    names = ["gated_delta", "transformers.qwen3", "fla.kda"]
+    way = training.Way("cpu", steps=2)
+    done = training.train([(name, SMALL) for name in names], way, path, in_process)
+    return {row.name: row for row in done}, json.loads(path.read_text())
+
+
+def test_a_row_for_each_or_a_reason(rows):
+    found, written = rows
+    assert found["fla.kda"].reason == "its kernels need a GPU"
+    timed = [row for row in found.values() if not row.reason]
+    assert len(timed) == 2 and all(row.ms > 0 and len(row.steps) == 2 and row.first_s > 0 for row in timed)
+    assert all(row.tokens_per_second == pytest.approx(2 * 64 / row.ms * 1e3, rel=1e-2) for row in timed)
+    assert [row["name"] for row in written["rows"]] == list(found) and written["torch"] == torch.__version__
+
+
+def test_all_train(rows):
+    """They know after three steps that tokens are drawn from 64."""
+    assert all(row.loss < 6 for row in rows[0].values() if row.loss is not None)
+
+
+def test_equal_parameters(rows):
+    """Within the step of the feed-forward layer's width, 1.6 % of a block at this width and 0.2 % at 1,024."""
+    counts = [row.num_params for row in rows[0].values() if row.num_params]
+    assert max(counts) / min(counts) < 1.016
+
+
+def test_operations_of_a_peer_are_those_of_the_same_model_of_ours():
+    theirs = contenders.theirs("transformers.qwen3", SMALL, "cpu").flops
+    assert theirs == pytest.approx(contenders.ours("softmax", SMALL, "cpu").flops, rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if peer.gpu])
+def test_a_peer_that_needs_a_gpu_takes_steps(name):
+    row = steps.time_training(name, SMALL._replace(D=128, H=2), "cuda", 1, True, True)
+    assert row.loss < 6 and row.peak_gb > 0 and row.kinds
+
+
+def test_names():
+    assert all(contenders.known(name) is None for name in (*DEFAULT, *PRESETS))
+    for name in ("gated_deltas", f"softmax{COMPILED}", "fla.transformers"):
+        assert contenders.known(name).startswith(f"{name} is neither a preset of conf/model nor one of fla.gated_delta")
+
+
+def test_documents_are_packed_as_data_packs_them():
+    batch = contenders.batch_of(SMALL._replace(B=8, T=512), "cpu")
+    ids, labels, segments = batch["input_ids"], batch["labels"], batch["segments"]
+    ends = segments[:, 1:] != segments[:, :-1]
+    assert ends.any() and (segments[:, 0] == 0).all() and (segments.diff() >= 0).all()
+    assert (labels[:, :-1][ends] == -100).all() and (labels[:, :-1] == ids[:, 1:])[~ends].all()
+
+
+@pytest.mark.parametrize(
+    "kernel, kind",
+    [
+        ("nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", "matrix products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("chunk_gated_delta_rule_fwd_kernel_h_blockdim64", "regression"),
+        ("coefficients_gradient", "regression"),  # of models/kernels/momentum
+        ("causal_conv1d_bwd_kernel", "convolution"),
+        ("triton_poi_fused__to_copy_cat_cos_mul_sin_12", "rotary positions"),
+        ("triton_red_fused_add_mean_mul_pow_rsqrt_3", "norms"),
+        ("triton_poi_fused_cat_mul_silu_silu_backward_7", "activations"),
+        (
+            "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>",
+            "optimizer and clipping",
+        ),
+        ("Memcpy DtoD (Device -> Device)", "casts, copies, sums"),
+        ("something", "other"),
+    ],
+)
+def test_kinds_of_kernels(kernel, kind):
+    assert kinds.kind_of(kernel) == kind
+
+
+def test_kinds_sum_the_kernels():
+    found = kinds.by_kind({"gemm_1": (1.0, 2), "gemm_2": (2.0, 3), "something": (4.0, 1)})
+    assert found == {"other": (4.0, 1), "matrix products": (3.0, 5)} and list(found) == ["other", "matrix products"]
+
+
+def test_a_process_of_its_own_ends_in_time(monkeypatch, tmp_path):
+    """With the processes that it started; and one that fails says why."""
+    for name in ("torch", "scripts", "models"):
+        assert name not in apart.__dict__, "the child would import it before its time begins"
+    monkeypatch.setattr(apart, "ROOT", tmp_path)
+    package = tmp_path / "scripts" / "benchmarks"
+    package.mkdir(parents=True)
+    (package / "apart.py").write_text((benchmark.Path(apart.__file__)).read_text())
+    (package / "trial.py").write_text(
+        "import subprocess, sys, time, os\n"
+        "def double(x): return 2 * x, os.environ.get('TRITON_CACHE_DIR', '')[-6:]\n"
+        "def fail(x): raise ValueError(f'{x} is too much')\n"
+        "def hang(file):\n"
+        "    subprocess.Popen([sys.executable, '-c', f'import time; time.sleep(2); open({file!r}, \"w\")'])\n"
+        "    time.sleep(60)\n"
+    )
+    assert apart.apart("trial.double", {"x": 2}, 20, cold=True) == [4, "triton"]
+    with pytest.raises(apart.LeftOutError, match=r"^ValueError: 3 is too much$"):
+        apart.apart("trial.fail", {"x": 3}, 20)
+    with pytest.raises(apart.LeftOutError, match=r"^not done within 1 s$"):
+        apart.apart("trial.hang", {"file": str(tmp_path / "left")}, 1)
+    time.sleep(1.5)
+    assert not (tmp_path / "left").exists()
+
+
+def test_nothing_is_begun_after_the_end():
+    way = training.Way("cpu", total=0.0)
+    (row,) = training.rows([("softmax", SMALL)], way, in_process)
+    assert row.reason == "the 0 s of all were over"
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--only gated_deltas", "error: --only: gated_deltas is neither a preset"),
+        ("--kernels", "error: --kernels needs a GPU"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(words, said, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", *words.split()])
+    with pytest.raises(SystemExit, match=said):
+        benchmark.main()
