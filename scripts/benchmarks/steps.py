@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from models.training.speed import peak_flops
-from scripts.benchmarks.contenders import Contender, Sizes, batch_of, contender
+from scripts.benchmarks.contenders import Contender, Sizes, batch_of, contender, half
 from scripts.benchmarks.kinds import Kind, by_kind
 from scripts.benchmarks.timing import by_kernel, seconds
 
@@ -71,8 +71,10 @@ def time_training(name: str, sizes: Sizes, device: str, steps: int, kernels: boo
     caches = state_of_caches()
     model = contender(name, sizes, device)
     packed = documents and model.packs
-    step = step_of(model, batch_of(sizes, device, packed), device)
+    batch = batch_of(sizes, device, packed)
+    step = step_of(model, batch, device)
     begin = time.perf_counter()
+    note = model.begin(batch)
     step()
     first = time.perf_counter() - begin
     for _ in range(WARM_UP):
@@ -80,8 +82,8 @@ def time_training(name: str, sizes: Sizes, device: str, steps: int, kernels: boo
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = [seconds(step, device) for _ in range(steps)]
-    row = Trained(name, sizes.B * sizes.T, sizes.T, model.num_params, model.note, caches=caches, loss=loss)
-    row.note += f", {'packed documents' if packed else 'whole rows'}"
+    row = Trained(name, sizes.B * sizes.T, sizes.T, model.num_params, caches=caches, loss=loss)
+    row.note = f"{note}, {'packed documents' if packed else 'whole rows'}"
     row.steps = [round(t * 1e3, 3) for t in times]
     middle = statistics.median(times)
     row.ms, row.first_s, row.tokens_per_second = round(middle * 1e3, 3), round(first, 2), round(row.tokens / middle, 1)
@@ -102,7 +104,7 @@ def step_of(model: Contender, batch: dict[str, Any], device: str) -> Callable[[]
     model.model.train()
 
     def step() -> float:
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with half(device):
             loss = model.loss(batch)
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
