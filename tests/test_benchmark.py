@@ -10,43 +10,56 @@ import pytest
 import torch
 
 from scripts import benchmark
-from scripts.benchmarks import apart, contenders, kinds, steps, training
+from scripts.benchmarks import apart, contenders, decoding, kinds, steps, whole
 from scripts.benchmarks.contenders import COMPILED, DEFAULT, PEERS, PRESETS, Sizes
 
 SMALL = Sizes("tiny", vocabulary=64, D=96, H=3, layers=4, B=2, T=64)
 
 
-def in_process(function: str, given: dict, limit: float, cold: bool) -> dict:
+def in_process(function: str, given: dict, limit: float, cold: bool):
     """As the process of one model does it, by way of JSON too."""
-    return json.loads(json.dumps(training.one(**json.loads(json.dumps(given)))))
+    called = {"steps.train": steps.train, "decoding.decode": decoding.decode}[function]
+    return (json.loads(json.dumps(row)) for row in called(**json.loads(json.dumps(given))))
+
+
+def called(words: str, tmp_path, monkeypatch) -> dict:
+    """What `benchmark.py` writes, with the small sizes and without processes."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(contenders, "sizes_of", lambda size, batch, seq_len: SMALL)
+    monkeypatch.setattr(whole.report, "__defaults__", (in_process,))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words.split(), "--json", str(tmp_path / "rows.json")])
+    benchmark.main()
+    return json.loads((tmp_path / "rows.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    path = tmp_path_factory.mktemp("benchmark") / "train.json"
-    names = ["gated_delta", "transformers.qwen3", "fla.kda"]
-    way = training.Way("cpu", steps=2)
-    done = training.train([(name, SMALL) for name in names], way, path, in_process)
-    return {row.name: row for row in done}, json.loads(path.read_text())
+def written(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patched:
+        words = "train --only gated_delta transformers.qwen3 fla.kda --steps 2"
+        return called(words, tmp_path_factory.mktemp("train"), patched)
 
 
-def test_a_row_for_each_or_a_reason(rows):
-    found, written = rows
-    assert found["fla.kda"].reason == "its kernels need a GPU"
-    timed = [row for row in found.values() if not row.reason]
+@pytest.fixture(scope="module")
+def rows(written):
+    return {row["name"]: steps.Trained(**row) for row in written["rows"]}
+
+
+def test_a_row_for_each_or_a_reason(rows, written):
+    assert rows["fla.kda"].reason == "its kernels need a GPU"
+    timed = [row for row in rows.values() if not row.reason]
     assert len(timed) == 2 and all(row.ms > 0 and len(row.steps) == 2 and row.first_s > 0 for row in timed)
     assert all(row.tokens_per_second == pytest.approx(2 * 64 / row.ms * 1e3, rel=1e-2) for row in timed)
-    assert [row["name"] for row in written["rows"]] == list(found) and written["torch"] == torch.__version__
+    assert written["torch"] == torch.__version__ and written["device"] == "cpu"
 
 
 def test_all_train(rows):
     """They know after three steps that tokens are drawn from 64."""
-    assert all(row.loss < 6 for row in rows[0].values() if row.loss is not None)
+    assert all(row.loss < 6 for row in rows.values() if row.loss is not None)
 
 
 def test_equal_parameters(rows):
     """Within the step of the feed-forward layer's width, 1.6 % of a block at this width and 0.2 % at 1,024."""
-    counts = [row.num_params for row in rows[0].values() if row.num_params]
+    counts = [row.num_params for row in rows.values() if row.num_params]
     assert max(counts) / min(counts) < 1.016
 
 
@@ -59,7 +72,7 @@ def test_operations_of_a_peer_are_those_of_the_same_model_of_ours():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if peer.gpu])
 def test_a_peer_that_needs_a_gpu_takes_steps(name):
-    row = steps.time_training(name, SMALL._replace(D=128, H=2), "cuda", 1, True, True)
+    row = steps.time_training(name, SMALL._replace(D=128, H=2), "cuda", 1, kernels=True)
     assert row.loss < 6 and row.peak_gb > 0 and row.kinds
 
 
@@ -116,24 +129,48 @@ def test_a_process_of_its_own_ends_in_time(monkeypatch, tmp_path):
     (package / "apart.py").write_text((benchmark.Path(apart.__file__)).read_text())
     (package / "trial.py").write_text(
         "import subprocess, sys, time, os\n"
-        "def double(x): return 2 * x, os.environ.get('TRITON_CACHE_DIR', '')[-6:]\n"
-        "def fail(x): raise ValueError(f'{x} is too much')\n"
+        "def double(x): yield 2 * x, os.environ.get('TRITON_CACHE_DIR', '')[-6:]\n"
+        "def fail(x):\n"
+        "    yield 0\n"
+        "    raise ValueError(f'{x} is too much')\n"
         "def hang(file):\n"
         "    subprocess.Popen([sys.executable, '-c', f'import time; time.sleep(2); open({file!r}, \"w\")'])\n"
         "    time.sleep(60)\n"
     )
-    assert apart.apart("trial.double", {"x": 2}, 20, cold=True) == [4, "triton"]
+    assert list(apart.apart("trial.double", {"x": 2}, 20, cold=True)) == [[4, "triton"]]
+    failing, hanging = (
+        apart.apart("trial.fail", {"x": 3}, 20),
+        apart.apart("trial.hang", {"file": str(tmp_path / "left")}, 1),
+    )
+    assert next(failing) == 0
     with pytest.raises(apart.LeftOutError, match=r"^ValueError: 3 is too much$"):
-        apart.apart("trial.fail", {"x": 3}, 20)
+        next(failing)
     with pytest.raises(apart.LeftOutError, match=r"^not done within 1 s$"):
-        apart.apart("trial.hang", {"file": str(tmp_path / "left")}, 1)
+        next(hanging)
     time.sleep(1.5)
     assert not (tmp_path / "left").exists()
 
 
+def test_as_many_tokens_in_longer_sequences(tmp_path, monkeypatch):
+    rows = called("length --only softmax --lengths 32 64 --steps 1", tmp_path, monkeypatch)["rows"]
+    assert [(row["tokens"], row["seq_len"]) for row in rows] == [(64, 32), (64, 64)]
+    assert all(row["tokens_per_second"] > 0 and "whole rows" in row["note"] for row in rows)
+
+
+def test_texts_go_on(tmp_path, monkeypatch):
+    words = (
+        "decode --only gated_delta softmax transformers.qwen3 fla.kda --batches 1 2 --contexts 8 --tokens 2 --repeats 1"
+    )
+    rows = called(words, tmp_path, monkeypatch)["rows"]
+    timed = [(row["name"], row["batch"]) for row in rows if row["prefill_ms"] and row["token_ms"] > 0]
+    assert timed == [(name, n) for name in ("gated_delta", "softmax", "transformers.qwen3") for n in (1, 2)]
+    assert rows[-1]["reason"] == "its kernels need a GPU"
+    assert decoding.shapes_of([1, 16], [8, 64], most=128) == [(1, 8), (1, 64), (16, 8)]
+
+
 def test_nothing_is_begun_after_the_end():
-    way = training.Way("cpu", total=0.0)
-    (row,) = training.rows([("softmax", SMALL)], way, in_process)
+    job = whole.Job("steps.train", {}, steps.Trained("softmax"))
+    (row,) = whole.rows([job], "cpu", whole.Limits(10, total=0.0), in_process)
     assert row.reason == "the 0 s of all were over"
 
 

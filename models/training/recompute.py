@@ -29,9 +29,11 @@ USABLE = 0.92  # of the memory that is free or ours: the rest is lost between al
 
 
 class Recompute:
-    """transformers' gradient_checkpointing_func, for the chosen blocks alone. saved: what each block of the last pass
-    held after it, in bytes, where it is measured.
+    """transformers' gradient_checkpointing_func, for the chosen blocks alone. most: bytes of the GPU that may be used,
+    where it is not all. saved: what each block of the last pass held after it, in bytes, where it is measured.
     """
+
+    most: int | None = None
 
     def __init__(self, model: LanguageModel, setting: str | int) -> None:
         self.model, self.setting = model, setting
@@ -128,7 +130,8 @@ def choose(recompute: Recompute, loss: Callable[[], Tensor], optimizer: torch.op
         p.grad = None
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    available = int(USABLE * (free + torch.cuda.memory_reserved()))
+    here = free + torch.cuda.memory_reserved()
+    available = int(USABLE * (here if recompute.most is None else min(here, recompute.most)))
     found = plan(saved, peak, plain, _state_to_come(optimizer), available)
     if torch.distributed.is_initialized():
         count = torch.tensor(len(found.chosen), device="cuda")
