@@ -12,6 +12,8 @@ import torch
 from scripts import benchmark
 from scripts.benchmarks import apart, contenders, decoding, kinds, steps, whole
 from scripts.benchmarks.contenders import COMPILED, DEFAULT, PEERS, PRESETS, Sizes
+from scripts.figures import speed
+from tests.conftest import ROOT
 
 SMALL = Sizes("tiny", vocabulary=64, D=96, H=3, layers=4, B=2, T=64)
 
@@ -22,29 +24,41 @@ def in_process(function: str, given: dict, limit: float, cold: bool):
     return (json.loads(json.dumps(row)) for row in called(**json.loads(json.dumps(given))))
 
 
-def called(words: str, tmp_path, monkeypatch) -> dict:
-    """What `benchmark.py` writes, with the small sizes and without processes."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(contenders, "sizes_of", lambda size, batch, seq_len: SMALL)
-    monkeypatch.setattr(whole.report, "__defaults__", (in_process,))
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words.split(), "--json", str(tmp_path / "rows.json")])
-    benchmark.main()
-    return json.loads((tmp_path / "rows.json").read_text())
+WORDS = {
+    "train": "train --only gated_delta transformers.qwen3 fla.kda --steps 2",
+    "length": "length --only softmax --lengths 32 64 --steps 1",
+    "decode": "decode --only gated_delta softmax transformers.qwen3 fla.kda --batches 1 2 --contexts 8 --tokens 2 "
+    "--repeats 1",
+}
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
+def folder(tmp_path_factory):
+    """What `benchmark.py` writes, with the small sizes and without processes: docs/speed in small."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "speed").mkdir()
     with pytest.MonkeyPatch.context() as patched:
-        words = "train --only gated_delta transformers.qwen3 fla.kda --steps 2"
-        return called(words, tmp_path_factory.mktemp("train"), patched)
+        patched.setattr("torch.cuda.is_available", lambda: False)
+        patched.setattr(contenders, "sizes_of", lambda size, batch, seq_len: SMALL)
+        patched.setattr(whole.report, "__defaults__", (in_process,))
+        for name, words in WORDS.items():
+            path = folder / "speed" / f"{name}.json"
+            patched.setattr(sys, "argv", ["benchmark.py", *words.split(), "--json", str(path)])
+            benchmark.main()
+    return folder
+
+
+def read(folder, name):
+    return json.loads((folder / "speed" / f"{name}.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def rows(written):
-    return {row["name"]: steps.Trained(**row) for row in written["rows"]}
+def rows(folder):
+    return {row["name"]: steps.Trained(**row) for row in read(folder, "train")["rows"]}
 
 
-def test_a_row_for_each_or_a_reason(rows, written):
+def test_a_row_for_each_or_a_reason(rows, folder):
+    written = read(folder, "train")
     assert rows["fla.kda"].reason == "its kernels need a GPU"
     timed = [row for row in rows.values() if not row.reason]
     assert len(timed) == 2 and all(row.ms > 0 and len(row.steps) == 2 and row.first_s > 0 for row in timed)
@@ -151,21 +165,43 @@ def test_a_process_of_its_own_ends_in_time(monkeypatch, tmp_path):
     assert not (tmp_path / "left").exists()
 
 
-def test_as_many_tokens_in_longer_sequences(tmp_path, monkeypatch):
-    rows = called("length --only softmax --lengths 32 64 --steps 1", tmp_path, monkeypatch)["rows"]
+def test_as_many_tokens_in_longer_sequences(folder):
+    rows = read(folder, "length")["rows"]
     assert [(row["tokens"], row["seq_len"]) for row in rows] == [(64, 32), (64, 64)]
     assert all(row["tokens_per_second"] > 0 and "whole rows" in row["note"] for row in rows)
 
 
-def test_texts_go_on(tmp_path, monkeypatch):
-    words = (
-        "decode --only gated_delta softmax transformers.qwen3 fla.kda --batches 1 2 --contexts 8 --tokens 2 --repeats 1"
-    )
-    rows = called(words, tmp_path, monkeypatch)["rows"]
-    timed = [(row["name"], row["batch"]) for row in rows if row["prefill_ms"] and row["token_ms"] > 0]
+def test_texts_go_on(folder):
+    rows = read(folder, "decode")["rows"]
+    timed = [(row["name"], row["batch"]) for row in rows if row["prefill_ms"] and row["token_ms"] is not None]
     assert timed == [(name, n) for name in ("gated_delta", "softmax", "transformers.qwen3") for n in (1, 2)]
     assert rows[-1]["reason"] == "its kernels need a GPU"
     assert decoding.shapes_of([1, 16], [8, 64], most=128) == [(1, 8), (1, 64), (16, 8)]
+
+
+def test_a_page_is_made_of_what_is_stored(folder):
+    """With a run that has kernels by kind, as on a GPU."""
+    stored = read(folder, "train")
+    stored["rows"][0] |= {"kinds": {"norms": [2.0, 3], "convolution": [4.5, 1000]}, "six_n": 0.4321}
+    (folder / "speed" / "train.json").write_text(json.dumps(stored))
+    (folder / "speed.md").write_text(f"before\n\n{speed.BEGIN}\n\n{speed.END}\nafter\n")
+    speed.write(folder)
+    page = (folder / "speed.md").read_text()
+    assert page.startswith("before\n") and page.endswith("\nafter\n") and (folder / "speed.svg").stat().st_size > 5_000
+    for line in (
+        "| convolution | 4.5 in 1,000 |",
+        "| all | 6.5 in 1,003 |",
+        "Left out: fla.kda (its kernels need a GPU).",
+    ):
+        assert line in page
+    assert "| 43.2 % |" in page and "| tokens | softmax |" in page and "| softmax | 2 x 8 |" in page
+    speed.write(folder)
+    assert (folder / "speed.md").read_text() == page
+
+
+def test_the_page_of_the_docs_is_what_the_script_makes():
+    page = (ROOT / "docs" / "speed.md").read_text()
+    assert speed.with_section(page, speed.section(ROOT / "docs")) == page, "python scripts/figures/speed.py"
 
 
 def test_nothing_is_begun_after_the_end():
