@@ -124,7 +124,7 @@ def plan(saved: list[int], peak: int, plain: set[int], more: int, available: int
 
 def choose(recompute: Recompute, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Plan:
     """Measures, decides for all ranks alike, and leaves no gradients."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([torch.cuda.current_device()]):
         saved, peak, plain = measure(recompute, recompute.model.config.layers, loss)
     for p in recompute.model.parameters():
         p.grad = None

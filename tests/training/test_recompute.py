@@ -109,7 +109,7 @@ def test_on_a_cpu_all_fits():
 @pytest.mark.parametrize("preset", ["gated_delta", "titans_mac"])
 def test_a_step_needs_what_was_said(preset, monkeypatch):
     """On a card where half of the blocks' memory is missing."""
-    m = model(preset, "model.hidden_size=512", "model.num_layers=8").to("cuda")
+    m = model(preset, "model.hidden_size=512", "model.num_heads=4", "model.num_layers=8").to("cuda")
     optimizer = torch.optim.AdamW(m.parameters(), fused=True)
     given, recompute = batch(2048, "cuda"), Recompute(m, "auto")
 
@@ -128,4 +128,4 @@ def test_a_step_needs_what_was_said(preset, monkeypatch):
         loss().backward()
         optimizer.step()
     assert 0 < len(half.chosen) < 7
-    assert 0.75 * half.needs < torch.cuda.max_memory_allocated() < 1.1 * (half.needs + 3 * 4 * m.num_parameters())
+    assert 0.5 * half.needs < torch.cuda.max_memory_allocated() < 1.1 * (half.needs + 3 * 4 * m.num_parameters())
