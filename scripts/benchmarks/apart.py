@@ -46,7 +46,9 @@ def apart(function: str, given: dict[str, Any], limit: float, cold: bool = False
         if process.returncode == -signal.SIGKILL and time.monotonic() >= deadline:
             raise LeftOutError(f"not done within {limit:.0f} s")
         if process.returncode:
-            raise LeftOutError(reason(process.returncode, errors.read_text()))
+            said = errors.read_text()
+            print("\n".join(said.splitlines()[-12:]), file=sys.stderr, flush=True)
+            raise LeftOutError(reason(process.returncode, said))
 
 
 def answers(process: subprocess.Popen[bytes], path: Path, deadline: float) -> Iterator[dict[str, Any]]:
