@@ -75,6 +75,7 @@ class Config:
     clip_norm: float = MISSING
     num_workers: Whole = MISSING
     compile: bool = False
+    recompute: Any = "none"  # auto, none, all, or how many blocks (models/training/recompute.py)
     overfit: bool = False
     guard: Guard = field(default_factory=Guard)
 

@@ -155,6 +155,7 @@ def mistakes(written: Any, config: Any = None) -> list[str]:
     found += numbers(config, dict(leaves(written)))
     found += run_folder(config)
     found += derived(config.get("trainer", {}))
+    found += recompute(config)
     found += batch(config)
     return found
 
@@ -282,6 +283,16 @@ def derived(trainer: dict[str, Any]) -> Iterator[str]:
     for key, instead in DERIVED.items():
         if key in trainer:
             yield f"trainer.{key}={trainer[key]} would have no effect: set {instead}"
+
+
+def recompute(config: dict[str, Any]) -> Iterator[str]:
+    value, layers = config.get("recompute"), config.get("model", {}).get("num_layers")
+    most = layers if isinstance(layers, int) else math.inf
+    if isinstance(value, bool) or not (value in ("auto", "none", "all") or (isinstance(value, int) and value >= 0)):
+        shown = "null" if value is None else value
+        yield f"recompute={shown} is not one of auto, none, all, or how many of the blocks (0 to {layers})"
+    elif isinstance(value, int) and value > most:
+        yield f"recompute={value} is more than the {layers} blocks of model.num_layers={layers}; all is recompute=all"
 
 
 def secrets(config: dict[str, Any]) -> Iterator[str]:

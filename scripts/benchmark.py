@@ -2,13 +2,16 @@
 
     python scripts/benchmark.py ops [--only NAME] [--repeats 15] [--kernels] [--json PATH]
     python scripts/benchmark.py train [--only NAME ...] [--size 340m] [--steps 10] [--kernels] [--json PATH]
+    python scripts/benchmark.py length [--only NAME ...] [--lengths 2048 65536] [--json PATH]
+    python scripts/benchmark.py decode [--only NAME ...] [--batches 1 16] [--contexts 1024] [--json PATH]
     python scripts/benchmark.py prepare [--megabytes 1000] [--tokenizer bytes] [--num-workers 2]
 
 `ops` times operators, forward and forward + backward, interleaved so that a busy neighbour slows all alike: the median
 of the repeats, the ratio to the first row of its size, on a GPU the time in kernels, without the waits for the host
 between them, and the peak of allocated memory, and the difference of the output from that row's where they compute the
 same. `train` times steps of whole models of equal parameters (scripts/benchmarks/contenders.py), each in a process of
-its own. `prepare` turns text into token shards (scripts/benchmarks/data.py).
+its own; `length` the same number of tokens in longer and longer sequences; `decode` texts that go on by generate
+(scripts/benchmarks/decoding.py). `prepare` turns text into token shards (scripts/benchmarks/data.py).
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from scripts.benchmarks import contenders, data, operators, training
+from scripts.benchmarks import contenders, data, decoding, operators, steps, whole
 from scripts.benchmarks.timing import HEAD, compare, machine
 from scripts.recipes import CONF
 
@@ -52,22 +56,56 @@ def ops(only: str | None, repeats: int, kernels: bool, path: Path | None) -> Non
 
 
 def train(given: argparse.Namespace) -> None:
+    device, sizes = place(given, contenders.DEFAULT, given.batch, given.seq_len)
+    jobs = [step_job(name, sizes, device, given, documents=not given.whole) for name in given.only]
+    whole.report(jobs, steps.HEAD, about(device, sizes), limits(given), given.json)
+
+
+def length(given: argparse.Namespace) -> None:
+    """The same number of tokens in fewer and longer sequences, of one document each."""
+    device, sizes = place(given, ["gated_delta", "titans", "kda", "softmax"])
+    lengths = given.lengths or ([2**n for n in range(11, 17)] if device == "cuda" else [128, 256])
+    each = [sizes._replace(B=max(lengths) // T, T=T) for T in lengths]
+    jobs = [step_job(name, one, device, given, documents=False) for name in given.only for one in each]
+    whole.report(jobs, steps.HEAD, about(device, sizes), limits(given), given.json)
+
+
+def decode(given: argparse.Namespace) -> None:
+    device, sizes = place(given, ["gated_delta", "titans", "softmax", "fla.gated_deltanet", "transformers.qwen3"])
+    gpu = device == "cuda"
+    contexts = given.contexts or ([2**n for n in range(10, 17, 2)] if gpu else [64])
+    shapes = decoding.shapes_of(given.batches or ([1, 16, 64] if gpu else [1, 4]), contexts, given.most)
+    common = {"sizes": list(sizes), "device": device, "shapes": shapes, "tokens": given.tokens}
+    common |= {"repeats": given.repeats, "dtype": given.dtype if gpu else "float32"}
+    jobs = [whole.Job("decoding.decode", {"name": n, **common}, decoding.Decoded(n)) for n in given.only]
+    whole.report(jobs, decoding.HEAD, about(device, sizes), limits(given), given.json)
+
+
+def place(
+    given: argparse.Namespace, names: list[str], batch: int | None = None, seq_len: int | None = None
+) -> tuple[str, contenders.Sizes]:
+    """The device and the sizes; `names` are timed where none is asked for. Ends where one is not there."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    names = given.only or contenders.DEFAULT
-    refuse(names, given.kernels and device == "cpu")
-    sizes = contenders.sizes_of(given.size or ("340m" if device == "cuda" else "tiny"), given.batch, given.seq_len)
-    way = training.Way(
-        device, given.steps, given.limit, given.total, given.cold, given.kernels, documents=not given.whole
-    )
-    training.train([(name, sizes) for name in names], way, given.json)
-
-
-def refuse(names: list[str], kernels_on_a_cpu: bool) -> None:
-    """Ends where something is asked for that is not there."""
-    if kernels_on_a_cpu:
+    if getattr(given, "kernels", False) and device == "cpu":
         sys.exit("error: --kernels needs a GPU, and there is none here")
-    if found := [why for name in names if (why := contenders.known(name)) is not None]:
+    given.only = given.only or names
+    if found := [why for name in given.only if (why := contenders.known(name)) is not None]:
         sys.exit(f"error: --only: {found[0]}")
+    return device, contenders.sizes_of(given.size or ("340m" if device == "cuda" else "tiny"), batch, seq_len)
+
+
+def step_job(name: str, sizes: contenders.Sizes, device: str, given: argparse.Namespace, documents: bool) -> whole.Job:
+    asked = {"name": name, "sizes": list(sizes), "device": device, "steps": given.steps}
+    asked |= {"kernels": getattr(given, "kernels", False), "documents": documents, "memory_gb": given.memory_gb}
+    return whole.Job("steps.train", asked, steps.Trained(name, sizes.B * sizes.T, sizes.T))
+
+
+def about(device: str, sizes: contenders.Sizes) -> dict[str, Any]:
+    return whole.environment(device) | {"sizes": str(sizes)}
+
+
+def limits(given: argparse.Namespace) -> whole.Limits:
+    return whole.Limits(given.limit, given.total, given.cold)
 
 
 def of_models(command: argparse.ArgumentParser, limit: float) -> None:
@@ -90,11 +128,29 @@ def main() -> None:
     command.add_argument("--json", type=Path, help="also write the rows here")
     command = commands.add_parser("train", help="training steps of whole models")
     of_models(command, limit=300)
+    command.add_argument("--memory-gb", type=float, help="as on a GPU of so much memory, where this one has more")
     command.add_argument("--steps", type=int, default=10, help="that are timed, after three others")
     command.add_argument("--batch", type=int, help="sequences of a step; default: the size's micro_batch")
     command.add_argument("--seq-len", type=int, help="tokens of a sequence; default: the size's")
     command.add_argument("--whole", action="store_true", help="ours too get rows of one document each")
     command.add_argument("--kernels", action="store_true", help="also a step's time in GPU kernels, by kind")
+    command = commands.add_parser("length", help="training steps of as many tokens in longer and longer sequences")
+    of_models(command, limit=300)
+    command.add_argument("--memory-gb", type=float, help="as on a GPU of so much memory, where this one has more")
+    command.add_argument("--steps", type=int, default=5, help="that are timed, after three others")
+    command.add_argument("--lengths", type=int, nargs="+", help="default: 2,048 to 65,536, on a GPU")
+    command = commands.add_parser("decode", help="texts that go on by generate, greedily")
+    of_models(command, limit=600)
+    command.add_argument("--batches", type=int, nargs="+", help="default: 1, 16 and 64, on a GPU")
+    command.add_argument(
+        "--contexts", type=int, nargs="+", help="tokens of a prompt; default: 1,024 to 65,536, on a GPU"
+    )
+    command.add_argument("--most", type=int, default=2**20, help="tokens of all prompts together")
+    command.add_argument("--tokens", type=int, default=64, help="that are written and timed")
+    command.add_argument("--repeats", type=int, default=3)
+    command.add_argument(
+        "--dtype", choices=["autocast", "bfloat16"], default="autocast", help="of the weights, on a GPU"
+    )
     command = commands.add_parser("prepare", help="text to token shards")
     command.add_argument("--megabytes", type=int, default=1000)
     command.add_argument("--tokenizer", choices=["bytes", "bpe"], default="bytes")
@@ -102,10 +158,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "ops":
         ops(arguments.only, arguments.repeats, arguments.kernels, arguments.json)
-    elif arguments.command == "train":
-        train(arguments)
-    else:
+    elif arguments.command == "prepare":
         data.prepare(arguments.megabytes, arguments.tokenizer, arguments.num_workers)
+    else:
+        {"train": train, "length": length, "decode": decode}[arguments.command](arguments)
 
 
 if __name__ == "__main__":

@@ -10,43 +10,70 @@ import pytest
 import torch
 
 from scripts import benchmark
-from scripts.benchmarks import apart, contenders, kinds, steps, training
+from scripts.benchmarks import apart, contenders, decoding, kinds, steps, whole
 from scripts.benchmarks.contenders import COMPILED, DEFAULT, PEERS, PRESETS, Sizes
+from scripts.figures import speed
+from tests.conftest import ROOT
 
 SMALL = Sizes("tiny", vocabulary=64, D=96, H=3, layers=4, B=2, T=64)
 
 
-def in_process(function: str, given: dict, limit: float, cold: bool) -> dict:
+def in_process(function: str, given: dict, limit: float, cold: bool):
     """As the process of one model does it, by way of JSON too."""
-    return json.loads(json.dumps(training.one(**json.loads(json.dumps(given)))))
+    called = {"steps.train": steps.train, "decoding.decode": decoding.decode}[function]
+    return (json.loads(json.dumps(row)) for row in called(**json.loads(json.dumps(given))))
+
+
+WORDS = {
+    "train": "train --only gated_delta transformers.qwen3 fla.kda --steps 2",
+    "length": "length --only softmax --lengths 32 64 --steps 1",
+    "decode": "decode --only gated_delta softmax transformers.qwen3 fla.kda --batches 1 2 --contexts 8 --tokens 2 "
+    "--repeats 1",
+}
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    path = tmp_path_factory.mktemp("benchmark") / "train.json"
-    names = ["gated_delta", "transformers.qwen3", "fla.kda"]
-    way = training.Way("cpu", steps=2)
-    done = training.train([(name, SMALL) for name in names], way, path, in_process)
-    return {row.name: row for row in done}, json.loads(path.read_text())
+def folder(tmp_path_factory):
+    """What `benchmark.py` writes, with the small sizes and without processes: docs/speed in small."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "speed").mkdir()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("torch.cuda.is_available", lambda: False)
+        patched.setattr(contenders, "sizes_of", lambda size, batch, seq_len: SMALL)
+        patched.setattr(whole.report, "__defaults__", (in_process,))
+        for name, words in WORDS.items():
+            path = folder / "speed" / f"{name}.json"
+            patched.setattr(sys, "argv", ["benchmark.py", *words.split(), "--json", str(path)])
+            benchmark.main()
+    return folder
 
 
-def test_a_row_for_each_or_a_reason(rows):
-    found, written = rows
-    assert found["fla.kda"].reason == "its kernels need a GPU"
-    timed = [row for row in found.values() if not row.reason]
+def read(folder, name):
+    return json.loads((folder / "speed" / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    return {row["name"]: steps.Trained(**row) for row in read(folder, "train")["rows"]}
+
+
+def test_a_row_for_each_or_a_reason(rows, folder):
+    written = read(folder, "train")
+    assert rows["fla.kda"].reason == "its kernels need a GPU"
+    timed = [row for row in rows.values() if not row.reason]
     assert len(timed) == 2 and all(row.ms > 0 and len(row.steps) == 2 and row.first_s > 0 for row in timed)
     assert all(row.tokens_per_second == pytest.approx(2 * 64 / row.ms * 1e3, rel=1e-2) for row in timed)
-    assert [row["name"] for row in written["rows"]] == list(found) and written["torch"] == torch.__version__
+    assert written["torch"] == torch.__version__ and written["device"] == "cpu"
 
 
 def test_all_train(rows):
     """They know after three steps that tokens are drawn from 64."""
-    assert all(row.loss < 6 for row in rows[0].values() if row.loss is not None)
+    assert all(row.loss < 6 for row in rows.values() if row.loss is not None)
 
 
 def test_equal_parameters(rows):
     """Within the step of the feed-forward layer's width, 1.6 % of a block at this width and 0.2 % at 1,024."""
-    counts = [row.num_params for row in rows[0].values() if row.num_params]
+    counts = [row.num_params for row in rows.values() if row.num_params]
     assert max(counts) / min(counts) < 1.016
 
 
@@ -59,7 +86,7 @@ def test_operations_of_a_peer_are_those_of_the_same_model_of_ours():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if peer.gpu])
 def test_a_peer_that_needs_a_gpu_takes_steps(name):
-    row = steps.time_training(name, SMALL._replace(D=128, H=2), "cuda", 1, True, True)
+    row = steps.time_training(name, SMALL._replace(D=128, H=2), "cuda", 1, kernels=True)
     assert row.loss < 6 and row.peak_gb > 0 and row.kinds
 
 
@@ -116,24 +143,70 @@ def test_a_process_of_its_own_ends_in_time(monkeypatch, tmp_path):
     (package / "apart.py").write_text((benchmark.Path(apart.__file__)).read_text())
     (package / "trial.py").write_text(
         "import subprocess, sys, time, os\n"
-        "def double(x): return 2 * x, os.environ.get('TRITON_CACHE_DIR', '')[-6:]\n"
-        "def fail(x): raise ValueError(f'{x} is too much')\n"
+        "def double(x): yield 2 * x, os.environ.get('TRITON_CACHE_DIR', '')[-6:]\n"
+        "def fail(x):\n"
+        "    yield 0\n"
+        "    raise ValueError(f'{x} is too much')\n"
         "def hang(file):\n"
         "    subprocess.Popen([sys.executable, '-c', f'import time; time.sleep(2); open({file!r}, \"w\")'])\n"
         "    time.sleep(60)\n"
     )
-    assert apart.apart("trial.double", {"x": 2}, 20, cold=True) == [4, "triton"]
+    assert list(apart.apart("trial.double", {"x": 2}, 20, cold=True)) == [[4, "triton"]]
+    failing, hanging = (
+        apart.apart("trial.fail", {"x": 3}, 20),
+        apart.apart("trial.hang", {"file": str(tmp_path / "left")}, 1),
+    )
+    assert next(failing) == 0
     with pytest.raises(apart.LeftOutError, match=r"^ValueError: 3 is too much$"):
-        apart.apart("trial.fail", {"x": 3}, 20)
+        next(failing)
     with pytest.raises(apart.LeftOutError, match=r"^not done within 1 s$"):
-        apart.apart("trial.hang", {"file": str(tmp_path / "left")}, 1)
+        next(hanging)
     time.sleep(1.5)
     assert not (tmp_path / "left").exists()
 
 
+def test_as_many_tokens_in_longer_sequences(folder):
+    rows = read(folder, "length")["rows"]
+    assert [(row["tokens"], row["seq_len"]) for row in rows] == [(64, 32), (64, 64)]
+    assert all(row["tokens_per_second"] > 0 and "whole rows" in row["note"] for row in rows)
+
+
+def test_texts_go_on(folder):
+    rows = read(folder, "decode")["rows"]
+    timed = [(row["name"], row["batch"]) for row in rows if row["prefill_ms"] and row["token_ms"] is not None]
+    assert timed == [(name, n) for name in ("gated_delta", "softmax", "transformers.qwen3") for n in (1, 2)]
+    assert rows[-1]["reason"] == "its kernels need a GPU"
+    assert decoding.shapes_of([1, 16], [8, 64], most=128) == [(1, 8), (1, 64), (16, 8)]
+
+
+def test_a_page_is_made_of_what_is_stored(folder):
+    """With a run that has kernels by kind, as on a GPU."""
+    stored = read(folder, "train")
+    stored["rows"][0] |= {"kinds": {"norms": [2.0, 3], "convolution": [4.5, 1000]}, "six_n": 0.4321}
+    (folder / "speed" / "train.json").write_text(json.dumps(stored))
+    (folder / "speed.md").write_text(f"before\n\n{speed.BEGIN}\n\n{speed.END}\nafter\n")
+    speed.write(folder)
+    page = (folder / "speed.md").read_text()
+    assert page.startswith("before\n") and page.endswith("\nafter\n") and (folder / "speed.svg").stat().st_size > 5_000
+    for line in (
+        "| convolution | 4.5 in 1,000 |",
+        "| all | 6.5 in 1,003 |",
+        "Left out: fla.kda (its kernels need a GPU).",
+    ):
+        assert line in page
+    assert "| 43.2 % |" in page and "| tokens | softmax |" in page and "| softmax | 2 x 8 |" in page
+    speed.write(folder)
+    assert (folder / "speed.md").read_text() == page
+
+
+def test_the_page_of_the_docs_is_what_the_script_makes():
+    page = (ROOT / "docs" / "speed.md").read_text()
+    assert speed.with_section(page, speed.section(ROOT / "docs")) == page, "python scripts/figures/speed.py"
+
+
 def test_nothing_is_begun_after_the_end():
-    way = training.Way("cpu", total=0.0)
-    (row,) = training.rows([("softmax", SMALL)], way, in_process)
+    job = whole.Job("steps.train", {}, steps.Trained("softmax"))
+    (row,) = whole.rows([job], "cpu", whole.Limits(10, total=0.0), in_process)
     assert row.reason == "the 0 s of all were over"
 
 

@@ -64,6 +64,8 @@ KEYS = {
     "+callbacks.smaple.num_tokens=3": "callbacks.smaple has no class, _target_=...; did you mean callbacks.sample?",
     "clip_norm=fast": "clip_norm=fast must be a number",
     "compile=ja": "compile=ja must be true or false",
+    "recompute=ja": "recompute=ja is not one of auto, none, all, or how many of the blocks (0 to 4)",
+    "recompute=5": "recompute=5 is more than the 4 blocks of model.num_layers=4; all is recompute=all",
 }
 SIGNS = {
     f"model # {REPORTS}/902": "model has no value: a setting is NAME=VALUE; did you mean model=...?",

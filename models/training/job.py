@@ -62,7 +62,7 @@ def train(cfg: DictConfig) -> Result:
                     sys.exit(f"stopped after {step} of {module.num_steps} steps; the same command goes on")
                 finish(trainer, module, datamodule, run)
             except (RuntimeError, MemoryError, OtherDataError) as error:
-                sys.exit(f"error: {why(error, datamodule.batch)}")
+                sys.exit(f"error: {why(error, datamodule.batch, cfg.recompute)}")
         return run.result
 
 
@@ -93,6 +93,7 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
         "optimizer": build(cfg.optimizer),
         "schedule": build(cfg.schedule),
         "compile_blocks": cfg.compile,
+        "recompute": cfg.recompute,
     }
     counts = {name: getattr(task, name) for name in ("targets_per_token", "bytes_per_token", "chance")}
     guards: dict[str, Any] = {"guard": Guard(cfg.guard.max_skipped, cfg.guard.spike_score), "preemption": preemption}

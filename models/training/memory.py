@@ -13,13 +13,14 @@ from models.training.run import RunError
 GIB = 2**30
 
 
-def why(error: Exception, batch: Batch) -> str:
+def why(error: Exception, batch: Batch, recompute: str | int = "all") -> str:
     """Why training ended, in a sentence for its user. What is nothing of theirs is raised again."""
     if isinstance(error, RunError | OtherDataError):
         return str(error)
     # torch has a class of its own for a GPU, and a bare RuntimeError for a CPU
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
-        return f"{needs(batch)} ({there(error)}); {lower(batch)}"
+        again = "" if recompute == "all" else "; or set recompute=all, with which a block holds its input alone"
+        return f"{needs(batch)} ({there(error)}); {lower(batch)}{again}"
     raise error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -20,6 +21,8 @@ from models.loss import IGNORED
 from models.regression.regressor import Regressor
 from models.training.guards import Guard
 from models.training.preemption import Preemption
+from models.training.recompute import Recompute
+from models.training.summary import say
 
 
 class Training(L.LightningModule):
@@ -33,6 +36,7 @@ class Training(L.LightningModule):
     bytes_per_token: of the validation text, for bits per byte; None where there is no text.
     chance: the accuracy of a guess, for a task that has right answers; logged beside the model's.
     guard, preemption: what is asked about every step, and told.
+    recompute: which blocks are computed again in the backward pass (recompute.py).
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Training(L.LightningModule):
         compile_blocks: bool = False,
         guard: Guard | None = None,
         preemption: Preemption | None = None,
+        recompute: str | int = "none",
     ) -> None:
         super().__init__()
         if clip_norm <= 0:
@@ -58,6 +63,8 @@ class Training(L.LightningModule):
         self.targets_per_token, self.bytes_per_token, self.chance = targets_per_token, bytes_per_token, chance
         self.compile_blocks = compile_blocks
         self.guard, self.preemption = guard or Guard(), preemption or Preemption()
+        self.recompute = Recompute(model, recompute)
+        self._begun = False
         self.flops_per_token = 0  # to train, known when the sequences are
         self.loss = math.nan  # of the last step, in nats per token
         self.first_step, self.began = 0, time.time()  # of this process
@@ -91,6 +98,18 @@ class Training(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.guard.load_state_dict(checkpoint["guard"])
+
+    def on_train_batch_start(self, batch: dict[str, Tensor | Any], batch_idx: int) -> None:
+        """Before the first step of this process it is settled which blocks are recomputed."""
+        if self._begun:
+            return
+        self._begun = True
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        say(self.recompute.begin(partial(self._nats, batch), optimizer, self.device))
+
+    def _nats(self, batch: dict[str, Tensor | Any]) -> Tensor:
+        with self.trainer.precision_plugin.forward_context():
+            return self.model.sum_nats(batch["input_ids"], batch["labels"], batch["segments"])
 
     def training_step(self, batch: dict[str, Tensor | Any], index: int) -> Tensor:
         labels = batch["labels"]

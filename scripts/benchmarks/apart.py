@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ class LeftOutError(Exception):
     """Why there is no answer."""
 
 
-def apart(function: str, given: dict[str, Any], limit: float, cold: bool = False) -> dict[str, Any]:
-    """What `module.function` of scripts.benchmarks returns of `given`, as JSON has it. cold: with empty caches of
-    compiled kernels. Raises LeftOutError where it ends in an error, or is not done after `limit` seconds.
+def apart(function: str, given: dict[str, Any], limit: float, cold: bool = False) -> Iterator[dict[str, Any]]:
+    """What the generator `module.function` of scripts.benchmarks yields of `given`, as soon as it does. cold: with
+    empty caches of compiled kernels. Raises LeftOutError where it ends in an error, or is not done after `limit` s.
     """
     with tempfile.TemporaryDirectory() as folder:
-        request, answer, errors = (Path(folder, name) for name in ("request.json", "answer.json", "errors"))
+        request, answer, errors = (Path(folder, name) for name in ("request.json", "answers.jsonl", "errors"))
         request.write_text(json.dumps({"function": function, "given": given}))
         caches = {name: f"{folder}/{sub}" for name, sub in COLD.items()} if cold else {}
         command = [sys.executable, "-m", "scripts.benchmarks.apart", str(request), str(answer)]
@@ -37,15 +38,31 @@ def apart(function: str, given: dict[str, Any], limit: float, cold: bool = False
             process = subprocess.Popen(
                 command, cwd=ROOT, env=os.environ | caches, stdout=file, stderr=file, start_new_session=True
             )
-            try:
-                process.wait(limit)
-            except subprocess.TimeoutExpired:
-                raise LeftOutError(f"not done within {limit:.0f} s") from None
-            finally:
-                end(process)
+        deadline = time.monotonic() + limit
+        try:
+            yield from answers(process, answer, deadline)
+        finally:
+            end(process)
+        if process.returncode == -signal.SIGKILL and time.monotonic() >= deadline:
+            raise LeftOutError(f"not done within {limit:.0f} s")
         if process.returncode:
-            raise LeftOutError(reason(process.returncode, errors.read_text()))
-        return json.loads(answer.read_text())
+            said = errors.read_text()
+            print("\n".join(said.splitlines()[-12:]), file=sys.stderr, flush=True)
+            raise LeftOutError(reason(process.returncode, said))
+
+
+def answers(process: subprocess.Popen[bytes], path: Path, deadline: float) -> Iterator[dict[str, Any]]:
+    """Whole lines as they come, until the process or its time ends."""
+    done = 0
+    while True:
+        running = process.poll() is None and time.monotonic() < deadline  # asked first: what it wrote last is read
+        text = path.read_text() if path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        yield from map(json.loads, lines[done:])
+        done = len(lines)
+        if not running:
+            return
+        time.sleep(0.1)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -72,7 +89,9 @@ def main() -> None:
     asked = json.loads(request.read_text())
     module, _, name = asked["function"].rpartition(".")
     function = getattr(importlib.import_module(f"scripts.benchmarks.{module}"), name)
-    answer.write_text(json.dumps(function(**asked["given"])))
+    with answer.open("a") as file:
+        for row in function(**asked["given"]):
+            print(json.dumps(row), file=file, flush=True)
 
 
 if __name__ == "__main__":

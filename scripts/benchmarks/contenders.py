@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -90,13 +91,15 @@ class Sizes(NamedTuple):
 
 class Contender(NamedTuple):
     """loss(batch): the mean over the tokens, with gradients to the model's parameters. flops: of a token to train.
-    packs: it tells the documents of a row apart."""
+    begin(batch): what comes before the first step, and what is to be noted of it. packs: it tells the documents of a
+    row apart.
+    """
 
     model: nn.Module
     loss: Callable[[dict[str, Tensor | Any]], Tensor]
     optimizer: torch.optim.Optimizer
     flops: int
-    note: str
+    begin: Callable[[dict[str, Tensor | Any]], str]
     packs: bool
 
     @property
@@ -136,26 +139,45 @@ def missing(name: str, device: str) -> str | None:
     return None
 
 
-def ours(name: str, sizes: Sizes, device: str) -> Contender:
-    """As train.py trains it: models/training/module.py's loss, its compiled blocks, the config's optimizer."""
+def ours(name: str, sizes: Sizes, device: str, most: int | None = None) -> Contender:
+    """As train.py trains it: models/training/module.py's loss, its compiled and recomputed blocks, the config's
+    optimizer. most: bytes of the GPU's memory that it may use."""
     module = training(name, sizes, device)
+    module.recompute.most = most
     flops = 3 * module.model.flops_per_token(sizes.T)
 
     def loss(batch: dict[str, Tensor | Any]) -> Tensor:
         module._window.clear()  # which is for a step that logs
         return module.training_step(batch, 0)
 
-    note = "blocks compiled" if module.compile_blocks else "eager"
-    return Contender(module.model, loss, module.optimizer(module.model), flops, note, packs=True)
+    optimizer = module.optimizer(module.model)
+
+    def begin(batch: dict[str, Tensor | Any]) -> str:
+        module.recompute.begin(partial(nats, module.model, batch), optimizer, torch.device(device))
+        again = len(module.recompute.chosen)
+        compiled = "blocks compiled" if module.compile_blocks else "eager"
+        return f"{compiled}, {again} of {sizes.layers} recomputed" if again else compiled
+
+    return Contender(module.model, loss, optimizer, flops, begin, packs=True)
+
+
+def nats(model: LanguageModel, batch: dict[str, Tensor | Any]) -> Tensor:
+    with half(batch["input_ids"].device.type):
+        return model.sum_nats(batch["input_ids"], batch["labels"], batch["segments"])
+
+
+def half(device: str) -> torch.autocast:
+    """bf16 products on a GPU."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
 
 def training(name: str, sizes: Sizes, device: str) -> Training:
     """The LightningModule, its blocks compiled where train.py does."""
     cfg = composed(name, f"size={sizes.size}", f"model.num_layers={sizes.layers}")
     model = model_of(cfg, sizes.vocabulary)
-    module = Training(
-        model, build(cfg.optimizer), build(cfg.schedule), num_steps=1000, clip_norm=1.0, compile_blocks=cfg.compile
-    ).to(device)
+    parts: dict[str, Any] = {"compile_blocks": cfg.compile, "recompute": cfg.recompute}
+    module = Training(model, build(cfg.optimizer), build(cfg.schedule), num_steps=1000, clip_norm=1.0, **parts)
+    module.to(device)
     module.configure_model()
     return module
 
@@ -183,7 +205,7 @@ def theirs(name: str, sizes: Sizes, device: str) -> Contender:
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
     note = "compiled" if name != base else "eager"
     flops = 3 * forward_flops(model, PEERS[base].like, sizes)
-    return Contender(model, loss, optimizer, flops, note, packs=False)
+    return Contender(model, loss, optimizer, flops, lambda batch: note, packs=False)
 
 
 def peer_model(name: str, sizes: Sizes) -> Any:
@@ -229,8 +251,8 @@ def forward_flops(model: nn.Module, like: str, sizes: Sizes) -> int:
     return products + sum(regressions[i % period] for i in range(sizes.layers))
 
 
-def contender(name: str, sizes: Sizes, device: str) -> Contender:
-    return (ours if name in PRESETS else theirs)(name, sizes, device)
+def contender(name: str, sizes: Sizes, device: str, most: int | None = None) -> Contender:
+    return ours(name, sizes, device, most) if name in PRESETS else theirs(name, sizes, device)
 
 
 def batch_of(sizes: Sizes, device: str, documents: bool = True) -> dict[str, Tensor | Any]:

@@ -11,15 +11,15 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from models.training.speed import peak_flops
-from scripts.benchmarks.contenders import Contender, Sizes, batch_of, contender
+from scripts.benchmarks.contenders import Contender, Sizes, batch_of, contender, half
 from scripts.benchmarks.kinds import Kind, by_kind
 from scripts.benchmarks.timing import by_kernel, seconds
 
@@ -53,26 +53,44 @@ class Trained:
     reason: str = ""
 
     def __str__(self) -> str:
+        step = f"{self.tokens // max(1, self.seq_len)} x {self.seq_len:,}"
         if self.reason:
-            return f"{self.name:32} left out: {self.reason}"
+            return f"{self.name:32} {step:>12} left out: {self.reason}"
         shares = "".join(f"{'' if x is None else f'{x:.1%}':>8}" for x in (self.six_n, self.model_flops))
         peak = "" if self.peak_gb is None else f"{self.peak_gb:.1f}"
         rate = f"{self.tokens_per_second:12,.0f}{self.ms:10.1f}{shares}{peak:>9}{self.first_s:9.1f}"
-        return f"{self.name:32} {self.num_params / 1e6:8.1f}{rate}  {self.caches}, {self.note}"
+        return f"{self.name:32} {step:>12} {self.num_params / 1e6:8.1f}{rate}  {self.caches}, {self.note}"
 
 
-HEAD = (
-    f"{'model':32} {'M params':>8}{'tokens/s':>12}{'ms':>10}{'6N':>8}{'FLOPs':>8}{'peak GB':>9}{'first s':>9}  caches"
-)
+HEAD = f"{'model':32} {'a step':>12} {'M params':>8}"
+HEAD += f"{'tokens/s':>12}{'ms':>10}{'6N':>8}{'FLOPs':>8}{'peak GB':>9}{'first s':>9}  caches"
 
 
-def time_training(name: str, sizes: Sizes, device: str, steps: int, kernels: bool, documents: bool) -> Trained:
-    """The row of one model."""
-    caches = state_of_caches()
-    model = contender(name, sizes, device)
+def train(sizes: list[Any], **given: Any) -> Iterator[dict[str, Any]]:
+    """What the process of one model does."""
+    yield asdict(time_training(sizes=Sizes(*sizes), **given))
+
+
+def time_training(
+    name: str,
+    sizes: Sizes,
+    device: str,
+    steps: int = 10,
+    kernels: bool = False,
+    documents: bool = True,
+    memory_gb: float | None = None,
+) -> Trained:
+    """The row of one model. memory_gb: as on a card of so much, where this one has more."""
+    caches, most = state_of_caches(), None
+    if memory_gb is not None and device == "cuda":
+        most = int(memory_gb * 1e9)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most / torch.cuda.get_device_properties(0).total_memory))
+    model = contender(name, sizes, device, most)
     packed = documents and model.packs
-    step = step_of(model, batch_of(sizes, device, packed), device)
+    batch = batch_of(sizes, device, packed)
+    step = step_of(model, batch, device)
     begin = time.perf_counter()
+    note = model.begin(batch)
     step()
     first = time.perf_counter() - begin
     for _ in range(WARM_UP):
@@ -80,8 +98,8 @@ def time_training(name: str, sizes: Sizes, device: str, steps: int, kernels: boo
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = [seconds(step, device) for _ in range(steps)]
-    row = Trained(name, sizes.B * sizes.T, sizes.T, model.num_params, model.note, caches=caches, loss=loss)
-    row.note += f", {'packed documents' if packed else 'whole rows'}"
+    row = Trained(name, sizes.B * sizes.T, sizes.T, model.num_params, caches=caches, loss=loss)
+    row.note = f"{note}, {'packed documents' if packed else 'whole rows'}"
     row.steps = [round(t * 1e3, 3) for t in times]
     middle = statistics.median(times)
     row.ms, row.first_s, row.tokens_per_second = round(middle * 1e3, 3), round(first, 2), round(row.tokens / middle, 1)
@@ -102,7 +120,7 @@ def step_of(model: Contender, batch: dict[str, Any], device: str) -> Callable[[]
     model.model.train()
 
     def step() -> float:
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with half(device):
             loss = model.loss(batch)
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

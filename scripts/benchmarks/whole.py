@@ -1,0 +1,100 @@
+"""Whole models, a process for each: its rows are printed as they come, and JSON is written after each."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+from shutil import which
+from typing import Any, NamedTuple
+
+from scripts.benchmarks.apart import ROOT, LeftOutError, apart, left
+from scripts.benchmarks.contenders import missing
+from scripts.benchmarks.decoding import Decoded
+from scripts.benchmarks.steps import Trained
+from scripts.benchmarks.timing import machine
+
+Row = Trained | Decoded
+Apart = Callable[..., Iterator[dict[str, Any]]]
+
+
+class Job(NamedTuple):
+    """One model's process: the function of scripts.benchmarks that it calls, and what it is given. blank: its row
+    without numbers, for a reason.
+    """
+
+    function: str
+    given: dict[str, Any]
+    blank: Row
+
+
+class Limits(NamedTuple):
+    """Seconds that one model may take, all its work included, and that all may take; whether each begins with empty
+    caches of compiled kernels.
+    """
+
+    each: float
+    total: float | None = None
+    cold: bool = False
+
+
+def rows(jobs: Iterable[Job], device: str, limits: Limits, run: Apart = apart) -> Iterator[Row]:
+    """The rows of each model, and why one is left out, or ends early."""
+    deadline = None if limits.total is None else time.monotonic() + limits.total
+    for job in jobs:
+        if (why := missing(job.blank.name, device)) is not None:
+            yield replace(job.blank, reason=why)
+            continue
+        try:
+            if (seconds := left(deadline, limits.each)) <= 0:
+                raise LeftOutError(f"the {limits.total:.0f} s of all were over")
+            for found in run(job.function, job.given, seconds, limits.cold):
+                yield type(job.blank)(**found)
+        except LeftOutError as error:
+            yield replace(job.blank, reason=str(error))
+
+
+def report(
+    jobs: list[Job],
+    head: str,
+    about: dict[str, Any],
+    limits: Limits,
+    path: Path | None,
+    run: Apart = apart,
+) -> list[Row]:
+    """Prints, and writes after each row, so that what is done is kept whatever comes. about: see `environment`."""
+    print(f"{about['machine']}; {about['sizes']}\n{head}", flush=True)
+    done: list[Row] = []
+    for row in rows(jobs, about["device"], limits, run):
+        print("\n".join(shown(row)), flush=True)
+        done.append(row)
+        if path:
+            path.write_text(json.dumps({**about, "rows": [asdict(row) for row in done]}, indent=1))
+    return done
+
+
+def shown(row: Row) -> Iterator[str]:
+    """A row's lines: its numbers, and its step's kernels by kind."""
+    yield str(row)
+    if isinstance(row, Trained) and row.kinds:
+        total, count = (sum(kind[i] for kind in row.kinds.values()) for i in (0, 1))
+        yield f"    {total:8.2f} ms in {count:,} launches"
+        yield from (f"    {kind[0]:8.2f} ms {kind[1]:6,} x {name}" for name, kind in row.kinds.items())
+        yield from (f"    {ms:12.3f} ms {n:6,} x {name[:100]}" for name, (ms, n) in list(row.kernels.items())[:12])
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Machine, releases and commit that numbers are of."""
+    names = ("torch", "triton", "flash-linear-attention", "transformers")
+    installed = {found.metadata["Name"]: found.version for found in metadata.distributions()}
+    versions = {name: installed[name] for name in names if name in installed}
+    asked = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip() if which("git") else ""
+    when = time.strftime("%Y-%m-%d", time.gmtime())
+    about = {"machine": machine(device), "device": device, "python": platform.python_version()}
+    return about | versions | {"commit": commit, "date": when}

@@ -1,0 +1,176 @@
+"""The tables of docs/speed.md and its picture, from stored runs of the benchmark.
+
+    python scripts/figures/speed.py [--folder docs]
+
+Reads train.json, length.json and decode.json in docs/speed, which `python scripts/benchmark.py train --json PATH` and
+the like have written; one that is not there has no section. Writes the lines between the page's markers, and speed.svg:
+tokens per second over the length of a sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+BEGIN, END = "<!-- tables: python scripts/figures/speed.py -->", "<!-- end of tables -->"
+Run = dict[str, Any]
+
+
+def table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + " --- |" * len(head)
+    yield from ("| " + " | ".join(row) + " |" for row in rows)
+
+
+def where(run: Run, command: str) -> str:
+    """What its numbers are of."""
+    names = [name for name in ("triton", "flash-linear-attention", "transformers") if name in run]
+    of = [run["machine"], *(f"{name} {run[name]}" for name in names)]
+    of += [f"commit {run['commit']}"] if run["commit"] else []
+    return f"`{command}` on {run['date']}: {run['sizes']}. {', '.join(of)}."
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}".replace("%", " %")
+
+
+def timed(run: Run) -> list[Run]:
+    return [row for row in run["rows"] if not row["reason"]]
+
+
+def left_out(run: Run, name: Callable[[Run], str]) -> Iterator[str]:
+    if found := [f"{name(row)} ({row['reason']})" for row in run["rows"] if row["reason"]]:
+        yield ""
+        yield f"Left out: {'; '.join(found)}."
+
+
+def training(run: Run) -> Iterator[str]:
+    yield "## Training steps of whole models"
+    yield ""
+    yield where(run, "python scripts/benchmark.py train")
+    yield "*6N* is six times the parameters times tokens/s over the chip's dense peak, *FLOPs* what the model counts."
+    yield ""
+    head = ["model", "tokens/s", "ms", "6N", "FLOPs", "peak GB", "first step, s", ""]
+    numbers = [
+        [
+            row["name"],
+            *(number(row[key]) for key in ("tokens_per_second", "ms")),
+            *(share(row[key]) for key in ("six_n", "model_flops")),
+            number(row["peak_gb"], 1),
+            number(row["first_s"]),
+            row["note"],
+        ]
+        for row in timed(run)
+    ]
+    yield from table(head, numbers)
+    yield from left_out(run, lambda row: row["name"])
+    if split := [row for row in timed(run) if row["kinds"]]:
+        yield ""
+        yield "A step's time in GPU kernels by kind, in ms, and how many were launched:"
+        yield ""
+        sums = {kind: sum(row["kinds"].get(kind, [0])[0] for row in split) for row in split for kind in row["kinds"]}
+        kinds = sorted(sums, key=lambda kind: -sums[kind])
+        cells = [[kind, *(of_kind(row["kinds"].get(kind)) for row in split)] for kind in kinds]
+        totals = [[sum(found[i] for found in row["kinds"].values()) for i in (0, 1)] for row in split]
+        yield from table(["", *(row["name"] for row in split)], [*cells, ["all", *map(of_kind, totals)]])
+
+
+def of_kind(found: list[float] | None) -> str:
+    return "" if found is None else f"{found[0]:.1f} in {found[1]:,.0f}"
+
+
+def lengths(run: Run) -> Iterator[str]:
+    """A row a length, a column a model."""
+    names = list(dict.fromkeys(row["name"] for row in timed(run)))
+    rates = {(row["name"], row["seq_len"]): row["tokens_per_second"] for row in timed(run)}
+    yield "## Longer and longer sequences"
+    yield ""
+    yield where(run, "python scripts/benchmark.py length")
+    yield "Tokens per second; a step has the same number of tokens at every length."
+    yield ""
+    each = sorted({length for _, length in rates})
+    yield from table(["tokens", *names], [[f"{T:,}", *(number(rates.get((name, T))) for name in names)] for T in each])
+    yield from left_out(run, lambda row: f"{row['name']} at {row['seq_len']:,}")
+    yield ""
+    yield "![Tokens per second over the length of a sequence](speed.svg)"
+
+
+def decoding(run: Run) -> Iterator[str]:
+    yield "## Decoding"
+    yield ""
+    yield where(run, "python scripts/benchmark.py decode")
+    yield "Greedy, by each model's own `generate`. GB are the peaks of prefill and of the whole."
+    yield ""
+    rows = [
+        [
+            row["name"],
+            f"{row['batch']} x {row['context']:,}",
+            number(row["prefill_ms"]),
+            *(number(row[key], 2) for key in ("prefill_gb", "token_ms", "peak_gb")),
+        ]
+        for row in timed(run)
+    ]
+    yield from table(["model", "prompts", "prefill, ms", "GB", "ms a token", "GB"], rows)
+    yield from left_out(run, lambda row: f"{row['name']}, {row['batch']} x {row['context']:,}")
+
+
+SECTIONS = {"train": training, "length": lengths, "decode": decoding}
+
+
+def section(folder: Path) -> str:
+    """What stands between the markers."""
+    runs = {name: folder / "speed" / f"{name}.json" for name in SECTIONS}
+    made = [SECTIONS[name](json.loads(path.read_text())) for name, path in runs.items() if path.exists()]
+    return "\n\n".join("\n".join(lines) for lines in made)
+
+
+def with_section(page: str, lines: str) -> str:
+    """The page with these lines between its markers."""
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{lines}{chr(10) * 2 * bool(lines)}{END}{rest.split(END)[1]}"
+
+
+def draw(run: Run) -> Figure:
+    """A mixer whose time is linear in T is flat."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(row["name"] for row in timed(run)):
+        points = [(row["seq_len"], row["tokens_per_second"]) for row in timed(run) if row["name"] == name]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+    lengths = sorted({row["seq_len"] for row in timed(run)})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{T // 1024}k" if T >= 1024 else str(T) for T in lengths])
+    axes.set(xlabel="tokens of a sequence", ylabel="tokens per second", ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def write(folder: Path) -> None:
+    page = folder / "speed.md"
+    page.write_text(with_section(page.read_text(), section(folder)))
+    if (found := folder / "speed" / "length.json").exists():
+        matplotlib.rcParams["svg.hashsalt"] = "speed"  # the same file every time
+        draw(json.loads(found.read_text())).savefig(folder / "speed.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=DOCS)
+    write(parser.parse_args().folder)
+
+
+if __name__ == "__main__":
+    main()
