@@ -91,24 +91,20 @@ def layer_errors(preset: str, T: int = 9, **settings: Any) -> float:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_the_kernels_are_the_pytorch_form_interpreted():
-    """Programs of few tokens, so that there are several; then whole layers, in calls; then a graph without a break."""
+    """Programs of few tokens, so that there are several; then whole layers, in calls."""
     code = """
     from tests.kernels.test_pairs import *
     from models.kernels.pairs import launch
     launch.FORWARD, launch.BACKWARD, launch.SPAN = (64, 4), (32, 4), (4, 4)
     found = {name: errors(outcomes("triton", **case), outcomes("torch", **case)) for name, case in CASES.items()}
     layers = {preset: layer_errors(preset, num_heads=1, **settings) for preset, settings in LAYERS.items()}
-    m, x = mixer("mamba2", "torch", torch.float32, pairs_backend="triton"), inputs(1, 3, torch.float32)
-    compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
-    gradients = [torch.autograd.grad(f(x)[0].square().sum(), m.convolution.weight)[0] for f in (compiled, m)]
-    print("FOUND", json.dumps([found, layers, (gradients[0] - gradients[1]).abs().max().item()]))
+    print("FOUND", json.dumps([found, layers]))
     """
-    found, layers, difference = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
+    found, layers = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
     assert found.keys() == CASES.keys()
     for name, case in found.items():
         assert all(error < 3e-6 for error in case.values()), (name, case)
     assert all(error < 1e-5 for error in layers.values()), layers
-    assert difference < 1e-6
 
 
 @pytest.mark.gpu
