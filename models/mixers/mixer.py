@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.kernels import pairs as kernels
 from models.parts.convolution import Shift, ShortConvolution
 from models.parts.decay import Decay
 from models.parts.features import FeatureMap, Identity
 from models.parts.norm import RMSNorm, sum_to_one, unit
-from models.parts.rotary import rotate
+from models.parts.rotary import frequencies, rotate
 from models.parts.sizes import Sizes
-from models.regression.regressor import Regressor, Tokens
+from models.regression.regressor import Choice, Regressor, Tokens
 
 CONVOLVED = ("qkv", "k")
 PAIRS = ("same", "shift")
@@ -34,6 +35,7 @@ ACTIVATIONS = {"none": None, "silu": F.silu}
 GATES = {"none": None, "silu": F.silu, "sigmoid": torch.sigmoid}
 NORMS = ("none", "l2", "rms")
 FEATURE_NORMS = {"none": None, "l2": unit, "sum": sum_to_one}
+BACKENDS = ("auto", "triton", "torch")
 
 
 Tails = tuple[Tensor | None, ...]
@@ -82,6 +84,8 @@ class Mixer(nn.Module):
     output_gate: none | silu | sigmoid, of a projection of x.
     output_projection: false leaves the heads side by side, [B, T, H V], to whoever projects them.
     decay, features, regressor: constructors, called with the sizes that they need.
+    pairs_backend: auto | triton | torch, what makes queries, keys and values of a projection: the kernels
+        (models/kernels/pairs), which auto takes on a GPU where they can, or the PyTorch form.
     """
 
     own_queries: ClassVar[bool] = True  # whether queries have a projection of their own
@@ -112,6 +116,7 @@ class Mixer(nn.Module):
         output_norm_eps: float | None = None,
         num_key_heads: int | None = None,
         rotary_channels: int | None = None,
+        pairs_backend: str = "auto",
     ) -> None:
         super().__init__()
         H, G = num_heads, num_kv_heads or num_heads
@@ -121,6 +126,7 @@ class Mixer(nn.Module):
         _check_choice("output_gate", output_gate, GATES)
         _check_choice("qk_norm", qk_norm, NORMS)
         _check_choice("feature_norm", feature_norm, FEATURE_NORMS)
+        _check_choice("pairs_backend", pairs_backend, BACKENDS)
         if (key_dim is None or value_dim is None) and hidden_size % H:
             raise ValueError(
                 f"num_heads={H} does not divide hidden_size={hidden_size}; set key_dim and value_dim, or other heads"
@@ -144,6 +150,8 @@ class Mixer(nn.Module):
         self.num_heads, self.num_kv_heads, self.key_dim, self.value_dim = H, G, K, V
         self.activation, self.gate = ACTIVATIONS[activation], GATES[output_gate]
         self.rotary, self.rotary_channels, self.norm_eps = rotary, rotary_channels, norm_eps
+        self.words = (activation, output_gate, qk_norm)  # what the kernels are told
+        self.pairs_backend = pairs_backend
 
         sizes = Sizes(hidden_size, H, G, K, V)
         self.features = features(sizes)
@@ -197,19 +205,9 @@ class Mixer(nn.Module):
         memory, turn = (None, None) if state is None else (state.memory, state.turn)
         positions = positions_of(x, None if state is None else state.position, segments)
 
-        pairs, gate = self._project(x)
-        last_key = tails[-1]
-        (q, k, v), tails = self._along(pairs, tails[:-1], segments)
-        if self.shift is not None:
-            k, last_key = self.shift(k, last_key, segments)
+        q, k, v, gate, tails = self._pairs(x, positions, tails, segments)
         n = self.regressor.pairs_per_token
-        q, k, v = (
-            y.unflatten(-1, (m, -1, width)).flatten(1, 2)  # [B, T, H, K], [B, T n, G, K], [B, T n, G, V]
-            for y, m, width in ((q, 1, self.key_dim), (k, n, self.key_dim), (v, n, self.value_dim))
-        )
-        if self.values_per_key > 1:
-            q, k = (y.repeat_interleave(self.values_per_key, dim=2) for y in (q, k))
-        q, k = self._address(q, positions, self.q_norm), self._address(k, _each(positions, n), self.k_norm)
+        q, k = self._features(q, positions), self._features(k, _each(positions, n))
         log_decay, signs = self.decay(x)
         if signs is not None:
             turn = _turns(signs, turn)
@@ -217,20 +215,79 @@ class Mixer(nn.Module):
 
         o, memory = self.regressor(Tokens(x, q, k, v, log_decay, segments), memory)
         o = self._read_out(o).to(x.dtype)
-        if self.gate is not None and gate is not None:
-            o = o * self.gate(gate)
+        if gate is not None:
+            o = o * gate
         if self.output is not None:
             o = self.output(o)
         segment = segments[:, -1] if segments is not None else None if state is None else state.segment
         turn = None if turn is None else turn[:, -1]
-        return o, State(memory, (*tails, last_key), positions[:, -1] + 1, segment, turn)
+        return o, State(memory, tails, positions[:, -1] + 1, segment, turn)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One product for everything that is linear in x: (q, k, v side by side, the gate)."""
-        projected = self.projection(x)
-        if self.gate is None:
-            return projected, None
-        return projected.split([sum(self.sizes), self.num_heads * self.value_dim], dim=-1)
+    def _pairs(
+        self, x: Tensor, positions: Tensor, tails: Tails, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tails]:
+        """One product for everything that is linear in x, and what is made of it: q [B, T, H, K], k [B, T n, G, K], v
+        [B, T n, G, V], at their norms and turned; the gate [B, T, H V]; what the next call needs to go on.
+        """
+        projected, n = self.projection(x), self.regressor.pairs_per_token
+        if self.choose(projected.device, projected.dtype).backend == "triton":
+            return self._accelerated(projected, positions, tails)
+        pairs, gate = projected, None
+        if self.gate is not None:
+            pairs, gate = projected.split([sum(self.sizes), self.num_heads * self.value_dim], dim=-1)
+            gate = self.gate(gate)
+        last_key = tails[-1]
+        (q, k, v), tails = self._along(pairs, tails[:-1], segments)
+        if self.shift is not None:
+            k, last_key = self.shift(k, last_key, segments)
+        q, k, v = (
+            y.unflatten(-1, (m, -1, width)).flatten(1, 2)  # [B, T, H, K], [B, T n, G, K], [B, T n, G, V]
+            for y, m, width in ((q, 1, self.key_dim), (k, n, self.key_dim), (v, n, self.value_dim))
+        )
+        if self.values_per_key > 1:
+            q, k = (y.repeat_interleave(self.values_per_key, dim=2) for y in (q, k))
+        q, k = self._address(q, positions, self.q_norm), self._address(k, _each(positions, n), self.k_norm)
+        return q, k, v, gate, (*tails, last_key)
+
+    def _accelerated(
+        self, projected: Tensor, positions: Tensor, tails: Tails
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tails]:
+        """`_pairs` of a projected row by the kernels."""
+        K, V, frequency = self.key_dim, self.value_dim, None
+        if self.rotary is not None:
+            frequency = frequencies((self.rotary_channels or K) // 2, self.rotary, projected.device)
+        weight = None if self.convolution is None else self.convolution.weight
+        q_scale, k_scale = (norm.weight if isinstance(norm, RMSNorm) else None for norm in (self.q_norm, self.k_norm))
+        call = kernels.Call(projected, positions, tails[0], weight, q_scale, k_scale, frequency)
+        heads = (self.sizes[0] // K, self.sizes[1] // K, self.sizes[2] // V, 0 if self.gate is None else self.num_heads)
+        q, k, v, *rest = kernels.pairs(call, kernels.Recipe(*heads, K, V, self.conv_on, *self.words, self.norm_eps))
+        gate = None if self.gate is None else rest.pop(0).flatten(-2)
+        if self.values_per_key > 1:
+            q, k = (y.repeat_interleave(self.values_per_key, dim=2) for y in (q, k))
+        k, v = (y.unflatten(2, (self.regressor.pairs_per_token, -1)).flatten(1, 2) for y in (k, v))
+        return q, k, v, gate, (rest[0] if rest else None, None)
+
+    def choose(self, device: torch.device, dtype: torch.dtype) -> Choice:
+        """What makes q, k and v of a row of this dtype: pairs_backend, or what `auto` finds. Raises ValueError for
+        kernels that were asked for and can't run.
+        """
+        refusal = self._refusal(device, dtype)
+        if self.pairs_backend == "triton" and refusal is not None:
+            raise ValueError(f"pairs_backend=triton can't run {type(self).__name__} here: {refusal}")
+        if self.pairs_backend != "auto":
+            return Choice(self.pairs_backend, "as asked")
+        if device.type != "cuda":
+            return Choice("torch", "no GPU")
+        return Choice("triton", "") if refusal is None else Choice("torch", f"triton: {refusal}")
+
+    def _refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why the kernels can't make the pairs, or None if they can."""
+        if any(getattr(type(self), name) is not getattr(Mixer, name) for name in ("_along", "_address")):
+            return f"{type(self).__name__} makes its pairs in a way of its own"
+        if self.shift is not None:
+            return "the kernels have no pairs=shift"
+        width = 0 if self.convolution is None else self.convolution.width
+        return kernels.refusal(device, dtype, max(self.key_dim, self.value_dim), width)
 
     def _along(self, pairs: Tensor, tails: Tails, segments: Tensor | None) -> tuple[tuple[Tensor, ...], Tails]:
         """What acts along the tokens before any norm: (q, k, v) [B, T, *], and what the next call needs to go on."""
@@ -245,11 +302,13 @@ class Mixer(nn.Module):
         return (q, k, v), (tail,)
 
     def _address(self, x: Tensor, positions: Tensor, norm: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """Queries or keys as the memory is given them: their norm, rotary positions, features. x [B, T, H, K]."""
+        """Queries or keys at their norm, and turned. x [B, T, H, K]."""
         if norm is not None:
             x = norm(x)
-        if self.rotary is not None:
-            x = rotate(x, positions, self.rotary, self.rotary_channels)
+        return x if self.rotary is None else rotate(x, positions, self.rotary, self.rotary_channels)
+
+    def _features(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Queries or keys as the memory sees them, [B, T, H, width]."""
         x = self.features(x, positions)
         return x if self.feature_norm is None else self.feature_norm(x, self.norm_eps)
 
@@ -265,7 +324,7 @@ class Mixer(nn.Module):
         after the last call, None for an empty memory.
         """
         q = (q if self.activation is None else self.activation(q)).unflatten(-1, (self.num_heads, self.key_dim))
-        q = self._address(q, positions, self.q_norm)
+        q = self._features(self._address(q, positions, self.q_norm), positions)
         if state is not None and state.turn is not None:
             q = q * state.turn[:, None, :, None]
         o = self.regressor.recall(x, q, None if state is None else state.memory)

@@ -20,8 +20,13 @@ def rotate(x: Tensor, positions: Tensor, base: float, channels: int | None = Non
         return torch.cat([rotate(x[..., :channels], positions, base), x[..., channels:]], dim=-1)
     half = x.shape[-1] // 2
     dtype = wide(x).dtype
-    frequency = base ** -(torch.arange(half, device=x.device, dtype=dtype) / half)
+    frequency = frequencies(half, base, x.device, dtype)
     angle = (positions.to(dtype).unsqueeze(-1) * frequency).unsqueeze(-2)  # [B, T, 1, K/2]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def frequencies(half: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[half]: the radians that each pair of channels turns by from a token to the next."""
+    return base ** -(torch.arange(half, device=device, dtype=dtype) / half)

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from models.language_model import LanguageModel
 from models.loss import IGNORED
+from models.mixers.mixer import Mixer
 from models.regression.regressor import Regressor
 from models.training.guards import Guard
 from models.training.preemption import Preemption
@@ -80,7 +81,8 @@ class Training(L.LightningModule):
             return
         if self.compile_blocks:
             # which backend runs is settled before anything is compiled, not part of the graph
-            Regressor.choose = torch.compiler.assume_constant_result(Regressor.choose)
+            for chooser in (Mixer, Regressor):
+                chooser.choose = torch.compiler.assume_constant_result(chooser.choose)
             for block in self.model.blocks:
                 block.compile()
         if self.device_mesh is not None:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from models.language_model import LanguageModel
+from models.mixers.mixer import Mixer
 
 
 def summary(model: LanguageModel, seq_len: int, device: torch.device, dtype: torch.dtype) -> str:
@@ -23,7 +24,7 @@ def summary(model: LanguageModel, seq_len: int, device: torch.device, dtype: tor
         f"          {3 * forward:,} FLOPs a token to train",
         f"{'layers':<10}{'mixer':<14}{'regressor':<12}{'parameters':>12}{'feed-forward':>14}{'state':>12}  backend",
     ]
-    names, widened = model.config.layers, []
+    names, widened, made = model.config.layers, [], []
     for key, group in groupby(range(len(names)), key=lambda i: names[i]):
         indices = list(group)
         block = model.blocks[indices[0]]
@@ -35,10 +36,16 @@ def summary(model: LanguageModel, seq_len: int, device: torch.device, dtype: tor
             f"{layers:<10}{key:<14}{type(mixer.regressor).__name__:<12}{mixer.num_params:>12,}{inner:>14,}"
             f"{mixer.state_size(seq_len):>12,}  {choice.backend}{f' ({choice.reason})' if choice.reason else ''}"
         )
+        for each in (part for part in mixer.modules() if isinstance(part, Mixer)):
+            if device.type == "cuda" or each.pairs_backend != "auto":
+                by = each.choose(device, dtype)
+                made.append(f"{key}: {by.backend}{f' ({by.reason})' if by.reason else ''}")
         if mixer.features.width != mixer.key_dim:
             widened.append(f"{key}: {type(mixer.features).__name__}, {mixer.features.width:,} of {mixer.key_dim}")
     if widened:
         lines.append(f"(features of keys: {'; '.join(dict.fromkeys(widened))})")
+    if made:
+        lines.append(f"(queries, keys and values of a projection: {'; '.join(dict.fromkeys(made))})")
     lines.append(f"(state: numbers held per sequence after {seq_len:,} tokens)")
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 os.environ.setdefault("FLA_FLASH_QLA", "0")  # where FlashQLA is installed fla calls it by itself, and would be it
@@ -199,3 +200,23 @@ def titans_memory(hidden_size: int, num_heads: int, grad_batch: int | None, chun
 
 def _per_channel(log_decay: Tensor, k: Tensor) -> Tensor:
     return log_decay.unsqueeze(-1).expand(k.shape).contiguous()
+
+
+def short_convolutions(channels: int, width: int) -> nn.Module:
+    """Of q, k, v and the gate, [B, T, channels] each: fla's convolutions with SiLU, and q and k at length one in heads
+    of 128, as its Gated DeltaNet has them; the gate's SiLU is torch's."""
+    from fla.modules import ShortConvolution
+    from fla.modules.l2norm import l2norm
+
+    class Convolutions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            made = (ShortConvolution(channels, width, activation="silu") for _ in range(3))
+            self.convolutions = nn.ModuleList(made)
+
+        def forward(self, *row: Tensor) -> tuple[Tensor, ...]:
+            q, k, v = (layer(x)[0] for layer, x in zip(self.convolutions, row[:3], strict=True))
+            q, k = (l2norm(x.unflatten(-1, (-1, 128))) for x in (q, k))
+            return q, k, v, F.silu(row[3])
+
+    return Convolutions().to("cuda")

@@ -19,11 +19,11 @@ SECONDS = 120.0  # an operator that is slower than this, compilation included, i
 
 
 class Operator(NamedTuple):
-    """What is timed: function(*inputs), and its gradients by the inputs that want one and by parameters. kept: bytes of
-    GPU memory that it has of its own, where no call allocates them.
+    """What is timed: function(*inputs), a tensor or several, and its gradients by the inputs that want one and by
+    parameters. kept: bytes of GPU memory that it has of its own, where no call allocates them.
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
     inputs: Sequence[Tensor | None]
     parameters: tuple[Tensor, ...] = ()
     kept: int = 0
@@ -120,8 +120,9 @@ def compare(size: str, case: Case, device: str, repeats: int) -> list[Row]:
     for name, (function, inputs, parameters, kept) in case.operators.items():
         wanted = [x for x in (*inputs, *parameters) if x is not None and x.requires_grad]
 
-        def forward(function=function, inputs=inputs) -> Tensor:
-            return function(*inputs)
+        def forward(function=function, inputs=inputs) -> tuple[Tensor, ...]:
+            found = function(*inputs)
+            return found if isinstance(found, tuple) else (found,)
 
         def both(forward=forward, wanted=wanted) -> None:
             o = forward()
@@ -129,7 +130,7 @@ def compare(size: str, case: Case, device: str, repeats: int) -> list[Row]:
 
         begin = time.perf_counter()
         try:
-            outputs[name] = forward().detach().float()
+            outputs[name] = torch.cat([y.detach().float().flatten() for y in forward()])
             both()  # compiles and tunes
         except RuntimeError as error:  # a peer's, or memory's; the others go on
             print(f"{size}  {name}: {str(error).strip().splitlines()[0]}, left out", file=sys.stderr)
@@ -162,6 +163,6 @@ def compare(size: str, case: Case, device: str, repeats: int) -> list[Row]:
     return rows
 
 
-def _upstream(o: Tensor) -> Tensor:
-    """The gradient that comes from above: no matter which, but dense, and no cheaper than a real one."""
-    return o.detach()
+def _upstream(o: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The gradients that come from above: no matter which, but dense, and no cheaper than real ones."""
+    return tuple(y.detach() for y in o)

@@ -113,7 +113,8 @@ def test_a_graph_is_not_broken():
     code = """
     from tests.laws.presets import inputs, mixer
     import torch
-    m, x = mixer("local_linear", "triton", torch.float32, key_dim=16, value_dim=16), inputs(1, 9, torch.float32)
+    sizes = {"key_dim": 16, "value_dim": 16, "pairs_backend": "triton"}
+    m, x = mixer("local_linear", "triton", torch.float32, **sizes), inputs(1, 9, torch.float32)
     def gradient(f):
         leaf = x.clone().requires_grad_()
         return torch.autograd.grad(f(leaf)[0].square().sum(), leaf)[0]

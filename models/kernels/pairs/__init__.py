@@ -1,0 +1,111 @@
+"""From a projected row to queries, keys and values in one pass: what the shell of a mixer (models/mixers/mixer.py) does
+between its projection and its memory, in Triton.
+
+Of each head, in float32, rounded once as it is stored,
+
+    z_t = sum_{j<W} w_j x_{t-j} ,   j tokens back or not, as far as the document goes      (q, k and v, or k, or none)
+    y_t = activation(z_t)
+    n_t = y_t / |y_t| , or y_t / rms(y_t) * scale , or y_t                                 (q and k)
+    n_t turned by position_t * frequency, two channels at a time                           (q and k)
+
+and the gate, which lies beside q, k and v in the row and has no more than its activation: so that the gradient of the
+whole row is written where it belongs, and no copy puts it together.
+
+Positions count from the start of the document, so that they say where it begins: x_{t-j} is of the same document if j
+is at most position_t. What came before the call is the tail of the call before.
+
+Backward everything is worked out anew from x. Each of x, q, k, v and their gradients passes once each way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.kernels import backend
+from models.kernels.backend import packed, unpacked
+from models.kernels.pairs.arguments import Call, Recipe
+
+__all__ = ["Call", "Recipe", "pairs", "refusal"]
+
+WIDEST = 256  # of a head
+LONGEST = 4  # of a convolution
+
+
+def refusal(device: torch.device, dtype: torch.dtype, width: int, conv_size: int) -> str | None:
+    """Why the kernels can't run here, or None if they can. dtype: of the row. width: of the widest head."""
+    if (reason := backend.refusal(device, dtype)) is not None:
+        return reason
+    if width > WIDEST:
+        return f"the kernels hold whole heads, up to {WIDEST} wide, not {width}"
+    if conv_size > LONGEST:
+        return f"the kernels hold the last {LONGEST} inputs of a convolution, not {conv_size}"
+    return None
+
+
+def pairs(call: Call, recipe: Recipe) -> list[Tensor]:
+    """q [B, T, queries, K], k [B, T, keys, K], v [B, T, values, V]; the gate [B, T, gates, V], where there is one; what
+    the next call's tail is, where there is a convolution. All in the dtype of x."""
+    return _forward(*packed(call), *recipe)
+
+
+@torch.library.custom_op("test_time_regression::pairs", mutates_args=())
+def _forward(
+    given: list[Tensor], names: str, queries: int, keys: int, values: int, gates: int, key_dim: int, value_dim: int,
+    convolved: str, activation: str, gate: str, norm: str, eps: float,
+) -> list[Tensor]:  # fmt: skip
+    from models.kernels.pairs.launch import Launch
+
+    recipe = Recipe(queries, keys, values, gates, key_dim, value_dim, convolved, activation, gate, norm, eps)
+    with torch.cuda.device_of(given[0]):
+        return Launch(unpacked(Call, given, names), recipe).forward()
+
+
+@_forward.register_fake
+def _(given, names, *recipe):
+    call, known = unpacked(Call, given, names), Recipe(*recipe)
+    (B, T, _), K, V = call.x.shape, known.key_dim, known.value_dim
+    heads = ((known.queries, K), (known.keys, K), (known.values, V), (known.gates, V))
+    found = [call.x.new_empty(B, T, *size) for size in heads if size[0]]
+    return found if call.weight is None else [*found, call.x.new_empty(B, call.weight.shape[1] - 1, len(call.weight))]
+
+
+@torch.library.custom_op("test_time_regression::pairs_backward", mutates_args=())
+def _backward(
+    given: list[Tensor], names: str, queries: int, keys: int, values: int, gates: int, key_dim: int, value_dim: int,
+    convolved: str, activation: str, gate: str, norm: str, eps: float, gradients: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients by all tensors but the positions and the frequency."""
+    from models.kernels.pairs.launch import Launch
+
+    recipe = Recipe(queries, keys, values, gates, key_dim, value_dim, convolved, activation, gate, norm, eps)
+    with torch.cuda.device_of(given[0]):
+        return Launch(unpacked(Call, given, names), recipe).backward(gradients)
+
+
+@_backward.register_fake
+def _(given, names, *_):
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in _learned(given, names)]
+
+
+def _learned(given: list[Tensor], names: str) -> list[Tensor]:
+    """The tensors that have gradients."""
+    pairs = zip(given, names.split(), strict=True)
+    return [x for x, name in pairs if name not in ("positions", "frequency")]
+
+
+def _keep(ctx, inputs, output) -> None:
+    given, *ctx.known = inputs
+    ctx.save_for_backward(*given)
+
+
+def _gradients(ctx, gradients: list[Tensor]) -> tuple[Any, ...]:
+    given, names = list(ctx.saved_tensors), ctx.known[0]
+    found = iter(_backward(given, *ctx.known, gradients))
+    learned = [name not in ("positions", "frequency") for name in names.split()]
+    return [next(found) if wanted else None for wanted in learned], *[None] * len(ctx.known)
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)
