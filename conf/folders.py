@@ -23,6 +23,7 @@ FREE_TO_CHANGE = (
     "overwrite",
     "run_dir",
     "compile",
+    "cuda_graph",
     "guard",
 )
 

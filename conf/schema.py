@@ -75,6 +75,7 @@ class Config:
     clip_norm: float = MISSING
     num_workers: Whole = MISSING
     compile: bool = False
+    cuda_graph: bool = True
     overfit: bool = False
     guard: Guard = field(default_factory=Guard)
 

@@ -93,6 +93,7 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
         "optimizer": build(cfg.optimizer),
         "schedule": build(cfg.schedule),
         "compile_blocks": cfg.compile,
+        "cuda_graph": cfg.cuda_graph,
     }
     counts = {name: getattr(task, name) for name in ("targets_per_token", "bytes_per_token", "chance")}
     guards: dict[str, Any] = {"guard": Guard(cfg.guard.max_skipped, cfg.guard.spike_score), "preemption": preemption}
