@@ -76,6 +76,7 @@ class Config:
     num_workers: Whole = MISSING
     compile: bool = False
     recompute: Any = "none"  # auto, none, all, or how many blocks (models/training/recompute.py)
+    cuda_graph: bool = True
     overfit: bool = False
     guard: Guard = field(default_factory=Guard)
 

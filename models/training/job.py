@@ -94,6 +94,7 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
         "schedule": build(cfg.schedule),
         "compile_blocks": cfg.compile,
         "recompute": cfg.recompute,
+        "cuda_graph": cfg.cuda_graph,
     }
     counts = {name: getattr(task, name) for name in ("targets_per_token", "bytes_per_token", "chance")}
     guards: dict[str, Any] = {"guard": Guard(cfg.guard.max_skipped, cfg.guard.spike_score), "preemption": preemption}

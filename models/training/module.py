@@ -20,6 +20,7 @@ from models.language_model import LanguageModel
 from models.loss import IGNORED
 from models.mixers.mixer import Mixer
 from models.regression.regressor import Regressor
+from models.training.captured import Captured, refusal
 from models.training.guards import Guard
 from models.training.preemption import Preemption
 from models.training.recompute import Recompute
@@ -36,6 +37,7 @@ class Training(L.LightningModule):
         same gradient.
     bytes_per_token: of the validation text, for bits per byte; None where there is no text.
     chance: the accuracy of a guess, for a task that has right answers; logged beside the model's.
+    compile_blocks, cuda_graph: whether the blocks are compiled, and a micro-batch is one CUDA graph (captured.py).
     guard, preemption: what is asked about every step, and told.
     recompute: which blocks are computed again in the backward pass (recompute.py).
     """
@@ -51,6 +53,7 @@ class Training(L.LightningModule):
         bytes_per_token: float | None = None,
         chance: float | None = None,
         compile_blocks: bool = False,
+        cuda_graph: bool = False,
         guard: Guard | None = None,
         preemption: Preemption | None = None,
         recompute: str | int = "none",
@@ -62,7 +65,7 @@ class Training(L.LightningModule):
         self.optimizer, self.schedule = optimizer, schedule(num_steps=num_steps)
         self.num_steps, self.clip_norm = num_steps, clip_norm
         self.targets_per_token, self.bytes_per_token, self.chance = targets_per_token, bytes_per_token, chance
-        self.compile_blocks = compile_blocks
+        self.compile_blocks, self.cuda_graph = compile_blocks, cuda_graph
         self.guard, self.preemption = guard or Guard(), preemption or Preemption()
         self.recompute = Recompute(model, recompute)
         self._begun = False
@@ -72,6 +75,8 @@ class Training(L.LightningModule):
         self._sharded = False
         self._window: list[Tensor] = []  # [loss, number of targets] of the micro-batches since the last step
         self._validation: Tensor | None = None
+        self.captured: Captured | None = None
+        self._told: dict[str, Tensor] = {}  # by the regressors, in the captured pass
 
     def configure_model(self) -> None:
         """Shards the parameters where the strategy has a device mesh (strategy=fsdp). Lightning calls this before fit
@@ -114,10 +119,35 @@ class Training(L.LightningModule):
             return self.model.sum_nats(batch["input_ids"], batch["labels"], batch["segments"])
 
     def training_step(self, batch: dict[str, Tensor | Any], index: int) -> Tensor:
+        """The loss. With `captured` nothing yet: Lightning sets gradients to None after this, and before `backward`."""
+        if self.captured is not None:
+            self._batch = batch
+            return torch.zeros((), device=self.device)
+        loss, sums = self._loss(batch)
+        self._window.append(sums)
+        return loss
+
+    def backward(self, loss: Tensor, *arguments: Any, **others: Any) -> None:
+        if self.captured is None:
+            return super().backward(loss, *arguments, **others)
+        sums, self._told = self.captured(self._batch)
+        self._window.append(sums.clone())
+
+    def _loss(self, batch: dict[str, Tensor | Any]) -> tuple[Tensor, Tensor]:
+        """What is minimised, and [loss, number of targets] of the micro-batch."""
         labels = batch["labels"]
         nats = self.model.sum_nats(batch["input_ids"], labels, batch["segments"])
-        self._window.append(torch.stack([nats.detach(), (labels != IGNORED).sum()]))
-        return nats / (labels.numel() * self.targets_per_token)
+        sums = torch.stack([nats.detach(), (labels != IGNORED).sum()])
+        return nats / (labels.numel() * self.targets_per_token), sums
+
+    def _captured(self) -> Captured:
+        pieces = self.trainer.accumulate_grad_batches
+
+        def forward(batch: dict[str, Tensor | Any]) -> tuple[Tensor, Any]:
+            loss, sums = self._loss(batch)
+            return loss / pieces, (sums, self._regressors())
+
+        return Captured(forward, self.model.parameters(), self.trainer.precision_plugin.forward_context)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -148,7 +178,7 @@ class Training(L.LightningModule):
                 "train/gradient_norm": length,
                 "train/learning_rate": optimizer.param_groups[0]["lr"],
                 **self.guard.metrics(),
-                **self._diagnostics(),
+                **{name: x.item() for name, x in (self._told or self._regressors()).items()},
             }
         )
 
@@ -160,10 +190,10 @@ class Training(L.LightningModule):
         tokens = float(self.trainer.global_step * self.trainer.datamodule.batch.tokens)
         return {"progress/tokens": tokens, "progress/flops": tokens * self.flops_per_token}
 
-    def _diagnostics(self) -> dict[str, float]:
+    def _regressors(self) -> dict[str, Tensor]:
         """What the regressors tell of their last forward pass (regressor.py), layer by layer."""
         return {
-            f"{name}/layer_{i}": value.item()
+            f"{name}/layer_{i}": value
             for i, block in enumerate(self.model.blocks)
             for name, value in block.mixer.regressor.diagnostics().items()
         }
@@ -179,6 +209,8 @@ class Training(L.LightningModule):
         """The rate is what the schedule says: the checkpoint may be of a run of another length (branch.py)."""
         self.first_step, self.began = self.trainer.global_step, time.time()
         scheduler: Any = self.lr_schedulers()
+        if self.cuda_graph and refusal(self.device, self.trainer.world_size, self.trainer.precision) is None:
+            self.captured = self._captured()
         for group, peak in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
             group["lr"] = peak * self.schedule(self.trainer.global_step)
 

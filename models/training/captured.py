@@ -1,0 +1,133 @@
+"""A micro-batch's forward and backward pass as one CUDA graph.
+
+A step of a small model is thousands of kernels, which the host starts one by one: with gated_delta and size=340m it
+needs longer for that than the GPU for the kernels. A graph is recorded once and then started by one call. It always
+reads and writes the same places, so a batch is copied to where the recorded one was, and gradients stay where they are:
+what an optimizer is given are these same tensors, step after step.
+
+What is recorded is a fixed sequence. Whatever waits for a number from the GPU can't be in it (a solver that looks
+whether it is done, for example); then nothing is recorded, and the reason is printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP = 3  # micro-batches before one is recorded: they compile kernels and choose among them
+
+Batch = dict[str, Any]
+
+
+def refusal(device: torch.device, world_size: int, precision: str) -> str | None:
+    """Why nothing is recorded here, or None."""
+    if device.type != "cuda":
+        return f"CUDA graphs need a GPU, this is {device.type}"
+    if world_size > 1:
+        return f"gradients of {world_size} processes meet during the backward pass, which a graph can't hold"
+    if precision == "16-mixed":
+        return "trainer.precision=16-mixed scales each loss by another number"
+    return None
+
+
+class Captured:
+    """forward(batch) -> (loss, outputs), and the gradients of loss added to those of the parameters.
+
+    `self(batch)` does it and returns outputs, whose tensors hold until the next call. The first WARM_UP calls go kernel
+    by kernel. A batch of other shapes is recorded anew, in place of the old one. context: of the forward pass, that of
+    autocast.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Batch], tuple[Tensor, Any]],
+        parameters: Iterable[nn.Parameter],
+        context: Callable[[], Any],
+    ) -> None:
+        self.forward, self.context = forward, context
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.calls = 0
+        self.reason: str | None = None  # why it can't be recorded
+        self._batch: Batch = {}
+        self._outputs: Any = None
+        self._replay: Callable[[], None] | None = None
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []
+
+    def __call__(self, batch: Batch) -> Any:
+        self.calls += 1
+        if self.reason is None and self.calls > WARM_UP and not self._fits(batch):
+            self._record(batch)
+        if self._replay is None or not self._fits(batch):
+            return self._run(batch)
+        for name, place in self._batch.items():
+            if isinstance(place, Tensor):
+                place.zero_() if batch[name] is None else place.copy_(batch[name], non_blocking=True)
+        self._put_gradients_in_place()
+        self._replay()
+        return self._outputs
+
+    def _fits(self, batch: Batch) -> bool:
+        """Whether it can be copied to where the recorded one is. No `segments` are one document a row, all zero."""
+        return self._replay is not None and all(
+            _kind(batch[name]) in (_kind(place), None if isinstance(place, Tensor) else _kind(place))
+            for name, place in self._batch.items()
+        )
+
+    def _run(self, batch: Batch) -> Any:
+        with self.context():
+            loss, outputs = self.forward(batch)
+        loss.backward()
+        return outputs
+
+    def _record(self, batch: Batch) -> None:
+        before = [p.grad for p in self.parameters]
+        self._replay = self._outputs = None  # its memory is free again
+        self._batch = {name: x.clone() if isinstance(x, Tensor) else x for name, x in batch.items()}
+        try:
+            for p in self.parameters:
+                p.grad = None
+            self._without_waiting()
+            self._gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
+            self._replay = self._graph()
+        except RuntimeError as error:
+            self.reason, self._replay, self._gradients = str(error).strip().splitlines()[0], None, []
+            print(f"a micro-batch is not one CUDA graph, and the GPU may wait for the host: {self.reason}", flush=True)
+        for p, gradient in zip(self.parameters, before, strict=True):
+            p.grad = gradient
+
+    def _without_waiting(self) -> None:
+        """A pass on a stream of its own, as recording wants it, in which whatever waits for the GPU is an error."""
+        stream, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            with torch.cuda.stream(stream):
+                self._run(self._batch)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            torch.cuda.current_stream().wait_stream(stream)
+
+    def _graph(self) -> Callable[[], None]:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the graph has memory of its own, as much as a pass takes
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._outputs = self._run(self._batch)
+        return graph.replay
+
+    def _put_gradients_in_place(self) -> None:
+        """Gradients go to the recorded places: zero where there is none yet, else what is there."""
+        fresh = [place for p, place in self._gradients if p.grad is None]
+        if fresh:
+            torch._foreach_zero_(fresh)
+        for p, place in self._gradients:
+            if p.grad is not None and p.grad is not place:
+                place.copy_(p.grad)
+            p.grad = place
+
+
+def _kind(x: Any) -> Any:
+    return (x.shape, x.dtype) if isinstance(x, Tensor) else x
