@@ -59,7 +59,12 @@ class Recompute:
     def __call__(self, forward: Any, *inputs: Any) -> Any:
         i = self.index[forward.__self__]
         before = self.allocated() if self.allocated else 0
-        outputs = checkpoint(forward, *inputs, use_reentrant=False) if i in self.chosen else forward(*inputs)
+        if i in self.chosen:
+            # the random state can't be asked for while a CUDA graph is recorded
+            random = not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+            outputs = checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=random)
+        else:
+            outputs = forward(*inputs)
         if self.allocated:
             self.saved[i] = self.allocated() - before
         return outputs

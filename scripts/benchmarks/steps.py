@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
+from models.training import captured
 from models.training.speed import peak_flops
 from scripts.benchmarks.contenders import Contender, Sizes, batch_of, contender, half
 from scripts.benchmarks.kinds import Kind, by_kind
 from scripts.benchmarks.timing import by_kernel, seconds
 
-WARM_UP = 2  # steps after the first, not counted
+WARM_UP = captured.WARM_UP + 1  # steps after the first, not counted: the last records a graph
 
 
 @dataclass
@@ -124,7 +125,7 @@ def step_of(model: Contender, batch: dict[str, Any], device: str) -> Callable[[]
             loss = model.loss(batch)
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        value, _ = torch.stack([loss.detach().float(), norm.float()]).tolist()
+        value, _ = torch.stack([loss.float(), norm.float()]).tolist()
         torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
         model.optimizer.step()
         model.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,105 @@
+"""A captured micro-batch is the same as one that is not: on a CPU with a stand-in for the graph, on a GPU with it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from models.language_model import LanguageModel, LanguageModelConfig
+from models.training import captured
+from models.training.captured import WARM_UP, Captured
+from tests.laws.presets import recipe
+
+STEPS, PIECES = 6, 2
+
+
+class StandIn(Captured):
+    """Records the call itself, on the places that a graph would read and write."""
+
+    def _without_waiting(self) -> None:
+        self._run(self._batch)
+
+    def _graph(self) -> Any:
+        def replay() -> None:
+            self._outputs = self._run(self._batch)
+
+        return replay
+
+
+def trained(make: Any, device: str, steps: int = STEPS) -> tuple[list[float], list[torch.Tensor]]:
+    """Losses of a few steps of two micro-batches, some without documents, one step refused; and the weights."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_layers": 2, "vocab_size": 50}
+    model = LanguageModel(LanguageModelConfig(**sizes, mixers={"main": recipe("gated_delta")}, pattern=["main"]))
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+
+    def forward(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = model.sum_nats(**batch) / PIECES
+        return loss, loss.detach()
+
+    call, losses = make(forward, model.parameters(), nullcontext), []
+    for step in range(steps):
+        for piece in range(PIECES):
+            ids = torch.randint(0, 50, (2, 33), generator=torch.Generator().manual_seed(2 * step + piece)).to(device)
+            segments = None if step % 3 == 2 else (torch.arange(32, device=device) // 11).expand(2, -1)
+            batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:], "segments": segments}
+            losses.append(call(batch).item())
+        if step != 3:
+            optimizer.step()
+        optimizer.zero_grad()
+    assert getattr(call, "reason", None) is None
+    assert not isinstance(call, Captured) or call._replay is not None
+    return losses, [p.detach().clone() for p in model.parameters()]
+
+
+def plainly(forward: Any, parameters: Any, context: Any) -> Any:
+    def call(batch: dict[str, Any]) -> torch.Tensor:
+        loss, outputs = forward(batch)
+        loss.backward()
+        return outputs
+
+    return call
+
+
+def test_a_recorded_micro_batch_is_the_same():
+    losses, weights = trained(StandIn, "cpu")
+    expected, plain = trained(plainly, "cpu")
+    assert losses == expected
+    assert all(torch.equal(a, b) for a, b in zip(weights, plain, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graph_is_the_same():
+    losses, weights = trained(Captured, "cuda")
+    expected, plain = trained(plainly, "cuda")
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(weights, plain, strict=True))
+
+
+def test_what_waits_for_the_gpu_is_not_recorded(capsys, monkeypatch):
+    layer = nn.Linear(2, 1)
+
+    class Waits(StandIn):
+        def _graph(self) -> Any:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    call = Waits(lambda batch: (layer(batch["x"]).sum(), batch["x"].sum()), layer.parameters(), nullcontext)
+    for _ in range(WARM_UP + 2):
+        call({"x": torch.ones(3, 2)})
+    assert torch.equal(layer.weight.grad, torch.full((1, 2), 3.0 * (WARM_UP + 2)))
+    said = capsys.readouterr().out
+    assert said.count("a micro-batch is not one CUDA graph") == 1 and "not permitted when stream" in said
+
+
+def test_refusals_say_why():
+    cuda = torch.device("cuda")
+    assert captured.refusal(cuda, 1, "bf16-mixed") is None
+    assert "this is cpu" in str(captured.refusal(torch.device("cpu"), 1, "32-true"))
+    assert "2 processes" in str(captured.refusal(cuda, 2, "bf16-mixed"))
+    assert "16-mixed" in str(captured.refusal(cuda, 1, "16-mixed"))
