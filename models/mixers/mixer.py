@@ -260,8 +260,9 @@ class Mixer(nn.Module):
         q_scale, k_scale = (norm.weight if isinstance(norm, RMSNorm) else None for norm in (self.q_norm, self.k_norm))
         call = kernels.Call(projected, positions, tails[0], weight, q_scale, k_scale, frequency)
         heads = (self.sizes[0] // K, self.sizes[1] // K, self.sizes[2] // V, 0 if self.gate is None else self.num_heads)
-        q, k, v, *rest = kernels.pairs(call, kernels.Recipe(*heads, K, V, self.conv_on, *self.words, self.norm_eps))
-        gate = None if self.gate is None else rest.pop(0).flatten(-2)
+        made = kernels.pairs(call, kernels.Recipe(*heads, K, V, self.conv_on, *self.words, self.norm_eps))
+        (q, k, v), rest = made[:3], made[3 if self.gate is None else 4 :]
+        gate = None if self.gate is None else made[3].flatten(-2)
         if self.values_per_key > 1:
             q, k = (y.repeat_interleave(self.values_per_key, dim=2) for y in (q, k))
         k, v = (y.unflatten(2, (self.regressor.pairs_per_token, -1)).flatten(1, 2) for y in (k, v))
