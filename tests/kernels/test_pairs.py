@@ -95,7 +95,7 @@ def test_the_kernels_are_the_pytorch_form_interpreted():
     code = """
     from tests.kernels.test_pairs import *
     from models.kernels.pairs import launch
-    launch.FORWARD, launch.BACKWARD, launch.SPAN = (64, 4), (32, 4), (4, 4)
+    launch.FORWARD, launch.BACKWARD, launch.LEAST = launch.Shape(16, 4, 8, 4, 4), launch.Shape(16, 4, 8, 2, 4), 4
     found = {name: errors(outcomes("triton", **case), outcomes("torch", **case)) for name, case in CASES.items()}
     layers = {preset: layer_errors(preset, num_heads=1, **settings) for preset, settings in LAYERS.items()}
     print("FOUND", json.dumps([found, layers]))

@@ -12,11 +12,21 @@ from torch import Tensor
 from models.kernels.pairs.arguments import Call, Recipe
 from models.kernels.pairs.kernels import pairs_backward, pairs_forward
 
-# numbers in a tile of half a head, and warps: 16 numbers a thread forward, 4 backward, where the window, what waits and
-# the sums of the weight are held beside them
-FORWARD = (1024, 4)
-BACKWARD = (256, 4)
-SPAN = (64, 16)  # tokens that a program goes through: the most, and the least where programs are few
+
+
+class Shape(NamedTuple):
+    """Of a kernel's programs."""
+
+    numbers: int  # in a tile of halves of heads
+    per_thread: int  # of them
+    tokens: int  # that a program goes through, where programs are many
+    ahead: int  # tokens on their way from memory: 1, 2 or 4
+    unroll: int  # tokens in the body of the loop
+
+
+FORWARD = Shape(numbers=512, per_thread=4, tokens=64, ahead=4, unroll=4)
+BACKWARD = Shape(numbers=512, per_thread=4, tokens=64, ahead=2, unroll=4)
+LEAST = 16  # tokens that a program goes through where programs are few
 PROGRAMS = 512  # few
 
 
@@ -50,8 +60,6 @@ class Launch:
         self.weight = None if call.weight is None else call.weight.contiguous()
         self.C, self.W = (0, 1) if self.weight is None else self.weight.shape
         self.parts = list(self._parts())
-        # in a tile: half of the widest head
-        self.BH = max(_half(part) for part in self.parts)
 
     def _parts(self) -> Iterator[Part]:
         r, (*_, query_scale, key_scale, frequency) = self.recipe, self.call
@@ -87,22 +95,37 @@ class Launch:
             "W": 1 if weight is None else self.W,
             "ACTIVATION": part.activation,
             "NORM": part.norm,
-            "BH": _half(part),
         }
         return tensors, settings
+
+    def _programs(self, part: Part, shape: Shape) -> dict[str, int]:
+        """What a kernel's programs are compiled for."""
+        BH = _half(part)
+        BG = min(triton.next_power_of_2(part.heads), max(1, shape.numbers // BH))
+        programs = {"BG": BG, "BH": BH, "S": self._span(shape), "AHEAD": shape.ahead, "UNROLL": shape.unroll}
+        return programs | {"num_warps": max(1, BG * BH // (32 * shape.per_thread))}
+
+    def _span(self, shape: Shape) -> int:
+        """The tokens of a program, the same for all parts, so that their sums of the weight are as many."""
+        S, numbers = shape.tokens, max(part.heads * _half(part) for part in self.parts)
+        while LEAST < S and self.B * triton.cdiv(self.T, S) * triton.cdiv(numbers, shape.numbers) < PROGRAMS:
+            S //= 2
+        return S
+
+    def _grid(self, part: Part, programs: dict[str, int]) -> tuple[int, int]:
+        return triton.cdiv(part.heads, programs["BG"]) * triton.cdiv(self.T, programs["S"]), self.B
 
     def _strides(self) -> tuple[int, ...]:
         x = self.call.x
         return x.stride(0), x.stride(1), (self.W - 1) * self.C, self.C
 
     def forward(self) -> list[Tensor]:
-        found, (numbers, num_warps) = [], FORWARD
+        found = []
         for part in self.parts:
-            tensors, settings = self._arguments(part)
+            (tensors, settings), programs = self._arguments(part), self._programs(part, FORWARD)
             out = self.call.x.new_empty(self.B, self.T, part.heads, part.width)
-            BT = max(1, numbers // settings["BH"])
-            pairs_forward[part.heads * triton.cdiv(self.T, BT), self.B](
-                *tensors, out, self.T, *self._strides(), self.recipe.eps, **settings, BT=BT, num_warps=num_warps
+            pairs_forward[self._grid(part, programs)](
+                *tensors, out, self.T, *self._strides(), self.recipe.eps, **settings, **programs
             )
             found.append(out)
         return found if self.weight is None else [*found, self._tail()]
@@ -126,41 +149,36 @@ class Launch:
         return (back > self.positions[:, -1:]).unsqueeze(-1)
 
     def backward(self, gradients: list[Tensor]) -> list[Tensor]:
-        call, (numbers, num_warps) = self.call, BACKWARD
-        heads = sum(part.heads for part in self.parts) / len(self.parts)
-        R, (S, least) = max(1, numbers // self.BH), SPAN
-        while least < S and self.B * heads * triton.cdiv(self.T, R * S) < PROGRAMS:
-            S //= 2
-        groups = triton.cdiv(self.T, R * S)
+        call, spans = self.call, triton.cdiv(self.T, self._span(BACKWARD))
         dx = torch.empty_like(call.x, memory_format=torch.contiguous_format)
         dtail = None if self.tail is None else torch.empty_like(self.tail)
-        dweight = None if self.weight is None else self._partial(groups, self.C, self.W)
+        dweight = None if self.weight is None else self._partial(spans, self.W, self.C)
         dscales = []
         for part, do in zip(self.parts, gradients[: len(self.parts)], strict=True):
-            tensors, settings = self._arguments(part)
+            (tensors, settings), programs = self._arguments(part), self._programs(part, BACKWARD)
             to_tail = to_weight = to_scale = None
             if part.channel is not None and dweight is not None:
-                to_weight = dweight[:, part.channel :]
+                to_weight = dweight[..., part.channel :]
                 to_tail = None if dtail is None else dtail[..., part.channel :]
             if part.scale is not None:
-                to_scale = self._partial(groups, part.heads, part.width)
+                to_scale = self._partial(spans, part.heads, part.width)
                 dscales.append((to_scale, part.scale.dtype))
             do = do if do.stride(3) == 1 else do.contiguous()
-            pairs_backward[part.heads * groups, self.B](
-                *tensors, do, dx[..., part.first :], to_tail, to_weight, to_scale, self.T, S, self.C,
+            pairs_backward[self._grid(part, programs)](
+                *tensors, do, dx[..., part.first :], to_tail, to_weight, to_scale, self.T, self.C,
                 *self._strides(), do.stride(0), do.stride(1), do.stride(2), dx.stride(0), dx.stride(1),
-                self.recipe.eps, **settings, R=R, num_warps=num_warps,
+                self.recipe.eps, **settings, **programs,
             )  # fmt: skip
         found = [dx]
         if dweight is not None and self.weight is not None:
             self._add_tail(gradients[-1], dx, dtail)
             found += [] if dtail is None else [dtail]
-            found.append(dweight.sum(0).to(self.weight.dtype))
+            found.append(dweight.sum(0).t().contiguous().to(self.weight.dtype))
         return [*found, *(sums.sum((0, 1)).to(dtype) for sums, dtype in dscales)]
 
-    def _partial(self, groups: int, *shape: int) -> Tensor:
+    def _partial(self, spans: int, *shape: int) -> Tensor:
         """For the sums of every program."""
-        return self.call.x.new_empty(self.B * groups, *shape, dtype=torch.float32)
+        return self.call.x.new_empty(self.B * spans, *shape, dtype=torch.float32)
 
     def _add_tail(self, gradient: Tensor, dx: Tensor, dtail: Tensor | None) -> None:
         """The gradient by the next call's tail, to what that was made of."""
