@@ -95,7 +95,8 @@ def test_the_kernels_are_the_pytorch_form_interpreted():
     code = """
     from tests.kernels.test_pairs import *
     from models.kernels.pairs import launch
-    launch.FORWARD, launch.BACKWARD, launch.LEAST = launch.Shape(16, 4, 8, 4, 4), launch.Shape(16, 4, 8, 2, 4), 4
+    launch.FORWARD, launch.LEAST = launch.Shape(16, 4, 8, 4, 4), 8
+    launch.BACKWARD, launch.BACKWARD_ALONE = launch.Shape(16, 4, 8, 2, 4), launch.Shape(8, 4, 16, 1, 1)
     found = {name: errors(outcomes("triton", **case), outcomes("torch", **case)) for name, case in CASES.items()}
     layers = {preset: layer_errors(preset, num_heads=1, **settings) for preset, settings in LAYERS.items()}
     print("FOUND", json.dumps([found, layers]))

@@ -23,6 +23,7 @@ from models.kernels.pairs.tiles import (
     cos_sin,
     inverse_length,
     load,
+    of_document,
     places,
     queue_of,
     queued,
@@ -82,9 +83,7 @@ def pairs_forward(
         xs = queued(xs, load(x, u, x_t, at, inside, u < T), AHEAD)
         xs2 = queued(xs2, load(x, u, x_t, at2, inside2, u < T), AHEAD)
         position = position_of(positions, t + 1, T, COUNTS)
-        if W > 1:
-            if counted == 0:
-                window, window2 = three, three
+        window, window2 = of_document(window, counted), of_document(window2, counted)
         y, _ = activated(summed(now, window, taps, W), ACTIVATION)
         y2, _ = activated(summed(now2, window2, taps2, W), ACTIVATION)
         if W > 1:
@@ -199,9 +198,7 @@ def pairs_backward(
         dos2 = queued(dos2, load(do, u, do_t, from_at2, inside2, u < T), AHEAD)
         position = position_of(positions, t + 1, T, COUNTS)
 
-        if W > 1:
-            if counted == 0:
-                window, window2 = three, three
+        window, window2 = of_document(window, counted), of_document(window2, counted)
         y, s = activated(summed(now, window, taps, W), ACTIVATION)
         y2, s2 = activated(summed(now2, window2, taps2, W), ACTIVATION)
         if TURN > 0:
@@ -210,9 +207,9 @@ def pairs_backward(
         if NORM != "none":
             inverse = inverse_length(y, y2, eps, WIDTH, NORM)
             if NORM == "rms":
-                own = tl.where(i < S, inverse, 0.0)
-                dscales += dy * y * own
-                dscales2 += dy2 * y2 * own
+                counts = tl.where(i < S, inverse, 0.0)
+                dscales += dy * y * counts
+                dscales2 += dy2 * y2 * counts
                 dy, dy2 = dy * scales, dy2 * scales2
             # y / |y| goes along with |y|, which is not in the outcome
             along = tl.sum(dy * y + dy2 * y2, 1)[:, None] * inverse * inverse * inverse
@@ -221,8 +218,8 @@ def pairs_backward(
             dy, dy2 = dy * inverse - y * along, dy2 * inverse - y2 * along
         dz, dz2 = activated_gradient(dy, y, s, ACTIVATION), activated_gradient(dy2, y2, s2, ACTIVATION)
         if W > 1:
-            if i < S:
-                sums, sums2 = added(sums, dz, now, window, W), added(sums2, dz2, now2, window2, W)
+            own, own2 = tl.where(i < S, dz, 0.0), tl.where(i < S, dz2, 0.0)
+            sums, sums2 = added(sums, own, now, window, W), added(sums2, own2, now2, window2, W)
             window, window2 = (now, window[0], window[1]), (now2, window2[0], window2[1])
         done, waiting = spread(dz, waiting, taps, counted, W)
         done2, waiting2 = spread(dz2, waiting2, taps2, counted, W)

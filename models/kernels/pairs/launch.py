@@ -13,7 +13,6 @@ from models.kernels.pairs.arguments import Call, Recipe
 from models.kernels.pairs.kernels import pairs_backward, pairs_forward
 
 
-
 class Shape(NamedTuple):
     """Of a kernel's programs."""
 
@@ -22,10 +21,14 @@ class Shape(NamedTuple):
     tokens: int  # that a program goes through, where programs are many
     ahead: int  # tokens on their way from memory: 1, 2 or 4
     unroll: int  # tokens in the body of the loop
+    registers: int | None = None  # of a thread, at most
 
 
+# 16 warps on a multiprocessor of an H200, at 115 and 123 registers a thread for convolved queries and keys
 FORWARD = Shape(numbers=512, per_thread=4, tokens=64, ahead=4, unroll=4)
-BACKWARD = Shape(numbers=512, per_thread=4, tokens=64, ahead=2, unroll=4)
+BACKWARD = Shape(numbers=256, per_thread=2, tokens=64, ahead=2, unroll=2, registers=128)
+# without a convolution a thread holds little, 70 registers for queries and keys
+BACKWARD_ALONE = Shape(numbers=512, per_thread=4, tokens=64, ahead=2, unroll=2)
 LEAST = 16  # tokens that a program goes through where programs are few
 PROGRAMS = 512  # few
 
@@ -98,21 +101,22 @@ class Launch:
         }
         return tensors, settings
 
-    def _programs(self, part: Part, shape: Shape) -> dict[str, int]:
+    def _programs(self, part: Part, shape: Shape) -> dict[str, Any]:
         """What a kernel's programs are compiled for."""
         BH = _half(part)
         BG = min(triton.next_power_of_2(part.heads), max(1, shape.numbers // BH))
         programs = {"BG": BG, "BH": BH, "S": self._span(shape), "AHEAD": shape.ahead, "UNROLL": shape.unroll}
-        return programs | {"num_warps": max(1, BG * BH // (32 * shape.per_thread))}
+        warps = max(1, BG * BH // (32 * shape.per_thread))
+        return programs | {"num_warps": warps, "maxnreg": shape.registers}
 
     def _span(self, shape: Shape) -> int:
-        """The tokens of a program, the same for all parts, so that their sums of the weight are as many."""
-        S, numbers = shape.tokens, max(part.heads * _half(part) for part in self.parts)
+        """The tokens of a program, the same for all parts of this shape, since their sums of the weight are as many."""
+        S, numbers = min(shape.tokens, triton.next_power_of_2(self.T)), max(p.heads * _half(p) for p in self.parts)
         while LEAST < S and self.B * triton.cdiv(self.T, S) * triton.cdiv(numbers, shape.numbers) < PROGRAMS:
             S //= 2
         return S
 
-    def _grid(self, part: Part, programs: dict[str, int]) -> tuple[int, int]:
+    def _grid(self, part: Part, programs: dict[str, Any]) -> tuple[int, int]:
         return triton.cdiv(part.heads, programs["BG"]) * triton.cdiv(self.T, programs["S"]), self.B
 
     def _strides(self) -> tuple[int, ...]:
@@ -149,19 +153,20 @@ class Launch:
         return (back > self.positions[:, -1:]).unsqueeze(-1)
 
     def backward(self, gradients: list[Tensor]) -> list[Tensor]:
-        call, spans = self.call, triton.cdiv(self.T, self._span(BACKWARD))
+        call = self.call
         dx = torch.empty_like(call.x, memory_format=torch.contiguous_format)
         dtail = None if self.tail is None else torch.empty_like(self.tail)
-        dweight = None if self.weight is None else self._partial(spans, self.W, self.C)
+        dweight = None if self.weight is None else self._partial(BACKWARD, self.W, self.C)
         dscales = []
         for part, do in zip(self.parts, gradients[: len(self.parts)], strict=True):
-            (tensors, settings), programs = self._arguments(part), self._programs(part, BACKWARD)
+            shape = BACKWARD_ALONE if part.channel is None else BACKWARD
+            (tensors, settings), programs = self._arguments(part), self._programs(part, shape)
             to_tail = to_weight = to_scale = None
             if part.channel is not None and dweight is not None:
                 to_weight = dweight[..., part.channel :]
                 to_tail = None if dtail is None else dtail[..., part.channel :]
             if part.scale is not None:
-                to_scale = self._partial(spans, part.heads, part.width)
+                to_scale = self._partial(shape, part.heads, part.width)
                 dscales.append((to_scale, part.scale.dtype))
             do = do if do.stride(3) == 1 else do.contiguous()
             pairs_backward[self._grid(part, programs)](
@@ -176,9 +181,9 @@ class Launch:
             found.append(dweight.sum(0).t().contiguous().to(self.weight.dtype))
         return [*found, *(sums.sum((0, 1)).to(dtype) for sums, dtype in dscales)]
 
-    def _partial(self, spans: int, *shape: int) -> Tensor:
-        """For the sums of every program."""
-        return self.call.x.new_empty(self.B * spans, *shape, dtype=torch.float32)
+    def _partial(self, shape: Shape, *sizes: int) -> Tensor:
+        """For the sums over every span of tokens."""
+        return self.call.x.new_empty(self.B * triton.cdiv(self.T, self._span(shape)), *sizes, dtype=torch.float32)
 
     def _add_tail(self, gradient: Tensor, dx: Tensor, dtail: Tensor | None) -> None:
         """The gradient by the next call's tail, to what that was made of."""
