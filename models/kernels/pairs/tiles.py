@@ -151,14 +151,15 @@ def inverse_length(a, b, eps, WIDTH: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def cos_sin(angle):
-    """Of 0 <= angle < 6e6, to 1e-7: less the nearest multiple of pi / 2, which is taken off in three parts so that none
-    rounds, then polynomials (S. Moshier, Cephes, sinf.c). A GPU's own take a slow way for far angles, and some three
-    times the operations for all."""
+    """Of 0 <= angle < 1e6, to 1e-7 (to 5e6, to 1e-5): less the nearest multiple of pi / 2, which is taken off in three
+    parts so that none rounds, then polynomials (S. Moshier, Cephes, sinf.c). A GPU's own take a slow way for far
+    angles, and some three times the operations for all."""
     # behind 1.5 * 2^23 a float32 has no fractions
     shifted = angle * 0.6366197723675814 + 12582912.0
     quarter = shifted.to(tl.int32, bitcast=True)
     n = shifted - 12582912.0
-    r = ((angle - n * 1.5703125) - n * 4.837512969970703125e-4) - n * 7.549789948768648e-8
+    r = tl.fma(n, -1.5703125, angle)
+    r = tl.fma(n, -7.549789948768648e-8, tl.fma(n, -4.837512969970703125e-4, r))
     s = r * r
     sin = r + r * s * (-1.6666654611e-1 + s * (8.3321608736e-3 - s * 1.9515295891e-4))
     cos = 1 - s * 0.5 + s * s * (4.166664568298827e-2 + s * (-1.388731625493765e-3 + s * 2.443315711809948e-5))
