@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.kernels import swiglu
 from models.mixers.mixer import Mixer, State
+from models.parts.linear import is_its_weight
 from models.parts.norm import RMSNorm, unit
 from models.parts.precision import wide
 
@@ -28,7 +30,11 @@ class SwiGLU(nn.Module):
         self.output = nn.Linear(inner_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.up(x).chunk(2, dim=-1)
+        ab = self.up(x)
+        trained = torch.is_grad_enabled() and is_its_weight(self.output)
+        if trained and swiglu.refusal(ab.device, ab.dtype) is None:  # one kernel each way, and less is kept
+            return swiglu.gated_output(ab, self.output.weight.to(ab.dtype))
+        a, b = ab.chunk(2, dim=-1)
         return self.output(F.silu(a) * b)
 
     def flops_per_token(self) -> int:

@@ -30,6 +30,7 @@ from models.cache import Cache, alone
 from models.calls import documents, refuse_documents, refuse_shapes, refuse_targets, refuse_unknown
 from models.loss import IGNORED, score, sum_nats
 from models.mixers.mixer import State
+from models.parts.linear import is_its_weight
 from models.parts.norm import RMSNorm
 from models.parts.precision import wide
 
@@ -274,7 +275,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
 
     def _sum_nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
-        if self._weight_is_all():
+        if is_its_weight(self.head):
             return sum_nats(hidden, self.head.weight, targets)
         return F.cross_entropy(wide(self.head(hidden)), targets, ignore_index=IGNORED, reduction="sum")
 
@@ -290,20 +291,13 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
                 stacklevel=3,
             )
 
-    def _weight_is_all(self) -> bool:
-        """Whether the head is its product with its weight, and no adapter, nor a hook such as accelerate's that brings
-        the weight from elsewhere, stands before it.
-        """
-        hooked = self.head._forward_hooks or self.head._forward_pre_hooks or "forward" in vars(self.head)
-        return type(self.head) is nn.Linear and not hooked
-
     def score(self, input_ids: Tensor, targets: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """-log p(target) of each token [B, T], 0 where ignored, and the likeliest token in its place [B, T]. No
         gradients.
         """
         with torch.no_grad():
             hidden, flat = self.hidden(input_ids, segments)[0].flatten(0, 1), targets.flatten()
-            if self._weight_is_all():
+            if is_its_weight(self.head):
                 nats, predictions = score(hidden, self.head.weight, flat)
             else:
                 logits = wide(self.head(hidden))

@@ -4,21 +4,26 @@ a time.
         nats_i = log sum_v exp(h_i . w_v) - h_i . w_{y_i} ,    0 where y_i = IGNORED
 
 The gradient of a sum is known as soon as a chunk's logits are, so it is computed on the way forward: no second pass
-over the head. (torch 2.13 has F.linear_cross_entropy for this; torch 2.11 and 2.12, which this project also runs on,
-have not.)
+over the head. The products h . w are rounded to the dtype of h; what is made of them is float32 at least, and so is
+the sum over chunks that the weight's gradient is. On a GPU one kernel reads a chunk's logits and leaves their gradient
+in their place (models/kernels/cross_entropy); the PyTorch form is the definition. (torch 2.13 has
+F.linear_cross_entropy; torch 2.11 and 2.12, which this project also runs on, have not. docs/kernels.md compares them.)
 
 Shapes: N tokens, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from models.parts.precision import wide
+from models.kernels import cross_entropy
+from models.parts.precision import HALF, wide, working_dtype
 
 IGNORED = -100
-LOGITS = 2**26  # at most so many logits at a time: 256 MiB in float32
+LOGITS = 2**26  # the PyTorch form has at most so many logits at a time: 256 MiB in float32
 
 
 def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,12 +32,16 @@ def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     """
     with torch.no_grad():
         h, w = _compute(hidden, weight)
-        size = _chunk_size(weight)
+        kernel = _has_kernel(h)
         nats, predictions = [], []
-        for a, y in zip(h.split(size), targets.split(size), strict=True):
-            logits = _logits(a, w)
-            nats.append(_nats(logits, y)[0])
-            predictions.append(logits.argmax(-1))
+        for logits, y, _ in _chunks(h, w, targets, kernel):
+            if kernel:
+                each, likeliest = cross_entropy.nats_and_likeliest(logits, y)
+            else:
+                logits = wide(logits)
+                each, likeliest = _nats(logits, y)[0], logits.argmax(-1)
+            nats.append(each)
+            predictions.append(likeliest)
         return torch.cat(nats), torch.cat(predictions)
 
 
@@ -44,34 +53,27 @@ def sum_nats(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class _SumNats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        if not any(ctx.needs_input_grad):
+            return score(hidden, weight, targets)[0].sum()
         h, w = _compute(hidden, weight)
-        needs = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        dh, dw = torch.empty_like(h), torch.zeros_like(weight) if needs else None
-        total = torch.zeros((), dtype=wide(h).dtype, device=h.device)
-        size = _chunk_size(weight)
+        kernel = _has_kernel(h)
+        dh, dw = torch.empty_like(h), torch.zeros_like(weight, dtype=working_dtype(weight))
+        total = torch.zeros((), dtype=working_dtype(h), device=h.device)
         with torch.autocast(h.device.type, enabled=False):
-            for a, y, da in zip(h.split(size), targets.split(size), dh.split(size), strict=True):
-                logits = _logits(a, w)
-                nats, log_sum = _nats(logits, y)
+            for logits, y, rows in _chunks(h, w, targets, kernel):
+                nats, p = _with_gradient_by_kernel(logits, y) if kernel else _with_gradient(logits, y)
                 total += nats.sum()
-                if dw is None:
-                    continue
-                # d nats / d logits = softmax - onehot(y), for the tokens that count
-                kept = (y != IGNORED).unsqueeze(1)
-                p = logits.sub_(log_sum.unsqueeze(1)).exp_()
-                p.scatter_add_(1, y.clamp(min=0).unsqueeze(1), p.new_full((len(y), 1), -1.0))
-                p = p.mul_(kept).to(h.dtype)
-                torch.mm(p, w, out=da)
-                dw += (p.T @ a).to(dw.dtype)
-        if needs:
-            ctx.save_for_backward(dh, dw)
-            ctx.dtype = hidden.dtype
+                torch.mm(p, w, out=dh[rows])
+                _add_product(dw, p.T, h[rows])
+        ctx.save_for_backward(dh, dw)
+        ctx.dtypes = hidden.dtype, weight.dtype
         return total
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, None]:
         dh, dw = ctx.saved_tensors
-        return (g * dh).to(ctx.dtype), g * dw, None
+        hidden, weight = ctx.dtypes
+        return (g * dh).to(hidden), (g * dw).to(weight), None
 
 
 def _compute(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,8 +83,34 @@ def _compute(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype), weight.to(dtype)
 
 
-def _logits(h: Tensor, w: Tensor) -> Tensor:
-    return wide(h @ w.T)
+def _has_kernel(h: Tensor) -> bool:
+    return cross_entropy.refusal(h.device, h.dtype) is None
+
+
+def _chunks(h: Tensor, w: Tensor, targets: Tensor, kernel: bool) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """Logits, targets, and which tokens they are of. All logits that a kernel gets are in the same place."""
+    N, V = len(h), len(w)
+    room = cross_entropy.new_logits(h, N, V) if kernel else None
+    size = max(1, LOGITS // V) if room is None else len(room)
+    for start in range(0, max(N, 1), max(size, 1)):
+        rows = slice(start, min(start + size, N))
+        a = h[rows]
+        logits = a @ w.T if room is None else torch.mm(a, w.T, out=room[: len(a)])
+        yield logits, targets[rows], rows
+
+
+def _with_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """nats [N], and d nats / d logits = softmax - onehot(y) in the dtype of the logits, for the tokens that count."""
+    dtype, logits = logits.dtype, wide(logits)
+    nats, log_sum = _nats(logits, targets)
+    kept = (targets != IGNORED).unsqueeze(1)
+    p = logits.sub_(log_sum.unsqueeze(1)).exp_()
+    p.scatter_add_(1, targets.clamp(min=0).unsqueeze(1), p.new_full((len(p), 1), -1.0))
+    return nats, p.mul_(kept).to(dtype)
+
+
+def _with_gradient_by_kernel(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return cross_entropy.nats_and_gradient(logits, targets), logits
 
 
 def _nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,5 +120,9 @@ def _nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return (log_sum - picked).masked_fill(targets == IGNORED, 0), log_sum
 
 
-def _chunk_size(weight: Tensor) -> int:
-    return max(1, LOGITS // weight.shape[0])
+def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """total += x y. On a GPU a product of 16-bit numbers is added as cuBLAS has summed it, in float32."""
+    if x.is_cuda and x.dtype in HALF and total.dtype == torch.float32:
+        torch.addmm(total, x, y, out_dtype=torch.float32, out=total)
+    else:
+        total += (x @ y).to(total.dtype)

@@ -22,8 +22,9 @@ FLOORS = (
     ("models.regression.deep",),
     ("models.regression.local", "models.regression.least_squares", "models.regression.linear"),
     ("models.regression",),
+    ("models.loss",),
     ("models.kernels",),
-    ("models.parts", "models.build", "models.loss", "models"),
+    ("models.parts", "models.build", "models"),
 )
 ONLY = {
     "fla": ("models.kernels.fla", "scripts.benchmarks.peers"),

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 
 import pytest
+import torch.nn.functional as F
 
 from scripts.benchmarks.data import write_text
 from scripts.figures import feature_kernels
@@ -26,13 +27,17 @@ def script(*command: str, **settings) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_benchmark_prints_ours_beside_theirs(tmp_path):
     """The chunked delta rule beside transformers' fallback, the softmax layer beside Qwen3's, local linear attention by
-    both of its solvers, one factor beside a solve for every token: equal, and timed. And every memory."""
+    both of its solvers, one factor beside a solve for every token, the loss beside torch's: equal, and timed. And the
+    feed-forward layer and every memory."""
     done = script("scripts/benchmark.py", "ops", "--repeats", "1", "--json", str(tmp_path / "ops.json"))
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "ops.json").read_text())["rows"]
     alike = {row["name"]: row["error"] for row in rows if row["error"] is not None}
     named = {"transformers, chunked", "ours, chunked", "transformers, Qwen3Attention", "ours, Mixer"}
     named |= {"ours, Cholesky", "ours, conjugate gradients", "ours, one Cholesky", "T separate solves"}
+    named |= {"torch, all logits", "ours, PyTorch"}
+    if hasattr(F, "linear_cross_entropy"):
+        named.add("torch, linear_cross_entropy")
     assert alike.keys() == named and all(error < 1e-4 for error in alike.values()), alike
     assert {"gated_delta", "titans", "mesa", "titans_mlp"} < {row["name"] for row in rows if row["error"] is None}
 

@@ -3,6 +3,7 @@
 convolution.py  the short convolution, and the shift that it can learn
 decay.py        gamma, how fast the past fades
 features/       phi, the feature maps of queries and keys
+linear.py       whether a linear layer is its weight
 norm.py         RMS norm, length one, sum one
 rotary.py       rotary positions
 orthogonal.py   the nearest orthogonal matrix, for Muon

@@ -27,7 +27,8 @@ from models.regression.local.pairs import Pairs, View
 from models.regression.local.polynomial import blocked_local_polynomial
 from models.regression.memory import Memory
 from models.regression.regressor import Tokens
-from scripts.benchmarks import peers
+from scripts.benchmarks import parts, peers
+from scripts.benchmarks.parts import half
 from scripts.benchmarks.timing import Case, Operator, graphed, same
 from scripts.recipes import PRESETS, composed, mixer_of
 
@@ -44,7 +45,7 @@ def cases(device: str) -> dict[str, Callable[[], Case]]:
             "softmax B4 T1024 H4 K64": lambda: softmax_layer(4, 1024, 4, 64, device, torch.float32),
             "local linear B1 T512 H2 K32": lambda: local_linear(1, 512, 2, 32, device),
             "intention B1 T128 H2 K32": lambda: intention(1, 128, 2, 32, device, solved_apart=True),
-        } | memories(2, 256, 4, 32, device)
+        } | (parts.cases(device) | memories(2, 256, 4, 32, device))
     return {
         "delta B8 T4096 H8 K128": lambda: delta_on_a_gpu(8, 4096, 8, 128),
         "momentum B8 T4096 H8 K128": lambda: momentum(8, 4096, 8, 128),
@@ -55,7 +56,7 @@ def cases(device: str) -> dict[str, Callable[[], Case]]:
         "ttt_linear B8 T4096 H8 K64": lambda: ttt(8, 4096, 8, 64, "linear"),
         "ttt_mlp B8 T4096 H8 K64": lambda: ttt(8, 4096, 8, 64, "mlp"),
         "deep memory B8 T4096 H8 K64": lambda: deep_memory(8, 4096, 8, 64, device),
-    } | memories(8, 4096, 8, 128, device)
+    } | (parts.cases(device) | memories(8, 4096, 8, 128, device))
 
 
 def delta_on_a_cpu(*shape: int) -> Case:
@@ -281,11 +282,6 @@ def regressor_of(preset: str, shape: tuple[int, int, int, int], device: str) -> 
             return mixer.regressor.forward(Tokens(*inputs))[0]
 
     return Operator(function, inputs, tuple(mixer.regressor.parameters()))
-
-
-def half(device: str) -> torch.autocast:
-    """bf16 products on a GPU."""
-    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
 
 def mixer_of_qwen3(attention: Qwen3Attention) -> Mixer:

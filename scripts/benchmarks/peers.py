@@ -145,6 +145,31 @@ def transformers_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step_
     return function(q, k, v, log_decay, step_size, output_final_state=True)[0]
 
 
+def fla_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """As models/loss.py's sum_nats, like the two below: of one dtype all through."""
+    from fla.modules import FusedLinearCrossEntropyLoss
+
+    return FusedLinearCrossEntropyLoss(reduction="sum")(hidden, targets, weight)
+
+
+def torch_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()
+    return torch.nn.functional.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options)
+
+
+def liger_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)(weight, hidden, targets)
+
+
+def gated_mlp(hidden_size: int, inner_size: int) -> nn.Module:
+    """fla's SwiGLU layer, whose second half is fused with the output projection and keeps no h either."""
+    from fla.modules import GatedMLP
+
+    return GatedMLP(hidden_size=hidden_size, intermediate_size=inner_size, fuse_swiglu=True)
+
+
 def titans_memory(hidden_size: int, num_heads: int, grad_batch: int | None, chunk: int = 64) -> nn.Module:
     """titans-pytorch's layer with a deep memory, x [B, T, D] to (o [B, T, D], state): heads of K = V = D / H numbers.
 

@@ -7,7 +7,9 @@ import importlib.util
 import pytest
 import torch
 
-from scripts.compiled import SHARED, kernels_of
+from models.block import SwiGLU
+from models.kernels import cross_entropy, swiglu
+from scripts.compiled import SHARED, compiling, kernels_of
 
 CASES = [
     ("titans", 256, torch.bfloat16),
@@ -32,6 +34,22 @@ def test_kernels_fit_on_an_h100(case):
     found = kernels_of(*case)
     assert len(found) >= 2
     assert all(kernel.shared <= SHARED and kernel.registers <= 255 for kernel in found), "\n".join(map(str, found))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_kernels_of_the_loss_and_of_the_feed_forward_layer_spill_nothing(dtype, monkeypatch):
+    """Of a vocabulary that is a multiple of the block and of one that isn't."""
+    monkeypatch.setattr(swiglu, "refusal", lambda *_: None)
+    layer, y = SwiGLU(64, 148).to(dtype), torch.zeros(2, dtype=torch.int64)
+    with compiling() as found:
+        for V in (8192, 257):
+            logits = cross_entropy.new_logits(layer.up.weight, 2, V)
+            cross_entropy.nats_and_gradient(logits, y)
+            cross_entropy.nats_and_likeliest(logits, y)
+        layer(torch.randn(2, 64, dtype=dtype)).sum().backward()
+    assert [kernel.name for kernel in found] == ["cross_entropy"] * 4 + ["gate", "gate_gradient"]
+    assert all(kernel.stack == 0 and kernel.registers <= 128 for kernel in found), "\n".join(map(str, found))
 
 
 def test_what_has_no_kernels_says_so():
