@@ -8,6 +8,8 @@ a mixer is three kernels beside its two products with weights,
                       and written once
     read_out          the norm of each head and the output gate
 
+and a residual with the norm after it is one, add_and_norm.
+
 The formulas are those of models/mixers/mixer.py, delta.py and momentum.py for T = 1, which stay the definition. There
 are no gradients.
 
@@ -103,6 +105,17 @@ def mix(pairs: Tensor, states: States, parameters: Parameters, rule: Rule) -> Te
         VALUES=_power(V), num_warps=1,
     )  # fmt: skip
     return out
+
+
+def add_and_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x + y in the dtype of x, and its RMS norm times the weight [D] in dtype. x and y [B, 1, D]."""
+    from models.kernels.step import kernels
+
+    (B, _, D), x = x.shape, x.contiguous()
+    out, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+    block = _power(D)
+    kernels.add_and_norm[(B,)](x, y, weight, out, normed, eps, D, BLOCK=block, num_warps=min(8, max(1, block // 256)))
+    return out, normed
 
 
 def swiglu(x: Tensor) -> Tensor:

@@ -132,6 +132,21 @@ def read_out(
 
 
 @triton.jit
+def add_and_norm(x, y, weight, out, normed, eps, D, BLOCK: tl.constexpr):
+    """out [B, D] = x + y; normed [B, D]."""
+    row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    real = channel < D
+    TYPE: tl.constexpr = out.dtype.element_ty
+    a = tl.load(x + row * D + channel, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(y + row * D + channel, mask=real, other=0.0).to(tl.float32)
+    w = rounded(tl.load(weight + channel, mask=real, other=0.0), TYPE)
+    a = rounded(a + b, TYPE)
+    tl.store(out + row * D + channel, a.to(TYPE), mask=real)
+    a = rounded(a * tl.rsqrt(tl.sum(a * a, 0) / D + eps) * w, TYPE)
+    tl.store(normed + row * D + channel, a.to(normed.dtype.element_ty), mask=real)
+
+
+@triton.jit
 def swiglu(x, out, F, BLOCK: tl.constexpr):
     """out [B, F] = silu(a) b of x = [a, b] [B, 2 F]."""
     row, channel = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
