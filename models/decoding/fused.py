@@ -7,7 +7,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.block import SwiGLU
@@ -93,8 +92,15 @@ class FusedMixer:
         M, S = memory[:2] if isinstance(memory, Matrices) else (memory, None)
         assert state.tails[0] is not None
         states = kernels.States(M, S, state.tails[0], state.position)
-        pairs = F.linear(x[:, 0].to(self.weight.dtype), self.weight)
-        return mixer.output(kernels.mix(pairs, states, parameters, self.rule)).unsqueeze(1), state
+        pairs = kernels.product(x[:, 0].to(self.weight.dtype), self.weight)
+        return projected(mixer.output, kernels.mix(pairs, states, parameters, self.rule)).unsqueeze(1), state
+
+
+def projected(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), x [B, D], by a kernel where the layer is a product with a weight that x has the dtype of."""
+    if is_its_weight(layer) and isinstance(layer, nn.Linear) and layer.bias is None and layer.weight.dtype == x.dtype:
+        return kernels.product(x, layer.weight)
+    return layer(x)
 
 
 class FusedBlock:
@@ -114,7 +120,7 @@ class FusedBlock:
         x, h = self.added(x, y, block.feed_forward_norm)
         if not self.swiglu:
             return x, layer(h), state
-        return x, layer.output(kernels.swiglu(layer.up(h).squeeze(1))).unsqueeze(1), state
+        return x, projected(layer.output, kernels.swiglu(projected(layer.up, h[:, 0]))).unsqueeze(1), state
 
     def added(self, x: Tensor, y: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
         """x + y, and its norm."""

@@ -50,8 +50,13 @@ def errors(case: str, device: str, dtype: torch.dtype = torch.float32, tokens: i
 def test_8_one_token_by_the_kernels_is_one_token():
     code = """
     import json
+    from models.kernels import step
     from tests.kernels.test_step import *
-    print("FOUND", json.dumps({case: max(errors(case, "cpu")) for case in CASES}))
+    from tests.laws.presets import PRESETS
+    PRESETS[:] = {preset for preset, _ in CASES.values()}
+    found = {case: max(errors(case, "cpu")) for case in ("gated_delta", "titans, ragged")}
+    step.FEW = 0  # torch's products from here on
+    print("FOUND", json.dumps(found | {case: max(errors(case, "cpu")) for case in CASES.keys() - found}))
     """
     found = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
     assert found.keys() == CASES.keys() and all(error < 1e-5 for error in found.values()), found
