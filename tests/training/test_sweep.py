@@ -97,8 +97,8 @@ def test_each_job_is_a_wandb_run_of_its_own(swept):
         result = json.loads((path.parents[2] / "result.json").read_text())
         assert all(changed[name] == result[name] for name in ("parameters", "state_size", "versions", "commit"))
         assert changed["flops_per_token"] * result["tokens"] == result["flops"]
-        choice = changed["choice"]
-        assert (choice["model"], choice["mixers"]) == ("gated_delta", {"main": "gated_delta"})
+        assert changed["mixer"] == changed["choice"]["model"] == "gated_delta"
+        assert changed["choice"]["mixers"] == {"main": "gated_delta"}
         steps = [row["trainer/global_step"] for row in curves(kinds["history"])]
         assert steps == list(range(10)) and kinds["exit"][-1].exit_code == 0
         axes = {metric.name or metric.glob_name: metric.step_metric for metric in kinds["metric"]}
