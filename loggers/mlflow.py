@@ -31,6 +31,8 @@ class MLflow(MLFlowLogger):
             settings = {"artifact_location": (file.parent / f"{file.stem}-artifacts").as_uri()} | settings
             for name in ("alembic", "mlflow"):  # which tell of every table that they make
                 logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)  # warns that it makes the first
+        settings["tags"] = {name: tag for name, tag in (settings.get("tags") or {}).items() if tag is not None}
         super().__init__(tracking_uri=tracking_uri, run_id=identity.known(Path(save_dir), "mlflow"), **settings)
         self.folder, self.first = Path(save_dir), 0
 
