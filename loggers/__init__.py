@@ -2,7 +2,7 @@
 
 Each takes the config, the metrics, pictures and samples, and goes on in the same curve after an interruption:
 
-resume(step, seen)           training begins at `step`; earlier processes have logged the steps before `seen`
+resume(step, seen)           training begins at `step`; earlier processes have logged these metrics, by step
 log_image(name, paths, step)
 log_sample(prompt, text, step)
 

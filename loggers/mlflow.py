@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from loggers import identity
+from loggers.seen import Seen, news
 
 
 class MLflow(MLFlowLogger):
@@ -34,11 +35,11 @@ class MLflow(MLFlowLogger):
         logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)  # warns that it makes the first
         settings["tags"] = {name: tag for name, tag in (settings.get("tags") or {}).items() if tag is not None}
         super().__init__(tracking_uri=tracking_uri, run_id=identity.known(Path(save_dir), "mlflow"), **settings)
-        self.folder, self.first = Path(save_dir), 0
+        self.folder, self.seen = Path(save_dir), Seen()
 
     @rank_zero_only
-    def resume(self, step: int, seen: int) -> None:
-        self.first = seen if self._run_id else 0
+    def resume(self, step: int, seen: Seen) -> None:
+        self.seen = seen if self._run_id else {}
         if self.run_id and not identity.known(self.folder, "mlflow"):
             identity.keep(self.folder, "mlflow", self.run_id)
         self.experiment.update_run(self.run_id, status="RUNNING")
@@ -53,8 +54,9 @@ class MLflow(MLFlowLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if step is None or step >= self.first:
-            super().log_metrics(metrics, None if step is None else int(step))
+        at = None if step is None else int(step)
+        if found := dict(metrics) if at is None else news(metrics, at, self.seen):
+            super().log_metrics(found, at)
 
     @rank_zero_only
     def log_image(self, name: str, paths: Sequence[str], step: int | None = None) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from loggers.seen import Seen
+
 
 class TensorBoard(TensorBoardLogger):
     """save_dir: the run's folder, in which all of its processes write to tensorboard/. What the one before has logged
@@ -19,7 +21,7 @@ class TensorBoard(TensorBoardLogger):
         super().__init__(save_dir, name="", version="tensorboard", default_hp_metric=False, **settings)
 
     @rank_zero_only
-    def resume(self, step: int, seen: int) -> None:
+    def resume(self, step: int, seen: Seen) -> None:
         if step:
             self._kwargs["purge_step"] = step
 

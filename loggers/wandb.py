@@ -17,6 +17,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from loggers import identity
+from loggers.seen import Seen, news
 
 STEP = "trainer/global_step"  # Lightning's name for the step of the optimizer
 TOKENS = "progress/tokens"  # the axis of every curve
@@ -33,14 +34,15 @@ class Wandb(WandbLogger):
         shown = [str(tag)[:LONGEST_TAG] for tag in tags or [] if tag]
         super().__init__(id=id, save_dir=save_dir, tags=list(dict.fromkeys(shown)), resume="allow", **settings)
         self._call(identity.known(Path(save_dir), "wandb") or id)
-        self.first: int | None = None  # the first step that is logged; None: this is no training
+        self.seen: Seen | None = None  # None: this is no training
+        self.first = 0  # the first row that wandb takes
 
     def _call(self, name: str) -> None:
         self._id = self._wandb_init["id"] = name
 
     @rank_zero_only
-    def resume(self, step: int, seen: int) -> None:
-        folder, self.first = Path(self._wandb_init["dir"]), seen
+    def resume(self, step: int, seen: Seen) -> None:
+        folder, self.seen, self.first = Path(self._wandb_init["dir"]), seen, max(seen, default=-1) + 1
         if step == 0 and identity.known(folder, "wandb") is None:
             self._call(identity.unique(self._wandb_init["id"]))
             identity.keep(folder, "wandb", self._wandb_init["id"])
@@ -55,20 +57,19 @@ class Wandb(WandbLogger):
             for axis in (STEP, TOKENS, *OTHER_AXES):
                 self._experiment.define_metric(axis)
             self._experiment.define_metric("*", step_metric=TOKENS, step_sync=True)
-            if self.first is not None:  # of a run that was evaluated, rows have been added behind
-                self.first = max(self.first, self._experiment.step)
+            self.first = max(self.first, self._experiment.step)  # after an evaluation there are rows behind the end
         return self._experiment
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Numbers of one step are one row. wandb takes no row before its last: an evaluation comes behind."""
+        """Numbers of one step are one row. wandb takes no row before its last: what comes late, as an evaluation does,
+        is in the next row."""
         run = self.experiment
         if step is None:
             run.log(dict(metrics))
-        elif self.first is None:
-            run.log({**metrics, STEP: int(step)}, step=max(int(step), run.step))
-        elif step >= self.first:
-            run.log({**metrics, STEP: int(step)}, step=int(step))
+        elif found := news(metrics, int(step), self.seen or {}):
+            first = run.step if self.seen is None else self.first
+            run.log({**found, STEP: int(step)}, step=max(int(step), first))
 
     def log_sample(self, prompt: str, text: str, step: int) -> None:
         self.log_text("sample", columns=["prompt", "goes on"], data=[[prompt, text]], step=step)

@@ -48,7 +48,7 @@ class CsvLogger(Logger):
         """Nothing: config.yaml stands beside metrics.csv."""
 
     @rank_zero_only
-    def resume(self, step: int, seen: int = 0) -> None:
+    def resume(self, step: int, seen: dict[int, set[str]] | None = None) -> None:
         """Keeps what was logged before the optimizer's step `step` and forgets the rest."""
         path = self.folder / self.FILE
         self.rows, self.columns = {}, ["step"]
@@ -132,10 +132,10 @@ class Tolerant(Logger):
     def experiment(self) -> Any:
         return self._try(lambda: self.logger.experiment)
 
-    def resume(self, step: int, seen: int = 0) -> None:
-        """Training begins at this step, and what comes before the step `seen` has been logged already."""
+    def resume(self, step: int, seen: dict[int, set[str]] | None = None) -> None:
+        """Training begins at this step. seen: the metrics that have been logged already, by step."""
         if hasattr(self.logger, "resume"):
-            self._try(lambda: self.logger.resume(step, seen))
+            self._try(lambda: self.logger.resume(step, seen or {}))
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         self._try(lambda: self.logger.log_hyperparams(params, *args, **kwargs))
@@ -181,11 +181,11 @@ def cells(text: str) -> list[dict[str, str]]:
     return [{name: cell for name, cell in row.items() if cell not in ("", None)} for row in rows]
 
 
-def logged(folder: Path) -> int:
-    """The step behind the last one in the folder's metrics.csv, 0 where there is none."""
+def logged(folder: Path) -> dict[int, set[str]]:
+    """By step, the metrics in the folder's metrics.csv."""
     path = folder / CsvLogger.FILE
-    steps = [float(row["step"]) for row in cells(path.read_text()) if "step" in row] if path.exists() else []
-    return int(max(steps, default=-1)) + 1
+    text = path.read_text() if path.exists() else ""
+    return {int(float(row["step"])): row.keys() - {"step"} for row in cells(text[: text.rfind("\n") + 1])}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:

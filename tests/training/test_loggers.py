@@ -20,6 +20,7 @@ from conf.folders import label, sweep_of
 from loggers import identity
 from loggers.about import choice
 from loggers.mlflow import MLflow
+from loggers.seen import news
 from loggers.tensorboard import TensorBoard
 from loggers.wandb import Wandb
 from models.training.checkpoint import newest_whole, step_of
@@ -148,10 +149,18 @@ def test_a_row_of_wandb_is_never_behind_its_last(tmp_path, monkeypatch):
     evaluation.log_metrics({"x": 1.0}, 12)
     assert given == [({"x": 1.0, "trainer/global_step": 12}, {"step": 14})]
     prolonged = Wandb(id="run", save_dir=str(tmp_path), project="p")
-    prolonged.resume(9, 12)
+    prolonged.resume(9, {step: {"x"} for step in range(12)})
     for step in range(9, 16):
-        prolonged.log_metrics({"x": 1.0}, step)
-    assert [at["step"] for _, at in given[1:]] == [14, 15]
+        prolonged.log_metrics({"x": float(step)}, step)
+    assert [(row["x"], at["step"]) for row, at in given[1:]] == [(12, 14), (13, 14), (14, 14), (15, 15)]
+
+
+def test_what_is_new_at_a_step_that_was_logged():
+    """A run that was killed while it validated."""
+    row = {"train/loss": 1.0, "validation/nats": 2.0, "progress/tokens": 64.0, "epoch": 0, "picture": [object()]}
+    seen = {5: {"train/loss", "progress/tokens"}, 4: set(row)}
+    assert news(row, 5, seen) == {"validation/nats": 2.0, "progress/tokens": 64.0, "epoch": 0}
+    assert news(row, 4, seen) == {} and news(row, 6, seen) == row
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
