@@ -52,6 +52,23 @@ def run_id(run_dir: str) -> str:
     return _shortened(re.sub(r"[^A-Za-z0-9_.-]+", "-", exact), exact)
 
 
+def sweep_of(run_dir: str, name: str) -> str | None:
+    """The name of the sweep of which a folder is a job, None for a run by itself."""
+    return name if _within(run_dir, name) else None
+
+
+def label(run_dir: str, name: str) -> str:
+    """What a run is called among others: a job by its overrides, which are its folder; a run by itself by its name."""
+    inside = _within(run_dir, name)
+    return name if inside is None else inside
+
+
+def _within(run_dir: str, name: str) -> str | None:
+    """The folder below that of the run's name; None where the run is in that itself, or elsewhere."""
+    path, parent = Path(run_dir).absolute(), Path(runs(), name).absolute()
+    return path.relative_to(parent).as_posix() if path != parent and path.is_relative_to(parent) else None
+
+
 def job_folder(name: str, overrides: Sequence[str]) -> str:
     """The folder of a sweep's job below runs/NAME: the words of its command line in alphabetical order, without those
     that change no result (FREE_TO_CHANGE). Where a file system or a shell would not take them as they are, keys lose

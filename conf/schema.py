@@ -15,7 +15,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from conf.folders import job_folder, run_id, runs
+from conf.folders import job_folder, label, run_id, runs, sweep_of
 from conf.help import help_text
 
 Whole = Any  # a whole number: also 1e6, which YAML and Hydra read as a float (conf/settings.py: whole_numbers)
@@ -90,6 +90,8 @@ def register() -> None:
     OmegaConf.register_new_resolver("can_compile", can_compile, replace=True)
     OmegaConf.register_new_resolver("runs", runs, replace=True)
     OmegaConf.register_new_resolver("run_id", run_id, replace=True)
+    OmegaConf.register_new_resolver("label", label, replace=True)
+    OmegaConf.register_new_resolver("sweep_of", sweep_of, replace=True)
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
     OmegaConf.register_new_resolver("help_text", help_text, replace=True)
     OmegaConf.register_new_resolver("world_size", world_size, replace=True)

@@ -130,7 +130,8 @@ def log(trained: Trained, name: str, result: dict[str, Any], picture: Path) -> N
             for node in others:
                 moved = {"save_dir": str(trained.run)} if "save_dir" in node else {}  # with its folder, perhaps
                 logger = Tolerant(build({**node, **moved}))
-                logger.log_metrics(report.metrics(result, name), trained.step)
+                tokens = {"progress/tokens": float((trained.step or 0) * (trained.config or {})["batch_tokens"])}
+                logger.log_metrics(report.metrics(result, name) | tokens, trained.step)
                 if picture.exists():
                     logger.log_image(f"evaluation/{name}", picture)
                 logger.close(failed=False)

@@ -13,6 +13,7 @@ from conf.checks import dtype, mistakes
 from conf.folders import refuse
 from data.batch import batch_arithmetic, every
 from data.module import DataModule, OtherDataError, misfits
+from loggers.about import about
 from models.build import build
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training import weights
@@ -20,7 +21,7 @@ from models.training.branch import branch
 from models.training.checkpoint import Checkpoint, newest_whole, step_of
 from models.training.finish import ending, finish
 from models.training.guards import Guard
-from models.training.logger import Tolerant
+from models.training.logger import Tolerant, logged
 from models.training.memory import why
 from models.training.module import Training
 from models.training.preemption import Preemption
@@ -52,10 +53,11 @@ def train(cfg: DictConfig) -> Result:
         say(f"batch     {datamodule.batch}\n{overview}")
         say("\n".join(filter(None, [*torn, f"going on from {checkpoint}" if checkpoint else begun])))
         with ending(trainer, run):
+            seen = logged(run.folder)
             for logger in trainer.loggers:
                 if isinstance(logger, Tolerant):
-                    logger.resume(step_of(checkpoint) if checkpoint else 0)
-                logger.log_hyperparams(run.config)
+                    logger.resume(step_of(checkpoint) if checkpoint else 0, seen)
+                logger.log_hyperparams(run.config | about(module.model, datamodule.batch.seq_len, run.origin))
             try:
                 trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
                 if (step := trainer.global_step) < module.num_steps:

@@ -10,6 +10,7 @@ runs/NAME/config.yaml        what was asked for, every value resolved
           result.json        when finished: the last validation, and what computed it (origin.py)
           model-N  result-N.json   of a run that was finished after N steps and went on from before its decay
           evaluations/       what scripts/evaluate.py found, docs/evaluating.md
+          loggers.json       under which names services know the run (loggers/identity.py)
           .lock              held by the process that trains here
           .ranks/            what each of several processes is doing (watchdog.py)
 """

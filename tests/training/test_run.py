@@ -223,10 +223,13 @@ def test_text_files_through_train(tmp_path, cache):
 
 @pytest.mark.slow
 def test_wandb_offline_needs_no_account(tmp_path, cache):
-    said = typed(tmp_path, cache, "logger=wandb", "debug=one_batch", "~callbacks.plot")
+    said = typed(tmp_path, cache, "logger=wandb", "debug=one_batch")
     assert "finished" in said, said
-    assert list(tmp_path.glob("**/wandb/offline-run-*"))
-    assert list(tmp_path.glob("**/media/images/regression/picture*.png"))
+    (media,) = tmp_path.glob("**/wandb/offline-run-*/files/media")
+    assert list(media.glob("images/regression/picture*.png")) and list(media.glob("images/loss*.png"))
+    (sample,) = media.glob("table/sample*.json")
+    ((prompt, text),) = json.loads(sample.read_text())["data"]
+    assert f"{prompt}{text}\n" == next(tmp_path.glob("**/sample.txt")).read_text()
 
 
 @pytest.mark.slow
