@@ -52,6 +52,7 @@ class Config:
     name: str = MISSING
     run_dir: str = MISSING
     overwrite: bool = False
+    dry_run: bool = False  # says what the run would take, and makes none
     init_from: str | None = None  # a run or an exported model whose weights are the first ones
     seed: Whole = 0
 

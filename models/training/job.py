@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from conf import schema, settings
 from conf.checks import dtype, mistakes
 from conf.folders import refuse
-from data.batch import batch_arithmetic, every
+from data.batch import Batch, batch_arithmetic, every
 from data.module import DataModule, OtherDataError, misfits
 from models.build import build
 from models.language_model import LanguageModel, LanguageModelConfig
@@ -66,14 +66,19 @@ def train(cfg: DictConfig) -> Result:
         return run.result
 
 
-def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Training, DataModule, Run, str]:
-    """Everything that a run needs, checked and built, but not trained. Raises ValueError for the user's mistakes."""
+def checked(cfg: DictConfig) -> tuple[dict[str, Any], Batch]:
+    """The settings as plain containers, and what they make of a batch. Raises ValueError with all that is wrong."""
     settings.whole_numbers(cfg)
     if found := mistakes(cfg):
         raise ValueError("\n       ".join(found))
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     world_size = schema.world_size(cfg.trainer.devices, cfg.trainer.num_nodes)
-    batch = batch_arithmetic(cfg.batch_tokens, cfg.seq_len, cfg.micro_batch, world_size, cfg.tokens)
+    return plain, batch_arithmetic(cfg.batch_tokens, cfg.seq_len, cfg.micro_batch, world_size, cfg.tokens)
+
+
+def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Training, DataModule, Run, str]:
+    """Everything that a run needs, checked and built, but not trained. Raises ValueError for the user's mistakes."""
+    plain, batch = checked(cfg)
     validate_every = every(cfg.validate_every, batch.num_steps, "validate_every")
     checkpoint_every = every(cfg.checkpoint_every, batch.num_steps, "checkpoint_every")
     run = Run(cfg.run_dir, plain)
@@ -113,9 +118,10 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
         enable_checkpointing=False,  # models.training.checkpoint.Checkpoint
         log_every_n_steps=min(cfg.log_every, batch.num_steps),
     )
-    if trainer.world_size != world_size:
+    if trainer.world_size != batch.world_size:
         raise ValueError(
-            f"trainer.devices={cfg.trainer.devices} means {world_size} processes, and {trainer.world_size} were started"
+            f"trainer.devices={cfg.trainer.devices} means {batch.world_size} processes, and {trainer.world_size} were "
+            "started"
         )
     overview = summary(model, cfg.seq_len, trainer.strategy.root_device, dtype(trainer.precision))
     run.enter(trainer.is_global_zero, branch)

@@ -28,6 +28,8 @@ from omegaconf import OmegaConf
 from conf.folders import FREE_TO_CHANGE
 from models.build import current
 
+DRY_RUN = "dry run"  # the key of what stands for a result where none was made
+
 
 class RunError(RuntimeError):
     """Why a run can't go on, in a sentence for its user."""
@@ -130,7 +132,9 @@ def difference(before: Any, now: Any, path: str = "") -> str:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """The numbers that matter of a result, in one line."""
+    """The numbers that matter of a result, in one line; of a dry run its line."""
+    if DRY_RUN in result:
+        return result[DRY_RUN]
     shown = {
         "validation/bits_per_byte": "bits per byte",
         "validation/accuracy": "accuracy",
