@@ -25,6 +25,7 @@ FREE_TO_CHANGE = (
     "compile",
     "guard",
     "dry_run",
+    "keep",
 )
 
 LONGEST = 128  # characters of a run's name for wandb, and of a job's folder; file systems take 255 bytes

@@ -46,6 +46,16 @@ class Guard:
 
 
 @dataclass
+class Keep:
+    """Which checkpoints stay (models/training/keep.py)."""
+
+    newest: Whole = 2
+    every: float | None = None
+    at: list[float] = field(default_factory=list)
+    doubling: bool = False
+
+
+@dataclass
 class Config:
     """A run."""
 
@@ -77,6 +87,7 @@ class Config:
     num_workers: Whole = MISSING
     compile: bool = False
     overfit: bool = False
+    keep: Keep = field(default_factory=Keep)
     guard: Guard = field(default_factory=Guard)
 
 

@@ -20,6 +20,7 @@ from models.training.branch import branch
 from models.training.checkpoint import Checkpoint, newest_whole, step_of
 from models.training.finish import ending, finish
 from models.training.guards import Guard
+from models.training.keep import steps_to_keep
 from models.training.logger import Tolerant
 from models.training.memory import why
 from models.training.module import Training
@@ -81,6 +82,7 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
     plain, batch = checked(cfg)
     validate_every = every(cfg.validate_every, batch.num_steps, "validate_every")
     checkpoint_every = every(cfg.checkpoint_every, batch.num_steps, "checkpoint_every")
+    kept = steps_to_keep(plain["keep"], batch.num_steps)
     run = Run(cfg.run_dir, plain)
     if cfg.init_from and not run.checkpoints.exists():
         weights.find(cfg.init_from)
@@ -103,7 +105,8 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
     guards: dict[str, Any] = {"guard": Guard(cfg.guard.max_skipped, cfg.guard.spike_score), "preemption": preemption}
     module = Training(model, num_steps=batch.num_steps, clip_norm=cfg.clip_norm, **parts, **counts, **guards)
     plateau = end_of_plateau(module.schedule, batch.num_steps)
-    checkpoints = Checkpoint(run.checkpoints, checkpoint_every, validate_every, preemption, plateau)
+    which = (cfg.keep.newest, kept, plateau)
+    checkpoints = Checkpoint(run.checkpoints, checkpoint_every, validate_every, preemption, *which)
     last = [preemption, checkpoints, Watchdog(cfg.guard.timeout)]
     trainer = build(
         cfg.trainer,

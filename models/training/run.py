@@ -3,12 +3,13 @@ says so.
 
 runs/NAME/config.yaml        what was asked for, every value resolved
           metrics.csv        a row a step
-          checkpoints/       the two newest
+          checkpoints/       the two newest, and those that stay (keep.py)
           loss.png  sample.txt  regression.png
           regression.jsonl   what the memories hold (regression.py)
           model/             when finished: save_pretrained's folder, with the tokenizer
           result.json        when finished: the last validation, and what computed it (origin.py)
-          model-N  result-N.json   of a run that was finished after N steps and went on from before its decay
+          model-N  result-N.json  checkpoints-N   of a run that was finished after N steps and went on from before
+                             its decay
           evaluations/       what scripts/evaluate.py found, docs/evaluating.md
           .lock              held by the process that trains here
           .ranks/            what each of several processes is doing (watchdog.py)

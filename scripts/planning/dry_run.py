@@ -23,7 +23,9 @@ from models.language_model import LanguageModel, LanguageModelConfig
 from models.training.branch import branch
 from models.training.checkpoint import step_of
 from models.training.job import checked
+from models.training.keep import steps_to_keep
 from models.training.run import DRY_RUN, Run
+from models.training.schedule import end_of_plateau
 from models.training.speed import PEAK_FLOPS, peak_flops
 from models.training.summary import quiet, say, summary
 from models.training.sweep import Result
@@ -54,7 +56,8 @@ def plan(config: dict[str, Any], batch: Batch) -> tuple[list[str], str]:
     planned = Planned(LanguageModelConfig(vocab_size=vocab_size, **config["model"]), trainer["precision"])
     model, where = planned.model, device(trainer)
     sharded = "ModelParallel" in str(trainer["strategy"])
-    memory = planned.memory(config["optimizer"], batch, batch.world_size if sharded else 1)
+    shards = batch.world_size if sharded else 1
+    memory = planned.memory(config["optimizer"], batch, shards)
     tokens = batch.num_steps * batch.tokens
     total, six = 3 * model.flops_per_token(batch.seq_len) * tokens, six_n(model)
     took = times(total, batch.world_size, where)
@@ -65,6 +68,7 @@ def plan(config: dict[str, Any], batch: Batch) -> tuple[list[str], str]:
         summary(model, batch.seq_len, where, dtype(trainer["precision"])),
         f"parts     {parts(model)}",
         *memory_lines(memory, batch, trainer["precision"], sharded),
+        f"disk      {disk(config, batch, shards * (memory.weights + memory.optimizer))}",
         f"compute   {total:.3g} FLOPs in all; by 6 N, {six:,} a token, {six * tokens:.3g}",
         f"compile   {compiled(config, model)}",
         f"time      {took}",
@@ -136,6 +140,14 @@ def memory_lines(memory: Memory, batch: Batch, precision: Any, sharded: bool) ->
 
 def least(memory: Memory) -> str:
     return "at least " if memory.activations is None else ""
+
+
+def disk(config: dict[str, Any], batch: Batch, size: int) -> str:
+    """size: of a checkpoint, which holds the weights and the optimizer's state."""
+    plateau = end_of_plateau(build(config["schedule"])(num_steps=batch.num_steps), batch.num_steps)
+    kept = steps_to_keep(config["keep"], batch.num_steps) | ({plateau} if plateau else set())
+    most = config["keep"]["newest"] + len(kept)
+    return f"{gib(size)} a checkpoint, of which at most {most} stay: {gib(size * most)}"
 
 
 def gib(size: int) -> str:

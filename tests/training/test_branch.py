@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from models.build import build
 from models.language_model import LanguageModel
 from models.training import weights
 from models.training.branch import branch, common_steps
-from models.training.checkpoint import WholeFiles, newest_whole
+from models.training.checkpoint import Checkpoint, WholeFiles, mark, newest_whole, step_of
+from models.training.keep import steps_to_keep
+from models.training.preemption import Preemption
 from models.training.run import Run, difference
 from models.training.schedule import end_of_plateau, warmup_cosine, warmup_stable_decay
 from tests.started import Started
@@ -215,3 +218,57 @@ def test_the_end_of_a_plateau():
 def test_a_setting_that_is_younger_than_a_run_is_no_difference():
     assert difference({"seed": 0}, {"seed": 0, "init_from": None}) == ""
     assert difference({"seed": 0}, {"seed": 0, "init_from": "runs/a"}) != ""
+
+
+def test_which_checkpoints_stay():
+    nothing = {"newest": 2, "every": None, "at": [], "doubling": False}
+    assert steps_to_keep(nothing, 100) == set()
+    assert steps_to_keep(nothing | {"every": 0.3}, 100) == steps_to_keep(nothing | {"every": 30.0}, 100) == {30, 60, 90}
+    assert steps_to_keep(nothing | {"at": [0.001, 0.25, 70.0], "doubling": True}, 100) == {
+        1, 2, 4, 8, 16, 32, 64, 25, 70}  # fmt: skip
+    with pytest.raises(ValueError, match=r"keep\.at=\[101\] names step 101, and the run has 100"):
+        steps_to_keep(nothing | {"at": [101]}, 100)
+
+
+def saved_by(tmp_path, steps, **settings) -> Checkpoint:
+    """The callback at work on these steps, of which each third is due."""
+    found = Checkpoint(tmp_path, 3, 1000, Preemption(), **settings)
+    trainer = SimpleNamespace(is_global_zero=True, max_steps=1000, global_step=steps[0] - 1)
+    trainer.strategy = SimpleNamespace(broadcast=lambda x: x)
+    trainer.save_checkpoint = lambda path: found.files.save_checkpoint({}, path)
+    found.on_train_start(trainer, None)
+    for step in steps:
+        trainer.global_step = step
+        found._end_of_step(trainer)
+    return found
+
+
+def test_what_was_to_stay_stays_whatever_is_said_later(tmp_path):
+    """Others were unclear about the two rules, or deleted the wrong ones:
+    https://github.com/PrimeIntellect-ai/prime-rl/pull/1430,
+    https://github.com/kingoflolz/mesh-transformer-jax/issues/141,
+    https://github.com/huggingface/transformers/issues/27138."""
+
+    def there() -> list[int]:
+        return sorted(map(step_of, tmp_path.glob("*.ckpt")))
+
+    saved_by(tmp_path, range(1, 11), kept=frozenset({5}), plateau=4)
+    assert there() == [4, 5, 6, 9]
+    saved_by(tmp_path, range(10, 20))  # another keep and schedule: what was marked stays
+    assert there() == [5, 15, 18]
+    saved_by(tmp_path, range(19, 26), newest=3, kept=frozenset({18}))
+    assert there() == [5, 18, 21, 24]
+
+
+def test_what_was_to_stay_of_later_steps_is_moved(tmp_path):
+    run, before = run_with(tmp_path, [40, 50, 60, 95, 100], before={"schedule": WSD | {"warmup": 10}})
+    for step in (40, 60):
+        mark(run.checkpoints / f"step-{step:09d}.ckpt")
+    run.config |= {"tokens": 3000}
+    assert branch(run, before, main_process=True) == 50
+    assert sorted(path.name for path in (tmp_path / "checkpoints-100").iterdir()) == [
+        "step-000000060.ckpt", "step-000000060.ckpt.sha256", "step-000000060.keep"]  # fmt: skip
+    assert sorted(map(step_of, run.checkpoints.glob("*.ckpt"))) == [40, 50]
+    before = dict(run.config)
+    run.config |= {"schedule": WSD | {"warmup": 10, "decay": 0.85}}  # a decay from step 45 on begins at an earlier one
+    assert branch(run, before | {"schedule": WSD | {"warmup": 10}}, main_process=False) == 40
