@@ -108,7 +108,9 @@ def data(trained: Trained, given: argparse.Namespace, seq_len: int, longest: int
 
 
 def default_name(trained: Trained, given: argparse.Namespace, where: str) -> str:
-    """What it is evaluated on, and the step, where weights were named that need not be the run's last."""
+    """What it is evaluated on, and the step, where weights were named that need not be the run's last; of a mean of
+    several steps (average.py) its name.
+    """
     if given.tasks:
         name = "tasks-" + "-".join(given.tasks)
     elif given.text:
@@ -116,7 +118,9 @@ def default_name(trained: Trained, given: argparse.Namespace, where: str) -> str
     else:
         name = job_folder("", given.words) if given.words else "validation"
     earlier = trained.run and trained.path.name != "model" and not trained.run.samefile(Path(where).expanduser())
-    return f"{name}-step-{trained.step}" if earlier else name
+    own = trained.path.name.removeprefix("model-")
+    which = f"step-{trained.step}" if trained.path.is_file() or own.isdigit() else own
+    return f"{name}-{which}" if earlier else name
 
 
 def log(trained: Trained, name: str, result: dict[str, Any], picture: Path) -> None:
