@@ -64,6 +64,9 @@ KEYS = {
     "+callbacks.smaple.num_tokens=3": "callbacks.smaple has no class, _target_=...; did you mean callbacks.sample?",
     "clip_norm=fast": "clip_norm=fast must be a number",
     "compile=ja": "compile=ja must be true or false",
+    "keep=2": "keep=2 must be one of its settings: keep.newest=, keep.every=, keep.at=, keep.doubling=",
+    "keep.at=0.5": "keep.at=0.5 must be a list, like keep.at=[0.5]",
+    "keep.at=[a]": "keep.at=[a] must be a number",
 }
 SIGNS = {
     f"model # {REPORTS}/902": "model has no value: a setting is NAME=VALUE; did you mean model=...?",

@@ -24,7 +24,7 @@ def steps_to_keep(keep: dict[str, Any], num_steps: int) -> frozenset[int]:
     for place in keep["at"]:
         step = max(1, round(place * num_steps)) if place < 1 else int(place)
         if step > num_steps:
-            raise ValueError(f"keep.at={keep['at']} names step {step:,}, and the run has {num_steps:,}")
+            raise ValueError(f"keep.at names step {step:,}, and the run has {num_steps:,}")
         found.add(step)
     if keep["doubling"]:
         found |= {1 << i for i in range(num_steps.bit_length())}

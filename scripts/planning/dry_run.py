@@ -20,6 +20,7 @@ from data.text import Text
 from data.tokenizer import Trainable
 from models.build import build
 from models.language_model import LanguageModel, LanguageModelConfig
+from models.training import published, weights
 from models.training.branch import branch
 from models.training.checkpoint import step_of
 from models.training.job import checked
@@ -52,6 +53,8 @@ def dry_run(cfg: DictConfig) -> Result:
 def plan(config: dict[str, Any], batch: Batch) -> tuple[list[str], str]:
     """The lines, and one line for the end of a sweep. Raises ValueError for what the run would be refused for."""
     vocab_size, data = vocabulary(config, batch)
+    source = config["init_from"]
+    first = weights.find(source) if source and not published.is_name(source) else source  # nothing is downloaded
     trainer = config["trainer"]
     planned = Planned(LanguageModelConfig(vocab_size=vocab_size, **config["model"]), trainer["precision"])
     model, where = planned.model, device(trainer)
@@ -64,6 +67,7 @@ def plan(config: dict[str, Any], batch: Batch) -> tuple[list[str], str]:
     lines = [
         f"run       {standing(config)}",
         *(f"data      {line}" for line in data),
+        *([f"weights   of {first}"] if first else []),
         f"batch     {batch}",
         summary(model, batch.seq_len, where, dtype(trainer["precision"])),
         f"parts     {parts(model)}",
