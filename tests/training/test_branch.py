@@ -45,9 +45,9 @@ def started(folder, cache, *words: str) -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, cache):
-    """A run of ten steps, of which the last five are its decay."""
+    """A run of ten steps, of which the last five are its decay. The checkpoint of step 3 stays."""
     folder = tmp_path_factory.mktemp("finished")
-    assert "finished" in started(folder, cache, "name=run", "schedule.warmup=2")
+    assert "finished" in started(folder, cache, "name=run", "schedule.warmup=2", "keep.at=[3]")
     return folder
 
 
@@ -59,11 +59,7 @@ def test_more_tokens_are_the_longer_run_in_one_go(finished, tmp_path, cache):
     assert "goes on from step 5" in said and "finished" in said, said
     started(tmp_path / "once", cache, *LONGER)
     ours, theirs = tmp_path / "twice" / "run", tmp_path / "once" / "run"
-    a, b = (torch.load(newest_whole(run / "checkpoints")[0], weights_only=True) for run in (ours, theirs))
-    assert a["global_step"] == 20
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "guard", "callbacks"):
-        assert str(a[part]) == str(b[part]), part
-    assert all(torch.equal(x, b["state_dict"][name]) for name, x in a["state_dict"].items())
+    assert same_to_the_bit(ours, theirs) == 20
     trained = [
         [{k: v for k, v in row.items() if k.startswith("train/")} for row in rows(run)] for run in (ours, theirs)
     ]
@@ -77,6 +73,26 @@ def test_more_tokens_are_the_longer_run_in_one_go(finished, tmp_path, cache):
     assert "is finished" in started(tmp_path / "twice", cache, *LONGER)
     said = started(tmp_path / "twice", cache, *LONGER, "seed=1")
     assert "another config" in said and "seed: 0 before, 1 now" in said
+
+
+def same_to_the_bit(ours, theirs) -> int:
+    """Whether the last checkpoints are. Returns their step."""
+    a, b = (torch.load(newest_whole(run / "checkpoints")[0], weights_only=True) for run in (ours, theirs))
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "guard", "callbacks"):
+        assert str(a[part]) == str(b[part]), part
+    assert all(torch.equal(x, b["state_dict"][name]) for name, x in a["state_dict"].items())
+    return a["global_step"]
+
+
+@pytest.mark.slow
+def test_an_earlier_decay_begins_at_a_checkpoint_that_stayed(finished, tmp_path, cache):
+    """And is the run that had this decay from the first step on."""
+    shutil.copytree(finished / "run", tmp_path / "twice" / "run")
+    words = ["name=run", "schedule.warmup=2", "schedule.decay=0.7"]
+    assert "goes on from step 3" in started(tmp_path / "twice", cache, *words)
+    started(tmp_path / "once", cache, *words)
+    assert same_to_the_bit(tmp_path / "twice" / "run", tmp_path / "once" / "run") == 10
+    assert (tmp_path / "twice" / "run" / "checkpoints" / "step-000000003.ckpt").exists()
 
 
 @pytest.mark.slow
