@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from filelock import FileLock, Timeout
 
-from conf.schema import job_folder
+from conf.folders import job_folder, runs
 from models.build import build
-from models.training import origin
+from models.training import origin, published
 from models.training.logger import CsvLogger, Tolerant
 from models.training.run import Run
 from models.training.summary import quiet, say
@@ -123,6 +123,13 @@ def default_name(trained: Trained, given: argparse.Namespace, where: str) -> str
     return f"{name}-{which}" if earlier else name
 
 
+def home(trained: Trained, where: str) -> Path:
+    """Where its evaluations are kept: in the run, or in the exported folder. That of a model on the hub is a cache; it
+    has one of its name below runs/.
+    """
+    return Path(runs(), where.replace("/", "--")) if published.is_name(where) else trained.run or trained.path
+
+
 def log(trained: Trained, name: str, result: dict[str, Any], picture: Path) -> None:
     """To the loggers of the run but metrics.csv, under the run's own id: the curve of the training stays."""
     nodes = (trained.config or {}).get("logger", {}).values()
@@ -150,7 +157,7 @@ def main() -> None:
             trained = open_trained(where)
             say(f"model     {trained.path}")
             name = given.name or default_name(trained, given, where)
-            path = (trained.run or trained.path) / report.FOLDER / f"{name}.json"
+            path = home(trained, where) / report.FOLDER / f"{name}.json"
             result = evaluated(trained, given, path)
             report.write(path, result)
             say(f"\nwritten   {path}\n")

@@ -18,6 +18,7 @@ from data.tokenizer import Bpe, Bytes, HuggingFace
 from data.vocabulary import meanings, shared
 from models.language_model import LanguageModel
 from models.training import weights
+from scripts import evaluate
 from tests.test_language_model import model
 
 TEXT = "to be, or not to be: 文 é"
@@ -119,6 +120,8 @@ def test_a_name_on_the_hub_is_taken_from_its_cache(tmp_path, monkeypatch):
     ours = model("softmax", vocab_size=257).float()
     assert "models--me--small" in weights.load(ours, "me/small", Bytes())
     assert weights.open_trained("me/small").tokenizer().vocab_size == 257
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+    assert evaluate.home(weights.open_trained("me/small"), "me/small") == tmp_path / "runs" / "me--small"
     with pytest.raises(
         ValueError, match=r"^init_from=qwen/small is a model of model_type='qwen3'.*import_model\.py NAME"
     ):
