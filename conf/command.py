@@ -200,8 +200,13 @@ def no_key(key: str, said: str, typed: list[Word]) -> str:
 
 
 def wrong_type(cause: ValidationError, said: str, typed: list[Word]) -> str:
-    shown, _ = where(str(cause.full_key), said, typed)
+    shown, key = where(str(cause.full_key).partition("[")[0], said, typed)
     first = str(cause).splitlines()[0]
+    if "is not a subclass of" in first:
+        inner = ", ".join(f"{key}.{name}=" for name in known(typed, key).keys(key))
+        return f"{shown} must be one of its settings: {inner}"
+    if "is not a ListConfig" in first:
+        return f"{shown} must be a list, like {key}=[{shown.partition('=')[2]}]"
     for kind, must in {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}.items():
         if kind in first:
             return f"{shown} must be {must}"

@@ -26,6 +26,8 @@ FREE_TO_CHANGE = (
     "recompute",
     "cuda_graph",
     "guard",
+    "dry_run",
+    "keep",
 )
 
 LONGEST = 128  # characters of a run's name for wandb, and of a job's folder; file systems take 255 bytes
@@ -36,6 +38,17 @@ def refuse(run_dir: str, sentences: Iterable[str]) -> NoReturn:
     with suppress(OSError):
         os.rmdir(run_dir)
     sys.exit("error: " + "\n       ".join(sentences))
+
+
+def leave_none(run_dir: str) -> None:
+    """Takes a run's folder away, which Hydra made, and that of its sweep, where nothing is in them."""
+    root, folder = Path(runs()).absolute(), Path(run_dir).absolute()
+    with suppress(OSError):
+        folder.rmdir()
+        for parent in folder.parents:
+            if parent == root or not parent.is_relative_to(root):
+                break
+            parent.rmdir()
 
 
 def runs() -> str:

@@ -46,12 +46,23 @@ class Guard:
 
 
 @dataclass
+class Keep:
+    """Which checkpoints stay (models/training/keep.py)."""
+
+    newest: Whole = 2
+    every: float | None = None
+    at: list[float] = field(default_factory=list)
+    doubling: bool = False
+
+
+@dataclass
 class Config:
     """A run."""
 
     name: str = MISSING
     run_dir: str = MISSING
     overwrite: bool = False
+    dry_run: bool = False  # says what the run would take, and makes none
     init_from: str | None = None  # a run or an exported model whose weights are the first ones
     seed: Whole = 0
 
@@ -78,6 +89,7 @@ class Config:
     recompute: Any = "none"  # auto, none, all, or how many blocks (models/training/recompute.py)
     cuda_graph: bool = True
     overfit: bool = False
+    keep: Keep = field(default_factory=Keep)
     guard: Guard = field(default_factory=Guard)
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import Config, Guard, Model
+from conf.schema import Config, Guard, Keep, Model
 from data.batch import batch_arithmetic
 from models.build import near
 
@@ -64,6 +64,9 @@ NUMBERS = {
     "num_workers": WHOLE,
     "validate_every": INTERVAL,
     "checkpoint_every": INTERVAL,
+    "keep.newest": COUNT,
+    "keep.every": INTERVAL._replace(optional=True),
+    "keep.at[[]*": INTERVAL,
     "clip_norm": POSITIVE._replace(says="positive; a large one switches clipping off"),
     "guard.max_skipped": WHOLE,
     "guard.spike_score": POSITIVE._replace(optional=True),
@@ -181,7 +184,7 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def keys(config: dict[str, Any]) -> Iterator[str]:
     """Those that no dataclass of conf/schema.py has, which Hydra adds for a `+` without asking; and those that a `~`
     took away."""
-    for path, known in (("", Config), ("model.", Model), ("guard.", Guard)):
+    for path, known in (("", Config), ("model.", Model), ("guard.", Guard), ("keep.", Keep)):
         node = config.get(path[:-1], {}) if path else config
         names = [f.name for f in fields(known)]
         for key in node.keys() - set(names):

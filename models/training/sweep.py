@@ -52,6 +52,7 @@ class Sweep:
         self.page = page
         self.process = 0  # that in which the outcomes are collected; a launcher may start jobs in others
         self.outcomes: list[Outcome] = []
+        self.dry = False  # dry_run=true, which leaves nothing to compare
 
     def reported(self, main: Callable[[], Any]) -> Callable[[], Any]:
         """At the end of a sweep a line for each job, then the failures once more. The exit code is 1 if there are
@@ -68,7 +69,8 @@ class Sweep:
             failed = [(name, job) for name, job in self._named() if job.failed]
             say(f"\nsweep     {len(self.outcomes)} jobs, {len(failed)} failed")
             say("\n".join(f"  {name}   {'FAILED' if job.failed else job.says}" for name, job in self._named()))
-            self._compare()
+            if not self.dry:
+                self._compare()
             if failed:
                 say("\nfailed; the same command tries again, and leaves out the jobs that are finished:")
                 say("\n".join(f"  {name}   {job.says}\n      {job.folder}" for name, job in failed))
@@ -89,6 +91,7 @@ class Sweep:
                 return None
             folder = Path(HydraConfig.get().runtime.output_dir)
             result: Result = None
+            self.dry = cfg.dry_run
             if not (failure := self._twice(folder)):
                 with alone():
                     result, failure = _attempt(task, cfg)

@@ -65,6 +65,8 @@ def sections(source: Source) -> Iterator[str]:
     else:
         rows = [f"| {name.removeprefix('validation/')} | {value:.6g} |" for name, value in result.items()
                 if name.startswith("validation/") and isinstance(value, int | float)]  # fmt: skip
+        if averaged := result.get("averaged"):
+            yield f"These weights are the mean of those after {', '.join(f'{step:,}' for step in averaged)} steps."
         counts = [f"{name}: {result[name]:,}" for name in ("tokens", "flops") if result.get(name)]
         yield "\n".join(["## Metrics\n\n| validation | |\n| --- | --- |", *rows, f"\nTrained on {', '.join(counts)}."])
         versions = ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())

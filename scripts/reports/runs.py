@@ -112,7 +112,9 @@ def read(folder: Path, failure: str = "", words: list[str] | None = None) -> Rec
 def _below(folder: Path) -> list[Path]:
     found = []
     for path, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in WITHIN and not name.startswith((".", "model-")))
+        folders[:] = sorted(
+            name for name in folders if name not in WITHIN and not name.startswith((".", "model-", "checkpoints-"))
+        )
         if "config.yaml" in files:
             found.append(Path(path))
     return found
