@@ -26,7 +26,7 @@ FLOORS = (
     ("models.parts", "models.build", "models.loss", "models"),
 )
 ONLY = {
-    "fla": ("models.kernels.fla", "scripts.benchmarks.peers"),
+    "fla": ("models.kernels.fla", "scripts.benchmarks.peers", "scripts.exporting.fla_models"),
     "lightning": ("models.training", "conf.checks", "data.module", "train"),
 }
 
