@@ -51,8 +51,9 @@ def files(runtime: DictConfig) -> dict[str, dict[str, Path]]:
     found: dict[str, dict[str, Path]] = {}
     for source in runtime.config_sources:
         for folder in folders(source.schema, source.path) if source.provider != "hydra" else ():
-            for path in folder.glob("*/*.yaml"):
-                found.setdefault(path.parent.name, {}).setdefault(path.stem, path)
+            for path in [*folder.glob("*/*.yaml"), *folder.glob("hydra/*/*.yaml")]:
+                group = path.parent.relative_to(folder).as_posix()
+                found.setdefault(group, {}).setdefault(path.stem, path)
     return found
 
 
