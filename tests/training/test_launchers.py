@@ -81,18 +81,19 @@ def elsewhere(monkeypatch) -> list:
     return returned
 
 
+@pytest.mark.slow
 def test_jobs_elsewhere_are_told_like_those_in_this_process(swept, elsewhere, tmp_path):
     """Of jobs that fail, Hydra raises the first one's exception and drops the rest
     (https://github.com/hydra-ecosystem/hydra/issues/1377), and the resolvers of a config stay behind
     (https://github.com/hydra-ecosystem/hydra/issues/861). A loss that is not finite ended the whole study of Optuna
     (https://github.com/hydra-ecosystem/hydra/pull/3451)."""
-    code, said, seeds = swept("-m", "name=s", "seed=2,3,4,0")
-    assert code == 1 and seeds == [2, 3, 4, 0]
+    code, said, seeds = swept("-m", "name=s", "seed=2,3,0")
+    assert code == 1 and seeds == [2, 3, 0]
     table, failures = said.split("\nsweep     ")[1].split("\nfailed;")
-    assert table.startswith("4 jobs, 1 failed")
-    assert [line.split()[0] for line in table.splitlines()[1:5]] == ["seed=2", "seed=3", "seed=4", "seed=0"]
+    assert table.startswith("3 jobs, 1 failed")
+    assert [line.split()[0] for line in table.splitlines()[1:4]] == ["seed=2", "seed=3", "seed=0"]
     assert f"  seed=3   ValueError: seed=3 is bad\n      {tmp_path}/s/seed=3\n" in failures
-    assert [job.return_value for job in elsewhere] == [0.5, None, 0.25, None]
+    assert [job.return_value for job in elsewhere] == [0.5, None, None]
     assert not list(tmp_path.glob(".sweep-*")) and os.environ["PYTHONPATH"] == str(ROOT)
 
 
@@ -106,8 +107,8 @@ def test_a_job_that_is_killed_elsewhere_leaves_the_others_told(swept, elsewhere,
         raise RuntimeError("Job 17 was killed\nand more")
 
     monkeypatch.setattr(BasicLauncher, "launch", killed)
-    code, said, _ = swept("-m", "name=s", "seed=1,2")
-    assert code == 1 and "sweep     2 jobs, 0 failed" in said
+    code, said, _ = swept("-m", "name=s", "seed=1")
+    assert code == 1 and "sweep     1 jobs, 0 failed" in said
     assert (
         "the sweep itself ended early, and does not wait for jobs that still run: RuntimeError: Job 17 was killed\n"
         in said
