@@ -28,7 +28,7 @@ FLOORS = (
     ("models.parts", "models.build", "models"),
 )
 ONLY = {
-    "fla": ("models.kernels.fla", "scripts.benchmarks.peers"),
+    "fla": ("models.kernels.fla", "scripts.benchmarks.peers", "scripts.exporting.fla_models"),
     "lightning": ("models.training", "loggers", "conf.checks", "data.module", "train"),
 }
 
