@@ -81,8 +81,8 @@ def errors(
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_the_kernels_are_the_definition_interpreted():
-    """In blocks of 16 queries and keys. And the graph of a mixer is not broken by them: softmax, and the window whose
-    two means are put together by their log sums."""
+    """In blocks of 16 queries and keys. And the graph of a mixer is not broken by them: of a window, whose two means
+    are put together by their log sums."""
     code = """
     from tests.kernels.test_attention import *
     from tests.laws.presets import inputs, mixer
@@ -93,18 +93,16 @@ def test_the_kernels_are_the_definition_interpreted():
         leaf = x.clone().requires_grad_()
         return torch.autograd.grad(f(leaf, None, segments)[0].square().sum(), leaf)[0]
 
-    x, segments, graphs = inputs(1, 20, torch.float32), (torch.arange(20) // 7).unsqueeze(0), []
-    for preset in ("softmax", "sliding_window"):
-        m, plain = (mixer(preset, name, torch.float32, key_dim=16, value_dim=16) for name in ("triton", "torch"))
-        found, exact = gradient(torch.compile(m, fullgraph=True, backend="aot_eager")), gradient(plain)
-        graphs.append(((found - exact).norm() / exact.norm()).item())
-    print("FOUND", json.dumps([cases, graphs]))
+    x, segments = inputs(1, 20, torch.float32), (torch.arange(20) // 7).unsqueeze(0)
+    m, plain = (mixer("sliding_window", name, torch.float32, key_dim=16, value_dim=16) for name in ("triton", "torch"))
+    found, exact = gradient(torch.compile(m, fullgraph=True, backend="aot_eager")), gradient(plain)
+    print("FOUND", json.dumps([cases, ((found - exact).norm() / exact.norm()).item()]))
     """
-    cases, graphs = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
+    cases, graph = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
     assert cases.keys() == CASES.keys()
     for name, case in cases.items():
         assert all(error < 1e-5 for error in case.values()), (name, case)
-    assert all(error < 1e-5 for error in graphs), graphs
+    assert graph < 1e-5
 
 
 @pytest.mark.gpu
