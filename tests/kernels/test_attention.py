@@ -1,8 +1,9 @@
 """The kernels of softmax equal the definition: natively on a GPU, by Triton's interpreter on a CPU.
 
-What users of peers ran into, each a case here:
-  * documents that see each other in a packed row: https://github.com/huggingface/transformers/issues/27910
-  * a query that sees nothing makes NaN: https://github.com/pytorch/pytorch/issues/41508
+What users of peers ran into is among the cases:
+  * documents of a packed row that see each other: https://github.com/axolotl-ai-cloud/axolotl/pull/3796
+  * gradients that are wrong where the mask depends on data: https://github.com/pytorch/pytorch/issues/158212
+  * widths that are no power of two: https://github.com/pytorch/pytorch/issues/133321
 """
 
 from __future__ import annotations
