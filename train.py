@@ -3,6 +3,7 @@
     python train.py model=gated_delta                    # any machine, no downloads
     python train.py model=softmax size=170m data=fineweb_edu strategy=ddp logger=wandb
     python train.py -m model=softmax,gated_delta seed=1,2   # a sweep
+    python train.py size=1300m dry_run=true              # what it would take, and no run
     python train.py --help                               # the groups and what is in them
 
 The same command goes on after an interruption; exit code 75 asks for it. conf/train.yaml has the settings.
@@ -34,6 +35,10 @@ sweep = Sweep(report.of_sweep)
 def main(cfg: DictConfig) -> Result:
     if found := [*hidden(), *settings.mistakes(OmegaConf.to_container(cfg))]:
         refuse(HydraConfig.get().runtime.output_dir, found)
+    if cfg.dry_run:
+        from scripts.planning.dry_run import dry_run
+
+        return dry_run(cfg)
     from models.training.job import train  # with torch, Lightning and transformers, which take six seconds
 
     return train(cfg)

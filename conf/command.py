@@ -28,6 +28,11 @@ from conf.settings import DERIVED
 from models.build import near
 
 HYDRAS_OWN = "HYDRA_FULL_ERROR"
+PLUGINS = {  # of Hydra, that the extra `sweeps` in pyproject.toml installs: choice -> package
+    "hydra/launcher/submitit_local": "hydra-submitit-launcher>=1.2",
+    "hydra/launcher/submitit_slurm": "hydra-submitit-launcher>=1.2",
+    "hydra/sweeper/optuna": "hydra-optuna-sweeper>=1.3,<1.4",
+}
 
 
 def one_sentence(main: Callable[[], None]) -> Callable[[], None]:
@@ -95,6 +100,11 @@ def sentence(error: Exception, words: list[str]) -> str:
         return f"{folder} can't be made ({error.strerror}); RUNS, name= and run_dir= say where a run lives"
     if isinstance(error, OverrideParseException):
         return unreadable(error.override, words, typed)
+    for choice, package in PLUGINS.items():
+        if re.search(f"Could not (load|find) '{choice}'", said):
+            group = choice.rpartition("/")[0]
+            asked = next((word.bare for word in typed if word.group == group), group)
+            return f"{asked} needs a plugin of Hydra that is not installed: pip install '{package}'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         return no_option(error.missing_cfg_file, list(error.options), said, typed)
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
@@ -200,8 +210,13 @@ def no_key(key: str, said: str, typed: list[Word]) -> str:
 
 
 def wrong_type(cause: ValidationError, said: str, typed: list[Word]) -> str:
-    shown, _ = where(str(cause.full_key), said, typed)
+    shown, key = where(str(cause.full_key).partition("[")[0], said, typed)
     first = str(cause).splitlines()[0]
+    if "is not a subclass of" in first:
+        inner = ", ".join(f"{key}.{name}=" for name in known(typed, key).keys(key))
+        return f"{shown} must be one of its settings: {inner}"
+    if "is not a ListConfig" in first:
+        return f"{shown} must be a list, like {key}=[{shown.partition('=')[2]}]"
     for kind, must in {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}.items():
         if kind in first:
             return f"{shown} must be {must}"

@@ -26,6 +26,8 @@ FREE_TO_CHANGE = (
     "recompute",
     "cuda_graph",
     "guard",
+    "dry_run",
+    "keep",
 )
 
 LONGEST = 128  # characters of a run's name for wandb, and of a job's folder; file systems take 255 bytes
@@ -36,6 +38,17 @@ def refuse(run_dir: str, sentences: Iterable[str]) -> NoReturn:
     with suppress(OSError):
         os.rmdir(run_dir)
     sys.exit("error: " + "\n       ".join(sentences))
+
+
+def leave_none(run_dir: str) -> None:
+    """Takes a run's folder away, which Hydra made, and that of its sweep, where nothing is in them."""
+    root, folder = Path(runs()).absolute(), Path(run_dir).absolute()
+    with suppress(OSError):
+        folder.rmdir()
+        for parent in folder.parents:
+            if parent == root or not parent.is_relative_to(root):
+                break
+            parent.rmdir()
 
 
 def runs() -> str:
@@ -50,6 +63,23 @@ def run_id(run_dir: str) -> str:
     parts = path.relative_to(root).parts if path.is_relative_to(root) else path.parts[-2:]
     exact = "-".join(parts)
     return _shortened(re.sub(r"[^A-Za-z0-9_.-]+", "-", exact), exact)
+
+
+def sweep_of(run_dir: str, name: str) -> str | None:
+    """The name of the sweep of which a folder is a job, None for a run by itself."""
+    return name if _within(run_dir, name) else None
+
+
+def label(run_dir: str, name: str) -> str:
+    """What a run is called among others: a job by its overrides, which are its folder; a run by itself by its name."""
+    inside = _within(run_dir, name)
+    return name if inside is None else inside
+
+
+def _within(run_dir: str, name: str) -> str | None:
+    """The folder below that of the run's name; None where the run is in that itself, or elsewhere."""
+    path, parent = Path(run_dir).absolute(), Path(runs(), name).absolute()
+    return path.relative_to(parent).as_posix() if path != parent and path.is_relative_to(parent) else None
 
 
 def job_folder(name: str, overrides: Sequence[str]) -> str:

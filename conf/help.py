@@ -36,6 +36,7 @@ def help_text(*, _root_: DictConfig) -> str:
 def _lines(runtime: DictConfig, width: int) -> Iterator[str]:
     chosen = {(key.partition("@")[0], str(name)) for key, name in runtime.choices.items()}
     order = [*(key.partition("@")[0] for key in reversed(list(runtime.choices))), *INSIDE]  # which belong at the end
+    order += [key for key in runtime.choices if key.startswith("hydra/")]
     groups = files(runtime)
     for group in sorted(groups, key=lambda group: len(order) - order[::-1].index(group) if group in order else 999):
         longest = max(map(len, groups[group]))
@@ -51,8 +52,9 @@ def files(runtime: DictConfig) -> dict[str, dict[str, Path]]:
     found: dict[str, dict[str, Path]] = {}
     for source in runtime.config_sources:
         for folder in folders(source.schema, source.path) if source.provider != "hydra" else ():
-            for path in folder.glob("*/*.yaml"):
-                found.setdefault(path.parent.name, {}).setdefault(path.stem, path)
+            for path in [*folder.glob("*/*.yaml"), *folder.glob("hydra/*/*.yaml")]:
+                group = path.parent.relative_to(folder).as_posix()
+                found.setdefault(group, {}).setdefault(path.stem, path)
     return found
 
 

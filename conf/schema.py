@@ -15,7 +15,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from conf.folders import job_folder, run_id, runs
+from conf.folders import job_folder, label, run_id, runs, sweep_of
 from conf.help import help_text
 
 Whole = Any  # a whole number: also 1e6, which YAML and Hydra read as a float (conf/settings.py: whole_numbers)
@@ -46,12 +46,23 @@ class Guard:
 
 
 @dataclass
+class Keep:
+    """Which checkpoints stay (models/training/keep.py)."""
+
+    newest: Whole = 2
+    every: float | None = None
+    at: list[float] = field(default_factory=list)
+    doubling: bool = False
+
+
+@dataclass
 class Config:
     """A run."""
 
     name: str = MISSING
     run_dir: str = MISSING
     overwrite: bool = False
+    dry_run: bool = False  # says what the run would take, and makes none
     init_from: str | None = None  # a run or an exported model whose weights are the first ones
     seed: Whole = 0
 
@@ -78,6 +89,7 @@ class Config:
     recompute: Any = "none"  # auto, none, all, or how many blocks (models/training/recompute.py)
     cuda_graph: bool = True
     overfit: bool = False
+    keep: Keep = field(default_factory=Keep)
     guard: Guard = field(default_factory=Guard)
 
 
@@ -90,6 +102,8 @@ def register() -> None:
     OmegaConf.register_new_resolver("can_compile", can_compile, replace=True)
     OmegaConf.register_new_resolver("runs", runs, replace=True)
     OmegaConf.register_new_resolver("run_id", run_id, replace=True)
+    OmegaConf.register_new_resolver("label", label, replace=True)
+    OmegaConf.register_new_resolver("sweep_of", sweep_of, replace=True)
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
     OmegaConf.register_new_resolver("help_text", help_text, replace=True)
     OmegaConf.register_new_resolver("world_size", world_size, replace=True)

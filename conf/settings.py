@@ -5,6 +5,7 @@ conf/checks.py has the rest, which needs the classes that the settings are for.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import Config, Guard, Model
+from conf.schema import Config, Guard, Keep, Model
 from data.batch import batch_arithmetic
 from models.build import near
 
@@ -63,6 +64,9 @@ NUMBERS = {
     "num_workers": WHOLE,
     "validate_every": INTERVAL,
     "checkpoint_every": INTERVAL,
+    "keep.newest": COUNT,
+    "keep.every": INTERVAL._replace(optional=True),
+    "keep.at[[]*": INTERVAL,
     "clip_norm": POSITIVE._replace(says="positive; a large one switches clipping off"),
     "guard.max_skipped": WHOLE,
     "guard.spike_score": POSITIVE._replace(optional=True),
@@ -137,6 +141,9 @@ DERIVED = {
     "enable_checkpointing": "checkpoint_every",
 }
 
+# The library of a logger that not everybody has.
+LOGGERS = {"loggers.tensorboard.TensorBoard": "tensorboard", "loggers.mlflow.MLflow": "mlflow"}
+
 SECRET_NAME = re.compile(r"(^|_)(token|api_?key|secret|password|passwd|credentials?)$", re.IGNORECASE)
 SECRET_VALUE = re.compile(
     r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16})\b"
@@ -152,6 +159,7 @@ def mistakes(written: Any, config: Any = None) -> list[str]:
     found = [f"to be set: {path}=..." for path, value in sorted(leaves(written)) if value == MISSING]
     found += keys(config)
     found += classes(config)
+    found += libraries(config)
     found += numbers(config, dict(leaves(written)))
     found += run_folder(config)
     found += derived(config.get("trainer", {}))
@@ -176,7 +184,7 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def keys(config: dict[str, Any]) -> Iterator[str]:
     """Those that no dataclass of conf/schema.py has, which Hydra adds for a `+` without asking; and those that a `~`
     took away."""
-    for path, known in (("", Config), ("model.", Model), ("guard.", Guard)):
+    for path, known in (("", Config), ("model.", Model), ("guard.", Guard), ("keep.", Keep)):
         node = config.get(path[:-1], {}) if path else config
         names = [f.name for f in fields(known)]
         for key in node.keys() - set(names):
@@ -220,6 +228,14 @@ def whole_numbers(cfg: DictConfig) -> None:
             value = OmegaConf.select(cfg, path, throw_on_missing=True)
             if isinstance(value, str) or (isinstance(value, float) and value.is_integer()):
                 OmegaConf.update(cfg, path, int(value))
+
+
+def libraries(config: dict[str, Any]) -> Iterator[str]:
+    """Extras that a logger needs and that are not installed."""
+    for node in (config.get("logger") or {}).values():
+        library = LOGGERS.get(str(node.get("_target_"))) if isinstance(node, dict) else None
+        if library and importlib.util.find_spec(library) is None:
+            yield f"logger={library} needs {library}, which is not installed: pip install -e '.[{library}]'"
 
 
 def numbers(config: dict[str, Any], written: dict[str, Any]) -> Iterator[str]:

@@ -147,24 +147,31 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, segments: Tensor | None = None, cache: Cache | None = None
     ) -> tuple[Tensor, list[State]]:
         """input_ids [B, T] -> what the head reads [B, T, D], and the states after the last token."""
-        each, states = self._layers(self.embedding(input_ids), segments, cache)
-        return each[-1], states
+        states = self._states(cache)
+        (hidden,) = self._layers(self.embedding(input_ids), segments, states)
+        return hidden, cast("list[State]", states)
 
     def _layers(
-        self, x: Tensor, segments: Tensor | None, cache: Cache | None
-    ) -> tuple[tuple[Tensor, ...], list[State]]:
-        """What each block is given, and at last what the head is; the states."""
-        each, states = [], []
+        self, x: Tensor, segments: Tensor | None, states: list[State | None], every: bool = False
+    ) -> tuple[Tensor, ...]:
+        """What each block is given, where every is wanted, and at last what the head is. The states become those after
+        the last token, each as soon as it is there.
+        """
+        each = []
         for i, block in enumerate(self.blocks):
-            each.append(x)
-            state = None if cache is None else cache.states[i]
+            if every:
+                each.append(x)
             if self.gradient_checkpointing and self.training:
-                x, state = self._gradient_checkpointing_func(block.__call__, x, state, segments)
+                x, state = self._gradient_checkpointing_func(block.__call__, x, states[i], segments)
             else:
-                x, state = block(x, state, segments)
+                x, state = block(x, states[i], segments)
             held = torch.is_grad_enabled() or torch.compiler.is_compiling()  # the one by the graph of gradients
-            states.append(state if held else alone(state))
-        return (*each, self.norm(x)), states
+            states[i] = state if held else alone(state)
+        return (*each, self.norm(x))
+
+    def _states(self, cache: Cache | None) -> list[State | None]:
+        """A list to go on with, which is nobody else's."""
+        return [None] * len(self.blocks) if cache is None else list(cache.states)
 
     def _embedded(self, given: Tensor) -> Tensor:
         """input_ids [B, T] or inputs_embeds [B, T, D] as the latter."""
@@ -177,17 +184,13 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         grows = self.state_size(1 << 40) > self.state_size(1 << 39)
         return given.shape[1] if grows or not given.is_cuda else max(64, PIECE // len(given) // 64 * 64)
 
-    def _in_pieces(
-        self, given: Tensor, segments: Tensor | None, cache: Cache | None
-    ) -> tuple[tuple[Tensor, ...], list[State]]:
+    def _in_pieces(self, given: Tensor, segments: Tensor | None, states: list[State | None]) -> tuple[Tensor, ...]:
         """As _layers, where nothing but the last token and the states is wanted: a long prompt, a piece at a time."""
         size = self.piece(given)
         for start in range(0, given.shape[1], size):
             now = slice(start, start + size)
-            x = self._embedded(given[:, now])
-            each, states = self._layers(x, None if segments is None else segments[:, now], cache)
-            cache = Cache(states)
-        return each, states
+            found = self._layers(self._embedded(given[:, now]), None if segments is None else segments[:, now], states)
+        return found
 
     def forward(
         self,
@@ -248,10 +251,11 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
                 found = CausalLMOutputWithPast(None, step[0], cast("Any", step[1]))
                 return found.to_tuple() if return_dict is False else found
         last = plain and logits_to_keep == 1 and not torch.is_grad_enabled()
-        each, states = (
-            self._in_pieces(given, segments, past_key_values)
+        states = self._states(past_key_values)
+        each = (
+            self._in_pieces(given, segments, states)
             if last
-            else self._layers(self._embedded(given), segments, past_key_values)
+            else self._layers(self._embedded(given), segments, states, bool(wanted))
         )
         hidden, loss = each[-1], None
         if targets is not None:

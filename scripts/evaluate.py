@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from filelock import FileLock, Timeout
 
-from conf.schema import job_folder
+from conf.folders import job_folder, runs
 from models.build import build
-from models.training import origin
+from models.training import origin, published
 from models.training.logger import CsvLogger, Tolerant
 from models.training.run import Run
 from models.training.summary import quiet, say
@@ -108,7 +108,9 @@ def data(trained: Trained, given: argparse.Namespace, seq_len: int, longest: int
 
 
 def default_name(trained: Trained, given: argparse.Namespace, where: str) -> str:
-    """What it is evaluated on, and the step, where weights were named that need not be the run's last."""
+    """What it is evaluated on, and the step, where weights were named that need not be the run's last; of a mean of
+    several steps (average.py) its name.
+    """
     if given.tasks:
         name = "tasks-" + "-".join(given.tasks)
     elif given.text:
@@ -116,7 +118,16 @@ def default_name(trained: Trained, given: argparse.Namespace, where: str) -> str
     else:
         name = job_folder("", given.words) if given.words else "validation"
     earlier = trained.run and trained.path.name != "model" and not trained.run.samefile(Path(where).expanduser())
-    return f"{name}-step-{trained.step}" if earlier else name
+    own = trained.path.name.removeprefix("model-")
+    which = f"step-{trained.step}" if trained.path.is_file() or own.isdigit() else own
+    return f"{name}-{which}" if earlier else name
+
+
+def home(trained: Trained, where: str) -> Path:
+    """Where its evaluations are kept: in the run, or in the exported folder. That of a model on the hub is a cache; it
+    has one of its name below runs/.
+    """
+    return Path(runs(), where.replace("/", "--")) if published.is_name(where) else trained.run or trained.path
 
 
 def log(trained: Trained, name: str, result: dict[str, Any], picture: Path) -> None:
@@ -130,7 +141,8 @@ def log(trained: Trained, name: str, result: dict[str, Any], picture: Path) -> N
             for node in others:
                 moved = {"save_dir": str(trained.run)} if "save_dir" in node else {}  # with its folder, perhaps
                 logger = Tolerant(build({**node, **moved}))
-                logger.log_metrics(report.metrics(result, name), trained.step)
+                tokens = {"progress/tokens": float((trained.step or 0) * (trained.config or {})["batch_tokens"])}
+                logger.log_metrics(report.metrics(result, name) | tokens, trained.step)
                 if picture.exists():
                     logger.log_image(f"evaluation/{name}", picture)
                 logger.close(failed=False)
@@ -146,7 +158,7 @@ def main() -> None:
             trained = open_trained(where)
             say(f"model     {trained.path}")
             name = given.name or default_name(trained, given, where)
-            path = (trained.run or trained.path) / report.FOLDER / f"{name}.json"
+            path = home(trained, where) / report.FOLDER / f"{name}.json"
             result = evaluated(trained, given, path)
             report.write(path, result)
             say(f"\nwritten   {path}\n")

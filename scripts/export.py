@@ -3,6 +3,7 @@
     python scripts/export.py runs/NAME                   # as transformers' own architecture, or else code and all
     python scripts/export.py runs/NAME --to code         # code and all: opens with trust_remote_code=True
     python scripts/export.py runs/NAME --to qwen3_next   # as Qwen3-Next, or say why that can't be
+    python scripts/export.py runs/NAME --to fla          # as flash-linear-attention's model of this mixer
     python scripts/export.py FOLDER --folder there       # an exported model, and not into FOLDER/exported/
 
 A folder that transformers opens, with a README.md that says what the model is. docs/exporting.md has the details.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.build import current
 from models.training import origin
 from models.training.summary import quiet, say
-from scripts.exporting import qwen
+from scripts.exporting import fla_models, qwen
 from scripts.exporting.card import card
 from scripts.exporting.code import AUTO_MAP, write_code
 from scripts.exporting.source import Source, opened
 
-CODE = "code"
-TO = (*qwen.ARCHITECTURES, CODE)  # the first that fits is taken
+CODE, FLA = "code", "fla"
+TO = (*qwen.ARCHITECTURES, CODE, FLA)  # the first that fits is taken, so that fla, which needs a GPU, is for who asks
 MANY = 32_768  # positions, for a config whose run is not known; it limits nothing
 
 
@@ -66,7 +68,8 @@ def export(source: Source, to: str | None = None, folder: Path | None = None) ->
         as_code(source, draft, commit)
     else:
         positions = source.config["seq_len"] if source.config else MANY
-        qwen.as_qwen(source.model, architecture, positions).save_pretrained(draft)
+        made = fla_models.as_fla if architecture == FLA else partial(qwen.as_qwen, to=architecture)
+        made(source.model, max_positions=positions).save_pretrained(draft)
     has_tokenizer = source.save_tokenizer(draft)
     (draft / "README.md").write_text(card(source, architecture, commit, has_tokenizer))
     draft.rename(folder)
@@ -77,11 +80,16 @@ def choose(source: Source, to: str | None) -> tuple[str, list[str]]:
     """What it is exported as, and why not as what comes first. Raises ValueError where it is no `to`."""
     reasons: list[str] = []
     for architecture in TO if to is None else (to,):
-        reason = None if architecture == CODE else qwen.refusal(source.model, architecture)
-        if reason is None:
+        if (reason := _refusal(source, architecture)) is None:
             return architecture, reasons
         reasons.append(f"{architecture}: {reason}")
     raise ValueError(f"--to {reasons[0]}")
+
+
+def _refusal(source: Source, architecture: str) -> str | None:
+    if architecture == FLA:
+        return fla_models.refusal(source.model)
+    return None if architecture == CODE else qwen.refusal(source.model, architecture)
 
 
 def as_code(source: Source, folder: Path, commit: dict[str, Any]) -> None:

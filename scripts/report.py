@@ -35,7 +35,7 @@ def write(folders: Sequence[Path], to: Path | None = None) -> tuple[Path, str]:
     title = (
         folders[0].resolve().name if len(folders) == 1 else f"{len(folders)} folders of {path.parent.resolve().name}"
     )
-    draft = path.with_name(f".{path.name}.draft")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")  # jobs of an array may end at once
     draft.write_text(page.html(compared, records, title), encoding="utf-8")
     draft.replace(path)
     return path, tables.text(tables.results(compared))

@@ -8,6 +8,7 @@ to subprocess.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -58,6 +59,7 @@ class Started:
 
 def main(log: str, words: list[str], environment: dict[str, str], module: str) -> None:
     """In the process itself."""
+    gc.freeze()  # what was imported is no garbage: Lightning looks for some again and again
     os.environ.update(environment)
     os.chdir(ROOT)
     with open(log, "ab") as file:

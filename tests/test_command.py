@@ -66,6 +66,9 @@ KEYS = {
     "compile=ja": "compile=ja must be true or false",
     "recompute=ja": "recompute=ja is not one of auto, none, all, or how many of the blocks (0 to 4)",
     "recompute=5": "recompute=5 is more than the 4 blocks of model.num_layers=4; all is recompute=all",
+    "keep=2": "keep=2 must be one of its settings: keep.newest=, keep.every=, keep.at=, keep.doubling=",
+    "keep.at=0.5": "keep.at=0.5 must be a list, like keep.at=[0.5]",
+    "keep.at=[a]": "keep.at=[a] must be a number",
 }
 SIGNS = {
     f"model # {REPORTS}/902": "model has no value: a setting is NAME=VALUE; did you mean model=...?",

@@ -241,6 +241,6 @@ def test_what_is_exported_with_its_code_begins_a_run_here(tmp_path):
 def test_the_commands_of_the_docs_are_understood():
     page = (ROOT / "docs" / "exporting.md").read_text()
     commands = [line.split() for line in page.splitlines() if line.startswith("    python scripts/")]
-    assert len(commands) == 4
+    assert len(commands) == 5
     for _, script, *words in commands:
         {"scripts/export.py": arguments, "scripts/import_model.py": import_model.arguments}[script](words)

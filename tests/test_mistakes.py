@@ -55,6 +55,9 @@ CONFIGS = {
     "checkpoint_every=0": "checkpoint_every=0.0 must be positive",
     "checkpoint_every=-0.1": "checkpoint_every=-0.1 must be positive",
     "checkpoint_every=inf": "checkpoint_every=inf is not a finite number",
+    "keep.newest=0": "keep.newest=0 must be at least 1",
+    "keep.every=0": "keep.every=0.0 must be positive: below 1 a fraction of the run",
+    "keep.at=[0.5,2.5]": "keep.at[1]=2.5 must be positive: below 1 a fraction of the run",
     "log_every=0": "log_every=0 must be at least 1",
     "log_every=-10": "log_every=-10 must be at least 1",
     "clip_norm=0": "clip_norm=0.0 must be positive; a large one switches clipping off",
@@ -218,12 +221,32 @@ def nothing_trains(monkeypatch):
 
 
 choices = cache(composed)  # Hydra takes a quarter of a second for what it reads from files
+NODES = {name: name for name in ("model", "data", "tokenizer", "optimizer", "schedule", "logger")}
+NODES |= {"strategy": "trainer"}  # groups, and the node of the config that is all that they fill
+
+
+def chosen(groups):
+    """What Hydra composes of these choices: where each fills a node of its own, of configs with one choice each."""
+    names = [choice.split("=")[0] for choice in groups]
+    if not NODES.keys() >= set(names):
+        return deepcopy(choices(*groups))
+    cfg = deepcopy(choices())
+    for name, choice in zip(names, groups, strict=True):
+        cfg[NODES[name]] = choices(choice)[NODES[name]]
+    return cfg
+
+
+def test_every_choice_fills_a_node_of_its_own():
+    groups = ["model=hybrid", "optimizer=muon", "schedule=cosine", "data=mqar", "tokenizer=bpe", "strategy=fsdp"]
+    groups += ["logger=wandb"]
+    assert OmegaConf.to_container(chosen(groups)) == OmegaConf.to_container(composed(*groups))
+    assert len(groups) == len(NODES)
 
 
 def typed_config(overrides):
     """What Hydra would compose: the choices of groups by itself, the values as it sets them."""
     groups = [o for o in overrides if (CONF / o.split("=")[0].split("@")[0]).is_dir()]
-    cfg = deepcopy(choices(*groups))
+    cfg = chosen(groups)
     for override in OverridesParser.create().parse_overrides([o for o in overrides if o not in groups]):
         OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True, force_add=override.is_add())
     return cfg

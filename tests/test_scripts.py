@@ -29,8 +29,9 @@ def test_benchmark_prints_ours_beside_theirs(tmp_path):
     """The chunked delta rule beside transformers' fallback, the softmax layer beside Qwen3's, local linear attention by
     both of its solvers, one factor beside a solve for every token, the loss beside torch's: equal, and timed. And the
     feed-forward layer and every memory."""
-    done = script("scripts/benchmark.py", "ops", "--repeats", "1", "--json", str(tmp_path / "ops.json"))
-    assert done.returncode == 0, done.stderr
+    words = ["ops", "--repeats", "1", "--json", str(tmp_path / "ops.json")]
+    done = Started(tmp_path, words, {}, "scripts.benchmark")
+    assert done.end() and done.returncode == 0, done.said
     rows = json.loads((tmp_path / "ops.json").read_text())["rows"]
     alike = {row["name"]: row["error"] for row in rows if row["error"] is not None}
     named = {"transformers, chunked", "ours, chunked", "transformers, Qwen3Attention", "ours, Mixer"}
@@ -79,8 +80,9 @@ def test_figure_of_feature_kernels(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_momentum_accuracy(tmp_path):
     """Ours keeps its digits in float32 at every momentum; fla's formula is what it is."""
-    done = script("scripts/momentum_accuracy.py", "--tokens", "64", "--json", str(tmp_path / "rows.json"))
-    assert done.returncode == 0, done.stderr
+    words = ["--tokens", "64", "--json", str(tmp_path / "rows.json")]
+    done = Started(tmp_path, words, {}, "scripts.momentum_accuracy")
+    assert done.end() and done.returncode == 0, done.said
     assert all(max(row["ours"]) < 2e-6 for row in json.loads((tmp_path / "rows.json").read_text()))
 
 

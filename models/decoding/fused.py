@@ -7,7 +7,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.block import SwiGLU
@@ -15,6 +14,8 @@ from models.kernels import step as kernels
 from models.mixers.mixer import ACTIVATIONS, GATES, Mixer, State
 from models.parts.decay import NoDecay, ScalarDecay
 from models.parts.features import Identity
+from models.parts.linear import is_its_weight
+from models.parts.norm import RMSNorm
 from models.regression.linear.delta import STEPS, Delta
 from models.regression.linear.momentum import Momentum
 from models.regression.linear.references import State as Matrices
@@ -34,9 +35,18 @@ def refusal(mixer: nn.Module, device: torch.device, dtype: torch.dtype) -> str |
     others = mixer.shift, mixer.rotary, mixer.feature_norm
     if mixer.convolution is None or mixer.conv_on != "qkv" or any(x is not None for x in others):
         return "the kernels know keys by a short convolution, an activation and a norm of length one alone"
+    if not all(is_its_weight(layer) for layer in products(mixer)):
+        return "a projection is more than its weight"
     if mixer.output is None or isinstance(mixer.q_norm, nn.Module) or not isinstance(mixer.features, Identity):
         return "the kernels know no features, no learned norm of keys, and no mixer without a projection of its own"
     return kernels.refusal(device, dtype, mixer.key_dim, mixer.value_dim)
+
+
+def products(mixer: Any) -> list[nn.Linear]:
+    """The layers of a mixer that act on its input."""
+    of_decay = [mixer.decay.projection] if isinstance(mixer.decay, ScalarDecay) else []
+    of_momentum = [mixer.regressor.momentum] if isinstance(mixer.regressor, Momentum) else []
+    return [mixer.projection, *of_decay, mixer.regressor.step_size, *of_momentum]
 
 
 class FusedMixer:
@@ -48,10 +58,7 @@ class FusedMixer:
 
     def __init__(self, mixer: Any, dtype: torch.dtype) -> None:
         self.mixer, memory = mixer, mixer.regressor
-        of_decay = [mixer.decay.projection] if isinstance(mixer.decay, ScalarDecay) else []
-        of_momentum = [memory.momentum] if isinstance(memory, Momentum) else []
-        layers = [mixer.projection, *of_decay, memory.step_size, *of_momentum]
-        self.sources = [layer.weight for layer in layers]
+        self.sources = [layer.weight for layer in products(mixer)]
         rows = sum(len(w) for w in self.sources)
         self.weight = self.sources[0].new_zeros(rows + -rows % 8, self.sources[0].shape[1], dtype=dtype)
         self.refresh()
@@ -85,24 +92,39 @@ class FusedMixer:
         M, S = memory[:2] if isinstance(memory, Matrices) else (memory, None)
         assert state.tails[0] is not None
         states = kernels.States(M, S, state.tails[0], state.position)
-        pairs = F.linear(x[:, 0].to(self.weight.dtype), self.weight)
-        return mixer.output(kernels.mix(pairs, states, parameters, self.rule)).unsqueeze(1), state
+        pairs = kernels.product(x[:, 0].to(self.weight.dtype), self.weight)
+        return projected(mixer.output, kernels.mix(pairs, states, parameters, self.rule)).unsqueeze(1), state
+
+
+def projected(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), x [B, D], by a kernel where the layer is a product with a weight that x has the dtype of."""
+    if is_its_weight(layer) and isinstance(layer, nn.Linear) and layer.bias is None and layer.weight.dtype == x.dtype:
+        return kernels.product(x, layer.weight)
+    return layer(x)
 
 
 class FusedBlock:
     """models/block.py's Block for one token of a state. refusal: why its mixer is the layers', None where it is not."""
 
     def __init__(self, block: Any, device: torch.device, dtype: torch.dtype) -> None:
-        self.block = block
+        self.block, self.dtype = block, dtype
         self.refusal = refusal(block.mixer, device, dtype)
         self.mixer: Any = block.mixer if self.refusal else FusedMixer(block.mixer, dtype)
         self.swiglu = self.refusal is None and type(block.feed_forward) is SwiGLU
 
-    def __call__(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def __call__(self, x: Tensor, y: Tensor | None, state: State) -> tuple[Tensor, Tensor, State]:
+        """(x, y, state) -> (x, y, state), x [B, 1, D] the residual stream and y what is still to be added to it."""
         block, layer = self.block, self.block.feed_forward
-        y, state = self.mixer(block.mixer_norm(x), state)
-        x = x + y
-        y = block.feed_forward_norm(x)
+        x, h = self.added(x, y, block.mixer_norm)
+        y, state = self.mixer(h, state)
+        x, h = self.added(x, y, block.feed_forward_norm)
         if not self.swiglu:
-            return x + layer(y), state
-        return x + layer.output(kernels.swiglu(layer.up(y).squeeze(1))).unsqueeze(1), state
+            return x, layer(h), state
+        return x, projected(layer.output, kernels.swiglu(projected(layer.up, h[:, 0]))).unsqueeze(1), state
+
+    def added(self, x: Tensor, y: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """x + y, and its norm."""
+        if self.refusal is None and y is not None and type(norm) is RMSNorm and norm.eps is not None:
+            return kernels.add_and_norm(x, y, norm.weight, norm.eps, self.dtype)
+        x = x if y is None else x + y
+        return x, norm(x)

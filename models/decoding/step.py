@@ -91,6 +91,8 @@ def refusal(model: Any, ids: Tensor, cache: Cache) -> str | None:
     layers = (layer for layer in model.modules() if layer is not model)
     if any(x._forward_hooks or x._forward_pre_hooks or "forward" in vars(x) for x in layers):
         return "a layer has hooks, which a graph would leave out"
+    if any(type(x).__module__.startswith("peft.") for x in model.modules()):
+        return "a layer has an adapter, which may be switched at any token"
     found = _STEPS.get(model)
     return found if isinstance(found, str) else None
 
@@ -130,8 +132,9 @@ class Step:
         """Whether this step can go on from a cache."""
         if ids.shape != self.ids.shape or ids.device != self.ids.device or autocast_dtype(ids) != self.dtype:
             return False
-        same = self.buffers.owned_by(cache) or signature(cache.states) == self.buffers.signature
-        return same and not self.weights.moved
+        if self.buffers.owned_by(cache):
+            return (isinstance(cache, Held) and cache.spent) or not self.weights.moved
+        return signature(cache.states) == self.buffers.signature and not self.weights.moved
 
     def __call__(self, ids: Tensor, cache: Cache) -> tuple[Tensor, Held]:
         self._order()
@@ -196,11 +199,11 @@ class _OneToken(nn.Module):
         self.model, self.blocks = model, blocks
 
     def forward(self, ids: Tensor, states: Any) -> tuple[Tensor, list[Any]]:
-        x, after = self.model.embedding(ids), []
+        x, y, after = self.model.embedding(ids), None, []
         for block, state in zip(self.blocks, states, strict=True):
-            x, state = block(x, state)
+            x, y, state = block(x, y, state)
             after.append(state)
-        return self.model.head(self.model.norm(x)), after
+        return self.model.head(self.blocks[-1].added(x, y, self.model.norm)[1]), after
 
 
 def autocast_dtype(like: Tensor) -> torch.dtype | None:

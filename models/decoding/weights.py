@@ -21,6 +21,12 @@ class Weights:
     """
 
     def __init__(self, model: nn.Module, blocks: list[FusedBlock], dtype: torch.dtype | None) -> None:
+        self.places = [
+            (holder, name, x)
+            for module in model.modules()
+            for holder in (module._modules, module._parameters, module._buffers)
+            for name, x in holder.items()
+        ]
         self.tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
         self.mixers: list[FusedMixer] = [block.mixer for block in blocks if block.refusal is None]
         own = {id(source) for mixer in self.mixers for source in mixer.sources}
@@ -49,5 +55,7 @@ class Weights:
 
     @property
     def moved(self) -> bool:
-        """Whether a parameter is another tensor than it was."""
-        return any(a[0] != b[0] for a, b in zip(self.now(), self.stamp, strict=True))
+        """Whether a layer or a tensor of the model is another than it was, or elsewhere in memory."""
+        return any(holder.get(name) is not x for holder, name, x in self.places) or any(
+            x.data_ptr() != place for x, (place, _) in zip(self.tensors, self.stamp, strict=True)
+        )

@@ -52,3 +52,13 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels compute in 16 or 32 bits, not {dtype}"
     return None
+
+
+def refusal_of_gpu(device: torch.device, shared: int) -> str | None:
+    """Why this GPU can't run kernels that want bfloat16 or TF32 products and so many bytes of shared memory."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    if properties.major < 8:
+        return f"TF32 and bfloat16 products want compute capability 8, this GPU has {properties.major}"
+    if (has := properties.shared_memory_per_block_optin) < shared:
+        return f"the kernels want {shared >> 10} KB of shared memory, this GPU has {has >> 10}"
+    return None

@@ -1,5 +1,5 @@
 """flash-linear-attention: what it can do here, and the calls. The only file of the models that imports fla, and only
-inside functions (scripts/benchmarks/peers.py times it as it comes).
+inside functions (scripts/benchmarks/peers.py times it as it comes, scripts/exporting/fla_models.py makes its models).
 
 fla 0.6.0 without Triton imports as an empty package, and with Triton but no GPU it imports and fails at the first call,
 so neither is asked by importing it. Layout, log decays and float32 memories are this repository's own; the scale is

@@ -22,8 +22,9 @@ def branch(run: Run, before: dict[str, Any], main_process: bool) -> int | None:
     """The step from which the run, with `before` as its config until now, goes on with that which it has. None where
     more than tokens and schedule is another. Raises ValueError where no checkpoint of both is left.
 
-    What was made after that step is set aside: later checkpoints are deleted, the result and the model of a finished
-    run renamed to result-STEPS.json and model-STEPS.
+    What was made after that step is set aside: later checkpoints are deleted, but for those marked to stay, which are
+    moved to checkpoints-STEPS; the result and the model of a finished run are renamed to result-STEPS.json and
+    model-STEPS.
     """
     now = run.config
     if difference(before | {key: now[key] for key in ("tokens", "schedule")}, now):
@@ -72,6 +73,13 @@ def _what_to_do(run: Run, before: dict[str, Any]) -> str:
 def _set_aside(run: Run, step: int, steps: int) -> None:
     """In an order in which a kill leaves a run that either config can go on with."""
     say(f"{run.folder} was to have {steps:,} steps; with another length it goes on from step {step:,}")
+    marked = {step_of(path) for path in run.checkpoints.glob("step-*.keep")}
+    if later := [path for path in run.checkpoints.glob("step-*") if step_of(path) in marked and step_of(path) > step]:
+        aside = run.folder / f"checkpoints-{steps}"
+        aside.mkdir(exist_ok=True)
+        for path in later:
+            path.replace(aside / path.name)
+        say(f"its checkpoints from after that, as far as they were to stay, are in {aside.name} now")
     remove(run.checkpoints, lambda other: other > step)
     for old in (run.folder / "result.json", run.folder / "model"):
         if old.exists():

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from models.training.logger import CsvLogger, read_metrics
+from models.training.logger import CsvLogger, Tolerant, read_metrics
 from models.training.module import Training, position_ranges
 
 
@@ -57,6 +57,9 @@ class Sample(Callback):
                 return
         start, text = (task.tokenizer.decode(part.tolist()) for part in (ids[: len(prompt)], ids[len(prompt) :]))
         (Path(trainer.default_root_dir) / "sample.txt").write_text(f"{start}{text}\n", encoding="utf-8")
+        for logger in trainer.loggers:
+            if isinstance(logger, Tolerant):
+                logger.log_sample(start, text, trainer.global_step - 1)
         print(f"\nAfter {trainer.global_step:,} steps, a validation text ...\n\n{start}\n\n... goes on:\n\n{text}\n")
 
 
@@ -70,11 +73,17 @@ def _finite(ids: Tensor, scores: Tensor) -> Tensor:
 class LossPlot(Callback):
     """loss.png: training and validation loss against tokens, and the loss by position in the sequence at the end."""
 
+    FILE = "loss.png"
+
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._draw(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._draw(trainer)
+        picture = Path(trainer.default_root_dir) / self.FILE
+        for logger in trainer.loggers:
+            if isinstance(logger, Tolerant) and trainer.global_rank == 0 and picture.exists():
+                logger.log_image("loss", picture, trainer.global_step - 1)
 
     def _draw(self, trainer: L.Trainer) -> None:
         path = Path(trainer.default_root_dir) / CsvLogger.FILE
@@ -83,7 +92,7 @@ class LossPlot(Callback):
         batch = trainer.datamodule.batch
         if rows := read_metrics(path):
             try:
-                draw_loss(rows, batch.tokens, batch.seq_len, path.with_name("loss.png"))
+                draw_loss(rows, batch.tokens, batch.seq_len, path.with_name(self.FILE))
             except OSError as error:  # a full disk: no reason to end a run
                 print(f"warning: loss.png could not be written ({error.strerror})", flush=True)
 

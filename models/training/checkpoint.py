@@ -2,10 +2,11 @@
 
 checkpoints/step-000000020.ckpt         weights, optimizer, schedule, counters, random state; torch.load reads it
             step-000000020.ckpt.sha256  its checksum, as `sha256sum --check` reads it
+            step-000000020.keep         an empty file: this one is never deleted
 
 A checkpoint is written under another name, synced to the disk and renamed, its checksum before it; what has the name is
-whole, but for a failing disk, and that the checksum finds. The two newest are kept, and that of the step at which the
-learning rate begins to fall, if there is one. Under every strategy it is the one file that the first rank writes.
+whole, but for a failing disk, and that the checksum finds. keep.py says which ones stay. Under every strategy it is the
+one file that the first rank writes.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ from lightning.pytorch.callbacks import Callback
 from models.training.preemption import Preemption, Stopped
 from models.training.run import RunError
 
-KEPT = 2  # the newest, and one to go back to
-
 
 class Checkpoint(Callback):
     """Saves every `every` steps, at the end, and when the run is asked to stop, which it then does. It comes after the
@@ -36,14 +35,24 @@ class Checkpoint(Callback):
     while it validates then validates again when it goes on. (Lightning's ModelCheckpoint saves before either.) Where
     the file can't be written the run says so and goes on to the next try; at the end that is an error.
 
-    kept: a step at which it saves too, whose checkpoint stays (schedule.py: end_of_plateau).
+    newest, kept: how many of the last checkpoints stay, and steps at which it saves too, whose checkpoints stay
+        (keep.py), under another `kept` too, for they are marked.
+    plateau: a step at which it saves too, whose checkpoint stays as long as the schedule is this one (schedule.py:
+        end_of_plateau).
     """
 
     def __init__(
-        self, folder: str | Path, every: int, validate_every: int, preemption: Preemption, kept: int | None = None
+        self,
+        folder: str | Path,
+        every: int,
+        validate_every: int,
+        preemption: Preemption,
+        newest: int = 2,  # the newest, and one to go back to
+        kept: frozenset[int] = frozenset(),
+        plateau: int | None = None,
     ) -> None:
-        self.folder, self.every, self.validate_every, self.kept = Path(folder), every, validate_every, kept
-        self.preemption = preemption
+        self.folder, self.every, self.validate_every = Path(folder), every, validate_every
+        self.preemption, self.newest, self.kept, self.plateau = preemption, newest, kept, plateau
         self.finished = self.saved = 0  # the last step that is over, and that is in a file
         self.files = WholeFiles()
 
@@ -76,7 +85,7 @@ class Checkpoint(Callback):
         self.finished = trainer.global_step
         if self.finished == trainer.max_steps:  # then comes on_train_end
             return
-        if self.preemption.agreed or self.finished % self.every == 0 or self.finished == self.kept:
+        if self.preemption.agreed or self.finished % self.every == 0 or self._stays(self.finished):
             self._save(trainer)
         if self.preemption.agreed:
             raise Stopped(self.preemption, f"after step {self.finished:,}; saved is step {self.saved:,}")
@@ -100,9 +109,15 @@ class Checkpoint(Callback):
             return error
         self.saved = step
         if trainer.is_global_zero:
-            newest = sorted(self.folder.glob("step-*.ckpt"))[-KEPT:]
-            remove(self.folder, lambda step: step < step_of(newest[0]) and step != self.kept)
+            if step in self.kept:
+                mark(path)
+            newest = sorted(self.folder.glob("step-*.ckpt"))[-self.newest :]
+            marked = {step_of(path) for path in self.folder.glob("step-*.keep")}
+            remove(self.folder, lambda step: step < step_of(newest[0]) and not self._stays(step) and step not in marked)
         return ""
+
+    def _stays(self, step: int) -> bool:
+        return step in self.kept or step == self.plateau
 
     # the random state of every rank; Lightning saves none
 
@@ -204,6 +219,14 @@ def sync_folder(folder: Path) -> None:
 
 def checksum_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
+
+
+def mark(path: Path) -> None:
+    """As one that stays, whatever `keep` says later. A full disk is a warning: it stays under this `keep`."""
+    try:
+        path.with_suffix(".keep").touch()
+    except OSError as error:
+        print(f"warning: {path.with_suffix('.keep')} could not be written ({error.strerror})", flush=True)
 
 
 def step_of(path: Path) -> int:

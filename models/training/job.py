@@ -11,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from conf import schema, settings
 from conf.checks import dtype, mistakes
 from conf.folders import refuse
-from data.batch import batch_arithmetic, every
+from data.batch import Batch, batch_arithmetic, every
 from data.module import DataModule, OtherDataError, misfits
+from loggers.about import about
 from models.build import build
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training import weights
@@ -20,7 +21,8 @@ from models.training.branch import branch
 from models.training.checkpoint import Checkpoint, newest_whole, step_of
 from models.training.finish import ending, finish
 from models.training.guards import Guard
-from models.training.logger import Tolerant
+from models.training.keep import steps_to_keep
+from models.training.logger import Tolerant, logged
 from models.training.memory import why
 from models.training.module import Training
 from models.training.preemption import Preemption
@@ -52,10 +54,11 @@ def train(cfg: DictConfig) -> Result:
         say(f"batch     {datamodule.batch}\n{overview}")
         say("\n".join(filter(None, [*torn, f"going on from {checkpoint}" if checkpoint else begun])))
         with ending(trainer, run):
+            seen = logged(run.folder)
             for logger in trainer.loggers:
                 if isinstance(logger, Tolerant):
-                    logger.resume(step_of(checkpoint) if checkpoint else 0)
-                logger.log_hyperparams(run.config)
+                    logger.resume(step_of(checkpoint) if checkpoint else 0, seen)
+                logger.log_hyperparams(run.config | about(module.model, datamodule.batch.seq_len, run.origin))
             try:
                 trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
                 if (step := trainer.global_step) < module.num_steps:
@@ -66,16 +69,22 @@ def train(cfg: DictConfig) -> Result:
         return run.result
 
 
-def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Training, DataModule, Run, str]:
-    """Everything that a run needs, checked and built, but not trained. Raises ValueError for the user's mistakes."""
+def checked(cfg: DictConfig) -> tuple[dict[str, Any], Batch]:
+    """The settings as plain containers, and what they make of a batch. Raises ValueError with all that is wrong."""
     settings.whole_numbers(cfg)
     if found := mistakes(cfg):
         raise ValueError("\n       ".join(found))
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     world_size = schema.world_size(cfg.trainer.devices, cfg.trainer.num_nodes)
-    batch = batch_arithmetic(cfg.batch_tokens, cfg.seq_len, cfg.micro_batch, world_size, cfg.tokens)
+    return plain, batch_arithmetic(cfg.batch_tokens, cfg.seq_len, cfg.micro_batch, world_size, cfg.tokens)
+
+
+def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Training, DataModule, Run, str]:
+    """Everything that a run needs, checked and built, but not trained. Raises ValueError for the user's mistakes."""
+    plain, batch = checked(cfg)
     validate_every = every(cfg.validate_every, batch.num_steps, "validate_every")
     checkpoint_every = every(cfg.checkpoint_every, batch.num_steps, "checkpoint_every")
+    kept = steps_to_keep(plain["keep"], batch.num_steps)
     run = Run(cfg.run_dir, plain)
     if cfg.init_from and not run.checkpoints.exists():
         weights.find(cfg.init_from)
@@ -100,7 +109,8 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
     guards: dict[str, Any] = {"guard": Guard(cfg.guard.max_skipped, cfg.guard.spike_score), "preemption": preemption}
     module = Training(model, num_steps=batch.num_steps, clip_norm=cfg.clip_norm, **parts, **counts, **guards)
     plateau = end_of_plateau(module.schedule, batch.num_steps)
-    checkpoints = Checkpoint(run.checkpoints, checkpoint_every, validate_every, preemption, plateau)
+    which = (cfg.keep.newest, kept, plateau)
+    checkpoints = Checkpoint(run.checkpoints, checkpoint_every, validate_every, preemption, *which)
     last = [preemption, checkpoints, Watchdog(cfg.guard.timeout)]
     trainer = build(
         cfg.trainer,
@@ -115,9 +125,10 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
         enable_checkpointing=False,  # models.training.checkpoint.Checkpoint
         log_every_n_steps=min(cfg.log_every, batch.num_steps),
     )
-    if trainer.world_size != world_size:
+    if trainer.world_size != batch.world_size:
         raise ValueError(
-            f"trainer.devices={cfg.trainer.devices} means {world_size} processes, and {trainer.world_size} were started"
+            f"trainer.devices={cfg.trainer.devices} means {batch.world_size} processes, and {trainer.world_size} were "
+            "started"
         )
     overview = summary(model, cfg.seq_len, trainer.strategy.root_device, dtype(trainer.precision))
     run.enter(trainer.is_global_zero, branch)

@@ -48,7 +48,7 @@ class CsvLogger(Logger):
         """Nothing: config.yaml stands beside metrics.csv."""
 
     @rank_zero_only
-    def resume(self, step: int) -> None:
+    def resume(self, step: int, seen: dict[int, set[str]] | None = None) -> None:
         """Keeps what was logged before the optimizer's step `step` and forgets the rest."""
         path = self.folder / self.FILE
         self.rows, self.columns = {}, ["step"]
@@ -102,6 +102,7 @@ class Tolerant(Logger):
     def __init__(self, logger: Any) -> None:  # a Logger, with an experiment, which Logger does not declare
         super().__init__()
         self.logger, self.failed = logger, False
+        self.last: tuple[int | None, dict[str, float]] | None = None  # row
 
     def _try(self, action: Callable[[], Any]) -> Any:
         if self.failed:
@@ -131,20 +132,29 @@ class Tolerant(Logger):
     def experiment(self) -> Any:
         return self._try(lambda: self.logger.experiment)
 
-    def resume(self, step: int) -> None:
-        if isinstance(self.logger, CsvLogger):
-            self._try(lambda: self.logger.resume(step))
+    def resume(self, step: int, seen: dict[int, set[str]] | None = None) -> None:
+        """Training begins at this step. seen: the metrics that have been logged already, by step."""
+        if hasattr(self.logger, "resume"):
+            self._try(lambda: self.logger.resume(step, seen or {}))
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         self._try(lambda: self.logger.log_hyperparams(params, *args, **kwargs))
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self._try(lambda: self.logger.log_metrics(metrics, step=step))
+        """Once: checkpoint.py has a row logged before it saves, and Lightning logs it again behind that."""
+        if (step, metrics) != self.last:
+            self.last = (step, dict(metrics))
+            self._try(lambda: self.logger.log_metrics(metrics, step=step))
 
     def log_image(self, name: str, path: Path, step: int | None = None) -> None:
         """A picture, where the logger takes any as wandb does."""
         if hasattr(self.logger, "log_image"):
             self._try(lambda: self.logger.log_image(name, [str(path)], step=step))
+
+    def log_sample(self, prompt: str, text: str, step: int) -> None:
+        """A text that the model wrote, where the logger takes any."""
+        if hasattr(self.logger, "log_sample"):
+            self._try(lambda: self.logger.log_sample(prompt, text, step))
 
     def save(self) -> None:
         self._try(self.logger.save)
@@ -160,6 +170,8 @@ class Tolerant(Logger):
             self._try(lambda: experiment.finish(exit_code=int(failed)))
         elif hasattr(experiment, "end"):  # Comet
             self._try(experiment.end)
+        elif hasattr(experiment, "close"):  # TensorBoard
+            self._try(experiment.close)
 
 
 def cells(text: str) -> list[dict[str, str]]:
@@ -167,6 +179,13 @@ def cells(text: str) -> list[dict[str, str]]:
     # a row that was cut off by a kill has too few cells: None
     rows = csv.DictReader(text.splitlines())
     return [{name: cell for name, cell in row.items() if cell not in ("", None)} for row in rows]
+
+
+def logged(folder: Path) -> dict[int, set[str]]:
+    """By step, the metrics in the folder's metrics.csv."""
+    path = folder / CsvLogger.FILE
+    text = path.read_text() if path.exists() else ""
+    return {int(float(row["step"])): row.keys() - {"step"} for row in cells(text[: text.rfind("\n") + 1])}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:

@@ -177,6 +177,7 @@ class Training(L.LightningModule):
                 "train/loss": self.loss,
                 "train/gradient_norm": length,
                 "train/learning_rate": optimizer.param_groups[0]["lr"],
+                **self.progress(step),
                 **self.guard.metrics(),
                 **{name: x.item() for name, x in (self._told or self._regressors()).items()},
             }
@@ -185,9 +186,11 @@ class Training(L.LightningModule):
     def setup(self, stage: str) -> None:
         self.flops_per_token = 3 * self.model.flops_per_token(self.trainer.datamodule.batch.seq_len)
 
-    def progress(self) -> dict[str, float]:
-        """The tokens that were trained on, and the FLOPs that this took: forward, and twice as many backward."""
-        tokens = float(self.trainer.global_step * self.trainer.datamodule.batch.tokens)
+    def progress(self, steps: int | None = None) -> dict[str, float]:
+        """The tokens that were trained on in so many steps (None: all so far), and the FLOPs that this took: forward,
+        and twice as many backward."""
+        steps = self.trainer.global_step if steps is None else steps
+        tokens = float(steps * self.trainer.datamodule.batch.tokens)
         return {"progress/tokens": tokens, "progress/flops": tokens * self.flops_per_token}
 
     def _regressors(self) -> dict[str, Tensor]:

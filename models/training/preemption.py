@@ -1,4 +1,4 @@
-"""Asked to stop: SIGTERM, SIGUSR1 and ctrl-c.
+"""Asked to stop: SIGTERM, SIGUSR1, SIGUSR2 and ctrl-c.
 
 A run that is asked to stop saves after the optimizer step that it is in, on all ranks together, whichever of them was
 asked, and exits with the codes below. Asked while it validates or saves, it does so after the step that follows.
@@ -6,11 +6,12 @@ asked, and exits with the codes below. Asked while it validates or saves, it doe
     75    not finished, and nothing is wrong: the same command goes on        (EX_TEMPFAIL of sysexits.h)
     130   the same, after ctrl-c
 
-SIGUSR1 is what Slurm sends ahead of a time limit (`sbatch --signal=USR1@120`): the job is then put back into the queue.
+SIGUSR1 is what Slurm sends ahead of a time limit (`sbatch --signal=USR1@120`), and SIGUSR2 where submitit submitted the
+job: the job is then put back into the queue.
 SIGTERM is not answered so, because it also is what scancel sends, and a job that Slurm preempts is requeued by Slurm.
 
 Before training, while data are prepared, there is nothing to save, and the run stops at once. After the last step it
-is finished in any case. A second SIGTERM or SIGUSR1 changes nothing; a second ctrl-c ends the run without saving.
+is finished in any case. A second signal of these changes nothing; a second ctrl-c ends the run without saving.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 UNFINISHED = 75
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+AHEAD = (signal.SIGUSR1, signal.SIGUSR2)  # of a time limit
+SIGNALS = (signal.SIGTERM, *AHEAD, signal.SIGINT)
 
 
 class Stopped(SystemExit):
@@ -73,7 +75,7 @@ class Preemption(Callback):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         again = self.signal is not None
         self.signal = self.signal or signal.Signals(number)
-        self.requeue |= number == signal.SIGUSR1
+        self.requeue |= number in AHEAD
         if os.getpid() != self.process:  # a loader's worker, forked: signals to the whole group are not its business,
             if again and number == signal.SIGTERM:  # but its owner's are, which come after
                 signal.signal(number, signal.SIG_DFL)
@@ -103,8 +105,12 @@ class Preemption(Callback):
 
 
 def requeue() -> None:
-    """Puts a Slurm job back into the queue. The last thing that the first rank does, because it ends the job."""
+    """Puts a Slurm job back into the queue. The last thing that the first rank does, because it ends the job. Of an
+    array it names the task: one of them has the id of all in SLURM_JOB_ID, and would put all back.
+    """
     if job := os.environ.get("SLURM_JOB_ID"):
+        if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+            job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
         print(f"putting job {job} back into the queue", flush=True)
         try:
             subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)

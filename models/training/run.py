@@ -3,13 +3,15 @@ says so.
 
 runs/NAME/config.yaml        what was asked for, every value resolved
           metrics.csv        a row a step
-          checkpoints/       the two newest
+          checkpoints/       the two newest, and those that stay (keep.py)
           loss.png  sample.txt  regression.png
           regression.jsonl   what the memories hold (regression.py)
           model/             when finished: save_pretrained's folder, with the tokenizer
           result.json        when finished: the last validation, and what computed it (origin.py)
-          model-N  result-N.json   of a run that was finished after N steps and went on from before its decay
+          model-N  result-N.json  checkpoints-N   of a run that was finished after N steps and went on from before
+                             its decay
           evaluations/       what scripts/evaluate.py found, docs/evaluating.md
+          loggers.json       under which names services know the run (loggers/identity.py)
           .lock              held by the process that trains here
           .ranks/            what each of several processes is doing (watchdog.py)
 """
@@ -27,6 +29,8 @@ from omegaconf import OmegaConf
 
 from conf.folders import FREE_TO_CHANGE
 from models.build import current
+
+DRY_RUN = "dry run"  # the key of what stands for a result where none was made
 
 
 class RunError(RuntimeError):
@@ -130,7 +134,9 @@ def difference(before: Any, now: Any, path: str = "") -> str:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """The numbers that matter of a result, in one line."""
+    """The numbers that matter of a result, in one line; of a dry run its line."""
+    if DRY_RUN in result:
+        return result[DRY_RUN]
     shown = {
         "validation/bits_per_byte": "bits per byte",
         "validation/accuracy": "accuracy",

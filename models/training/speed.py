@@ -5,12 +5,14 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from models.training.logger import CsvLogger, read_metrics
 from models.training.module import Training
 
 # Dense bf16 tensor-core peaks in FLOP/s, from the makers' data sheets (which headline twice as much, for 2:4 sparsity),
@@ -52,7 +54,9 @@ def memory_gb(device: torch.device) -> float:
 
 
 class Throughput(Callback):
-    """Tokens per second, MFU and memory, over the steps since the last report (validation and checkpoints left out)."""
+    """Tokens per second, MFU and memory, over the steps since the last report (validation and checkpoints left out).
+    And speed/seconds: of training since the run began, those before an interruption too, without validations.
+    """
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.tokens_per_step = trainer.datamodule.batch.tokens
@@ -60,18 +64,26 @@ class Throughput(Callback):
             torch.cuda.reset_peak_memory_stats(module.device)  # what was before, an earlier job of a sweep, has its own
         self.steps = 0
         self.started: float | None = None
+        self.counted: float | None = None  # until when time is in self.seconds
+        self.seconds = _seconds_before(Path(trainer.default_root_dir) / CsvLogger.FILE)
         self.rates: list[float] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
-        if self.started is None:
-            self.started = time.perf_counter()
+        now = time.perf_counter()
+        self.started = now if self.started is None else self.started
+        self.counted = now if self.counted is None else self.counted
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.fit_loop._should_accumulate():
             return
         self.steps += 1
-        if trainer.global_step % trainer.log_every_n_steps == 0 and self.started is not None:
+        assert self.started is not None and self.counted is not None
+        if trainer.global_step % trainer.log_every_n_steps == 0:
             self._report(trainer, module, self.started)
+        now = time.perf_counter()
+        self.seconds, self.counted = self.seconds + now - self.counted, now
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            module.log("speed/seconds", self.seconds, rank_zero_only=True)
 
     def _report(self, trainer: L.Trainer, module: L.LightningModule, started: float) -> None:
         """Waits for the GPU, so that what was timed is what was done."""
@@ -80,7 +92,7 @@ class Throughput(Callback):
             torch.cuda.synchronize(module.device)
         rate = self.steps * self.tokens_per_step / (time.perf_counter() - started)
         self.rates.append(rate)
-        metrics = {"speed/tokens_per_second": rate, **module.progress()}
+        metrics = {"speed/tokens_per_second": rate}
         if (share := mfu(module, rate)) is not None:
             metrics["speed/mfu"] = share
         if module.device.type == "cuda":
@@ -90,6 +102,11 @@ class Throughput(Callback):
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.steps, self.started = 0, None  # a window that validation interrupts is not reported
+        self.counted = None
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            module.log("speed/seconds", self.seconds, rank_zero_only=True)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -102,3 +119,9 @@ class Throughput(Callback):
             return "too short a run to measure its speed"
         share = mfu(module, rate)
         return f"{rate:,.0f} tokens/s" + ("" if share is None else f", MFU {share:.1%}")
+
+
+def _seconds_before(path: Path) -> float:
+    """Of training, as metrics.csv has them when a run goes on; 0 where it has none."""
+    rows = read_metrics(path) if path.exists() else []
+    return max((row["speed/seconds"] for row in rows if "speed/seconds" in row), default=0.0)

@@ -6,26 +6,36 @@ What a process keeps from one job to the next, and what is done about it: variab
 command line, by which Lightning starts other ranks (put back); the process group (ended); compiled code, of which torch
 keeps eight versions a function (forgotten); memory of the GPU and its peak (freed, counted anew). Loggers, locks and
 threads end with their run: models/training/finish.py.
+
+A launcher such as submitit's takes each job to a process of its own, perhaps on another machine. It pickles the Sweep,
+and what happens there is told in files, since all that Hydra brings back of a job that failed is an exception.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import json
+import math
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import open_dict, read_write
 
+from conf import schema
+from conf.folders import runs
 from models.training.run import describe
 
+ROOT = Path(__file__).parents[2]
 Result = dict[str, Any] | None  # of a run, None on a rank that does not write it
 
 
@@ -52,6 +62,27 @@ class Sweep:
         self.page = page
         self.process = 0  # that in which the outcomes are collected; a launcher may start jobs in others
         self.outcomes: list[Outcome] = []
+        self.dry = False  # dry_run=true, which leaves nothing to compare
+        self.told: Path | None = None  # the folder in which the others tell theirs, if there are any
+        self.script = ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a launcher that takes it elsewhere. The process there must find this repository and the folder."""
+        self.told = self.told or Path(runs()).absolute() / f".sweep-{uuid4().hex}"
+        self.told.mkdir(parents=True, exist_ok=True)
+        paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        if str(ROOT) not in paths:
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), *paths]))
+        return vars(self) | {"process": 0, "outcomes": [], "script": sys.argv[0]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Elsewhere. Hydra brings its config along, but not the resolvers; and Lightning starts other ranks, and
+        origin.py tells the command, by what this process would have been started with.
+        """
+        vars(self).update(state)
+        schema.register()
+        sys.argv = [self.script]
+        sys.modules["__main__"].__spec__ = None
 
     def reported(self, main: Callable[[], Any]) -> Callable[[], Any]:
         """At the end of a sweep a line for each job, then the failures once more. The exit code is 1 if there are
@@ -59,27 +90,55 @@ class Sweep:
 
         @functools.wraps(main)
         def wrapped() -> None:
-            self.process, self.outcomes = os.getpid(), []
-            main()
+            self.process, self.outcomes, self.told = os.getpid(), [], None
+            try:
+                ended = self._end_of(main)
+                self.outcomes += self._heard()
+            finally:
+                if self.told:
+                    shutil.rmtree(self.told, ignore_errors=True)
             if not self.outcomes:
+                if ended:
+                    raise ended
                 return
             from models.training.summary import say  # with torch, which the jobs have imported
 
             failed = [(name, job) for name, job in self._named() if job.failed]
             say(f"\nsweep     {len(self.outcomes)} jobs, {len(failed)} failed")
             say("\n".join(f"  {name}   {'FAILED' if job.failed else job.says}" for name, job in self._named()))
-            self._compare()
+            if not self.dry:
+                self._compare()
             if failed:
                 say("\nfailed; the same command tries again, and leaves out the jobs that are finished:")
                 say("\n".join(f"  {name}   {job.says}\n      {job.folder}" for name, job in failed))
+            if isinstance(ended, Exception):
+                traceback.print_exception(ended)
+            if ended:
+                say(f"\nthe sweep itself ended early, and does not wait for jobs that still run: {_reason(ended)}")
+            if failed or ended:
                 sys.exit(1)
 
         return wrapped
 
+    def _end_of(self, main: Callable[[], Any]) -> SystemExit | Exception | None:
+        """What ended the sweep before its jobs: a launcher's job that was killed, a sweeper that has nothing to choose
+        from. To be asked to stop is raised.
+        """
+        try:
+            main()
+        except SystemExit as stop:
+            if not isinstance(stop.code, str):
+                raise
+            return stop
+        except Exception as error:
+            return error
+        return None
+
     def job(self, task: Callable[[Any], Result]) -> Callable[[Any], float | None]:
         """Runs one job. A mistake in its settings, an exception and a lack of memory end the job and not the sweep;
         being asked to stop ends the sweep. Returns the validation loss in nats per token, which is what a sweeper like
-        Optuna minimises. Raises JobError where Hydra's launcher runs jobs in other processes, which report it.
+        Optuna minimises; None where there is none or it is not finite, which makes Optuna's trial a failed one. Raises
+        JobError in another process from which it can't be told otherwise.
         """
 
         @functools.wraps(task)
@@ -89,16 +148,41 @@ class Sweep:
                 return None
             folder = Path(HydraConfig.get().runtime.output_dir)
             result: Result = None
-            if not (failure := self._twice(folder)):
+            self.dry = cfg.dry_run
+            words = list(HydraConfig.get().overrides.task)
+            if not (failure := self._twice(folder, words)):
                 with alone():
                     result, failure = _attempt(task, cfg)
-            words = list(HydraConfig.get().overrides.task)
-            self.outcomes.append(Outcome(words, folder, failure or describe(result or {}), bool(failure)))
-            if failure and self.process != os.getpid():
-                raise JobError(failure)
-            return None if failure or not result else result.get("validation/nats")
+            outcome = Outcome(words, folder, failure or describe(result or {}), bool(failure))
+            if self.process == os.getpid():
+                self.outcomes.append(outcome)
+            else:
+                self._tell(outcome)
+            loss = (result or {}).get("validation/nats")
+            return loss if not failure and loss is not None and math.isfinite(loss) else None
 
         return wrapped
+
+    def _tell(self, outcome: Outcome) -> None:
+        """The process that began the sweep, from another one, by a file for each job."""
+        from models.training.summary import rank_zero_only
+
+        if rank_zero_only.rank:
+            return
+        if self.told is None or not self.told.is_dir():  # it has ended, or the folder is not shared
+            if outcome.failed:
+                raise JobError(outcome.says)
+            return
+        path = self.told / f"{HydraConfig.get().job.num}.json"
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps({**outcome._asdict(), "folder": str(outcome.folder.absolute())}))
+        draft.replace(path)
+
+    def _heard(self) -> Iterator[Outcome]:
+        """What other processes have told, in the order of the jobs."""
+        for path in sorted(self.told.glob("*.json"), key=lambda path: int(path.stem)) if self.told else ():
+            told = json.loads(path.read_text())
+            yield Outcome(**told | {"folder": Path(told["folder"])})
 
     def _compare(self) -> None:
         from models.training.summary import rank_zero_only, say
@@ -119,8 +203,10 @@ class Sweep:
         width = max(len(name) for name in names)
         yield from ((name.ljust(width), job) for name, job in zip(names, self.outcomes, strict=True))
 
-    def _twice(self, folder: Path) -> str:
-        if not any(outcome.folder == folder for outcome in self.outcomes):
+    def _twice(self, folder: Path, words: list[str]) -> str:
+        """Why it is no job of its own. A sweeper that chooses may choose the same again, and gets the same result."""
+        typed = HydraConfig.get().runtime.choices.get("hydra/sweeper") == "basic"
+        if not any(outcome.folder == folder and (typed or outcome.words != words) for outcome in self.outcomes):
             return ""
         return (
             "another job of this sweep has the same folder: they differ only in settings that change no result. To "
@@ -139,8 +225,14 @@ def _attempt(task: Callable[[Any], Result], cfg: Any) -> tuple[Result, str]:
         return None, stop.code.removeprefix("error: ")
     except Exception as error:
         traceback.print_exc()
-        first = str(error).strip().partition("\n")[0]
-        return None, f"{type(error).__name__}: {first}"
+        return None, _reason(error)
+
+
+def _reason(error: SystemExit | Exception) -> str:
+    """In a line."""
+    if isinstance(error, SystemExit):
+        return str(error.code).removeprefix("error: ")
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 @contextmanager

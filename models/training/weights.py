@@ -1,5 +1,5 @@
-"""Trained models by their path: a run, one of its checkpoints, or the folder of an exported model. A new run may begin
-with their weights (`init_from`), and the scripts that evaluate and generate open them.
+"""Trained models by their path: a run, one of its checkpoints, the folder of an exported model, or the name of one on
+the hub. A new run may begin with their weights (`init_from`), and the scripts that evaluate and generate open them.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tokenizers
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -16,19 +15,25 @@ from torch import Tensor
 from data.finding import missing
 from data.shards import shard_folder
 from data.tokenizer import HuggingFace, Tokenizer, Trainable
+from data.vocabulary import shared
 from models.build import build, current
 from models.language_model import LanguageModel, LanguageModelConfig
+from models.training import published
 from models.training.checkpoint import newest_whole, step_of, what_is_wrong
 from models.training.run import difference
 
 # What weights may be given to without another shape, and then mean something else.
 SETTINGS = ("mixers", "pattern", "feed_forward", "tie_embeddings", "norm_eps")
 
+ROWS = ("embedding.weight", "head.weight")  # [vocabulary, width]
+
 
 def find(where: str | Path, setting: str = "init_from=") -> Path:
     """An exported model's folder, or a checkpoint where the run is not finished. Raises ValueError where neither is."""
     folder, said = Path(where).expanduser(), f"{setting}{where}"
     if not folder.exists():
+        if published.is_name(str(where)):
+            return published.download(str(where), said)
         raise ValueError(f"{said} does not exist{missing(folder)}")
     if folder.is_file():
         if folder.suffix != ".ckpt":
@@ -38,6 +43,7 @@ def find(where: str | Path, setting: str = "init_from=") -> Path:
         return folder
     exported = folder / "model" if (folder / "result.json").exists() else folder
     if (exported / "config.json").exists():
+        published.refuse_others(exported / "config.json", said)
         return exported
     if path := newest_whole(folder / "checkpoints")[0]:
         return path
@@ -68,23 +74,28 @@ class Trained(NamedTuple):
         """That of its training, None where that was not on text. Raises ValueError where nothing says which it was, and
         where the one beside it has ids that the model does not know.
         """
-        beside = [self.path, *([self.run / "model"] if self.run else [])]
-        saved = [folder for folder in beside if (folder / "tokenizer.json").exists()]
-        if saved:
-            found, known = HuggingFace(str(saved[0])), self.model.config.vocab_size
-            if found.vocab_size > known:
-                raise ValueError(
-                    f"{saved[0]} holds another model's tokenizer, of {found.vocab_size:,} ids: this one knows {known:,}"
-                )
-            return found
-        if self.config is None:
-            raise ValueError(f"{self.path} has no tokenizer.json, so that it can't read text")
-        task = build(self.config["data"], tokenizer=build(self.config["tokenizer"]), seq_len=self.config["seq_len"])
-        if not isinstance(task.tokenizer, Trainable):
-            return task.tokenizer
-        task.prepare()  # its folder holds what was learnt
-        folder = shard_folder(task.name, task.corpus, task.tokenizer, task.drop_duplicates)
-        return HuggingFace(str(folder / "tokenizer"))
+        return tokenizer_of(self.path, self.run, self.config, self.model.config.vocab_size)
+
+
+def tokenizer_of(path: Path, run: Path | None, config: dict[str, Any] | None, known: int) -> Tokenizer | None:
+    """As Trained has it, of a model that knows so many ids."""
+    beside = [path, *([run / "model"] if run else [])]
+    saved = [folder for folder in beside if (folder / "tokenizer.json").exists()]
+    if saved:
+        found = HuggingFace(str(saved[0]))
+        if found.vocab_size > known:
+            raise ValueError(
+                f"{saved[0]} holds another model's tokenizer, of {found.vocab_size:,} ids: this one knows {known:,}"
+            )
+        return found
+    if config is None:
+        raise ValueError(f"{path} has no tokenizer.json, so that it can't read text")
+    task = build(config["data"], tokenizer=build(config["tokenizer"]), seq_len=config["seq_len"])
+    if not isinstance(task.tokenizer, Trainable):
+        return task.tokenizer
+    task.prepare()  # its folder holds what was learnt
+    folder = shard_folder(task.name, task.corpus, task.tokenizer, task.drop_duplicates)
+    return HuggingFace(str(folder / "tokenizer"))
 
 
 def open_trained(where: str | Path) -> Trained:
@@ -101,8 +112,6 @@ def open_trained(where: str | Path) -> Trained:
         model, step = LanguageModel(shape), step_of(path)
         model.load_state_dict(weights)
         return Trained(model.eval(), path, run, config, step)
-    if (kind := json.loads((path / "config.json").read_text()).get("model_type")) != LanguageModelConfig.model_type:
-        raise ValueError(f"{path} holds a model of model_type={kind!r}, which is not one of this repository")
     return Trained(_exported(path).eval(), path, run, config, _steps(path, config) if run else None)
 
 
@@ -126,14 +135,21 @@ def read(path: Path) -> dict[str, Tensor]:
 
 def load(model: LanguageModel, init_from: str | None, tokenizer: Tokenizer | None = None) -> str:
     """Gives the model those weights, and nothing else of the other run: its optimizer, schedule and data begin anew.
+    With another vocabulary the rows of the embedding and of the head are taken over for tokens that mean the same
+    (data/vocabulary.py); the others stay as they are in the model.
+
     Returns lines about it, "" for None: other settings of the same shapes are a warning. Raises ValueError, with the
-    first that differs, where names or shapes are others, and where the vocabulary was another.
+    first that differs, where names or shapes are others, and where the vocabularies have no text in common.
     """
     if init_from is None:
         return ""
     path = find(init_from)
-    found = read(path)
-    here = model.state_dict()
+    found, here = read(path), model.state_dict()
+    text = tokenizer is not None and all(name in found for name in ROWS)
+    theirs, its = _settings_and_tokenizer(path, len(found[ROWS[0]]) if text else 0)
+    rows = ""
+    if tokenizer is not None and its is not None:
+        rows = _take_over_rows(found, here, its, tokenizer, init_from)
     others = [name for name in (here | found) if _shape(here, name) != _shape(found, name)]
     if others:
         raise ValueError(
@@ -141,43 +157,54 @@ def load(model: LanguageModel, init_from: str | None, tokenizer: Tokenizer | Non
             f"{_shape(here, others[0])} here, and {len(others) - 1} more differ. Its model=, size= and tokenizer= have "
             "to be those of this run"
         )
-    theirs, its = _settings_and_vocabulary(path, model, tokenizer is not None)
-    if tokenizer is not None and its is not None:
-        vocabulary, choice = its
-        if vocabulary != tokenizer.to_hugging_face().get_vocab():
-            raise ValueError(
-                f"init_from={init_from} was trained on another vocabulary, so that its embedding would mean nothing: "
-                f"take its own by {choice}"
-            )
     model.load_state_dict(found)
-    said = f"weights   of {path}"
+    said = f"weights   of {path}{rows}"
     if theirs and (others := difference(_settings(theirs), _settings(model.config), "model").splitlines()):
         said += f"\nwarning: init_from={init_from} was trained with other settings: {'; '.join(map(str.strip, others))}"
     return said
 
 
-def _settings_and_vocabulary(
-    path: Path, model: LanguageModel, text: bool
-) -> tuple[LanguageModelConfig | None, tuple[dict[str, int], str] | None]:
-    """Of the model at this path: its config, and its vocabulary with the settings that choose it. None where nothing
-    says it.
+def _take_over_rows(
+    found: dict[str, Tensor], here: dict[str, Tensor], its: Tokenizer, ours: Tokenizer, init_from: str
+) -> str:
+    """Puts rows for our vocabulary in the place of those in `found`, and returns a line about it; nothing and "" where
+    the vocabulary is the same.
+    """
+    choice = f"hugging_face tokenizer.name={its.name}" if isinstance(its, HuggingFace) else its.spec()
+    if its.to_hugging_face().get_vocab() == ours.to_hugging_face().get_vocab():
+        return ""
+    same = {id: other for id, other in shared(its, ours).items() if other < len(found[ROWS[0]])}
+    if not same.keys() - {ours.eos, ours.pad}:
+        raise ValueError(
+            f"init_from={init_from} was trained on a vocabulary that has no text in common with that of this run, so "
+            f"that its embedding would mean nothing: take its own by tokenizer={choice}"
+        )
+    if any(found[name].shape[1:] != here[name].shape[1:] for name in ROWS):
+        return ""  # another width, which is told
+    for name in ROWS:
+        taken = here[name].clone()
+        taken[list(same)] = found[name][list(same.values())].to(taken)
+        found[name] = taken
+    rest = len(here[ROWS[0]]) - len(same)
+    return (
+        f"\nembedding {len(same):,} rows are those of tokens with the same text, and {rest:,} begin anew (its own "
+        f"tokenizer: tokenizer={choice})"
+    )
+
+
+def _settings_and_tokenizer(path: Path, known: int) -> tuple[LanguageModelConfig | None, Tokenizer | None]:
+    """Of the model at this path, which knows so many ids: its config, and its tokenizer if `known` is not 0. None
+    where nothing says it.
     """
     if path.is_dir():
-        theirs, file = LanguageModelConfig.from_pretrained(path), path / "tokenizer.json"
-        if not (text and file.exists()):
-            return theirs, None
-        vocabulary = tokenizers.Tokenizer.from_file(str(file)).get_vocab()
-        return theirs, (vocabulary, f"tokenizer=hugging_face tokenizer.name={path}")
+        theirs = LanguageModelConfig.from_pretrained(path)
+        there = known > 0 and (path / "tokenizer.json").exists()
+        return theirs, HuggingFace(str(path), add_eos=True) if there else None
     run = path.parents[1]
     if not (run / "config.yaml").exists():
         return None, None
     config: Any = current(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
-    theirs = LanguageModelConfig(vocab_size=model.config.vocab_size, **config["model"])
-    tokenizer = Trained(model, path, run, config, None).tokenizer() if text else None
-    if tokenizer is None:
-        return theirs, None
-    choice = f"hugging_face tokenizer.name={tokenizer.name}" if isinstance(tokenizer, HuggingFace) else tokenizer.spec()
-    return theirs, (tokenizer.to_hugging_face().get_vocab(), f"tokenizer={choice}")
+    return LanguageModelConfig(**config["model"]), tokenizer_of(path, run, config, known) if known else None
 
 
 def _settings(config: Any) -> dict[str, Any]:

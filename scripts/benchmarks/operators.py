@@ -28,6 +28,7 @@ from models.regression.local.polynomial import blocked_local_polynomial
 from models.regression.memory import Memory
 from models.regression.regressor import Tokens
 from scripts.benchmarks import parts, peers
+from scripts.benchmarks.intervals import softmax_over_intervals
 from scripts.benchmarks.pairs import pairs
 from scripts.benchmarks.parts import half
 from scripts.benchmarks.timing import Case, Operator, graphed, same
@@ -53,6 +54,9 @@ def cases(device: str) -> dict[str, Callable[[], Case]]:
         "pairs of gated_delta B16 T2048 H8 K128": lambda: pairs("gated_delta", 16, 2048, 8, 128),
         "pairs of softmax B16 T2048 H8 K128": lambda: pairs("softmax", 16, 2048, 8, 128),
         "softmax B8 T4096 H8 K128": lambda: softmax_layer(8, 4096, 8, 128, device, torch.bfloat16),
+        "documents of 500 B16 T2048 H8 K128": lambda: softmax_over_intervals((16, 2048, 8, 128), 500),
+        "documents of 2000 B16 T2048 H8 K128": lambda: softmax_over_intervals((16, 2048, 8, 128), 2000),
+        "window of 256 B16 T2048 H8 K128": lambda: softmax_over_intervals((16, 2048, 8, 128), None, 256),
         "local linear B1 T8192 H8 K64": lambda: local_linear(1, 8192, 8, 64, device),
         "intention B4 T1024 H8 K64": lambda: intention(4, 1024, 8, 64, device),
         "intention B1 T256 H2 K64": lambda: intention(1, 256, 2, 64, device, solved_apart=True),

@@ -13,7 +13,11 @@ from scripts.exporting.source import Source
 
 # data has a section of its own, and the rest says where a run ran and what it showed
 SHOWN = ("model", "optimizer", "schedule", "seq_len", "batch_tokens", "tokens", "clip_norm", "seed")
-PYTHON = """import transformers
+OPENS = {
+    "code": "the code beside the weights, which needs transformers",
+    "fla": "flash-linear-attention, which needs a GPU and Triton",
+}
+PYTHON = """import {library}transformers
 
 folder = "."  # or what the folder is called on the hub
 model = transformers.AutoModelForCausalLM.from_pretrained(folder{trust})
@@ -25,15 +29,15 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 
 
 def card(source: Source, architecture: str, commit: dict[str, Any], has_tokenizer: bool) -> str:
-    """architecture: code, qwen3 or qwen3_next.  commit: of this repository, today."""
+    """architecture: code, qwen3, qwen3_next or fla.  commit: of this repository, today."""
     trust = ", trust_remote_code=True" if architecture == "code" else ""
-    own = ARCHITECTURES.get(architecture)
-    opens = f"transformers' own {own}" if own else "the code beside the weights, which needs transformers"
+    opens = OPENS.get(architecture) or f"transformers' own {ARCHITECTURES[architecture]}"
+    library = "fla, " if architecture == "fla" else ""
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [test-time-regression]\n---",
         f"# {source.folder.name}",
         f"{describe(source.model)} It is opened by {opens}:",
-        f"```python\n{PYTHON.format(trust=trust)}{TEXT if has_tokenizer else ''}```",
+        f"```python\n{PYTHON.format(trust=trust, library=library)}{TEXT if has_tokenizer else ''}```",
         *sections(source),
         f"## Export\n\n    python scripts/export.py {source.folder} --to {architecture}\n\n{at(commit)}",
     ]
@@ -65,6 +69,8 @@ def sections(source: Source) -> Iterator[str]:
     else:
         rows = [f"| {name.removeprefix('validation/')} | {value:.6g} |" for name, value in result.items()
                 if name.startswith("validation/") and isinstance(value, int | float)]  # fmt: skip
+        if averaged := result.get("averaged"):
+            yield f"These weights are the mean of those after {', '.join(f'{step:,}' for step in averaged)} steps."
         counts = [f"{name}: {result[name]:,}" for name in ("tokens", "flops") if result.get(name)]
         yield "\n".join(["## Metrics\n\n| validation | |\n| --- | --- |", *rows, f"\nTrained on {', '.join(counts)}."])
         versions = ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())

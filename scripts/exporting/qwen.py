@@ -104,7 +104,7 @@ def refusal(model: LanguageModel, to: str) -> str | None:
         found |= {f"regressor.{key}": value for key, value in settings(node["regressor"], PARTS[of][0]).items()}
         for key, allowed in PARTS[of][2].items():
             if found[key] not in allowed:
-                return f"{said}.{key}={_word(found[key])}: {theirs} has {' or '.join(map(_word, allowed))} there"
+                return f"{said}.{key}={word(found[key])}: {theirs} has {' or '.join(map(word, allowed))} there"
         if (reason := (_attention if of == "attention" else _delta)(block.mixer, found, to)) is not None:
             return f"{said}.{reason}"
         for key, value in _shared(block.mixer, found, of).items():
@@ -165,7 +165,7 @@ def _named(mixer: Any) -> str:
     return " with ".join(type(part).__name__ for part in parts)
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

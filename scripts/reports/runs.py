@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from omegaconf import OmegaConf
 
 from models.build import current, near
@@ -112,7 +113,9 @@ def read(folder: Path, failure: str = "", words: list[str] | None = None) -> Rec
 def _below(folder: Path) -> list[Path]:
     found = []
     for path, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in WITHIN and not name.startswith((".", "model-")))
+        folders[:] = sorted(
+            name for name in folders if name not in WITHIN and not name.startswith((".", "model-", "checkpoints-"))
+        )
         if "config.yaml" in files:
             found.append(Path(path))
     return found
@@ -142,12 +145,15 @@ def failures(folder: Path) -> dict[Path, dict[str, Any]]:
 def keep_failures(folder: Path, jobs: dict[Path, tuple[list[str], str]]) -> None:
     """Writes what the jobs of a sweep say, by their folders: words and why they failed, empty for one that did not.
     What earlier sweeps of this name have said of other jobs stays."""
-    known = failures(folder) | {
-        path.resolve(): {"folder": os.path.relpath(path, folder), "words": words, "reason": reason}
-        for path, (words, reason) in jobs.items()
-    }
-    kept = [job for _, job in sorted(known.items()) if job["reason"]]
-    draft, path = folder / ".sweep.json.draft", folder / "sweep.json"
-    if kept or path.exists():
+    path = folder / "sweep.json"
+    if not path.exists() and not any(reason for _, reason in jobs.values()):
+        return
+    with FileLock(folder / ".sweep.lock"):  # jobs of an array may end at once
+        known = failures(folder) | {
+            path.resolve(): {"folder": os.path.relpath(path, folder), "words": words, "reason": reason}
+            for path, (words, reason) in jobs.items()
+        }
+        kept = [job for _, job in sorted(known.items()) if job["reason"]]
+        draft = folder / ".sweep.json.draft"
         draft.write_text(json.dumps(kept, indent=2) + "\n")
         draft.replace(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -40,17 +41,15 @@ def errors(dtype: torch.dtype = torch.float32, device: str = "cpu", rows: int = 
     """
     h, w, y = (x.to(device) for x in draw(**sizes))
     h, w = h.to(dtype), w.to(dtype)
-    block, cross_entropy.BLOCK = cross_entropy.BLOCK, block or cross_entropy.BLOCK
-    chunk, cross_entropy.CHUNK = cross_entropy.CHUNK, rows * -(-len(w) // 64) * 64 * h.element_size()
-    try:
+    blocks = {"GRADIENT_BLOCK": block, "LIKELIEST_BLOCK": block} if block else {}
+    chunk = rows * -(-len(w) // 64) * 64 * h.element_size()
+    with patch.multiple(cross_entropy, CHUNK=chunk, **blocks):
         h.requires_grad_(), w.requires_grad_()
         found = loss.sum_nats(h, w, y)
         dh, dw = torch.autograd.grad(3 * found, (h, w))
         each, likeliest = loss.score(h, w, y)
         with torch.no_grad():  # the same products: of other shapes cuBLAS rounds otherwise
             logits = torch.cat([z.double() for z, _, _ in loss._chunks(h, w, y, True)])
-    finally:
-        cross_entropy.BLOCK, cross_entropy.CHUNK = block, chunk
     with torch.no_grad():
         exact = F.cross_entropy(logits, y, ignore_index=loss.IGNORED, reduction="none")
         p = (logits.softmax(-1) - F.one_hot(y.clamp(min=0), len(w))) * (y != loss.IGNORED).unsqueeze(1)

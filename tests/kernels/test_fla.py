@@ -33,12 +33,11 @@ def errors(route: str, device: str = "cpu", tokens: int = 70) -> dict[str, float
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_kernels_are_the_recurrence_interpreted(route):
-    printed = run_interpreted(f"from tests.kernels.test_fla import errors\nprint('RESULT', errors({route!r}))")
-    found = eval(printed.split("RESULT")[1])
-    assert all(e < TOLERANCE for e in found.values()), found
+def test_kernels_are_the_recurrence_interpreted():
+    code = f"from tests.kernels.test_fla import errors\nprint('RESULT', [errors(route) for route in {ROUTES}])"
+    found = eval(run_interpreted(code).split("RESULT")[1])
+    assert len(found) == len(ROUTES) and all(e < TOLERANCE for of_route in found for e in of_route.values()), found
 
 
 @pytest.mark.gpu

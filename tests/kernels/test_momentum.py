@@ -130,18 +130,16 @@ def errors(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_kernels_are_the_recurrence(half):
+def test_kernels_are_the_recurrence():
     """Through the interpreter, float32. (Of several rows: tests/laws/test_backends.py.)"""
     code = """
     import json, torch
     from tests.kernels.test_momentum import CASES, errors
-    print("FOUND", json.dumps({name: max(errors("cpu", torch.float32, rows=1, **CASES[name])) for name in %r}))
+    print("FOUND", json.dumps({name: max(errors("cpu", torch.float32, rows=1, **CASES[name])) for name in CASES}))
     """
-    names = list(CASES)[half::2]
-    found = json.loads(run_interpreted(textwrap.dedent(code % names), fla=False).split("FOUND")[1])
-    assert found.keys() == set(names) and all(error < 1e-5 for error in found.values()), found
+    found = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
+    assert found.keys() == CASES.keys() and all(error < 1e-5 for error in found.values()), found
 
 
 @pytest.mark.gpu

@@ -58,13 +58,13 @@ def test_2_rows_are_independent(preset, backend):
 @every_preset
 def test_3_one_map_in_every_form(preset):
     """Recurrent = parallel = any split into calls: outputs, final state, all gradients."""
-    x = inputs(2, T)
-    truth = outcome(mixer(preset, "recurrent"), x)
-    error = largest_difference(outcome(mixer(preset), x), truth)
+    x, forms = inputs(2, T), {backend: mixer(preset, backend) for backend in ("torch", "recurrent")}
+    truth = outcome(forms["recurrent"], x)
+    error = largest_difference(outcome(forms["torch"], x), truth)
     assert error < 1e-10, f"{preset}: backend=torch, the parallel form, is not backend=recurrent, the definition"
-    for backend in ("torch", "recurrent"):
+    for backend, m in forms.items():
         for splits in ((1,), (CHUNK,), (5, 6, 7, 17), (T - 1,)):
-            error = largest_difference(outcome(mixer(preset, backend), x, splits), truth)
+            error = largest_difference(outcome(m, x, splits), truth)
             calls = f"{preset}, backend={backend}: calls that end at {splits} are not one call"
             assert error < 1e-10, f"{calls}: the state does not carry on what it must"
 

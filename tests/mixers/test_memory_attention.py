@@ -117,8 +117,8 @@ def test_memory_as_gate_and_as_layer_are_the_equations():
     [
         ("titans_mag", {"attention__regressor__window": 3, "product": "silu"}),
         ("titans_mal", {"attention__regressor__window": 3, "attention__regressor__persistent": 1}),
-        ("titans_mac", {"memory_update": "input"}),
-        ("titans_mac", {"attention__regressor__window": 5, "conv_size": 3}),
+        pytest.param("titans_mac", {"memory_update": "input"}, marks=pytest.mark.slow),
+        pytest.param("titans_mac", {"attention__regressor__window": 5, "conv_size": 3}, marks=pytest.mark.slow),
         pytest.param("titans_mac", {"segment": 1, "product": "silu"}, marks=pytest.mark.slow),
         pytest.param(
             *("titans_mac", {"segment": 3, "attention__num_kv_heads": 1, "regressor__grad_batch": 4}),

@@ -175,13 +175,20 @@ def test_workers_outlive_a_signal_to_the_group():
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
 
 
-@pytest.mark.parametrize("number, jobs", [(signal.SIGUSR1, "requeue 17\n"), (signal.SIGTERM, "")])
-def test_slurm_gets_its_job_back_after_sigusr1(number, jobs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number, array, jobs", [
+    (signal.SIGUSR1, {}, "requeue 17\n"),
+    (signal.SIGUSR2, {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}, "requeue 17_3\n"),
+    (signal.SIGTERM, {}, ""),
+])  # fmt: skip
+def test_slurm_gets_its_job_back_ahead_of_a_time_limit(number, array, jobs, tmp_path, monkeypatch):
+    """By SIGUSR2 where submitit submitted it (https://github.com/facebookincubator/submitit/issues/1709); and of an
+    array this task alone (https://github.com/Lightning-AI/pytorch-lightning/issues/15022)."""
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/jobs\n')
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    for name, value in ({"SLURM_JOB_ID": "17"} | array).items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "jobs").touch()
     with pytest.raises(Stopped), Preemption():
         os.kill(os.getpid(), number)

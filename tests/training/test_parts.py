@@ -152,6 +152,7 @@ def test_the_sample_ends_where_the_model_ends_it(tmp_path, monkeypatch):
         global_rank=0,
         interrupted=False,
         global_step=1,
+        loggers=[],
     )
     letters = iter([*b"!?", 256, *b"never"])
     certain = torch.full((1, 257), -1e9)

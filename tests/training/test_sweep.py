@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,11 @@ def records(path: Path) -> list[Record]:
     return found
 
 
+def curves(history) -> list[dict[str, Any]]:
+    """The rows that wandb was given."""
+    return [{"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in row.item} for row in history]
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, cache) -> tuple[Path, Started]:
     runs = tmp_path_factory.mktemp("sweep")
@@ -83,19 +89,31 @@ def test_each_job_is_a_wandb_run_of_its_own(swept):
         for record in records(path):
             kind = record.WhichOneof("record_type")
             kinds.setdefault(kind, []).append(getattr(record, kind))
-        (run,) = {(run.run_id, run.display_name, run.run_group) for run in kinds["run"]}
-        changed = {item.key: json.loads(item.value_json) for config in kinds["config"] for item in config.update}
-        steps = {
-            json.loads(item.value_json)
-            for row in kinds["history"]
-            for item in row.item
-            if [item.key, *item.nested_key][-1] == "trainer/global_step"
+        (run,) = {
+            (run.run_id, run.display_name, run.run_group, run.job_type, *run.tags, run.git.commit)
+            for run in kinds["run"]
         }
-        assert steps == set(range(10)) and kinds["exit"][-1].exit_code == 0
+        changed = {item.key: json.loads(item.value_json) for config in kinds["config"] for item in config.update}
+        result = json.loads((path.parents[2] / "result.json").read_text())
+        assert all(changed[name] == result[name] for name in ("parameters", "state_size", "versions", "commit"))
+        assert changed["flops_per_token"] * result["tokens"] == result["flops"]
+        assert changed["mixer"] == changed["choice"]["model"] == "gated_delta"
+        assert changed["choice"]["mixers"] == {"main": "gated_delta"}
+        steps = [row["trainer/global_step"] for row in curves(kinds["history"])]
+        assert steps == list(range(10)) and kinds["exit"][-1].exit_code == 0
+        axes = {metric.name or metric.glob_name: metric.step_metric for metric in kinds["metric"]}
+        assert axes["*"] == "progress/tokens" and axes.keys() >= {"progress/flops", "speed/seconds"}
+        for row in curves(kinds["history"]):
+            assert row.keys() >= {"train/loss", "progress/tokens", "progress/flops", "speed/seconds"}
+            assert row["progress/tokens"] == 128 * (row["trainer/global_step"] + 1)
+        seconds = [row["speed/seconds"] for row in curves(kinds["history"])]
+        assert seconds == sorted(seconds) and seconds[0] > 0
+        assert {"validation/nats", "regression/after/layer_0"} <= row.keys()
         found[run] = changed["model"]["num_heads"]
     assert len(found) == 3 and sorted(found.values()) == [1, 2, 4]
-    for (run, name, group), heads in found.items():
-        assert run == name and f"num_heads-{heads}" in run and group == "s"
+    for (run, name, *rest), heads in found.items():
+        assert f"num_heads={heads}" in name and "logger" not in name and f"num_heads-{heads}" in run
+        assert rest == ["s", "train", "gated_delta", "tiny", "mqar", origin.commit()["commit"] or ""]
 
 
 @pytest.mark.slow

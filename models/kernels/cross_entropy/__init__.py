@@ -20,7 +20,8 @@ from models.kernels import backend
 
 CHUNK = 2**29  # bytes of logits at a time: each chunk's product is added to the weight's gradient, once through memory
 ALIGNED = 64  # rows of logits begin at multiples of so many, whatever the vocabulary: products and loads are wide then
-BLOCK, NUM_WARPS = 4096, 8  # logits that a program has at a time
+# logits that a program has at a time: many where their second reading shall find them in the cache, and of a warp
+GRADIENT_BLOCK, LIKELIEST_BLOCK, WARP_BLOCK = 4096, 1024, 256
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -69,8 +70,9 @@ def _launch(logits: Tensor, targets: Tensor, nats: Tensor, likeliest: Tensor | N
     from models.kernels.cross_entropy.kernels import cross_entropy
 
     (N, V), targets = logits.shape, targets.contiguous()
-    block = min(BLOCK, max(16, 1 << (V - 1).bit_length()))
-    options: dict[str, Any] = {"BLOCK": block, "num_warps": max(1, NUM_WARPS * block // BLOCK)}
+    most = GRADIENT_BLOCK if likeliest is None else LIKELIEST_BLOCK
+    block = min(most, max(16, 1 << (V - 1).bit_length()))
+    options: dict[str, Any] = {"BLOCK": block, "num_warps": max(1, block // WARP_BLOCK)}
     if N:
         with torch.cuda.device_of(logits):
             cross_entropy[(N,)](logits, targets, nats, likeliest, logits.stride(0), V, **options)

@@ -78,3 +78,52 @@ def _(b, *_):
 def _results(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     M, C, K = b.shape
     return b.new_empty(M, C, K), b.new_empty(M, C, 1), b.new_empty(M, C, 1)
+
+
+@torch.library.custom_op("test_time_regression::scan", mutates_args=())
+def scan(writes: Tensor, whole: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """S_{n+1} = whole_n S_n + writes_n: all S_n that chunks begin with, and the last. Shapes as in layout.scan."""
+    from models.kernels.least_squares.kernels import scan_kernel
+
+    before, last = _states(writes, whole, memory)
+    writes, memory, rows = writes.contiguous(), memory.contiguous(), len(memory)
+    size, block = memory[0].numel(), 1024
+    with torch.cuda.device_of(writes):
+        scan_kernel[rows, -(-size // block)](
+            writes, whole, memory, before, last, len(writes) // rows, rows, size, whole.stride(0), BLOCK=block
+        )
+    return before, last
+
+
+@scan.register_fake
+def _states(writes, whole, memory):
+    return writes.new_empty(writes.shape), memory.new_empty(memory.shape)
+
+
+@torch.library.custom_op("test_time_regression::scan_backward", mutates_args=())
+def scan_backward(dbefore: Tensor, dlast: Tensor, before: Tensor, whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by writes, whole and memory."""
+    from models.kernels.least_squares.kernels import scan_backward_kernel
+
+    dbefore, dlast, before, rows = dbefore.contiguous(), dlast.contiguous(), before.contiguous(), len(dlast)
+    dwrites, dmemory, size, block = torch.empty_like(before), torch.empty_like(dlast), dlast[0].numel(), 1024
+    blocks = -(-size // block)
+    parts = before.new_empty(len(before), blocks)
+    with torch.cuda.device_of(before):
+        scan_backward_kernel[rows, blocks](
+            dbefore, dlast, before, whole, dwrites, dmemory, parts,
+            len(before) // rows, rows, size, whole.stride(0), BLOCK=block,
+        )  # fmt: skip
+    return dwrites, parts.sum(1).view_as(whole), dmemory
+
+
+@scan_backward.register_fake
+def _(dbefore, dlast, before, whole):
+    return torch.empty_like(before), whole.new_empty(whole.shape), torch.empty_like(dlast)
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output[0], inputs[1])
+
+
+scan.register_autograd(lambda ctx, *gradients: scan_backward(*gradients, *ctx.saved_tensors), setup_context=_keep)

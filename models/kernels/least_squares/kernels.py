@@ -116,3 +116,34 @@ def solve_kernel(
     tl.store(steps_out + places, steps.to(tl.float32), mask=rows < C)
     left = tl.sqrt(squares / tl.where(length > 0, length, 1.0))
     tl.store(residual_out + places, left, mask=rows < C)
+
+
+@triton.jit(do_not_specialize=["N", "rows"])
+def scan_kernel(writes, whole, memory, before, last, N, rows, size, whole_row, BLOCK: tl.constexpr):
+    """The states of one sequence, a block of their entries: chunk n of sequence m is matrix n rows + m."""
+    m, place = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    state = tl.load(memory + m.to(tl.int64) * size + place, mask=inside, other=0.0)
+    for n in range(N):
+        at = (n * rows + m).to(tl.int64)
+        tl.store(before + at * size + place, state, mask=inside)
+        state = tl.load(whole + at * whole_row) * state + tl.load(writes + at * size + place, mask=inside, other=0.0)
+    tl.store(last + m.to(tl.int64) * size + place, state, mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "rows"])
+def scan_backward_kernel(
+    dbefore, dlast, before, whole, dwrites, dmemory, parts, N, rows, size, whole_row, BLOCK: tl.constexpr
+):
+    """From the last chunk to the first. parts: each block's share of the gradient by whole."""
+    m, place = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    gradient = tl.load(dlast + m.to(tl.int64) * size + place, mask=inside, other=0.0)
+    for i in range(N):
+        at = ((N - 1 - i) * rows + m).to(tl.int64)
+        tl.store(dwrites + at * size + place, gradient, mask=inside)
+        state = tl.load(before + at * size + place, mask=inside, other=0.0)
+        tl.store(parts + at * tl.num_programs(1) + tl.program_id(1), tl.sum(gradient * state, 0))
+        gradient = tl.load(whole + at * whole_row) * gradient
+        gradient += tl.load(dbefore + at * size + place, mask=inside, other=0.0)
+    tl.store(dmemory + m.to(tl.int64) * size + place, gradient, mask=inside)

@@ -8,6 +8,9 @@ a mixer is three kernels beside its two products with weights,
                       and written once
     read_out          the norm of each head and the output gate
 
+and a residual with the norm after it is one, add_and_norm. A product of few tokens with a weight reads the weight as
+fast as the memory brings it, which tiles made for many tokens don't.
+
 The formulas are those of models/mixers/mixer.py, delta.py and momentum.py for T = 1, which stay the definition. There
 are no gradients.
 
@@ -20,12 +23,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels import backend
 
 GATES = {"none": 0, "silu": 1, "sigmoid": 2}
 WIDEST = 256
+FEW = 4  # tokens: for more a product is the matrix units'
 
 
 class Rule(NamedTuple):
@@ -105,13 +110,38 @@ def mix(pairs: Tensor, states: States, parameters: Parameters, rule: Rule) -> Te
     return out
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T, summed in float32. x [B, D] and weight [N, D] of one dtype; [B, N]."""
+    from models.kernels.step import kernels
+
+    if len(x) > FEW:
+        return F.linear(x, weight)
+    (B, D), N = x.shape, len(weight)
+    out, rows = x.new_empty(B, N), 8
+    kernels.product[B, _blocks(N, rows)](
+        x.contiguous(), weight.contiguous(), out, N, D, ROWS=rows, BLOCK=min(1024, _power(D)), num_warps=4
+    )
+    return out
+
+
+def add_and_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x + y in the dtype of x, and its RMS norm times the weight [D] in dtype. x and y [B, 1, D]."""
+    from models.kernels.step import kernels
+
+    (B, _, D), x = x.shape, x.contiguous()
+    out, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+    block = _power(D)
+    kernels.add_and_norm[(B,)](x, y, weight, out, normed, eps, D, BLOCK=block, num_warps=min(8, max(1, block // 256)))
+    return out, normed
+
+
 def swiglu(x: Tensor) -> Tensor:
     """silu(a) b of x = [a, b] [B, 2 F]; [B, F]."""
     from models.kernels.step import kernels
 
-    B, F = x.shape[0], x.shape[1] // 2
-    out, block = x.new_empty(B, F), 512
-    kernels.swiglu[B, _blocks(F, block)](x, out, F, BLOCK=block)
+    B, inner = x.shape[0], x.shape[1] // 2
+    out, block = x.new_empty(B, inner), 512
+    kernels.swiglu[B, _blocks(inner, block)](x, out, inner, BLOCK=block)
     return out
 
 

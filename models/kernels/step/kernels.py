@@ -31,6 +31,20 @@ def of_length_one(x, eps, dtype: tl.constexpr):
 
 
 @triton.jit
+def product(x, weight, out, N, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """out [B, N] = x [B, D] weight^T: a program reads ROWS rows of the weight for one token."""
+    token, row = tl.program_id(0).to(tl.int64), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, D, BLOCK):
+        channel = start + tl.arange(0, BLOCK)
+        inside = (row < N)[:, None] & (channel < D)[None, :]
+        w = tl.load(weight + row[:, None].to(tl.int64) * D + channel[None, :], mask=inside, other=0.0)
+        a = tl.load(x + token * D + channel, mask=channel < D, other=0.0)
+        total += w.to(tl.float32) * a.to(tl.float32)[None, :]
+    tl.store(out + token * N + row, tl.sum(total, 1).to(out.dtype.element_ty), mask=row < N)
+
+
+@triton.jit
 def convolve(pairs, tail, weight, position, out, N, C, W: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr):
     """out [B, C], tail [B, W-1, C] moved on by a token, position [B] by one."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -129,6 +143,21 @@ def read_out(
             sigmoid *= gate
         y *= rounded(sigmoid, TYPE)
     tl.store(out + (row * H + head) * V + value, y.to(TYPE), mask=real)
+
+
+@triton.jit
+def add_and_norm(x, y, weight, out, normed, eps, D, BLOCK: tl.constexpr):
+    """out [B, D] = x + y; normed [B, D]."""
+    row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    real = channel < D
+    TYPE: tl.constexpr = out.dtype.element_ty
+    a = tl.load(x + row * D + channel, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(y + row * D + channel, mask=real, other=0.0).to(tl.float32)
+    w = rounded(tl.load(weight + channel, mask=real, other=0.0), TYPE)
+    a = rounded(a + b, TYPE)
+    tl.store(out + row * D + channel, a.to(TYPE), mask=real)
+    a = rounded(a * tl.rsqrt(tl.sum(a * a, 0) / D + eps) * w, TYPE)
+    tl.store(normed + row * D + channel, a.to(normed.dtype.element_ty), mask=real)
 
 
 @triton.jit

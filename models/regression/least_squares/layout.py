@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, H heads, K key width, V value width, C chunk, N chunk
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -47,33 +48,38 @@ class Laid(NamedTuple):
         return Moments(*self.last.unflatten(0, (B, -1)).split([self.q.shape[-1], self.values.shape[-1]], -1))
 
 
+Scan = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def scan(writes: Tensor, whole: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """S_{n+1} = whole_n S_n + writes_n over the chunks of each sequence, from memory [B H, K, X]. writes [M, K, X],
+    whole [M, 1, 1]. Returns all S_n that chunks begin with, [M, K, X], and what the last leaves.
+    """
+    rows, states = len(memory), [memory]
+    for write, left in zip(writes.split(rows), whole.split(rows), strict=True):
+        states.append(torch.addcmul(write, left, states[-1]))
+    return torch.cat(states[:-1]), states[-1]
+
+
 def laid_out(
     q: Tensor, k: Tensor, v: Tensor, b: Tensor, ridge: Ridge, log_decay: Tensor | None, first: Moments,
-    mix: Tensor | None, chunk: int,
+    mix: Tensor | None, chunk: int, scan: Scan = scan,
 ) -> Laid:  # fmt: skip
     """What recurrent_least_squares is given, in chunks, with the moments that each begins with."""
     (H, K), dtype = k.shape[2:], first.keys.dtype
     q, k, values, b, log_decay, mix = (into_chunks(x, chunk, dtype) for x in (q, k, v, b, log_decay, mix))
     within, start, end = fades(k, log_decay)
     writes = torch.bmm((k * (b * end)).mT, torch.cat((k, values), dim=-1))
-    before, last = _scan(writes, start[:, -1:], torch.cat(first[:2], dim=-1).flatten(0, 1))
-    weights, none = within * b.mT, k.new_zeros(1, 1, 1).expand_as(b)
-    A = Normal(k, weights, start.expand(len(k), chunk, 1), before[..., :K], none)
-    if ridge.size is not None:
-        size = ridge.size.to(dtype)
-        scaled = size * norm(A.squared_norms()) if ridge.scaled else None
-        A = A._replace(ridge=size.expand(H, K).repeat(len(k) // H, 1)[:, None] if scaled is None else scaled)
-    return Laid(A, q, before[..., K:], values, mix, last)
-
-
-def _scan(writes: Tensor, whole: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """S_{n+1} = whole_n S_n + writes_n over the chunks of each sequence, from memory [B H, ...]. Returns all S_n that
-    chunks begin with, [M, ...], and what the last leaves."""
-    rows, states = len(memory), [memory]
-    whole = whole.expand(len(writes), 1, 1)
-    for write, left in zip(writes.split(rows), whole.split(rows), strict=True):
-        states.append(torch.addcmul(write, left, states[-1]))
-    return torch.cat(states[:-1]), states[-1]
+    start = start.expand(len(k), chunk, 1)
+    before, last = scan(writes, start[:, -1:], torch.cat(first[:2], dim=-1).flatten(0, 1))
+    parts = k, within * b.mT, start, before[..., :K]
+    if ridge.size is None:
+        size = k.new_zeros(1, 1, 1).expand_as(b)
+    elif ridge.scaled:
+        size = ridge.size.to(dtype) * norm(Normal(*parts, start).squared_norms())
+    else:
+        size = ridge.size.to(dtype).expand(H, K).repeat(len(k) // H, 1)[:, None]
+    return Laid(Normal(*parts, size), q, before[..., K:], values, mix, last)
 
 
 def norm(squared: Tensor) -> Tensor:

@@ -1,19 +1,30 @@
-"""Least squares in chunks by models/kernels/least_squares, in little memory."""
+"""Least squares in chunks by models/kernels/least_squares, in little memory.
+
+The moments before every chunk are the largest tensors by far. So the backward pass has only the solution and what came
+in, and lays the call out again. On a GPU what stands around the solve and the scan is compiled here, since `solve` and
+its gradient are no graph that a block could be compiled with.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.kernels import least_squares as kernels
-from models.regression.chunks import from_chunks, short
-from models.regression.least_squares.layout import Ridge, laid_out
+from models.regression.chunks import from_chunks, into_chunks, short
+from models.regression.least_squares.layout import Laid, Ridge, laid_out
 from models.regression.least_squares.moments import Moments, first_moments
-from models.regression.least_squares.solvers import Solution, default_tolerance
+from models.regression.least_squares.solvers import Normal, Solution, default_tolerance
+
+COMPILED = 64  # tokens from which on it pays
 
 
-@torch.compiler.disable  # its backward pass differentiates, which can't be traced
+@torch.compiler.disable
 def kernel_least_squares(
     q: Tensor,
     k: Tensor,
@@ -27,8 +38,8 @@ def kernel_least_squares(
     max_steps: int | None = None,
     chunk: int = kernels.LONGEST,
 ) -> tuple[Tensor, Moments, Solution]:
-    """The same map, solved by models/kernels/least_squares. The backward pass has only the solution and what came in,
-    and makes the rest again: moments before every chunk are the largest tensors by far."""
+    """The map of recurrent_least_squares. Arguments and results as chunked_least_squares has them, but for the limits
+    of conjugate gradients in the place of a solver."""
     first = first_moments(q, k, v, moments)
     (T, _, K), size = k.shape[1:], ridge.size
     assert size is not None
@@ -40,40 +51,90 @@ def kernel_least_squares(
 
 
 class _Replayed(torch.autograd.Function):
-    """Laid out, solved, read; and in the backward pass laid out and read again, with the solution of before."""
+    """Laid out, solved, read; and in the backward pass laid out again, with the solution of before."""
 
     @staticmethod
     def forward(ctx, q, k, v, b, size, log_decay, keys, pairs, mix, scaled, limits, chunk):
         given = (q, k, v, b, size, log_decay, keys, pairs, mix)
-        (B, T, H, _), ctx.scaled, ctx.limits, ctx.chunk = k.shape, scaled, limits, chunk
-        laid = _Replayed.laid_out(ctx, given)
-        x, steps, residual = kernels.conjugate_gradients(laid.q, *laid.A, *limits)
+        (B, T, H, _), ctx.settings, ctx.limits = k.shape, (scaled, chunk), limits
+        *parts, last = _fused(_lay, k)(*given, scaled, chunk)
+        x, steps, residual = kernels.conjugate_gradients(parts[5], *parts[:5], *limits)
         ctx.save_for_backward(*given, x)
-        o, *found = (from_chunks(y, (B, T, H)) for y in (laid.read(x), x, steps, residual))
+        o = _fused(_read, k)(*parts, x)
+        o, *found = (from_chunks(y, (B, T, H)) for y in (o, x, steps, residual))
         ctx.mark_non_differentiable(*found)
-        return o, *laid.moments(B)[:2], *found
-
-    @staticmethod
-    def laid_out(ctx, given):
-        q, k, v, b, size, log_decay, keys, pairs, mix = given
-        return laid_out(q, k, v, b, Ridge(size, ctx.scaled), log_decay, Moments(keys, pairs), mix, ctx.chunk)
+        return o, *_moments(last, B, k.shape[-1]), *found
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dkeys, dpairs, *_):
         *given, x = ctx.saved_tensors
         wanted = [y is not None and need for y, need in zip(given, ctx.needs_input_grad, strict=False)]
-        with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
-            given = [y if y is None else y.detach().requires_grad_(want) for y, want in zip(given, wanted, strict=True)]
-            laid, x = _Replayed.laid_out(ctx, given), x.detach().requires_grad_()
-            o = from_chunks(laid.read(x), do.shape[:3])
-            (dx,) = torch.autograd.grad(o, x, do, retain_graph=True)
-            with torch.no_grad():
-                db = kernels.conjugate_gradients(dx, *laid.A, *ctx.limits)[0]
-            # as in solvers.py: db = A^-1 dx, and the rest is the gradient of -db . (x A) with x and db held fixed
-            leaves = [y for y, want in zip(given, wanted, strict=True) if want]
-            outputs = [o, *laid.moments(len(do))[:2], laid.q, laid.A.times(x.detach())]
-            paths = [(y, g) for y, g in zip(outputs, [do, dkeys, dpairs, db, db.neg()], strict=True) if y.requires_grad]
-            reached, arriving = zip(*paths, strict=True)
-            found = iter(torch.autograd.grad(reached, leaves, arriving, allow_unused=True))
+        given = [y if y is None else y.detach().requires_grad_(want) for y, want in zip(given, wanted, strict=True)]
+        with torch.autocast(x.device.type, enabled=False):
+            with torch.enable_grad():
+                *parts, last = _fused(_lay, x)(*given, *ctx.settings)
+            plain = [y if y is None else y.detach() for y in parts]
+            do, precision = into_chunks(do, x.shape[1], x.dtype), torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high")  # gradients are rounded to 16 bits in the end
+            try:
+                dquery = _fused(_query_gradient, x)(do, *plain)
+                dx = dquery if plain[8] is None else dquery * plain[8]
+                db = kernels.conjugate_gradients(dx, *plain[:5], *ctx.limits)[0]
+                upstream = [*_fused(_gradients, x)(do, dquery, db, x, *plain), _side_by_side(dkeys, dpairs)]
+                paths = [
+                    (y, g) for y, g in zip([*parts, last], upstream, strict=True) if y is not None and y.requires_grad
+                ]
+                reached, arriving = zip(*paths, strict=True)
+                leaves = [y for y, want in zip(given, wanted, strict=True) if want]
+                found = iter(torch.autograd.grad(reached, leaves, arriving, allow_unused=True))
+            finally:
+                torch.set_float32_matmul_precision(precision)
         return *(next(found) if want else None for want in wanted), None, None, None
+
+
+def _lay(q, k, v, b, size, log_decay, keys, pairs, mix, scaled: bool, chunk: int) -> tuple[Tensor | None, ...]:
+    """The parts of Normal, then q, G, values, mix [M, C, 1], and last, as layout.Laid has them."""
+    laid = laid_out(q, k, v, b, Ridge(size, scaled), log_decay, Moments(keys, pairs), mix, chunk, kernels.scan)
+    return *laid.A, laid.q, laid.G, laid.values, laid.mix, laid.last
+
+
+def _read(k, weights, start, first, ridge, q, G, values, mix, x) -> Tensor:
+    return Laid(Normal(k, weights, start, first, ridge), q, G, values, mix, x).read(x)
+
+
+def _query_gradient(do, k, weights, start, first, ridge, q, G, values, mix) -> Tensor:
+    """Of what is read with: o = s_t y_t G + sum_i W_ti (y_t . k_i) v_i , y = q + alpha (x - q)."""
+    return torch.bmm(do * start, G.mT) + torch.bmm(torch.bmm(do, values.mT) * weights, k)
+
+
+def _gradients(do, dquery, db, x, k, weights, start, first, ridge, q, G, values, mix) -> tuple[Tensor | None, ...]:
+    """By the parts of Normal, q, G, values and mix: of the read, and of -db . (x A) with x and db held fixed
+    (solvers.py)."""
+    y, e = x if mix is None else torch.lerp(q, x, mix), db.neg()
+    yk, xk, ek, dov = (torch.bmm(a, c.mT) for a, c in ((y, k), (x, k), (e, k), (do, values)))
+    dk = torch.bmm((dov * weights).mT, y) + torch.bmm((xk * weights).mT, e) + torch.bmm((ek * weights).mT, x)
+    dstart = (do * torch.bmm(y, G)).sum(-1, True) + (e * torch.bmm(x, first)).sum(-1, True)
+    dfirst, dG = torch.bmm((x * start).mT, e), torch.bmm((y * start).mT, do)
+    dq = db if mix is None else db + dquery * (1 - mix)
+    dmix = None if mix is None else (dquery * (x - q)).sum(-1, True)
+    dvalues, dridge = torch.bmm((yk * weights).mT, do), (x * e).sum_to_size(ridge.shape)
+    return dk, dov * yk + xk * ek, dstart, dfirst, dridge, dq, dG, dvalues, dmix
+
+
+def _moments(last: Tensor, B: int, K: int) -> tuple[Tensor, Tensor]:
+    keys, pairs = last.unflatten(0, (B, -1)).split([K, last.shape[-1] - K], -1)
+    return keys, pairs
+
+
+def _side_by_side(dkeys: Tensor, dpairs: Tensor) -> Tensor:
+    return torch.cat((dkeys, dpairs), dim=-1).flatten(0, 1)
+
+
+def _fused(form: Callable[..., Any], like: Tensor) -> Callable[..., Any]:
+    return _compiled(form) if like.is_cuda and like.shape[1] >= COMPILED else form
+
+
+@cache
+def _compiled(form: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(form, dynamic=False)

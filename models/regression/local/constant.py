@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.kernels import attention as kernels
 from models.parts.precision import working_dtype
 from models.parts.sizes import Sizes
 from models.regression.local.pairs import Nonparametric, Pairs, View, by_head, in_blocks
@@ -130,7 +131,7 @@ def parallel_softmax(q: Tensor, pairs: Pairs, beta: Tensor, view: View | None = 
         q, k = torch.cat([q, q.new_ones(*q.shape[:3], ages.shape[-1])], dim=-1), torch.cat([k, ages], dim=-1)
         channels = -(-max(k.shape[-1], width) // 8) * 8  # the fused kernels want as many for all three, and by eights
         q, k, v = (F.pad(x, (0, channels - x.shape[-1])) for x in (q, k, v))
-    masked = view.start is not None or (view.past and T > 1) or (view.window is not None and view.window < S)
+    masked = view.hides(T)
     o = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -141,6 +142,17 @@ def parallel_softmax(q: Tensor, pairs: Pairs, beta: Tensor, view: View | None = 
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return o.transpose(1, 2)[..., :width]
+
+
+def kernel_softmax(q: Tensor, pairs: Pairs, beta: Tensor, view: View) -> tuple[Tensor, Tensor]:
+    """The same by the kernels of this repository, which pass over what a block of queries does not see; and the
+    logarithms of the sums of weights [B, T, H]. Arguments as in recurrent_local_constant, but in autocast's dtype.
+    """
+    kind, start = q.device.type, view.start
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else pairs.v.dtype
+    q, k, v = (x.to(dtype) for x in (q * beta.to(q.dtype).unsqueeze(-1), *pairs[:2]))
+    start = None if start is None else start.expand(len(q), -1)
+    return kernels.attention(q, k, v, start, view.past, view.window, pairs.age)
 
 
 def blocked_local_constant(q: Tensor, pairs: Pairs, beta: Tensor, view: View, kernel: str, block: int) -> Tensor:
@@ -199,7 +211,14 @@ class Softmax(Nonparametric):
         if kernel != "gaussian":
             self.function_class = f"constant around q, {kernel} kernel"
 
+    def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+        if self.kernel != "gaussian":
+            return {}
+        return {"triton": kernels.refusal(device, dtype, self.key_dim, self.value_dim)}
+
     def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+        if backend == "triton" and self.decay_kind == "none" and self.window is None:
+            return "where documents are packed, else scaled_dot_product_attention"
         if backend != "torch":
             return ""
         return "scaled_dot_product_attention" if self.kernel == "gaussian" else "blocks of queries"
@@ -214,9 +233,11 @@ class Softmax(Nonparametric):
 
     def read(self, q: Tensor, pairs: Pairs, view: View) -> Tensor:
         """The weighted means of the pairs' values around q, [B, T, H, V]."""
-        beta = self.beta(q)
-        if self.choose(q.device, q.dtype).backend == "recurrent":
+        beta, backend = self.beta(q), self.choose(q.device, q.dtype).backend
+        if backend == "recurrent":
             return recurrent_local_constant(q, pairs, beta, view, self.kernel)
+        if backend == "triton" and q.shape[1] > 1 and (pairs.age is not None or view.hides(q.shape[1])):
+            return kernel_softmax(q, pairs, beta, view)[0]
         if self.kernel == "gaussian":
             return parallel_softmax(q, pairs, beta, view)
         return blocked_local_constant(q, pairs, beta, view, self.kernel, self.queries_at_once(q))

@@ -58,6 +58,12 @@ class View(NamedTuple):
             return visible
         return visible & ((pair >= self.start[:, queries].unsqueeze(-1)) | (pair == query))
 
+    def hides(self, T: int) -> bool:
+        """Whether a query of T sees other pairs than all up to its own, or the last ones are not all there is to see:
+        whether a mask is needed beside the causal one."""
+        window = self.window is not None and self.window < self.past + T
+        return self.start is not None or (self.past > 0 and T > 1) or window
+
     def reach(self, queries: slice) -> slice:
         """The pairs among which are all that these queries may use."""
         low = 0 if self.window is None else max(0, self.past + queries.start + 1 - self.window)

@@ -164,13 +164,19 @@ def factored(w: Tensor, phi: Tensor, mean: Tensor, ridge: Tensor) -> Solve:
     upper = phi.new_zeros(*w.shape[:-1], len(a))
     for begin in range(0, phi.shape[-2], KEYS_AT_ONCE):
         keys = slice(begin, begin + KEYS_AT_ONCE)
-        upper += w[..., keys] @ (phi[..., keys, :][..., a] * phi[..., keys, :][..., b])
-    upper -= mean[..., a] * mean[..., b]
-    C = phi.new_empty(*w.shape[:-1], F, F)
-    C[..., a, b] = C[..., b, a] = upper
+        upper += w[..., keys] @ (taken(phi[..., keys, :], a) * taken(phi[..., keys, :], b))
+    upper -= taken(mean, a) * taken(mean, b)
+    place = a.new_empty(F, F)
+    place[a, b] = place[b, a] = torch.arange(len(a), device=a.device)
+    C = taken(upper, place.flatten()).unflatten(-1, (F, F))
     C.diagonal(dim1=-2, dim2=-1).add_(ridge)
     L = cholesky(C)
     return lambda x: torch.cholesky_solve(x.unsqueeze(-1), L).squeeze(-1)
+
+
+def taken(x: Tensor, index: Tensor) -> Tensor:
+    """x[..., index], which a CPU gathers in half of the time that it takes to index."""
+    return x.gather(-1, index.expand(*x.shape[:-1], -1))
 
 
 def iterated(w: Tensor, phi: Tensor, mean: Tensor, ridge: Tensor) -> Solve:

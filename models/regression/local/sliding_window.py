@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models.parts.precision import working_dtype
 from models.parts.sizes import Sizes
-from models.regression.local.constant import Softmax, local_constant, of_heads
+from models.regression.local.constant import Softmax, kernel_softmax, local_constant, of_heads
 from models.regression.local.pairs import Pairs, View, by_head
 from models.regression.regressor import Tokens
 
@@ -74,6 +74,19 @@ def blocked_sliding_window(q: Tensor, pairs: Pairs, beta: Tensor, view: View, pe
     return o.unflatten(0, (len(q), -1)).transpose(2, 3).flatten(1, 2)[:, :T]
 
 
+def kernel_sliding_window(q: Tensor, pairs: Pairs, beta: Tensor, view: View, persistent: Pairs) -> Tensor:
+    """The same by the kernels of this repository: two weighted means, which the sums of their weights bring together.
+    Arguments as in recurrent_sliding_window.
+    """
+    near, level = kernel_softmax(q, pairs, beta, view)
+    if not (N := persistent.k.shape[1]):
+        return near
+    lasting = Pairs(*(x.expand(len(q), -1, -1, -1) for x in persistent[:2]))
+    far, far_level = kernel_softmax(q, lasting, beta, View(past=N - 1))  # every query comes after all of them
+    share = (level - far_level).sigmoid().unsqueeze(-1)
+    return (far + share * (near.float() - far)).to(near.dtype)
+
+
 def _visible(view: View, T: int, C: int, device: torch.device) -> Tensor:
     """The blocks' masks [B or 1, n, C, C + W - 1]: pair j of a block is W - 1 + i - j places before its query i."""
     query, pair = torch.arange(C, device=device).unsqueeze(1), torch.arange(C + view.past, device=device)
@@ -121,8 +134,13 @@ class SlidingWindow(Softmax):
 
     def read(self, q: Tensor, pairs: Pairs, view: View) -> Tensor:
         persistent = Pairs(self.persistent_keys.unsqueeze(0), self.persistent_values.unsqueeze(0))
-        recurrent = self.choose(q.device, q.dtype).backend == "recurrent"
-        form = recurrent_sliding_window if recurrent else blocked_sliding_window
+        forms = {
+            "recurrent": recurrent_sliding_window,
+            "triton": kernel_sliding_window,
+            "torch": blocked_sliding_window,
+        }
+        backend = self.choose(q.device, q.dtype).backend
+        form = forms["torch" if q.shape[1] == 1 and backend == "triton" else backend]
         return form(q, pairs, self.beta(q), view, persistent)
 
     def num_visible(self, seq_len: int) -> int:

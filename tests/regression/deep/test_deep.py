@@ -203,7 +203,9 @@ def test_one_layer_from_zero_is_a_matrix(form):
 # Every form is the same
 
 
-@pytest.mark.parametrize("depth, norm", [(1, False), (2, True), (3, False), (4, False)])
+@pytest.mark.parametrize(
+    "depth, norm", [(1, False), (2, True), *(pytest.param(depth, False, marks=pytest.mark.slow) for depth in (3, 4))]
+)
 @pytest.mark.parametrize("documents", [False, True])
 def test_chunked_is_recurrent(depth, norm, documents):
     """Every output, weight and gradient, whatever mini-batch, chunk, split and group; float32 to its rounding."""

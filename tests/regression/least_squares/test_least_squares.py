@@ -352,6 +352,7 @@ def test_a_scaled_ridge_is_as_accurate(solver, decays):
     assert found["o"] < 1e-6 and max(found.values()) < 2e-5, found
 
 
+@pytest.mark.slow
 def test_what_twice_the_digits_are_for():
     """Moments in float32 know that fit to the condition number's rounding, whatever the solver. They are what bf16 has,
     and cost it no more than rounding its outputs does."""
