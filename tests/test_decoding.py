@@ -114,7 +114,7 @@ def generated(m: LanguageModel, rows: int, **settings) -> Any:
     mask[0, :5] = 0
     given = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": mask.to(m.device)} | settings
     torch.manual_seed(0)
-    return m.generate(ids, **given, return_dict_in_generate=True, output_logits=True)
+    return m.generate(ids, **given, return_dict_in_generate=True, output_logits=True, output_scores=True)
 
 
 def assert_alike(found: Any, wanted: Any) -> None:

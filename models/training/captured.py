@@ -56,6 +56,10 @@ class Captured:
         self._replay: Callable[[], None] | None = None
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
 
+    @property
+    def recorded(self) -> bool:
+        return self._replay is not None
+
     def __call__(self, batch: Batch) -> Any:
         self.calls += 1
         if self.reason is None and self.calls > WARM_UP and not self._fits(batch):
@@ -100,6 +104,7 @@ class Captured:
 
     def _without_waiting(self) -> None:
         """A pass on a stream of its own, as recording wants it, in which whatever waits for the GPU is an error."""
+        torch.cuda.empty_cache()  # what was used on another stream would be held beside it
         stream, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
         stream.wait_stream(torch.cuda.current_stream())
         try:

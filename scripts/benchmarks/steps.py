@@ -13,10 +13,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from models.training import captured
 from models.training.speed import peak_flops
@@ -89,7 +91,8 @@ def time_training(
     model = contender(name, sizes, device, most)
     packed = documents and model.packs
     batch = batch_of(sizes, device, packed)
-    step = step_of(model, batch, device)
+    taken = pass_of(model, device)
+    step = partial(step_of(model, taken), batch)
     begin = time.perf_counter()
     note = model.begin(batch)
     step()
@@ -100,7 +103,7 @@ def time_training(
         torch.cuda.reset_peak_memory_stats()
     times = [seconds(step, device) for _ in range(steps)]
     row = Trained(name, sizes.B * sizes.T, sizes.T, model.num_params, caches=caches, loss=loss)
-    row.note = f"{note}, {'packed documents' if packed else 'whole rows'}"
+    row.note = f"{note}, {'packed documents' if packed else 'whole rows'}{', one CUDA graph' if taken.recorded else ''}"
     row.steps = [round(t * 1e3, 3) for t in times]
     middle = statistics.median(times)
     row.ms, row.first_s, row.tokens_per_second = round(middle * 1e3, 3), round(first, 2), round(row.tokens / middle, 1)
@@ -115,15 +118,12 @@ def time_training(
     return row
 
 
-def step_of(model: Contender, batch: dict[str, Any], device: str) -> Callable[[], float]:
+def step_of(model: Contender, taken: captured.Captured) -> Callable[[dict[str, Any]], float]:
     """One step, which returns its loss."""
     parameters = [p for p in model.model.parameters() if p.requires_grad]
-    model.model.train()
 
-    def step() -> float:
-        with half(device):
-            loss = model.loss(batch)
-        loss.backward()
+    def step(batch: dict[str, Any]) -> float:
+        loss = taken(batch)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         value, _ = torch.stack([loss.float(), norm.float()]).tolist()
         torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
@@ -132,6 +132,20 @@ def step_of(model: Contender, batch: dict[str, Any], device: str) -> Callable[[]
         return value
 
     return step
+
+
+def pass_of(model: Contender, device: str) -> captured.Captured:
+    """The loss and its gradients: of ours on a GPU a CUDA graph, as in training."""
+    model.model.train()
+
+    def forward(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        loss = model.loss(batch)
+        return loss, loss.detach()
+
+    taken = captured.Captured(forward, model.model.parameters(), partial(half, device))
+    if device != "cuda" or not model.packs:
+        taken.reason = "of ours on a GPU alone"
+    return taken
 
 
 def state_of_caches() -> str:

@@ -110,7 +110,8 @@ def test_the_kernel_is_the_definition_interpreted():
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernel_is_the_definition(case, K, V):
     sizes = CASES[case] | {"B": 2, "H": 2, "K": K, "V": V, "T": CASES[case].get("T", 300)}
-    check(case, errors(torch.bfloat16, "cuda", chunk=64, **sizes), more=0.5)
+    # TF32 is no help where the condition is 1e3: those steps are taken in vain, and then once more with all digits
+    check(case, errors(torch.bfloat16, "cuda", chunk=64, **sizes), more=2.0 if "goes on" in case else 0.5)
 
 
 def test_refusals_say_why(monkeypatch):

@@ -53,7 +53,7 @@ def trained(make: Any, device: str, steps: int = STEPS) -> tuple[list[float], li
             optimizer.step()
         optimizer.zero_grad()
     assert getattr(call, "reason", None) is None
-    assert not isinstance(call, Captured) or call._replay is not None
+    assert not isinstance(call, Captured) or call.recorded
     return losses, [p.detach().clone() for p in model.parameters()]
 
 

@@ -43,21 +43,21 @@ class Launch(NamedTuple):
 # By the larger of K and V, up to 64, 128 or 256, and by the bytes of a number.
 FORWARD = {
     (64, 2): Launch(128, 128, 4, 3),
-    (128, 2): Launch(128, 64, 8, 3),
+    (128, 2): Launch(64, 64, 4, 3),
     (256, 2): Launch(64, 32, 4, 3),
     (64, 4): Launch(64, 32, 4, 2),
     (128, 4): Launch(64, 32, 4, 2),
 }
 BACKWARD_QUERIES = {
     (64, 2): Launch(128, 64, 4, 3),
-    (128, 2): Launch(128, 64, 8, 2),
+    (128, 2): Launch(128, 64, 8, 3),
     (256, 2): Launch(64, 32, 4, 2),
     (64, 4): Launch(64, 32, 4, 2),
     (128, 4): Launch(32, 32, 4, 2),
 }
 BACKWARD_KEYS = {
     (64, 2): Launch(64, 128, 8, 3),
-    (128, 2): Launch(64, 128, 8, 2),
+    (128, 2): Launch(64, 64, 4, 2),
     (256, 2): Launch(32, 64, 8, 2),
     (64, 4): Launch(32, 64, 8, 2),
     (128, 4): Launch(32, 32, 4, 2),
