@@ -22,7 +22,8 @@ from models.kernels.backend import interpreting
 
 WIDEST = 128
 LONGEST = 64  # tokens of a chunk
-GAIN = 2.0**-7  # what a descent in TF32 makes of a residual
+GAIN = 2.0**-7  # what a descent makes of a residual
+PATIENCE = 24  # steps of a descent in TF32: where it needs more, rounding has stopped it
 
 
 def refusal(device: torch.device, dtype: torch.dtype, key_dim: int) -> str | None:
@@ -65,7 +66,7 @@ def conjugate_gradients(
         solve_kernel[(M,)](
             b, keys, weights, start, first, ridge, *results, tolerance, max_steps,
             first.stride(0), first.stride(1), *ridge.stride(),
-            C=C, K=K, BC=BC, BK=BK, FAST=fast, EXACT=exact, GAIN=GAIN, num_warps=8 if BK > 64 else 4,
+            C=C, K=K, BC=BC, BK=BK, FAST=fast, EXACT=exact, GAIN=GAIN, PATIENCE=PATIENCE, num_warps=8 if BK > 64 else 4,
         )  # fmt: skip
     return results
 

@@ -37,13 +37,13 @@ def times(
 
 @triton.jit
 def descend(
-    r, p, squares, goal, steps, max_steps, keys, weights, first, first_row, start, ridge,
+    r, p, squares, goal, steps, most, keys, weights, first, first_row, start, ridge,
     C: tl.constexpr, K: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Conjugate gradients from the residual r and along p until |r|^2 <= goal, of the tokens that have not taken
-    max_steps. By how much x has moved, the residual that this leaves by its own account, the next direction, and the
+    """Conjugate gradients from the residual r and along p until |r|^2 <= goal, of the tokens that have not taken the
+    most steps. By how much x has moved, the residual that this leaves by its own account, the next direction, and the
     steps that each token has taken."""
-    d, active = tl.zeros_like(r), (squares > goal) & (steps < max_steps)
+    d, active = tl.zeros_like(r), (squares > goal) & (steps < most)
     while tl.max(active.to(tl.int32), 0) > 0:
         moved = times(p, keys, weights, first, first_row, start, ridge, C, K, BC, BK, PRECISION)
         along = tl.sum(p * moved, 1)
@@ -53,7 +53,7 @@ def descend(
         before, squares = squares, tl.sum(r * r, 1)
         p = tl.where(active[:, None], r + (squares / tl.where(active, before, 1.0))[:, None] * p, p)
         steps += active.to(tl.int32)
-        active &= (squares > goal) & (steps < max_steps)
+        active &= (squares > goal) & (steps < most)
     return d, r, p, steps
 
 
@@ -62,7 +62,7 @@ def solve_kernel(
     b, keys, weights, start, first, ridge, x_out, steps_out, residual_out, tolerance, max_steps,
     first_matrix, first_row, ridge_matrix, ridge_row, ridge_channel,
     C: tl.constexpr, K: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr, EXACT: tl.constexpr,
-    GAIN: tl.constexpr,
+    GAIN: tl.constexpr, PATIENCE: tl.constexpr,
 ):  # fmt: skip
     """x, with the steps and the residual of each token."""
     m = tl.program_id(0).to(tl.int64)
@@ -95,13 +95,13 @@ def solve_kernel(
         nearer = tl.where(squares > goal, nearer, squares)  # who is done stays as it is
         if careful > 0:
             d, said, p, steps = descend(
-                r, p, squares, nearer, steps, max_steps, keys, weights, first, first_row, s, penalty,
-                C, K, BC, BK, EXACT,
+                r, p, squares, nearer, steps, tl.zeros_like(steps) + max_steps,
+                keys, weights, first, first_row, s, penalty, C, K, BC, BK, EXACT,
             )  # fmt: skip
         else:
             d, said, p, steps = descend(
-                r, p, squares, nearer, steps, max_steps, keys, weights, first, first_row, s, penalty,
-                C, K, BC, BK, FAST,
+                r, p, squares, nearer, steps, tl.minimum(steps + PATIENCE, max_steps),
+                keys, weights, first, first_row, s, penalty, C, K, BC, BK, FAST,
             )  # fmt: skip
         x += d
         r = right - times(x, keys, weights, first, first_row, s, penalty, C, K, BC, BK, EXACT)
