@@ -5,16 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from copy import deepcopy
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from models.training.sweep import Outcome
 from scripts import report
-from scripts.reports import evaluations, inner, intervals, presets, runs, tables, variants
+from scripts.reports import evaluations, figures, inner, intervals, presets, runs, tables, variants
 
 MODEL = {"hidden_size": 96, "num_layers": 4, "num_heads": 3, "pattern": ["main"], "feed_forward": "swiglu"}
 CONFIG = {
@@ -297,6 +299,21 @@ def test_the_inner_regression_side_by_side(tmp_path):
     assert inner._columns(rows, "positions", "after") == {(0, 16): 0.0}
     page = Page(report.write([tmp_path])[0])
     assert "What is recalled of a pair" in page.text and "Layer 1" in page.text and len(page.ids) == len(set(page.ids))
+
+
+def test_ticks_are_round_numbers_of_the_unit(tmp_path):
+    """Of minutes too, 1.66667 of which would stand one over the other; and a decade of losses has more than its end."""
+    metrics = run(tmp_path / "slow", "softmax", 2.0) / "metrics.csv"
+    metrics.write_text(metrics.read_text().replace(",50.0,", ",0.5,"))  # 200 s for each 100 tokens
+    time = figures.curves(compared(tmp_path))[2]
+    ticks = re.findall(r">([\d.]+)</text>", time.svg)
+    assert "minutes of training" in time.svg and len(ticks) > 6 and max(map(len, ticks)) < 5
+
+    axes = Figure().subplots()
+    axes.plot([0, 1], [0.03, 0.4])
+    inner._loss_axis(axes)
+    shown = {label.get_text() for label in axes.get_yticklabels()}
+    assert shown > {"0.05", "0.1", "0.2", "0.5", "1"} and not list(axes.yaxis.get_minorticklocs())
 
 
 def test_evaluations(tmp_path):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from scripts.reports.svg import DASHES, FAINT, INK, SERIES, drawn
 from scripts.reports.variants import Comparison, Variant
@@ -54,22 +54,23 @@ def curves(comparison: Comparison) -> list[Picture]:
     longest = max([row["seconds"] for v in comparison.variants for run in v.runs for row in run.validations], default=0)
     unit, seconds = next((u, n) for u, n in UNITS.items() if longest >= 3 * n or n == 1)
     axes = {
-        "tokens": ("progress/tokens", "tokens", ""),
-        "FLOPs": ("progress/flops", "FLOPs to train", ""),
-        "time": ("seconds", f"{unit} of training", "Without validations and checkpoints."),
+        "tokens": ("progress/tokens", 1, "tokens", ""),
+        "FLOPs": ("progress/flops", 1, "FLOPs to train", ""),
+        "time": ("seconds", seconds, f"{unit} of training", "Without validations and checkpoints."),
     }
     pictures = []
-    for name, (key, label, says) in axes.items():
+    for name, (key, of_one, label, says) in axes.items():
 
-        def draw(to: Axes, key: str = key, label: str = label) -> None:
+        def draw(to: Axes, key: str = key, of_one: int = of_one, label: str = label) -> None:
             for variant, look in _from_behind(comparison):
-                lines = [_curve(run.validations, key, comparison.metric) for run in variant.runs]
+                lines = [_curve(run.validations, key, comparison.metric, of_one) for run in variant.runs]
                 for line in lines if len(lines) > 1 else ():
                     to.plot(*_xy(line), color=look.colour, linewidth=0.7, alpha=0.45)
                 mean = _xy(_mean(lines))
                 to.plot(*mean, color=look.colour, linestyle=look.dash, linewidth=look.width, marker="o", markersize=2.5)
             to.set(xlabel=label, ylabel=comparison.unit)
-            to.xaxis.set_major_formatter(_in(seconds) if key == "seconds" else SHORT)
+            to.xaxis.set_major_locator(MaxNLocator(5))  # in the unit of the axis, so that ticks are round in it
+            to.xaxis.set_major_formatter(SHORT)
             _leave_out_the_start(to, comparison)
 
         svg = drawn(f"curve-{name}", f"{comparison.unit} against {name}", draw)
@@ -160,9 +161,9 @@ def _from_behind(comparison: Comparison) -> Iterable[tuple[Variant, Look]]:
     return [(variant, look[variant.label]) for variant in reversed(comparison.variants)]
 
 
-def _curve(rows: list[dict[str, float]], x: str, y: str) -> dict[float, tuple[float, float]]:
-    """By step."""
-    return {row["step"]: (row[x], row[y]) for row in rows if x in row and y in row}
+def _curve(rows: list[dict[str, float]], x: str, y: str, of_one: int = 1) -> dict[float, tuple[float, float]]:
+    """By step; x in units of so many."""
+    return {row["step"]: (row[x] / of_one, row[y]) for row in rows if x in row and y in row}
 
 
 def _xy(line: dict[float, tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -174,10 +175,6 @@ def _mean(lines: list[dict[float, tuple[float, float]]]) -> dict[float, tuple[fl
     steps = sorted(set.intersection(*(set(line) for line in lines)))
     found = {step: np.mean([line[step] for line in lines], axis=0) for step in steps}
     return {step: (float(x), float(y)) for step, (x, y) in found.items()}
-
-
-def _in(seconds: int) -> FuncFormatter:
-    return FuncFormatter(lambda x, _: f"{x / seconds:g}")
 
 
 def _leave_out_the_start(to: Axes, comparison: Comparison) -> None:

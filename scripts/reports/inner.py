@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from scripts.reports.figures import SHORT, Look, Picture, looks, position_axis, range_middle
 from scripts.reports.runs import Record
@@ -187,5 +187,6 @@ def _loss_axis(to: Axes) -> None:
     losses = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in to.lines])
     if np.nanmax(losses) > 10 * np.nanmin(losses[losses > 0]):
         to.set_yscale("log")
+        to.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))  # 1 and 0.1 alone would give no scale
+        to.yaxis.set_minor_locator(NullLocator())
         to.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        to.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))

@@ -63,7 +63,8 @@ def results(comparison: Comparison) -> Table:
     if compared:
         says += (
             " Minus softmax: the mean and the interval of the differences between runs of the same seed; an interval "
-            "that holds 0 shows no difference."
+            "that holds 0 shows no difference. Each interval is of one variant alone: the more there are, the likelier "
+            "one of them misses."
         )
     explain = {
         "state": "numbers that all layers hold for one sequence, after as many tokens as in training",
