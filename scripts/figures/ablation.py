@@ -178,11 +178,11 @@ def draw(runs: Runs) -> Figure:
     for axes, what in ((recalls, "recall, mean of all layers"), (layers, "gated_delta: recall, layer by layer")):
         axes.set(title=what, ylim=(0, 1.02))
     for axes, name in zip(grid[1], ("solver_steps", "solver_residual"), strict=True):
-        _over_training(axes, runs["mesa"], lambda run, layer, name=name: run.logged(name, layer))
+        _over_training(axes, runs["mesa"], Run.logged, name)
     grid[1, 0].set(title="mesa: steps of the solver, mean over tokens", ylabel="steps", ylim=(0, None))
     grid[1, 1].set(title="mesa: largest residual that is left", ylabel="|b - x A| / |b|", yscale="log", ylim=(1e-12, 1))
     for axes, name in zip(grid[2], ("momentum", "step_size"), strict=True):
-        _over_training(axes, runs["titans"], lambda run, layer, name=name: run.quantity(name, layer), marker="o")
+        _over_training(axes, runs["titans"], Run.quantity, name, marker="o")
         axes.set(title=f"titans: {name.replace('_', ' ')}, mean over tokens", ylim=(0, 0.8))
     for axes in grid.flat:
         axes.title.set_fontsize(11)
@@ -202,11 +202,11 @@ def _draw_recall(axes: Axes, curve: Curve, colour: str, dash: Any) -> None:
 
 
 def _over_training(
-    axes: Axes, runs: dict[int, Run], curve: Callable[[Run, int], Curve], marker: str | None = None
+    axes: Axes, runs: dict[int, Run], curve: Callable[[Run, str, int], Curve], name: str, marker: str | None = None
 ) -> None:
     for run, dash in zip(runs.values(), DASHES, strict=False):
         for layer in range(len(run.newest)):
-            of_layer = curve(run, layer)
+            of_layer = curve(run, name, layer)
             look: Row = {"color": COLOURS[layer % len(COLOURS)], "linestyle": dash, "linewidth": 1.2}
             axes.plot([*of_layer], [*of_layer.values()], marker=marker, markersize=3, **look)
     axes.set(xlabel="tokens trained on")
