@@ -13,7 +13,7 @@ from typing import Any
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from loggers.identity import known
+from models.training.loggers.identity import known
 from scripts.reports.presets import mixers
 from scripts.reports.runs import NATS, NUMBERS, Record
 from scripts.reports.variants import differing, settings
@@ -95,7 +95,7 @@ def _ids(records: list[Record]) -> str:
 
 
 def _by(records: list[Record]) -> Iterator[str]:
-    """loggers/about.py writes `mixer`, which says what the mixers are."""
+    """models/training/loggers/about.py writes `mixer`, which says what the mixers are."""
     patterns = {part for record in records for part in record.config["model"]["pattern"]}
     inside = f"model.mixers.{patterns.pop()}" if len(patterns) == 1 else "model.mixers"
     own = {name for record in records for name in mixers(record.config["model"])[1]}
