@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from models.training import captured
 from scripts import benchmark
 from scripts.benchmarks import apart, contenders, decoding, kinds, steps, whole
 from scripts.benchmarks.contenders import COMPILED, DEFAULT, PEERS, PRESETS, Sizes
@@ -88,6 +89,38 @@ def test_operations_of_a_peer_are_those_of_the_same_model_of_ours():
 def test_a_peer_that_needs_a_gpu_takes_steps(name):
     row = steps.time_training(name, SMALL._replace(D=128, H=2), "cuda", 1, kernels=True)
     assert row.loss < 6 and row.peak_gb > 0 and row.kinds
+
+
+def test_the_peak_is_of_the_steps_in_which_a_graph_is_recorded(monkeypatch):
+    """What it holds is not counted as allocated when it is replayed."""
+    layer, done = torch.nn.Linear(4, 1), []
+
+    def loss(batch):
+        done.append("loss")
+        return layer(torch.ones(4)).sum()
+
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    made = contenders.Contender(layer, loss, optimizer, flops=1, begin=lambda batch: "", packs=True)
+    monkeypatch.setattr(steps, "contender", lambda *given: made)
+    monkeypatch.setattr(steps, "peak_gb", lambda work, device: (work(), len(done))[1])
+    row = steps.time_training("one layer", SMALL, "cpu", steps=2)
+    assert captured.WARM_UP < row.peak_gb == len(done) - 2
+
+
+def test_the_peak_of_some_work(monkeypatch):
+    done = []
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda: done.append("reset"))
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: len(done) * 1e9)
+    assert steps.peak_gb(lambda: done.append("work"), "cuda") == 2 and done == ["reset", "work"]
+    assert steps.peak_gb(lambda: done.append("more"), "cpu") is None and done[2:] == ["more"]
+
+
+def test_of_two_releases_the_imported_one_is_named(monkeypatch, tmp_path):
+    """One stands before the other on the path."""
+    (tmp_path / "torch-99.dist-info").mkdir()
+    (tmp_path / "torch-99.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 99\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert whole.environment("cpu")["torch"] == "99"
 
 
 def test_names():
