@@ -145,6 +145,10 @@ def test_documents_are_packed_as_data_packs_them():
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
         ("chunk_gated_delta_rule_fwd_kernel_h_blockdim64", "regression"),
         ("coefficients_gradient", "regression"),  # of models/kernels/momentum
+        ("gate_gradient", "activations"),  # of models/kernels/swiglu
+        ("cross_entropy", "cross-entropy"),
+        ("pairs_forward", "convolution"),
+        ("backward_keys_kernel", "attention"),
         ("causal_conv1d_bwd_kernel", "convolution"),
         ("triton_poi_fused__to_copy_cat_cos_mul_sin_12", "rotary positions"),
         ("triton_red_fused_add_mean_mul_pow_rsqrt_3", "norms"),
@@ -159,6 +163,10 @@ def test_documents_are_packed_as_data_packs_them():
 )
 def test_kinds_of_kernels(kernel, kind):
     assert kinds.kind_of(kernel) == kind
+
+
+def test_kinds_are_of_folders_that_exist():
+    assert all((kinds.KERNELS / folder).is_dir() for folder in kinds.OF_FOLDERS)
 
 
 def test_kinds_sum_the_kernels():
