@@ -240,6 +240,12 @@ def test_a_page_is_made_of_what_is_stored(folder):
     assert (folder / "speed.md").read_text() == page
 
 
+def test_the_tables_are_what_the_script_makes():
+    page = (speed.DOCS / "speed.md").read_text()
+    assert page.count(speed.BEGIN) == page.count(speed.END) == 1
+    assert speed.with_section(page, speed.section(speed.DOCS)) == page, "python scripts/figures/speed.py"
+
+
 def test_the_page_of_the_docs_is_what_the_script_makes():
     page = (ROOT / "docs" / "speed.md").read_text()
     assert speed.with_section(page, speed.section(ROOT / "docs")) == page, "python scripts/figures/speed.py"
