@@ -112,7 +112,7 @@ def line(title: str, names: list[str], x: str = TOKENS) -> wr.LinePlot:
     return wr.LinePlot(
         title=f"{title} against {label}",
         x=x,
-        y=names,
+        y=list[Any](names),
         title_x=label,
         groupby_aggfunc="mean",
         groupby_rangefunc="minmax",
@@ -129,7 +129,10 @@ def parts(plan: Plan) -> dict[str, list[Any]]:
     )
     return {
         "Validation": [line(unit, [name], x) for name, unit in plan.validation.items() for x in AXES.values()],
-        "Loss by position": [wr.BarPlot(title="at the end", metrics=plan.positions, orientation="v"), *positions],
+        "Loss by position": [
+            wr.BarPlot(title="at the end", metrics=list[Any](plan.positions), orientation="v"),
+            *positions,
+        ],
         "Training": [line(title, [name]) for name, title in TRAINING.items() if name in plan.metrics],
         "Speed, memory and state": [*speed, size],
         "Samples": [wr.WeavePanelSummaryTable(table_name="sample"), wr.MediaBrowser(media_keys=PICTURES)],
