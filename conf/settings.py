@@ -142,7 +142,10 @@ DERIVED = {
 }
 
 # The library of a logger that not everybody has.
-LOGGERS = {"loggers.tensorboard.TensorBoard": "tensorboard", "loggers.mlflow.MLflow": "mlflow"}
+LOGGERS = {
+    "models.training.loggers.tensorboard.TensorBoard": "tensorboard",
+    "models.training.loggers.mlflow.MLflow": "mlflow",
+}
 
 SECRET_NAME = re.compile(r"(^|_)(token|api_?key|secret|password|passwd|credentials?)$", re.IGNORECASE)
 SECRET_VALUE = re.compile(

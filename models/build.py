@@ -21,9 +21,9 @@ import hydra.utils
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-TARGETS = ("models.", "data.", "loggers.", "torch.", "lightning.")
+TARGETS = ("models.", "data.", "torch.", "lightning.")
 PACKAGES = "TTR_PACKAGES"  # an environment variable, so that no config can set it
-KNOWN = ("models", "data", "loggers", "torch", "lightning", "transformers", "hydra", "omegaconf")  # not somebody's own
+KNOWN = ("models", "data", "torch", "lightning", "transformers", "hydra", "omegaconf")  # not somebody's own
 HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 
 # Where classes stood before. Runs and exported models of that time name them so, and are read all the same.
@@ -145,7 +145,7 @@ def _belongs(target: Any, module: str) -> bool:
     library. What a module imports from elsewhere (a way around TARGETS) and a library's functions (torch.load) are
     neither.
     """
-    if module.split(".")[0] in ("models", "data", "loggers", *allowed_packages()):
+    if module.split(".")[0] in ("models", "data", *allowed_packages()):
         ours = inspect.isclass(target) or inspect.isfunction(target)
         return ours and f"{target.__module__}.".startswith(f"{module}.")
     return inspect.isclass(target)

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from models.training import captured
 from scripts import benchmark
 from scripts.benchmarks import apart, contenders, decoding, kinds, steps, whole
 from scripts.benchmarks.contenders import COMPILED, DEFAULT, PEERS, PRESETS, Sizes
@@ -90,6 +91,38 @@ def test_a_peer_that_needs_a_gpu_takes_steps(name):
     assert row.loss < 6 and row.peak_gb > 0 and row.kinds
 
 
+def test_the_peak_is_of_the_steps_in_which_a_graph_is_recorded(monkeypatch):
+    """What it holds is not counted as allocated when it is replayed."""
+    layer, done = torch.nn.Linear(4, 1), []
+
+    def loss(batch):
+        done.append("loss")
+        return layer(torch.ones(4)).sum()
+
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    made = contenders.Contender(layer, loss, optimizer, flops=1, begin=lambda batch: "", packs=True)
+    monkeypatch.setattr(steps, "contender", lambda *given: made)
+    monkeypatch.setattr(steps, "peak_gb", lambda work, device: (work(), len(done))[1])
+    row = steps.time_training("one layer", SMALL, "cpu", steps=2)
+    assert captured.WARM_UP < row.peak_gb == len(done) - 2
+
+
+def test_the_peak_of_some_work(monkeypatch):
+    done = []
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda: done.append("reset"))
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: len(done) * 1e9)
+    assert steps.peak_gb(lambda: done.append("work"), "cuda") == 2 and done == ["reset", "work"]
+    assert steps.peak_gb(lambda: done.append("more"), "cpu") is None and done[2:] == ["more"]
+
+
+def test_of_two_releases_the_imported_one_is_named(monkeypatch, tmp_path):
+    """One stands before the other on the path."""
+    (tmp_path / "torch-99.dist-info").mkdir()
+    (tmp_path / "torch-99.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 99\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert whole.environment("cpu")["torch"] == "99"
+
+
 def test_names():
     assert all(contenders.known(name) is None for name in (*DEFAULT, *PRESETS))
     for name in ("gated_deltas", f"softmax{COMPILED}", "fla.transformers"):
@@ -112,6 +145,10 @@ def test_documents_are_packed_as_data_packs_them():
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
         ("chunk_gated_delta_rule_fwd_kernel_h_blockdim64", "regression"),
         ("coefficients_gradient", "regression"),  # of models/kernels/momentum
+        ("gate_gradient", "activations"),  # of models/kernels/swiglu
+        ("cross_entropy", "cross-entropy"),
+        ("pairs_forward", "convolution"),
+        ("backward_keys_kernel", "attention"),
         ("causal_conv1d_bwd_kernel", "convolution"),
         ("triton_poi_fused__to_copy_cat_cos_mul_sin_12", "rotary positions"),
         ("triton_red_fused_add_mean_mul_pow_rsqrt_3", "norms"),
@@ -126,6 +163,10 @@ def test_documents_are_packed_as_data_packs_them():
 )
 def test_kinds_of_kernels(kernel, kind):
     assert kinds.kind_of(kernel) == kind
+
+
+def test_kinds_are_of_folders_that_exist():
+    assert all((kinds.KERNELS / folder).is_dir() for folder in kinds.OF_FOLDERS)
 
 
 def test_kinds_sum_the_kernels():
@@ -197,6 +238,12 @@ def test_a_page_is_made_of_what_is_stored(folder):
     assert "| 43.2 % |" in page and "| tokens | softmax |" in page and "| softmax | 2 x 8 |" in page
     speed.write(folder)
     assert (folder / "speed.md").read_text() == page
+
+
+def test_the_tables_are_what_the_script_makes():
+    page = (speed.DOCS / "speed.md").read_text()
+    assert page.count(speed.BEGIN) == page.count(speed.END) == 1
+    assert speed.with_section(page, speed.section(speed.DOCS)) == page, "python scripts/figures/speed.py"
 
 
 def test_the_page_of_the_docs_is_what_the_script_makes():

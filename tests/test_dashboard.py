@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from loggers import identity
 from models.training.logger import read_metrics
+from models.training.loggers import identity
 from scripts import dashboard as script
 from scripts.reports import runs
 from tests.test_report import run
@@ -22,7 +22,7 @@ pytest.importorskip("wandb_workspaces")
 
 from scripts.reports import dashboard
 
-WANDB = {"_target_": "loggers.wandb.Wandb", "project": "p", "id": "ablation-x"}
+WANDB = {"_target_": "models.training.loggers.wandb.Wandb", "project": "p", "id": "ablation-x"}
 EVERY = ["validation/nats_at/16-31", "validation/nats_at/0-15", "train/loss", "speed/tokens_per_second"]
 INNER = {"mesa": ["residual"], "softmax": ["reach", "entropy"]}
 

@@ -14,7 +14,6 @@ from tests.conftest import ROOT
 FLOORS = (
     ("train", "scripts"),
     ("models.training",),
-    ("loggers",),
     ("conf",),
     ("data",),
     ("models.language_model", "models.calls", "models.cache", "models.decoding"),
@@ -29,7 +28,7 @@ FLOORS = (
 )
 ONLY = {
     "fla": ("models.kernels.fla", "scripts.benchmarks.peers", "scripts.exporting.fla_models"),
-    "lightning": ("models.training", "loggers", "conf.checks", "data.module", "train"),
+    "lightning": ("models.training", "conf.checks", "data.module", "train"),
 }
 
 
@@ -38,7 +37,7 @@ def name_of(path: Path) -> str:
 
 
 FILES = {name_of(path): path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] in
-         ("train.py", "scripts", "conf", "data", "loggers", "models")}  # fmt: skip
+         ("train.py", "scripts", "conf", "data", "models")}  # fmt: skip
 
 
 def imports(name: str) -> set[str]:

@@ -9,6 +9,7 @@ always passed (fla's default is 1/sqrt(K), here the mixer scales the query).
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from models.kernels import backend
 # documents in a chunk the error is 2e-5, with gates saturated at -1e4 it is 4e-3. exp(-32) = 1e-14 is nothing to
 # float32 and leaves them be.
 LEAST_LOG_DECAY = -32.0
+
+# Where FlashQLA is installed fla calls it in place of its own kernel, without a word. It was not checked here with the
+# decays that part documents, so it has to be asked for: FLA_FLASH_QLA=1.
+FLASH_QLA = os.environ.setdefault("FLA_FLASH_QLA", "0") != "0" and importlib.util.find_spec("flash_qla") is not None
 
 # Triton before 3.7.1 miscompiles fla's backward of a decay per head on Hopper; fla refuses it there (chunk_bwd_dqkwg).
 BROKEN_ON_HOPPER = ((3, 4, 0), (3, 7, 1))
@@ -79,7 +84,7 @@ def route_gated_delta(device: torch.device, decay_kind: str = "head", dtype: tor
         return "chunk_delta_rule"
     if (broken := _broken_on_hopper(device)) is not None:
         return f"chunk_kda with the gate repeated over channels: {broken} gets the gradient of a gate per head wrong"
-    return "chunk_gated_delta_rule"
+    return "chunk_gated_delta_rule" + (", by FlashQLA where it can" if FLASH_QLA else "")
 
 
 def gated_delta(
@@ -99,7 +104,7 @@ def gated_delta(
 
         return chunk_delta_rule(q, k, v, step_size, **options)
     log_decay = torch.zeros_like(step_size) if log_decay is None else log_decay.float().clamp(min=LEAST_LOG_DECAY)
-    if route == "chunk_gated_delta_rule":
+    if route.startswith("chunk_gated_delta_rule"):
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
         return chunk_gated_delta_rule(q, k, v, log_decay, step_size, **options)

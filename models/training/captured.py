@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 WARM_UP = 3  # micro-batches before one is recorded: they compile kernels and choose among them
@@ -22,13 +24,13 @@ WARM_UP = 3  # micro-batches before one is recorded: they compile kernels and ch
 Batch = dict[str, Any]
 
 
-def refusal(device: torch.device, world_size: int, precision: str) -> str | None:
-    """Why nothing is recorded here, or None."""
-    if device.type != "cuda":
+def refusal(trainer: L.Trainer) -> str | None:
+    """Why nothing is recorded in this run, or None."""
+    if (device := trainer.strategy.root_device).type != "cuda":
         return f"CUDA graphs need a GPU, this is {device.type}"
-    if world_size > 1:
-        return f"gradients of {world_size} processes meet during the backward pass, which a graph can't hold"
-    if precision == "16-mixed":
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        return "with strategy=ddp or fsdp processes meet during the backward pass, which a graph can't hold"
+    if trainer.precision == "16-mixed":
         return "trainer.precision=16-mixed scales each loss by another number"
     return None
 
@@ -119,7 +121,7 @@ class Captured:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph has memory of its own, as much as a pass takes
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may pin memory meanwhile
             self._outputs = self._run(self._batch)
         return graph.replay
 

@@ -13,7 +13,6 @@ from conf.checks import dtype, mistakes
 from conf.folders import refuse
 from data.batch import Batch, batch_arithmetic, every
 from data.module import DataModule, OtherDataError, misfits
-from loggers.about import about
 from models.build import build
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training import weights
@@ -23,6 +22,7 @@ from models.training.finish import ending, finish
 from models.training.guards import Guard
 from models.training.keep import steps_to_keep
 from models.training.logger import Tolerant, logged
+from models.training.loggers.about import about
 from models.training.memory import why
 from models.training.module import Training
 from models.training.preemption import Preemption

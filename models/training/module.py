@@ -212,8 +212,10 @@ class Training(L.LightningModule):
         """The rate is what the schedule says: the checkpoint may be of a run of another length (branch.py)."""
         self.first_step, self.began = self.trainer.global_step, time.time()
         scheduler: Any = self.lr_schedulers()
-        if self.cuda_graph and refusal(self.device, self.trainer.world_size, self.trainer.precision) is None:
+        if self.cuda_graph and (why := refusal(self.trainer)) is None:
             self.captured = self._captured()
+        elif self.cuda_graph and self.device.type == "cuda":
+            say(f"cuda_graph has no effect here: {why}")
         for group, peak in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
             group["lr"] = peak * self.schedule(self.trainer.global_step)
 

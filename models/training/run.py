@@ -11,7 +11,7 @@ runs/NAME/config.yaml        what was asked for, every value resolved
           model-N  result-N.json  checkpoints-N   of a run that was finished after N steps and went on from before
                              its decay
           evaluations/       what scripts/evaluate.py found, docs/evaluating.md
-          loggers.json       under which names services know the run (loggers/identity.py)
+          loggers.json       under which names services know the run (models/training/loggers/identity.py)
           .lock              held by the process that trains here
           .ranks/            what each of several processes is doing (watchdog.py)
 """

@@ -26,7 +26,13 @@ RULES = {
     "activations": r"silu|swiglu|sigmoid|softplus|gelu",
     "casts, copies, sums": r"copy|memcpy|memset|catarray|cat|elementwise|reduce|fill|add|mul|triton_(poi|red|per)",
 }
-OF_FOLDERS = {"pairs": "convolution", "loss": "cross-entropy", "norm": "norms", "rotary": "rotary positions"}
+OF_FOLDERS = {
+    "attention": "attention",
+    "local_linear": "attention",
+    "pairs": "convolution",
+    "cross_entropy": "cross-entropy",
+    "swiglu": "activations",
+}
 
 
 class Kind(NamedTuple):
@@ -38,7 +44,7 @@ class Kind(NamedTuple):
 
 @cache
 def own() -> dict[str, str]:
-    """The names of the repository's Triton kernels and their kinds: by RULES, else by their folder, else regression."""
+    """The names of the repository's Triton kernels and their kinds: by their folder, else regression."""
     found = {}
     for path in sorted(KERNELS.rglob("*.py")):
         folder = path.relative_to(KERNELS).parts[0].removesuffix(".py")

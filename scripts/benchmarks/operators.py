@@ -80,7 +80,7 @@ def delta_on_a_gpu(*shape: int) -> Case:
         "fla chunk_kda": peers.kda,
         "SDPA (another model)": sdpa,
     }
-    if fla.route_gated_delta(torch.device("cuda")) == "chunk_gated_delta_rule":
+    if fla.route_gated_delta(torch.device("cuda")).startswith("chunk_gated_delta_rule"):
         named = {"fla chunk_gated_delta_rule": peers.gated_delta_rule, **named}
     if importlib.util.find_spec("flash_qla") is not None:
         named["FlashQLA"] = peers.flash_qla

@@ -32,9 +32,10 @@ WARM_UP = captured.WARM_UP + 1  # steps after the first, not counted: the last r
 @dataclass
 class Trained:
     """One model's row. ms: the median step; six_n: 6 N tokens/s over the dense bf16 peak, N all parameters, and
-    model_flops the operations that the model itself counts; peak_gb: allocated, over the timed steps; first_s: the
-    first step, compilation and tuning included; caches: of compiled kernels, before it. On a CPU,
-    and where the device's peak is not known, shares and memory are None. reason: why there is no row.
+    model_flops the operations that the model itself counts; peak_gb: allocated at most in the steps before the timed
+    ones, tuning included, since what a recorded graph holds counts as allocated only while it is recorded; first_s: the
+    first step, compilation and tuning included; caches: of compiled kernels, before it. On a CPU, and where the
+    device's peak is not known, shares and memory are None. reason: why there is no row.
     """
 
     name: str
@@ -93,22 +94,22 @@ def time_training(
     batch = batch_of(sizes, device, packed)
     taken = pass_of(model, device)
     step = partial(step_of(model, taken), batch)
+    row = Trained(name, sizes.B * sizes.T, sizes.T, model.num_params, caches=caches)
     begin = time.perf_counter()
     note = model.begin(batch)
-    step()
-    first = time.perf_counter() - begin
-    for _ in range(WARM_UP):
-        loss = step()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+
+    def warm_up() -> None:
+        step()
+        row.first_s = round(time.perf_counter() - begin, 2)
+        for _ in range(WARM_UP):
+            row.loss = step()
+
+    row.peak_gb = peak_gb(warm_up, device)
     times = [seconds(step, device) for _ in range(steps)]
-    row = Trained(name, sizes.B * sizes.T, sizes.T, model.num_params, caches=caches, loss=loss)
     row.note = f"{note}, {'packed documents' if packed else 'whole rows'}{', one CUDA graph' if taken.recorded else ''}"
     row.steps = [round(t * 1e3, 3) for t in times]
     middle = statistics.median(times)
-    row.ms, row.first_s, row.tokens_per_second = round(middle * 1e3, 3), round(first, 2), round(row.tokens / middle, 1)
-    if device == "cuda":
-        row.peak_gb = torch.cuda.max_memory_allocated() / 1e9
+    row.ms, row.tokens_per_second = round(middle * 1e3, 3), round(row.tokens / middle, 1)
     if (peak := peak_flops(torch.device(device))) is not None:
         row.six_n = 6 * row.num_params * row.tokens_per_second / peak
         row.model_flops = model.flops * row.tokens_per_second / peak
@@ -146,6 +147,16 @@ def pass_of(model: Contender, device: str) -> captured.Captured:
     if device != "cuda" or not model.packs:
         taken.reason = "of ours on a GPU alone"
     return taken
+
+
+def peak_gb(work: Callable[[], object], device: str) -> float | None:
+    """Gigabytes that are allocated at most while it works."""
+    if device != "cuda":
+        work()
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated() / 1e9
 
 
 def state_of_caches() -> str:

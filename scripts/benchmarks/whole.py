@@ -91,7 +91,8 @@ def shown(row: Row) -> Iterator[str]:
 def environment(device: str) -> dict[str, Any]:
     """Machine, releases and commit that numbers are of."""
     names = ("torch", "triton", "flash-linear-attention", "transformers")
-    installed = {found.metadata["Name"]: found.version for found in metadata.distributions()}
+    found = reversed(list(metadata.distributions()))  # of two of a name the first is imported
+    installed = {each.metadata["Name"]: each.version for each in found}
     versions = {name: installed[name] for name in names if name in installed}
     asked = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip() if which("git") else ""

@@ -13,7 +13,7 @@ from typing import Any
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from loggers.identity import known
+from models.training.loggers.identity import known
 from scripts.reports.presets import mixers
 from scripts.reports.runs import NATS, NUMBERS, Record
 from scripts.reports.variants import differing, settings
@@ -95,7 +95,7 @@ def _ids(records: list[Record]) -> str:
 
 
 def _by(records: list[Record]) -> Iterator[str]:
-    """loggers/about.py writes `mixer`, which says what the mixers are."""
+    """models/training/loggers/about.py writes `mixer`, which says what the mixers are."""
     patterns = {part for record in records for part in record.config["model"]["pattern"]}
     inside = f"model.mixers.{patterns.pop()}" if len(patterns) == 1 else "model.mixers"
     own = {name for record in records for name in mixers(record.config["model"])[1]}
@@ -112,7 +112,7 @@ def line(title: str, names: list[str], x: str = TOKENS) -> wr.LinePlot:
     return wr.LinePlot(
         title=f"{title} against {label}",
         x=x,
-        y=names,
+        y=list[Any](names),
         title_x=label,
         groupby_aggfunc="mean",
         groupby_rangefunc="minmax",
@@ -129,7 +129,10 @@ def parts(plan: Plan) -> dict[str, list[Any]]:
     )
     return {
         "Validation": [line(unit, [name], x) for name, unit in plan.validation.items() for x in AXES.values()],
-        "Loss by position": [wr.BarPlot(title="at the end", metrics=plan.positions, orientation="v"), *positions],
+        "Loss by position": [
+            wr.BarPlot(title="at the end", metrics=list[Any](plan.positions), orientation="v"),
+            *positions,
+        ],
         "Training": [line(title, [name]) for name, title in TRAINING.items() if name in plan.metrics],
         "Speed, memory and state": [*speed, size],
         "Samples": [wr.WeavePanelSummaryTable(table_name="sample"), wr.MediaBrowser(media_keys=PICTURES)],

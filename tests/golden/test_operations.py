@@ -57,10 +57,10 @@ class Counter(TorchDispatchMode):
 def counts(preset: str) -> Counts:
     """Of the second step: the first makes the optimizer's state."""
     model = contender(preset, SIZES, "cpu")
-    step = steps.step_of(model, batch_of(SIZES, "cpu"), "cpu")
-    step()
+    step, batch = steps.step_of(model, steps.pass_of(model, "cpu")), batch_of(SIZES, "cpu")
+    step(batch)
     with FlopCounterMode(display=False) as flops, Counter() as counter:
-        step()
+        step(batch)
     return Counts(counter.calls, round(flops.get_total_flops() / 1e6, 3), round(counter.bytes / 1e6, 3))
 
 

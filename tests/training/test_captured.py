@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training import captured
 from models.training.captured import WARM_UP, Captured
 from tests.laws.presets import recipe
+from tests.training.test_interruptions import Fit, fit, one_thread  # noqa: F401
 
 STEPS, PIECES = 6, 2
 
@@ -97,9 +100,30 @@ def test_what_waits_for_the_gpu_is_not_recorded(capsys, monkeypatch):
     assert said.count("a micro-batch is not one CUDA graph") == 1 and "not permitted when stream" in said
 
 
+def test_a_run_with_recorded_micro_batches_is_the_same(tmp_path, monkeypatch):
+    """All of it, with Lightning's own order of gradients and steps: losses, norms and weights, bit for bit."""
+    plain = fit(tmp_path / "plain")
+    monkeypatch.setattr("models.training.module.Captured", StandIn)
+    monkeypatch.setattr("models.training.module.refusal", lambda trainer: None)
+    graphs = Fit(tmp_path / "graphs")
+    graphs.module.cuda_graph = True
+    graphs.run()
+    assert graphs.module.captured.recorded
+    names = ("train/loss", "train/gradient_norm", "validation/nats")
+    told = [[{name: row.get(name) for name in names} for row in found.rows] for found in (plain, graphs)]
+    assert told[0] == told[1]
+    weights = [found.module.state_dict() for found in (plain, graphs)]
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
+
+
 def test_refusals_say_why():
-    cuda = torch.device("cuda")
-    assert captured.refusal(cuda, 1, "bf16-mixed") is None
-    assert "this is cpu" in str(captured.refusal(torch.device("cpu"), 1, "32-true"))
-    assert "2 processes" in str(captured.refusal(cuda, 2, "bf16-mixed"))
-    assert "16-mixed" in str(captured.refusal(cuda, 1, "16-mixed"))
+    def said(kind: type, device: str, precision: str) -> str | None:
+        strategy = kind.__new__(kind)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kind, "root_device", torch.device(device))
+            return captured.refusal(SimpleNamespace(strategy=strategy, precision=precision))
+
+    assert said(SingleDeviceStrategy, "cuda", "bf16-mixed") is None
+    assert "this is cpu" in str(said(SingleDeviceStrategy, "cpu", "32-true"))
+    assert "strategy=ddp" in str(said(DDPStrategy, "cuda", "bf16-mixed"))
+    assert "16-mixed" in str(said(SingleDeviceStrategy, "cuda", "16-mixed"))

@@ -17,14 +17,14 @@ import wandb
 from matplotlib.figure import Figure
 
 from conf.folders import label, sweep_of
-from loggers import identity
-from loggers.about import choice
-from loggers.mlflow import MLflow
-from loggers.seen import news
-from loggers.tensorboard import TensorBoard
-from loggers.wandb import Wandb
 from models.training.checkpoint import newest_whole, step_of
 from models.training.logger import Tolerant, logged
+from models.training.loggers import identity
+from models.training.loggers.about import choice
+from models.training.loggers.mlflow import MLflow
+from models.training.loggers.seen import news
+from models.training.loggers.tensorboard import TensorBoard
+from models.training.loggers.wandb import Wandb
 from models.training.speed import Throughput
 from tests.test_config import composed
 from tests.test_mistakes import said_of

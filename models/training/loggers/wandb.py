@@ -16,8 +16,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from loggers import identity
-from loggers.seen import Seen, news
+from models.training.loggers import identity
+from models.training.loggers.seen import Seen, news
 
 STEP = "trainer/global_step"  # Lightning's name for the step of the optimizer
 TOKENS = "progress/tokens"  # the axis of every curve

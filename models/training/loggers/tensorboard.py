@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from loggers.seen import Seen
+from models.training.loggers.seen import Seen
 
 
 class TensorBoard(TensorBoardLogger):

@@ -6,5 +6,5 @@ resume(step, seen)           training begins at `step`; earlier processes have l
 log_image(name, paths, step)
 log_sample(prompt, text, step)
 
-models/training/logger.py calls them, and leaves one alone that fails. docs/logging.md is the page for users.
+logger.py beside this folder calls them, and leaves one alone that fails. docs/logging.md is the page for users.
 """

@@ -11,8 +11,8 @@ from typing import Any
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from loggers import identity
-from loggers.seen import Seen, news
+from models.training.loggers import identity
+from models.training.loggers.seen import Seen, news
 
 
 class MLflow(MLFlowLogger):
