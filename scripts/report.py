@@ -59,13 +59,17 @@ def of_sweep(outcomes: Sequence[Outcome]) -> str:
     return f"\n{table}\n\npage      {path}"
 
 
-def main() -> None:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of runs, or of a single run")
     parser.add_argument("--to", type=Path, help="where the page is written (default: report.html in the folder)")
-    arguments = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    given = arguments()
     try:
-        path, table = write(arguments.folders, arguments.to)
+        path, table = write(given.folders, given.to)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{table}\n\npage      {path}")

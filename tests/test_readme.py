@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ FILES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 )
 PAGES = "".join(path.read_text() for path in FILES)
 COMMANDS = [line.strip() for line in PAGES.splitlines() if "train.py " in line and line.startswith("    ")]
+SCRIPTS = r"^    python scripts/(evaluate|generate|export|report)\.py (.*)$"
 LONGEST = 100  # lines of README.md: one screen and a half
 
 
@@ -39,6 +41,13 @@ def test_commands_compose(command):
         overrides = [re.sub(r"=([^,\[]+),.*", r"=\1", word) for word in overrides]
     cfg = composed(*overrides)
     assert list(problems(OmegaConf.to_container(cfg, resolve=True))) == []
+
+
+@pytest.mark.parametrize(("script", "line"), re.findall(SCRIPTS, PAGES, flags=re.MULTILINE))
+def test_commands_of_scripts_are_understood(script, line):
+    """By the parser of the script, without what the shell takes for itself."""
+    words = shlex.split(line.partition(" > ")[0], comments=True)
+    assert import_module(f"scripts.{script}").arguments(words)
 
 
 def test_there_are_commands():
