@@ -20,6 +20,7 @@ from pathlib import Path
 from traceback import walk_tb
 
 from hydra._internal.utils import get_args_parser  # the flags that hydra.main takes; it has no public name
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
@@ -46,6 +47,7 @@ def one_sentence(main: Callable[[], None]) -> Callable[[], None]:
         words = sys.argv[1:]
         if mistake := flags(words):
             sys.exit(f"error: {mistake}")
+        sys.argv[1:] = words = named(words)
         os.environ[HYDRAS_OWN] = "1"
         try:
             return main()
@@ -57,6 +59,24 @@ def one_sentence(main: Callable[[], None]) -> Callable[[], None]:
             os.environ.pop(HYDRAS_OWN, None)
 
     return told
+
+
+def named(words: list[str]) -> list[str]:
+    """The words, with a name for a sweep that has none: sweep-SETTING-SETTING, of the settings of which it has several.
+    By train.yaml's own, which holds the choice of model, each job would lie in the folder of a run by itself.
+    """
+    if not {"-m", "--multirun"} & set(words) or any(word.lstrip("+").startswith("name=") for word in words):
+        return words
+    typed = [word for word in words if not word.startswith(("-", "hydra"))]
+    try:
+        several = [
+            each.key_or_group for each in OverridesParser.create().parse_overrides(typed) if each.is_sweep_override()
+        ]
+    except HydraException:
+        return words  # told by Hydra
+    name = "-".join(["name=sweep", *sorted(re.split(r"[@.]", key)[-1] for key in several)])
+    end = max((i + 1 for i, word in enumerate(words) if not word.startswith("-")), default=len(words))
+    return [*words[:end], name, *words[end:]]  # flags stand before all settings, or behind them
 
 
 def flags(words: list[str]) -> str | None:

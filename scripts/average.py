@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -44,6 +45,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decay", type=float, default=1.0, help="what an older one counts of the next newer one (1)")
     parser.add_argument("--name", help="of the folder, behind model- (default: last-N, or the steps)")
     given = parser.parse_args(words)
+    if given.name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", given.name):
+        parser.error(f"--name {given.name} must be letters, digits, '-', '_' and '.', since a folder is called by it")
     if not 0 < given.decay <= 1:
         parser.error(f"--decay {given.decay} must be above 0 and at most 1")
     return given
@@ -67,10 +70,10 @@ def default_name(given: argparse.Namespace, paths: Sequence[Path]) -> str:
 
 def chosen(run: Path, last: int | None, steps: Sequence[int] | None) -> list[Path]:
     """Checkpoints of the run, the oldest first. Raises ValueError where one isn't there or is torn."""
-    there = {step_of(path): path for path in sorted((run / "checkpoints").glob("step-*.ckpt"))}
+    there = {step_of(path): path for path in sorted((run / "checkpoints").glob("step-[0-9]*.ckpt"))}
     known = ", ".join(map(str, there)) or "none"
     if last is not None and not 2 <= last <= len(there):
-        raise ValueError(f"--last {last} must be from 2 to the number of checkpoints of {run}, which are {known}")
+        raise ValueError(f"--last {last} must be from 2 to {len(there)}: {run} has the checkpoints {known}")
     wanted = sorted(set(steps or [])) if last is None else list(there)[-last:]
     if absent := [step for step in wanted if step not in there]:
         raise ValueError(f"--steps {absent[0]} is no checkpoint of {run}; there are {known}. keep= makes more stay")

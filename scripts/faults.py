@@ -190,7 +190,7 @@ def number_of_rows(run: Path) -> int:
 
 def tear(run: Path, chance: random.Random) -> str:
     """Damages the newest checkpoint, if there is another. Returns how."""
-    files = sorted((run / "checkpoints").glob("step-*.ckpt"))
+    files = sorted((run / "checkpoints").glob("step-[0-9]*.ckpt"))
     if len(files) < 2:
         return ""
     size = files[-1].stat().st_size
@@ -209,7 +209,7 @@ def tear(run: Path, chance: random.Random) -> str:
 
 def state(run: Path) -> dict[str, Any]:
     """What must not depend on what happened on the way."""
-    last = max((run / "checkpoints").glob("step-*.ckpt"))
+    last = max((run / "checkpoints").glob("step-[0-9]*.ckpt"))
     checkpoint = torch.load(last, weights_only=True)
     rows = [
         {k: v for k, v in row.items() if not k.startswith("speed/")} for row in cells((run / "metrics.csv").read_text())

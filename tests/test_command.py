@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import train as entry
-from conf.command import flags
+from conf.command import flags, named
 from conf.help import first_line
 from conf.settings import whole_numbers
 from data.prepare import prepare
@@ -253,3 +253,19 @@ def test_the_near_match():
     assert near("Gated-Delta", ["gla", "gated_delta", "delta"]) == "gated_delta"
     assert near("delat", ["lact", "deltanet"]) == "deltanet"  # the first letters are seldom wrong
     assert near("transformer", ["gla", "mesa"]) is None and near("x", []) is None
+
+
+def test_a_sweep_without_a_name_is_called_after_its_settings():
+    """And not put into the folders of runs by themselves, which its jobs would be called like."""
+    for words, name in (
+        ("-m model=mesa,softmax seed=1,2", "sweep-model-seed"),
+        ("model.mixers.main.regressor.window=4,8 seed=3 --multirun", "sweep-window"),
+        ("-m seed=range(1,3) decay@model.mixers.main.decay=none,scalar", "sweep-decay-seed"),
+        ("-m", "sweep"),
+    ):
+        given = words.split()
+        found = named(given)
+        assert [word for word in found if word not in given] == [f"name={name}"]
+        assert [word for word in found if word in given] == given and flags(found) is None
+    for words in (["-m", "name=s", "seed=1,2"], ["seed=1"], ["-m", "seed=[1"]):
+        assert named(words) == words

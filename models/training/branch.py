@@ -23,13 +23,13 @@ def branch(run: Run, before: dict[str, Any], main_process: bool) -> int | None:
     more than tokens and schedule is another. Raises ValueError where no checkpoint of both is left.
 
     What was made after that step is set aside: later checkpoints are deleted, but for those marked to stay, which are
-    moved to checkpoints-STEPS; the result and the model of a finished run are renamed to result-STEPS.json and
-    model-STEPS.
+    moved to checkpoints-STEPS; the result, the model, evaluations and exported models of a finished run are renamed to
+    result-STEPS.json, model-STEPS and so on.
     """
     now = run.config
     if difference(before | {key: now[key] for key in ("tokens", "schedule")}, now):
         return None
-    if not any(run.checkpoints.glob("step-*.ckpt")):
+    if not any(run.checkpoints.glob("step-[0-9]*.ckpt")):
         return None
     common = common_steps(before, now)
     step = newest_until(run, common)
@@ -57,7 +57,7 @@ def common_steps(one: dict[str, Any], other: dict[str, Any]) -> int:
 
 def newest_until(run: Run, step: int) -> int | None:
     """The newest whole checkpoint of at most this step."""
-    paths = sorted(run.checkpoints.glob("step-*.ckpt"), reverse=True)
+    paths = sorted(run.checkpoints.glob("step-[0-9]*.ckpt"), reverse=True)
     return next((step_of(path) for path in paths if step_of(path) <= step and not what_is_wrong(path)), None)
 
 
@@ -72,16 +72,18 @@ def _what_to_do(run: Run, before: dict[str, Any]) -> str:
 
 def _set_aside(run: Run, step: int, steps: int) -> None:
     """In an order in which a kill leaves a run that either config can go on with."""
-    say(f"{run.folder} was to have {steps:,} steps; with another length it goes on from step {step:,}")
-    marked = {step_of(path) for path in run.checkpoints.glob("step-*.keep")}
-    if later := [path for path in run.checkpoints.glob("step-*") if step_of(path) in marked and step_of(path) > step]:
-        aside = run.folder / f"checkpoints-{steps}"
-        aside.mkdir(exist_ok=True)
-        for path in later:
-            path.replace(aside / path.name)
-        say(f"its checkpoints from after that, as far as they were to stay, are in {aside.name} now")
+    say(f"{run.folder} was to have {steps:,} steps; with another length or schedule it goes on from step {step:,}")
+    marked = {step_of(path) for path in run.checkpoints.glob("step-[0-9]*.keep")}
+    files = [path for path in run.checkpoints.glob("step-[0-9]*") if step_of(path) > step and step_of(path) in marked]
+    draft = run.folder / ".checkpoints.draft"  # of one that was killed here, too
+    if files or draft.exists():
+        draft.mkdir(exist_ok=True)
+        for path in sorted(files, key=lambda path: (path.suffix == ".keep", path.suffix == ".ckpt")):
+            path.replace(draft / path.name)  # marks last: until then the rest is known to stay
+        draft.rename(aside := _free(run.checkpoints, steps))
+        say(f"the later checkpoints that were to stay are in {aside.name} now")
     remove(run.checkpoints, lambda other: other > step)
-    for old in (run.folder / "result.json", run.folder / "model"):
+    for old in (run.folder / name for name in ("evaluations", "exported", "result.json", "model")):
         if old.exists():
             old.rename(aside := _free(old, steps))
             say(f"its {old.name} is {aside.name} now")

@@ -50,12 +50,13 @@ class Captured:
         context: Callable[[], Any],
     ) -> None:
         self.forward, self.context = forward, context
-        self.parameters = [p for p in parameters if p.requires_grad]
+        self.parameters = list(parameters)
         self.calls = 0
         self.reason: str | None = None  # why it can't be recorded
         self._batch: Batch = {}
         self._outputs: Any = None
         self._replay: Callable[[], None] | None = None
+        self._trained: list[bool] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
 
     @property
@@ -77,7 +78,9 @@ class Captured:
 
     def _fits(self, batch: Batch) -> bool:
         """Whether it can be copied to where the recorded one is. No `segments` are one document a row, all zero."""
-        return self._replay is not None and all(
+        if self._replay is None or [p.requires_grad for p in self.parameters] != self._trained:
+            return False
+        return all(
             _kind(batch[name]) in (_kind(place), None if isinstance(place, Tensor) else _kind(place))
             for name, place in self._batch.items()
         )
@@ -89,7 +92,7 @@ class Captured:
         return outputs
 
     def _record(self, batch: Batch) -> None:
-        before = [p.grad for p in self.parameters]
+        before, self._trained = [p.grad for p in self.parameters], [p.requires_grad for p in self.parameters]
         self._replay = self._outputs = None  # its memory is free again
         self._batch = {name: x.clone() if isinstance(x, Tensor) else x for name, x in batch.items()}
         try:

@@ -66,6 +66,9 @@ class Checkpoint(Callback):
             self._go_on_drawing(trainer, self._saved_random_states)
         if trainer.is_global_zero and self.folder.exists():
             remove(self.folder, lambda step: step > self.saved)  # torn, or they would have been resumed from
+            for path in self.folder.glob("step-[0-9]*.ckpt"):  # of before `keep` named it, or a kill came between
+                if step_of(path) in self.kept:
+                    mark(path)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == self.finished:  # in the middle of an accumulation window
@@ -111,8 +114,8 @@ class Checkpoint(Callback):
         if trainer.is_global_zero:
             if step in self.kept:
                 mark(path)
-            newest = sorted(self.folder.glob("step-*.ckpt"))[-self.newest :]
-            marked = {step_of(path) for path in self.folder.glob("step-*.keep")}
+            newest = sorted(self.folder.glob("step-[0-9]*.ckpt"))[-self.newest :]
+            marked = {step_of(path) for path in self.folder.glob("step-[0-9]*.keep")}
             remove(self.folder, lambda step: step < step_of(newest[0]) and not self._stays(step) and step not in marked)
         return ""
 
@@ -237,7 +240,7 @@ def step_of(path: Path) -> int:
 def remove(folder: Path, condition: Any) -> None:
     """The files of every step for which condition(step) is true, and all drafts. A checkpoint goes before its checksum
     does."""
-    for path in sorted(folder.glob("step-*")):
+    for path in sorted(folder.glob("step-[0-9]*")):
         if condition(step_of(path)) or path.suffix == ".partial":
             path.unlink(missing_ok=True)
 
@@ -259,7 +262,7 @@ def newest_whole(folder: Path, until: int | None = None) -> tuple[Path | None, l
     """The newest checkpoint that is whole, of at most the step `until`, None where none was ever written; and a
     sentence for every newer one that is not. Raises ValueError if there are some and none is whole."""
     torn: list[str] = []
-    for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
+    for path in sorted(folder.glob("step-[0-9]*.ckpt"), reverse=True):
         if until is not None and step_of(path) > until:
             continue
         if not (wrong := what_is_wrong(path)):

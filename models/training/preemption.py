@@ -48,9 +48,12 @@ class Preemption(Callback):
     """Takes the signals, within its `with`, in the place of Lightning, which saves inside the handler, in the middle of
     whatever was going on. What is stopped so ends here: a line, Slurm's queue, the exit code.
 
+    asked: of the last run of this process, though it was finished before it could stop; a sweep then stops after it.
     signal: the first that this rank was sent.  agreed: whether all ranks know of one. They exchange one message a step
     about that and whatever else they have to agree on (Training.configure_gradient_clipping).
     """
+
+    asked: signal.Signals | None = None
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -65,6 +68,7 @@ class Preemption(Callback):
     def __exit__(self, kind: Any, stop: BaseException | None, trace: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        Preemption.asked = self.signal
         if isinstance(stop, Stopped):
             if self.agreed and rank_zero_only.rank != 0:  # the first says all, and Lightning kills it if another fails
                 raise SystemExit(0)
@@ -102,6 +106,14 @@ class Preemption(Callback):
         self.agreed, self.requeue = votes[0] > 0, votes[1] > 0
         if self.agreed and self.signal is None:
             self.signal = signal.SIGTERM
+
+
+def stop_of_a_sweep() -> SystemExit:
+    """After a job that was asked to stop, and was finished."""
+    number, Preemption.asked = Preemption.asked, None
+    assert number is not None
+    print(f"{number.name}: the job was finished; the sweep stops, and the same command goes on", flush=True)
+    return SystemExit(128 + number if number == signal.SIGINT else UNFINISHED)
 
 
 def requeue() -> None:

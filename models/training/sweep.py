@@ -158,6 +158,8 @@ class Sweep:
                 self.outcomes.append(outcome)
             else:
                 self._tell(outcome)
+            if (module := sys.modules.get("models.training.preemption")) and module.Preemption.asked:
+                raise module.stop_of_a_sweep()
             loss = (result or {}).get("validation/nats")
             return loss if not failure and loss is not None and math.isfinite(loss) else None
 

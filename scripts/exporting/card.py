@@ -22,7 +22,7 @@ PYTHON = """import {library}transformers
 folder = "."  # or what the folder is called on the hub
 model = transformers.AutoModelForCausalLM.from_pretrained(folder{trust})
 """
-TEXT = """tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+TEXT = """tokenizer = transformers.AutoTokenizer.from_pretrained(folder{trust})
 prompt = tokenizer("def", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 """
@@ -37,7 +37,7 @@ def card(source: Source, architecture: str, commit: dict[str, Any], has_tokenize
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [test-time-regression]\n---",
         f"# {source.folder.name}",
         f"{describe(source.model)} It is opened by {opens}:",
-        f"```python\n{PYTHON.format(trust=trust, library=library)}{TEXT if has_tokenizer else ''}```",
+        f"```python\n{(PYTHON + TEXT * has_tokenizer).format(trust=trust, library=library)}```",
         *sections(source),
         f"## Export\n\n    python scripts/export.py {source.folder} --to {architecture}\n\n{at(commit)}",
     ]

@@ -92,7 +92,7 @@ def standing(config: dict[str, Any]) -> str:
     run.enter(False, branch)
     if run.result is not None:
         return f"{run.folder} is finished"
-    saved = max(map(step_of, run.checkpoints.glob("step-*.ckpt")), default=0)
+    saved = max(map(step_of, run.checkpoints.glob("step-[0-9]*.ckpt")), default=0)
     return f"{run.folder} would go on from step {saved if run.branch is None else run.branch:,}"
 
 

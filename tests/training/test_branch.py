@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -285,3 +286,30 @@ def test_what_was_to_stay_of_later_steps_is_moved(tmp_path):
     before = dict(run.config)
     run.config |= {"schedule": WSD | {"warmup": 10, "decay": 0.85}}  # a decay from step 45 on begins at an earlier one
     assert branch(run, before | {"schedule": WSD | {"warmup": 10}}, main_process=False) == 40
+
+
+def test_two_branches_of_the_same_length_lie_apart_and_a_kill_between_files_loses_none(tmp_path, monkeypatch):
+    early = {"schedule": WSD | {"warmup": 10, "decay": 0.85}}  # a decay from step 15 on
+    run, before = run_with(tmp_path, [10, 40, 60], before={"schedule": WSD | {"warmup": 10}}, **early)
+    (run.checkpoints / "step-best.keep").touch()  # somebody's own
+    marks = [run.checkpoints / f"step-{step:09d}.ckpt" for step in (40, 60)]
+    for path in marks:
+        mark(path)
+    replace, moved = Path.replace, []
+
+    def killed(path, target):
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        moved.append(replace(path, target))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        branch(run, before, main_process=True)
+    assert branch(run, before, main_process=True) == 10
+    names = {path.name for path in (tmp_path / "checkpoints-100").iterdir()}
+    assert len(names) == 6 and all(path.name in names and f"{path.name}.sha256" in names for path in marks)
+    WholeFiles().save_checkpoint({}, marks[0])
+    mark(marks[0])
+    assert branch(run, before, main_process=True) == 10
+    assert len(list((tmp_path / "checkpoints-100").iterdir())) == 6
+    assert len(list((tmp_path / "checkpoints-100-2").iterdir())) == 3

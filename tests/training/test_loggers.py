@@ -61,6 +61,7 @@ def going(folder: Path, at=lambda step: None) -> Fit:
         Figure(figsize=(1, 1)).savefig(picture)
         for logger in fit.loggers:
             logger.log_image("picture", picture, NUM_STEPS - 1)
+            logger.log_image("look", picture, NUM_STEPS - 2)  # of the last look, drawn after the last step
             logger.log_sample(*SAMPLE, NUM_STEPS - 1)
     finally:
         for logger in fit.loggers:
@@ -91,9 +92,10 @@ def resumed(tmp_path_factory) -> Path:
 def test_wandb_goes_on_in_the_same_curve(resumed):
     files = sorted(resumed.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2
-    rows, runs = [], []
+    rows, runs, keys = [], [], []
     for path in files:
         found = records(path)
+        keys += [item.key or "/".join(item.nested_key) for r in found for item in r.history.item]
         runs += [r.run for r in found if r.HasField("run")]
         rows += curves([r.history for r in found if r.HasField("history")])
     (name,) = {run.run_id for run in runs}
@@ -101,6 +103,7 @@ def test_wandb_goes_on_in_the_same_curve(resumed):
     assert {tuple(run.tags) for run in runs} == {("a", "b" * 64)}
     assert [row["trainer/global_step"] for row in rows] == list(range(NUM_STEPS))
     assert [row["_step"] for row in rows] == list(range(NUM_STEPS))
+    assert {"picture", "look"} <= {key.partition("/")[0] for key in keys}
     seconds = [row["speed/seconds"] for row in rows]
     assert seconds == sorted(seconds) and seconds[7] > seconds[6]
     (table,) = resumed.glob("wandb/offline-run-*/files/media/table/sample*.json")
@@ -185,3 +188,22 @@ def test_the_choice_names_the_presets():
     found = choice()
     assert found["mixers"] == {"attention": "mesa", "recurrent": "gated_delta"}
     assert (found["model"], found["size"], found["data"]) == ("hybrid", "20m", "python_source")
+
+
+def test_who_a_run_is(tmp_path):
+    """A logger that comes when a run goes on has an id of its own too; a run from before loggers.json keeps its bare
+    one; and a file that can't be read is named."""
+    ids = []
+    for name in ("a", "b"):
+        logger = Wandb(id="gated", save_dir=str(tmp_path / name))
+        (tmp_path / name).mkdir()
+        logger.resume(10, {})
+        ids.append(logger._id)
+    assert len(set(ids)) == 2 and all(each.startswith("gated-") for each in ids)
+    (tmp_path / "old" / "wandb").mkdir(parents=True)
+    old = Wandb(id="gated", save_dir=str(tmp_path / "old"))
+    old.resume(10, {})
+    assert old._id == "gated"
+    (tmp_path / "a" / identity.FILE).write_text('{"wandb": "lg-')
+    with pytest.raises(ValueError, match=r"loggers\.json can't be read"):
+        identity.known(tmp_path / "a", "wandb")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -272,3 +273,15 @@ def test_to_overwrite_a_run_leaves_the_jobs_of_a_sweep_of_its_name(tmp_path):
     (run / "old.txt").touch()
     Run(run, {"name": "s", "overwrite": True}).enter()
     assert (job / "config.yaml").exists() and not (run / "old.txt").exists()
+
+
+def test_to_be_asked_at_the_end_of_a_job_ends_the_sweep_after_it(monkeypatch, tmp_path, capsys):
+    """The job is finished in any case, and the next one is not begun."""
+
+    def assemble(cfg, preemption):
+        assert cfg.seed == 1
+        preemption.signal = signal.SIGINT
+        raise ValueError("as if finished")
+
+    code, said = started_here(["-m", "name=s", "seed=1,2"], assemble, monkeypatch, tmp_path, capsys)
+    assert code == 130 and "SIGINT: the job was finished; the sweep stops" in said

@@ -12,15 +12,20 @@ LONGEST = 128  # characters of an id of wandb
 
 def known(folder: Path, service: str) -> str | None:
     """The id that the run in this folder has with this service, None where it has none yet."""
-    path = folder / FILE
-    return json.loads(path.read_text()).get(service) if path.exists() else None
+    return _read(folder / FILE).get(service)
 
 
 def keep(folder: Path, service: str, identity: str) -> None:
     path, draft = folder / FILE, folder / f".{FILE}.draft"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    draft.write_text(json.dumps(before | {service: identity}, indent=2) + "\n")
+    draft.write_text(json.dumps(_read(path) | {service: identity}, indent=2) + "\n")
     draft.replace(path)
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read ({error}); mend it, or remove it, and services see a new run") from None
 
 
 def unique(name: str) -> str:

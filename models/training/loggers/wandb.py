@@ -43,7 +43,8 @@ class Wandb(WandbLogger):
     @rank_zero_only
     def resume(self, step: int, seen: Seen) -> None:
         folder, self.seen, self.first = Path(self._wandb_init["dir"]), seen, max(seen, default=-1) + 1
-        if step == 0 and identity.known(folder, "wandb") is None:
+        began = (folder / "wandb").is_dir()  # with the id alone, when there was no loggers.json yet
+        if identity.known(folder, "wandb") is None and (step == 0 or not began):
             self._call(identity.unique(self._wandb_init["id"]))
             identity.keep(folder, "wandb", self._wandb_init["id"])
 
@@ -68,8 +69,9 @@ class Wandb(WandbLogger):
         if step is None:
             run.log(dict(metrics))
         elif found := news(metrics, int(step), self.seen or {}):
-            first = run.step if self.seen is None else self.first
-            run.log({**found, STEP: int(step)}, step=max(int(step), first))
+            late = self.seen is not None and int(step) < run.step  # a picture of the last look, after the last step
+            first = run.step if self.seen is None or late else self.first
+            run.log(found if late else {**found, STEP: int(step)}, step=max(int(step), first))
 
     def log_sample(self, prompt: str, text: str, step: int) -> None:
         self.log_text("sample", columns=["prompt", "goes on"], data=[[prompt, text]], step=step)
