@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 from conf.folders import label, sweep_of
 from models.training.checkpoint import newest_whole, step_of
 from models.training.logger import Tolerant, logged
-from models.training.loggers import identity
+from models.training.loggers import identity, offline
 from models.training.loggers.about import choice
 from models.training.loggers.mlflow import MLflow
 from models.training.loggers.seen import news
@@ -207,3 +208,30 @@ def test_who_a_run_is(tmp_path):
     (tmp_path / "a" / identity.FILE).write_text('{"wandb": "lg-')
     with pytest.raises(ValueError, match=r"loggers\.json can't be read"):
         identity.known(tmp_path / "a", "wandb")
+
+
+def test_rows_that_a_killed_wandb_has_not_written_are_logged_again(resumed, tmp_path):
+    """Its last block is lost with its process. The file is cut off behind some rows, as a kill leaves it."""
+    folder = tmp_path / "run"
+    (path,) = sorted(resumed.glob("wandb/offline-run-*/*.wandb"))[:1]
+    cut = folder / path.relative_to(resumed)
+    cut.parent.mkdir(parents=True)
+    whole = path.read_bytes()
+    shutil.copy(resumed / "metrics.csv", folder)
+    steps = [row["trainer/global_step"] for row in offline.rows(path)]
+    assert steps == list(range(len(steps))) and len(steps) > 5
+    cut.write_bytes(whole[:7])  # as a run that is soon killed leaves it
+    assert offline.last_value(folder / "wandb", "trainer/global_step") == -1
+    assert offline.last_value(folder, "trainer/global_step") is None
+    size = next(n for n in range(len(whole), 0, -64) if cut.write_bytes(whole[:n]) and len(list(offline.rows(cut))) < 4)
+    kept = offline.last_value(folder / "wandb", "trainer/global_step")
+    assert size and kept is not None and 0 < kept < 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        logger = Wandb(id="run", save_dir=str(folder), project="p")
+        logger.resume(6, {step: {"train/loss"} for step in range(8)})
+        logger.log_metrics({"train/loss": 1.0}, 6)
+        logger.experiment.finish()
+    wandb.teardown()
+    newest = max(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert newest != cut and [row["trainer/global_step"] for row in offline.rows(newest)] == list(range(kept + 1, 7))
