@@ -23,7 +23,7 @@ python {script} [GROUP=CHOICE ...] [SETTING=VALUE ...]
 python {script} -m GROUP=CHOICE,CHOICE seed=1,2         a sweep: a job for every combination
 python {script} GROUP=CHOICE --cfg job                  prints all settings, and does nothing else
 
-Groups, with their choices; * marks those that this command means:
+Groups, with their choices; * marks what this command chooses:
 """
 
 

@@ -311,7 +311,8 @@ def recompute(config: dict[str, Any]) -> Iterator[str]:
         shown = "null" if value is None else value
         yield f"recompute={shown} is not one of auto, none, all, or how many of the blocks (0 to {layers})"
     elif isinstance(value, int) and value > most:
-        yield f"recompute={value} is more than the {layers} blocks of model.num_layers={layers}; all is recompute=all"
+        there = f"the {layers} blocks of model.num_layers={layers}"
+        yield f"recompute={value} is more than {there}; recompute=all takes them all"
 
 
 def secrets(config: dict[str, Any]) -> Iterator[str]:

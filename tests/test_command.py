@@ -65,7 +65,7 @@ KEYS = {
     "clip_norm=fast": "clip_norm=fast must be a number",
     "compile=ja": "compile=ja must be true or false",
     "recompute=ja": "recompute=ja is not one of auto, none, all, or how many of the blocks (0 to 4)",
-    "recompute=5": "recompute=5 is more than the 4 blocks of model.num_layers=4; all is recompute=all",
+    "recompute=5": "recompute=5 is more than the 4 blocks of model.num_layers=4; recompute=all takes them all",
     "keep=2": "keep=2 must be one of its settings: keep.newest=, keep.every=, keep.at=, keep.doubling=",
     "keep.at=0.5": "keep.at=0.5 must be a list, like keep.at=[0.5]",
     "keep.at=[a]": "keep.at=[a] must be a number",

@@ -91,3 +91,14 @@ def test_a_dry_run_leaves_nothing_and_a_sweep_has_a_line_for_each_job(tmp_path, 
     assert jobs[0].startswith("  model.num_heads=2   ") and jobs[0].endswith(" a device") and "FAILED" in jobs[1]
     assert "num_heads=5 does not divide hidden_size=32" in said
     assert [path.name for path in tmp_path.iterdir()] == ["multirun.yaml"]  # Hydra's, of every sweep
+
+
+def test_weights_that_the_run_would_refuse_are_refused(tmp_path):
+    """By names and shapes; of a name on the hub, where nothing is downloaded, it is said that nobody looked."""
+    config = settings("data=mqar") | {"run_dir": str(tmp_path / "none")}
+    other = LanguageModelConfig(vocab_size=300, **settings("model=softmax")["model"])
+    LanguageModel(other).save_pretrained(tmp_path / "softmax")
+    with pytest.raises(ValueError, match="holds another model"):
+        plan(config | {"init_from": str(tmp_path / "softmax")}, BATCH)
+    lines, _ = plan(config | {"init_from": "somebody/a-model"}, BATCH)
+    assert "weights   of somebody/a-model on the hub, which was not looked at" in lines

@@ -150,18 +150,31 @@ def load(model: LanguageModel, init_from: str | None, tokenizer: Tokenizer | Non
     rows = ""
     if tokenizer is not None and its is not None:
         rows = _take_over_rows(found, here, its, tokenizer, init_from)
+    refuse_another(here, found, init_from)
+    model.load_state_dict(found)
+    said = f"weights   of {path}{rows}"
+    if theirs and (others := difference(_settings(theirs), _settings(model.config), "model").splitlines()):
+        said += f"\nwarning: init_from={init_from} was trained with other settings: {'; '.join(map(str.strip, others))}"
+    return said
+
+
+def refuse_another(
+    here: dict[str, Tensor], found: dict[str, Tensor], init_from: str, any_vocabulary: bool = False
+) -> None:
+    """Raises ValueError for weights with other names or shapes than those here, with the first that differs.
+    any_vocabulary: whatever their number of rows, those of the embedding and of the head may do."""
     others = [name for name in (here | found) if _shape(here, name) != _shape(found, name)]
+    if any_vocabulary:
+        rows = [
+            name for name in ROWS if name in here and name in found and here[name].shape[1:] == found[name].shape[1:]
+        ]
+        others = [name for name in others if name not in rows]
     if others:
         raise ValueError(
             f"init_from={init_from} holds another model: {others[0]} is {_shape(found, others[0])} there and "
             f"{_shape(here, others[0])} here, and {len(others) - 1} more differ. Its model=, size= and tokenizer= have "
             "to be those of this run"
         )
-    model.load_state_dict(found)
-    said = f"weights   of {path}{rows}"
-    if theirs and (others := difference(_settings(theirs), _settings(model.config), "model").splitlines()):
-        said += f"\nwarning: init_from={init_from} was trained with other settings: {'; '.join(map(str.strip, others))}"
-    return said
 
 
 def _take_over_rows(

@@ -54,10 +54,13 @@ def plan(config: dict[str, Any], batch: Batch) -> tuple[list[str], str]:
     """The lines, and one line for the end of a sweep. Raises ValueError for what the run would be refused for."""
     vocab_size, data = vocabulary(config, batch)
     source = config["init_from"]
-    first = weights.find(source) if source and not published.is_name(source) else source  # nothing is downloaded
+    named = bool(source) and published.is_name(source)  # on the hub, from which nothing is downloaded
+    first = weights.find(source) if source and not named else None
     trainer = config["trainer"]
     planned = Planned(LanguageModelConfig(vocab_size=vocab_size, **config["model"]), trainer["precision"])
     model, where = planned.model, device(trainer)
+    if first is not None:
+        weights.refuse_another(model.state_dict(), weights.read(first), source, any_vocabulary=True)
     sharded = "ModelParallel" in str(trainer["strategy"])
     shards = batch.world_size if sharded else 1
     memory = planned.memory(config["optimizer"], batch, shards)
@@ -67,7 +70,7 @@ def plan(config: dict[str, Any], batch: Batch) -> tuple[list[str], str]:
     lines = [
         f"run       {standing(config)}",
         *(f"data      {line}" for line in data),
-        *([f"weights   of {first}"] if first else []),
+        *([f"weights   of {first or source + ' on the hub, which was not looked at'}"] if source else []),
         f"batch     {batch}",
         summary(model, batch.seq_len, where, dtype(trainer["precision"])),
         f"parts     {parts(model)}",
