@@ -71,7 +71,7 @@ def test_it_is_the_mean_of_hand(words, name, steps, shares, run, capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("--last 1", "--last 1 must be from 2 to the number of checkpoints of .*, which are 3, 5, 8, 13"),
+        ("--last 1", "--last 1 must be from 2 to 4: .* has the checkpoints 3, 5, 8, 13"),
         ("--last 9", "--last 9 must be from 2"),
         ("--steps 3 4", "--steps 4 is no checkpoint of .*; there are 3, 5, 8, 13"),
         ("--steps 3", "--steps 3 is one checkpoint; a mean needs two"),
