@@ -131,7 +131,7 @@ def refusal(model: LanguageModel) -> str | None:
             overrides = " ".join(
                 f"{_plus(key, node)}{said}.{key}={word(wanted)}" for key, (_, wanted) in others.items()
             )
-            return f"{said} has {has}, which fla's {found.name} hasn't; train with {overrides} to export it"
+            return f"{said} has {has}, which fla's {found.name} has not; with {overrides} a model would be the same"
         for key, value in _shared(mixer, found).items():
             if alike.setdefault(key, value) != value:
                 return f"{said} differs from another layer's in {key}: fla has one for all layers"
