@@ -1,9 +1,8 @@
 """One token's step: embedding -> blocks -> norm -> head, and the states after it.
 
-Issued one by one, the kernels of a step wait for the host: 42 ms a token at 340 million parameters on an H200, whose
-memory brings all weights in 0.2 ms. So on a GPU the step is captured once, as a graph of kernels at fixed places, and
-started by one call a token. What changes is copied in, the tokens; the states lie where the step finds and leaves them
-(held.py), and the sampling stays outside.
+Issued one by one, the kernels of a step wait for the host far longer than they run. So on a GPU the step is captured
+once, as a graph of kernels at fixed places, and started by one call a token. What changes is copied in, the tokens; the
+states lie where the step finds and leaves them (held.py), and the sampling stays outside.
 
 Whoever calls the model with one token, a cache and no gradients goes on by such a step, `generate` above all. Where
 that is not possible, the model is called layer by layer, with the same result: `refusal` says why.

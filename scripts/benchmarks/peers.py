@@ -209,6 +209,8 @@ def short_convolutions(channels: int, width: int) -> nn.Module:
     from fla.modules.l2norm import l2norm
 
     class Convolutions(nn.Module):
+        """(q, k, v, gate) to what the memory is given of them."""
+
         def __init__(self) -> None:
             super().__init__()
             made = (ShortConvolution(channels, width, activation="silu") for _ in range(3))

@@ -18,13 +18,13 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from wandb.proto.wandb_internal_pb2 import Record
 
 import train as entry
 from conf.folders import LONGEST, job_folder, run_id
 from models.training import origin
 from models.training.finish import ending
 from models.training.logger import Tolerant
+from models.training.loggers import offline
 from models.training.run import Run
 from models.training.watchdog import Watchdog
 from tests.started import Started
@@ -47,19 +47,8 @@ JOB = [
 SWEEP = ["-m", "name=s", "model.num_heads=1,5,2,4", "logger=wandb", "trainer.devices=1", *JOB]
 
 
-def records(path: Path) -> list[Record]:
-    """Of wandb's file, which is LevelDB's log: blocks of 32 KB, of records with a header of checksum, length, kind."""
-    data, found, part, at = path.read_bytes(), [], b"", 7
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        part, at = part + data[at + 7 : at + 7 + length], at + 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            found.append(Record.FromString(part))
-            part = b""
-    return found
+def records(path: Path) -> list[Any]:
+    return list(offline.records(path))
 
 
 def curves(history) -> list[dict[str, Any]]:

@@ -12,13 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def load(base, rows, num_rows, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[rows, BLOCK], zero beyond the last row and column."""
-    columns = tl.arange(0, BLOCK)
-    inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
-    return tl.load(base + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+from models.kernels.intervals import load
 
 
 @triton.jit

@@ -22,6 +22,13 @@ def last_value(folder: Path, name: str) -> int | None:
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """What was logged: metrics by name."""
+    for record in records(path):
+        if record.history.item:
+            yield {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+
+
+def records(path: Path) -> Iterator[Any]:
     """Of wandb's file, which is LevelDB's log: blocks of records with a header of checksum, length, kind. A record that
     was cut off ends it."""
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made as it is imported
@@ -36,6 +43,5 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
             return
         part, at = part + data[at + 7 : at + 7 + length], at + 7 + length
         if kind in (1, 4):  # whole, or the last part
-            history, part = Record.FromString(part).history, b""
-            if history.item:
-                yield {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in history.item}
+            yield Record.FromString(part)
+            part = b""
