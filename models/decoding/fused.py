@@ -35,18 +35,11 @@ def refusal(mixer: nn.Module, device: torch.device, dtype: torch.dtype) -> str |
     others = mixer.shift, mixer.rotary, mixer.feature_norm
     if mixer.convolution is None or mixer.conv_on != "qkv" or any(x is not None for x in others):
         return "the kernels know keys by a short convolution, an activation and a norm of length one alone"
-    if not all(is_its_weight(layer) for layer in products(mixer)):
+    if not all(is_its_weight(layer) for layer in mixer.layers_of_input()):
         return "a projection is more than its weight"
     if mixer.output is None or isinstance(mixer.q_norm, nn.Module) or not isinstance(mixer.features, Identity):
         return "the kernels know no features, no learned norm of keys, and no mixer without a projection of its own"
     return kernels.refusal(device, dtype, mixer.key_dim, mixer.value_dim)
-
-
-def products(mixer: Any) -> list[nn.Linear]:
-    """The layers of a mixer that act on its input."""
-    of_decay = [mixer.decay.projection] if isinstance(mixer.decay, ScalarDecay) else []
-    of_momentum = [mixer.regressor.momentum] if isinstance(mixer.regressor, Momentum) else []
-    return [mixer.projection, *of_decay, mixer.regressor.step_size, *of_momentum]
 
 
 class FusedMixer:
@@ -58,7 +51,7 @@ class FusedMixer:
 
     def __init__(self, mixer: Any, dtype: torch.dtype) -> None:
         self.mixer, memory = mixer, mixer.regressor
-        self.sources = [layer.weight for layer in products(mixer)]
+        self.sources = [layer.weight for layer in mixer.layers_of_input()]
         rows = sum(len(w) for w in self.sources)
         self.weight = self.sources[0].new_zeros(rows + -rows % 8, self.sources[0].shape[1], dtype=dtype)
         self.refresh()

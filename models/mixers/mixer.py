@@ -24,7 +24,9 @@ from models.kernels import pairs as kernels
 from models.parts.convolution import Shift, ShortConvolution
 from models.parts.decay import Decay
 from models.parts.features import FeatureMap, Identity
+from models.parts.linear import Products, is_its_weight, one_product
 from models.parts.norm import RMSNorm, sum_to_one, unit
+from models.parts.precision import product_dtype
 from models.parts.rotary import frequencies, rotate
 from models.parts.sizes import Sizes
 from models.regression.regressor import Choice, Regressor, Tokens
@@ -205,15 +207,16 @@ class Mixer(nn.Module):
         memory, turn = (None, None) if state is None else (state.memory, state.turn)
         positions = positions_of(x, None if state is None else state.position, segments)
 
-        q, k, v, gate, tails = self._pairs(x, positions, tails, segments)
+        q, k, v, gate, tails, seen = self._pairs(x, positions, tails, segments)
         n = self.regressor.pairs_per_token
         q, k = self._features(q, positions), self._features(k, _each(positions, n))
-        log_decay, signs = self.decay(x)
+        log_decay, signs = self.decay(seen if self.decay.reads else x)
         if signs is not None:
             turn = _turns(signs, turn)
             q, k = q * turn.unsqueeze(-1), k * _each(turn, n).unsqueeze(-1)
 
-        o, memory = self.regressor(Tokens(x, q, k, v, log_decay, segments), memory)
+        tokens = Tokens(seen if self.regressor.reads else x, q, k, v, log_decay, segments)
+        o, memory = self.regressor(tokens, memory)
         o = self._read_out(o).to(x.dtype)
         if gate is not None:
             o = o * gate
@@ -225,16 +228,15 @@ class Mixer(nn.Module):
 
     def _pairs(
         self, x: Tensor, positions: Tensor, tails: Tails, segments: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tails]:
-        """One product for everything that is linear in x, and what is made of it: q [B, T, H, K], k [B, T n, G, K], v
-        [B, T n, G, V], at their norms and turned; the gate [B, T, H V]; what the next call needs to go on.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tails, Any]:
+        """What is made of a product with x: q [B, T, H, K], k [B, T n, G, K], v [B, T n, G, V], at their norms and
+        turned; the gate [B, T, H V]; what the next call needs to go on; x, or what stands for it (Products).
         """
-        projected, n = self.projection(x), self.regressor.pairs_per_token
-        if self.choose(projected.device, projected.dtype).backend == "triton":
-            return self._accelerated(projected, positions, tails)
-        pairs, gate = projected, None
+        if self.choose(x.device, product_dtype(x)).backend == "triton":
+            return self._accelerated(x, positions, tails)
+        pairs, gate, n = self.projection(x), None, self.regressor.pairs_per_token
         if self.gate is not None:
-            pairs, gate = projected.split([sum(self.sizes), self.num_heads * self.value_dim], dim=-1)
+            pairs, gate = pairs.split([sum(self.sizes), self.num_heads * self.value_dim], dim=-1)
             gate = self.gate(gate)
         last_key = tails[-1]
         (q, k, v), tails = self._along(pairs, tails[:-1], segments)
@@ -247,26 +249,37 @@ class Mixer(nn.Module):
         if self.values_per_key > 1:
             q, k = (y.repeat_interleave(self.values_per_key, dim=2) for y in (q, k))
         q, k = self._address(q, positions, self.q_norm), self._address(k, _each(positions, n), self.k_norm)
-        return q, k, v, gate, (*tails, last_key)
+        return q, k, v, gate, (*tails, last_key), x
 
     def _accelerated(
-        self, projected: Tensor, positions: Tensor, tails: Tails
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tails]:
-        """`_pairs` of a projected row by the kernels."""
+        self, x: Tensor, positions: Tensor, tails: Tails
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tails, Any]:
+        """`_pairs` by the kernels, and one product for everything that is linear in x: thin ones cost as much as wide
+        ones, for each reads x, and adds to its gradient.
+        """
+        layers = self.layers_of_input()
+        gates = layers[1:] if all(is_its_weight(layer) for layer in layers) else ()
+        projected = one_product(x, layers) if gates else self.projection(x)
         K, V, frequency = self.key_dim, self.value_dim, None
         if self.rotary is not None:
-            frequency = frequencies((self.rotary_channels or K) // 2, self.rotary, projected.device)
+            frequency = frequencies((self.rotary_channels or K) // 2, self.rotary, x.device)
         weight = None if self.convolution is None else self.convolution.weight
         q_scale, k_scale = (norm.weight if isinstance(norm, RMSNorm) else None for norm in (self.q_norm, self.k_norm))
         call = kernels.Call(projected, positions, tails[0], weight, q_scale, k_scale, frequency)
         heads = (self.sizes[0] // K, self.sizes[1] // K, self.sizes[2] // V, 0 if self.gate is None else self.num_heads)
         made = kernels.pairs(call, kernels.Recipe(*heads, K, V, self.conv_on, *self.words, self.norm_eps))
-        (q, k, v), rest = made[:3], made[3 if self.gate is None else 4 :]
-        gate = None if self.gate is None else made[3].flatten(-2)
+        (q, k, v), rest = made[:3], made[3:]
+        gate = None if self.gate is None else rest.pop(0).flatten(-2)
+        seen = Products(gates, rest.pop(0)) if gates else x
         if self.values_per_key > 1:
             q, k = (y.repeat_interleave(self.values_per_key, dim=2) for y in (q, k))
         k, v = (y.unflatten(2, (self.regressor.pairs_per_token, -1)).flatten(1, 2) for y in (k, v))
-        return q, k, v, gate, (rest[0] if rest else None, None)
+        return q, k, v, gate, (rest[0] if rest else None, None), seen
+
+    def layers_of_input(self) -> tuple[nn.Linear, ...]:
+        """The projection, and the layers of decay and memory that act on x, as far as they are named (`reads`)."""
+        found = [getattr(owner, name) for owner in (self.decay, self.regressor) for name in owner.reads]
+        return (self.projection, *(layer for layer in found if layer is not None))
 
     def choose(self, device: torch.device, dtype: torch.dtype) -> Choice:
         """What makes q, k and v of a row of this dtype: pairs_backend, or what `auto` finds. Raises ValueError for

@@ -12,19 +12,22 @@ or -1, or None where all are positive. Its `kind` says of what shape the logarit
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.parts.linear import read
 from models.parts.precision import sum_dtype, wide
 from models.parts.sizes import Sizes
 
 
 class Decay(nn.Module):
-    """What all decays share."""
+    """What all decays share. reads: the layers that act on its input, if it takes no more of it than they `read`."""
 
     kind: str
+    reads: ClassVar[tuple[str, ...]] = ()
 
     def flops_per_token(self) -> int:
         return 0
@@ -83,6 +86,7 @@ class ScalarDecay(Decay):
     """
 
     kind = "head"
+    reads = ("projection",)
 
     def __init__(self, sizes: Sizes, step_range: tuple[float, float] = (0.001, 0.1)) -> None:
         super().__init__()
@@ -91,7 +95,7 @@ class ScalarDecay(Decay):
         self.log_rate, self.bias = _rates(sizes.num_heads), _biases(sizes.num_heads, low, high)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return -wide(self.log_rate).exp() * F.softplus(wide(self.projection(x)) + self.bias), None
+        return -wide(self.log_rate).exp() * F.softplus(wide(read(self.projection, x)) + self.bias), None
 
     def flops_per_token(self) -> int:
         return 2 * self.projection.weight.numel()
@@ -107,6 +111,7 @@ class ChannelDecay(Decay):
     """
 
     kind = "channel"
+    reads = ("projection",)
 
     def __init__(self, sizes: Sizes, rank: int = 16, temperature: float = 16.0) -> None:
         super().__init__()
@@ -120,7 +125,8 @@ class ChannelDecay(Decay):
         self.expansion = nn.Linear(rank, sizes.num_heads * sizes.key_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return F.logsigmoid(wide(self.expansion(self.projection(x)))).unflatten(-1, self.heads) / self.temperature, None
+        logits = wide(self.expansion(read(self.projection, x))).unflatten(-1, self.heads)
+        return F.logsigmoid(logits) / self.temperature, None
 
     def flops_per_token(self) -> int:
         return 2 * (self.projection.weight.numel() + self.expansion.weight.numel())
@@ -138,6 +144,7 @@ class ChannelRateDecay(Decay):
     """
 
     kind = "channel"
+    reads = ("projection",)
 
     def __init__(self, sizes: Sizes, rank: int | None = None, step_range: tuple[float, float] = (0.001, 0.1)) -> None:
         super().__init__()
@@ -151,7 +158,7 @@ class ChannelRateDecay(Decay):
         self.log_rate, self.bias = _rates(sizes.num_heads), _biases(channels, low, high)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        steps = F.softplus(wide(self.expansion(self.projection(x))) + self.bias).unflatten(-1, self.heads)
+        steps = F.softplus(wide(self.expansion(read(self.projection, x))) + self.bias).unflatten(-1, self.heads)
         return -wide(self.log_rate).exp().unsqueeze(-1) * steps, None
 
     def flops_per_token(self) -> int:

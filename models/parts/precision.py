@@ -16,6 +16,12 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in HALF else x
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """That of a product with x: autocast's where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def working_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype in which a memory is computed from these: float64 where one of them is, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32

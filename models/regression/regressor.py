@@ -66,6 +66,7 @@ class Regressor(nn.Module):
     needs_positive_features: bool = False  # whether phi(q) . phi(k) must not be negative
     decay_kind: str = "none"  # of the recipe's decay; mixer.py sets it
     pairs_per_token: int = 1  # n
+    reads: ClassVar[tuple[str, ...]] = ()  # its layers that act on x, if it takes no more of x than they `read`
     projections: ClassVar[tuple[str, ...]] = ()  # its layers that make vectors of x as the shell makes q, k and v
 
     def __init__(self, sizes: Sizes, backend: str = "auto") -> None:

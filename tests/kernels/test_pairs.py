@@ -57,7 +57,7 @@ def outcomes(
     # as the state has it: nothing of before the document is in the tail
     given = [tail if tail is None else tail * (torch.arange(-tail.shape[1], 0, device=device) >= -far).view(-1, 1)
              for tail in tails]  # fmt: skip
-    q, k, v, gate, after = m._pairs(x, positions, tuple(given), segments)
+    q, k, v, gate, after, _ = m._pairs(x, positions, tuple(given), segments)
     made = {"q": q, "k": k, "v": v, "gate": gate, "tail": after[0]}
     made = {name: y for name, y in made.items() if y is not None}
     upstream = [torch.randn(y.shape, generator=torch.Generator().manual_seed(i)) for i, y in enumerate(made.values())]

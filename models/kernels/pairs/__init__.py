@@ -8,8 +8,8 @@ Of each head, in float32, rounded once as it is stored,
     n_t = y_t / |y_t| , or y_t / rms(y_t) * scale , or y_t                                 (q and k)
     n_t turned by position_t * frequency, two channels at a time                           (q and k)
 
-and the gate, which lies beside q, k and v in the row and has no more than its activation: so that the gradient of the
-whole row is written where it belongs, and no copy puts it together.
+and the gate, which lies beside q, k and v in the row and has no more than its activation; what lies beyond goes through
+as it is. So the gradient of the whole row is written where it belongs, and no copy puts it together.
 
 Positions count from the start of the document, so that they say where it begins: x_{t-j} is of the same document if j
 is at most position_t. What came before the call is the tail of the call before.
@@ -46,8 +46,9 @@ def refusal(device: torch.device, dtype: torch.dtype, width: int, conv_size: int
 
 
 def pairs(call: Call, recipe: Recipe) -> list[Tensor]:
-    """q [B, T, queries, K], k [B, T, keys, K], v [B, T, values, V]; the gate [B, T, gates, V], where there is one; what
-    the next call's tail is, where there is a convolution. All in the dtype of x."""
+    """q [B, T, queries, K], k [B, T, keys, K], v [B, T, values, V]; the gate [B, T, gates, V], where there is one; the
+    rest of the row, as it is, where there is a rest; what the next call's tail is, where there is a convolution. All in
+    the dtype of x."""
     return _forward(*packed(call), *recipe)
 
 
@@ -66,9 +67,11 @@ def _forward(
 @_forward.register_fake
 def _(given, names, *recipe):
     call, known = unpacked(Call, given, names), Recipe(*recipe)
-    (B, T, _), K, V = call.x.shape, known.key_dim, known.value_dim
+    (B, T, N), K, V = call.x.shape, known.key_dim, known.value_dim
     heads = ((known.queries, K), (known.keys, K), (known.values, V), (known.gates, V))
     found = [call.x.new_empty(B, T, *size) for size in heads if size[0]]
+    if (rest := N - sum(n * width for n, width in heads)) > 0:
+        found.append(call.x.new_empty(B, T, rest))
     return found if call.weight is None else [*found, call.x.new_empty(B, call.weight.shape[1] - 1, len(call.weight))]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 class Call(NamedTuple):
     """Tensors of a call. None where there is none."""
 
-    x: Tensor  # [B, T, N], q, k, v and the gate side by side; channels lie next to each other
+    x: Tensor  # [B, T, N], q, k, v, the gate and a rest side by side; channels lie next to each other
     positions: Tensor  # [B, T], integers: how many tokens of the document came before
     tail: Tensor | None = None  # [B, W - 1, C], the inputs of the convolution before the first token
     weight: Tensor | None = None  # [C, W], weight[c, W - 1] meets the present token

@@ -63,6 +63,7 @@ class Launch:
         self.weight = None if call.weight is None else call.weight.contiguous()
         self.C, self.W = (0, 1) if self.weight is None else self.weight.shape
         self.parts = list(self._parts())
+        self.used = sum(part.heads * part.width for part in self.parts)  # of a row; the rest goes through
 
     def _parts(self) -> Iterator[Part]:
         r, (*_, query_scale, key_scale, frequency) = self.recipe, self.call
@@ -132,6 +133,7 @@ class Launch:
                 *tensors, out, self.T, *self._strides(), self.recipe.eps, **settings, **programs
             )
             found.append(out)
+        found += [self.call.x[..., self.used :].contiguous()] if self.used < self.call.x.shape[2] else []
         return found if self.weight is None else [*found, self._tail()]
 
     def _tail(self) -> Tensor:
@@ -174,6 +176,8 @@ class Launch:
                 *self._strides(), do.stride(0), do.stride(1), do.stride(2), dx.stride(0), dx.stride(1),
                 self.recipe.eps, **settings, **programs,
             )  # fmt: skip
+        if self.used < dx.shape[2]:
+            dx[..., self.used :] = gradients[len(self.parts)]
         found = [dx]
         if dweight is not None and self.weight is not None:
             self._add_tail(gradients[-1], dx, dtail)

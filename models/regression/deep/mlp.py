@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.parts.linear import read
 from models.parts.precision import wide
 from models.parts.sizes import Sizes
 from models.regression.deep.memory import NetworkMemory, Parameters, shares
@@ -67,6 +68,7 @@ class DeepMemory(NetworkMemory):
     """
 
     accepts_decay: tuple[str, ...] = ("none", "head")
+    reads = ("step_size", "momentum")
 
     def __init__(
         self,
@@ -138,8 +140,8 @@ class DeepMemory(NetworkMemory):
 
     def gates(self, x: Tensor, log_decay: Tensor | None = None) -> Gates:
         """1 - eta is the sigmoid of the negative, log eta logsigmoid: neither loses digits where eta is near 1 or 0."""
-        rate, b = wide(self.step_size(x)).sigmoid(), self.grad_batch
-        logit = None if self.momentum is None else wide(self.momentum(x))
+        rate, b = wide(read(self.step_size, x)).sigmoid(), self.grad_batch
+        logit = None if self.momentum is None else wide(read(self.momentum, x))
         if isinstance(self.rule, AtEnd):
             nothing = torch.zeros_like(rate)
             eta = nothing if logit is None else logit.sigmoid() / b

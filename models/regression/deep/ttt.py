@@ -31,6 +31,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from models.parts.linear import read
 from models.parts.precision import wide
 from models.parts.sizes import Sizes
 from models.regression.deep.memory import NetworkMemory, Parameters, shares
@@ -52,6 +53,7 @@ class TTT(NetworkMemory):
     """
 
     accepts_decay = ("none",)
+    reads = ("step_size",)
 
     def __init__(
         self,
@@ -95,7 +97,7 @@ class TTT(NetworkMemory):
         return Start(tuple(torch.cat(layer, dim=1) for layer in layers), True, norm)
 
     def gates(self, x: Tensor, log_decay: Tensor | None = None) -> Gates:
-        step_size = wide(self.step_size(x)).sigmoid() * (self.base_lr / self.key_dim)
+        step_size = wide(read(self.step_size, x)).sigmoid() * (self.base_lr / self.key_dim)
         return Gates(step_size, share=shares(self.token_offset))
 
     def gate_flops(self) -> int:

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from models.kernels import least_squares as kernels
 from models.parts import solves
+from models.parts.linear import read
 from models.parts.precision import doubled_dtype, wide
 from models.parts.sizes import Sizes
 from models.regression.chunks import from_chunks, short
@@ -154,6 +155,7 @@ class LeastSquares(Memory):
 
     SOLVERS: ClassVar[tuple[str, ...]] = ("conjugate_gradients", "chebyshev", "cholesky", "rls")
     FLOOR: ClassVar[float] = 0.25
+    reads = ("write_weight", "query_mix")
 
     def __init__(
         self,
@@ -217,7 +219,7 @@ class LeastSquares(Memory):
             raise ValueError("regressor.query_mix=true is not possible with regressor.solver=rls")
 
     def forward(self, tokens: Tokens, state: Moments | None = None) -> tuple[Tensor, Moments]:
-        b, log_decay = wide(self.write_weight(tokens.x)).sigmoid(), tokens.log_decay
+        b, log_decay = wide(read(self.write_weight, tokens.x)).sigmoid(), tokens.log_decay
         if log_decay is not None and self.decay_cap is not None:
             log_decay = log_decay + torch.log1p((self.decay_cap - 1) * b.square())
         return self._fit(Tokens(*tokens[:4], log_decay, tokens.segments), b, state)
@@ -237,7 +239,7 @@ class LeastSquares(Memory):
             form = recurrent_fading_ridge if backend == "recurrent" else recursive_least_squares
             return form(q, k, v, b, ridge.size, log_decay, state, starts)
         log_decay = forget_at_starts(log_decay, segments, like=b)
-        mix = None if self.query_mix is None else wide(self.query_mix(x)).sigmoid()
+        mix = None if self.query_mix is None else wide(read(self.query_mix, x)).sigmoid()
         if backend == "recurrent":
             return recurrent_least_squares(q, k, v, b, ridge, log_decay, state, mix)
         given, chunk = (q, k, v, b, ridge, log_decay, state, mix), self.tokens_at_once(v)
@@ -257,7 +259,7 @@ class LeastSquares(Memory):
         return Ridge(size, True) if self.scaled_ridge else Ridge(size.expand(self.num_heads, self.key_dim))
 
     def describe(self, tokens: Tokens) -> dict[str, Tensor]:
-        return {"write_weight": wide(self.write_weight(tokens.x)).sigmoid()}
+        return {"write_weight": wide(read(self.write_weight, tokens.x)).sigmoid()}
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Of the last forward pass in chunks, as tensors on the device, for which nothing waited: the steps that the

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from models.kernels import fla, momentum
+from models.parts.linear import read
 from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
 from models.regression.chunks import short
@@ -159,6 +160,7 @@ class Delta(Memory):
     """
 
     accepts_decay: tuple[str, ...] = ("none", "head", "channel", "signed")
+    reads = ("step_size",)
 
     def __init__(
         self,
@@ -197,7 +199,7 @@ class Delta(Memory):
 
     def steps(self, x: Tensor, k: Tensor) -> Tensor:
         """b f(b |k|^2), [B, T n, H]."""
-        b = self.largest_step * wide(self.step_size(x)).sigmoid().view(k.shape[:3])
+        b = self.largest_step * wide(read(self.step_size, x)).sigmoid().view(k.shape[:3])
         return b * self.share(b * wide(k).square().sum(-1))
 
     def describe(self, tokens: Tokens) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from models.kernels import fla
+from models.parts.linear import read
 from models.parts.precision import wide
 from models.parts.sizes import Sizes
 from models.regression.chunks import fades, from_chunks, into_chunks, short
@@ -114,6 +115,7 @@ class Linear(Memory):
     """
 
     accepts_decay: tuple[str, ...] = ("none", "head", "channel", "signed")
+    reads = ("write_weight",)
 
     def __init__(
         self,
@@ -165,7 +167,7 @@ class Linear(Memory):
             return -torch.expm1(log_decay)
         if self.write_weight is None:
             return None
-        weight = wide(self.write_weight(x)).sigmoid()
+        weight = wide(read(self.write_weight, x)).sigmoid()
         return 2 * weight - 1 if self.writes == "signed" else weight
 
     def describe(self, tokens: Tokens) -> dict[str, Tensor]:

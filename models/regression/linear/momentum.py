@@ -38,13 +38,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.kernels import momentum as kernels
+from models.parts.linear import read
 from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
 from models.regression.chunks import from_chunks, into_chunks, short
@@ -194,6 +195,7 @@ class Momentum(Memory):
 
     accepts_decay: tuple[str, ...] = ("none", "head")
     fit = "gradient step, momentum"
+    reads: ClassVar[tuple[str, ...]] = ("step_size", "momentum")
 
     def __init__(
         self,
@@ -220,13 +222,13 @@ class Momentum(Memory):
         1 - eta as sigmoid of the negative, log eta as logsigmoid: neither loses its digits where eta is near 1 or 0.
         """
         if not self.tied:
-            logit = wide(self.momentum(x))
-            step_size = (-logit).sigmoid() * wide(self.step_size(x)).sigmoid() / self.grad_batch
+            logit = wide(read(self.momentum, x))
+            step_size = (-logit).sigmoid() * wide(read(self.step_size, x)).sigmoid() / self.grad_batch
             return step_size, F.logsigmoid(logit), 1.0
-        logit = wide(self.momentum(x)).clamp(max=12.0)
+        logit = wide(read(self.momentum, x)).clamp(max=12.0)
         log_rest = F.logsigmoid(-logit)
         log_written = log_rest if log_decay is None else log_rest + wide(log_decay)
-        step_size = (log_written + log_rest).exp() * wide(self.step_size(x)).sigmoid() / self.grad_batch
+        step_size = (log_written + log_rest).exp() * wide(read(self.step_size, x)).sigmoid() / self.grad_batch
         return step_size, log_written + F.pad(logit[:, :-1], (0, 0, 1, 0)), logit[:, -1, :, None, None].exp()
 
     def forward(self, tokens: Tokens, state: Any = None) -> tuple[Tensor, Any]:
@@ -238,7 +240,7 @@ class Momentum(Memory):
 
     def describe(self, tokens: Tokens) -> dict[str, Tensor]:
         """theta' grad_batch and eta."""
-        return {name: wide(getattr(self, name)(tokens.x)).sigmoid() for name in ("step_size", "momentum")}
+        return {name: wide(read(getattr(self, name), tokens.x)).sigmoid() for name in ("step_size", "momentum")}
 
     def form(self, tokens: Tokens) -> Callable[..., tuple[Tensor, State]]:
         """recurrent_momentum or one of the same map, for this call."""

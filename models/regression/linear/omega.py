@@ -20,11 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from models.parts.linear import read
 from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
 from models.regression.linear import references
@@ -104,6 +105,8 @@ class Omega(Momentum):
     window: c, the pairs of a step.
     """
 
+    reads: ClassVar[tuple[str, ...]] = ("step_size", "momentum", "weights")
+
     def __init__(
         self,
         sizes: Sizes,
@@ -125,7 +128,7 @@ class Omega(Momentum):
 
     def forward(self, tokens: Tokens, state: Any = None) -> tuple[Tensor, Any]:
         x, q, k, v, log_decay, segments = tokens
-        weights = wide(self.weights(x)).sigmoid().unflatten(-1, (-1, self.window))
+        weights = wide(read(self.weights, x)).sigmoid().unflatten(-1, (-1, self.window))
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1.0)
         step_size, log_momentum, remaining = self.gates(x, log_decay)
         gates = (weights, step_size, log_momentum, log_decay)
