@@ -31,8 +31,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ab = self.up(x)
-        trained = torch.is_grad_enabled() and is_its_weight(self.output)
-        if trained and swiglu.refusal(ab.device, ab.dtype) is None:  # one kernel each way, and less is kept
+        if is_its_weight(self.output) and swiglu.refusal(ab.device, ab.dtype) is None:  # less is kept, and written
             return swiglu.gated_output(ab, self.output.weight.to(ab.dtype))
         a, b = ab.chunk(2, dim=-1)
         return self.output(F.silu(a) * b)

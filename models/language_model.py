@@ -34,7 +34,7 @@ from models.parts.linear import is_its_weight
 from models.parts.norm import RMSNorm
 from models.parts.precision import wide
 
-PIECE = 16384  # tokens of a prompt that go through the layers at once on a GPU; more take memory and are no faster
+PIECE = 24576  # tokens of a prompt that go through the layers at once on a GPU; more take memory and are no faster
 
 transformers_logging.disable_progress_bar()  # over a single file of weights
 

@@ -3,7 +3,8 @@
 A step of a small model is thousands of kernels, which the host starts one by one: with gated_delta and size=340m it
 needs longer for that than the GPU for the kernels. A graph is recorded once and then started by one call. It always
 reads and writes the same places, so a batch is copied to where the recorded one was, and gradients stay where they are:
-what an optimizer is given are these same tensors, step after step.
+what an optimizer is given are these same tensors, step after step. There are two graphs, in the same memory: of a
+step's first micro-batch, whose gradients are the first, and of the others, which add to them.
 
 What is recorded is a fixed sequence. Whatever waits for a number from the GPU can't be in it (a solver that looks
 whether it is done, for example); then nothing is recorded, and the reason is printed.
@@ -12,7 +13,7 @@ whether it is done, for example); then nothing is recorded, and the reason is pr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -22,6 +23,14 @@ from torch import Tensor, nn
 WARM_UP = 3  # micro-batches before one is recorded: they compile kernels and choose among them
 
 Batch = dict[str, Any]
+
+
+class Graph(NamedTuple):
+    """What starts it, the outputs that it writes, and the memory that it lives in."""
+
+    replay: Callable[[], None]
+    outputs: Any
+    pool: Any = None
 
 
 def refusal(trainer: L.Trainer) -> str | None:
@@ -54,31 +63,33 @@ class Captured:
         self.calls = 0
         self.reason: str | None = None  # why it can't be recorded
         self._batch: Batch = {}
-        self._outputs: Any = None
-        self._replay: Callable[[], None] | None = None
+        self._first: Graph | None = None
+        self._further: Graph | None = None
         self._trained: list[bool] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
 
     @property
     def recorded(self) -> bool:
-        return self._replay is not None
+        return self._first is not None
 
     def __call__(self, batch: Batch) -> Any:
         self.calls += 1
         if self.reason is None and self.calls > WARM_UP and not self._fits(batch):
             self._record(batch)
-        if self._replay is None or not self._fits(batch):
+        if self._first is None or not self._fits(batch):
             return self._run(batch)
         for name, place in self._batch.items():
             if isinstance(place, Tensor):
                 place.zero_() if batch[name] is None else place.copy_(batch[name], non_blocking=True)
-        self._put_gradients_in_place()
-        self._replay()
-        return self._outputs
+        graph = self._first if all(p.grad is None for p, _ in self._gradients) else self._adding(self._first)
+        graph.replay()
+        for p, place in self._gradients:
+            p.grad = place
+        return graph.outputs
 
     def _fits(self, batch: Batch) -> bool:
         """Whether it can be copied to where the recorded one is. No `segments` are one document a row, all zero."""
-        if self._replay is None or [p.requires_grad for p in self.parameters] != self._trained:
+        if self._first is None or [p.requires_grad for p in self.parameters] != self._trained:
             return False
         return all(
             _kind(batch[name]) in (_kind(place), None if isinstance(place, Tensor) else _kind(place))
@@ -93,16 +104,18 @@ class Captured:
 
     def _record(self, batch: Batch) -> None:
         before, self._trained = [p.grad for p in self.parameters], [p.requires_grad for p in self.parameters]
-        self._replay = self._outputs = None  # its memory is free again
+        self._first = self._further = None  # their memory is free again
         self._batch = {name: x.clone() if isinstance(x, Tensor) else x for name, x in batch.items()}
         try:
             for p in self.parameters:
                 p.grad = None
             self._without_waiting()
+            for p in self.parameters:
+                p.grad = None
+            self._first = self._graph()
             self._gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
-            self._replay = self._graph()
         except RuntimeError as error:
-            self.reason, self._replay, self._gradients = str(error).strip().splitlines()[0], None, []
+            self.reason, self._first, self._gradients = str(error).strip().splitlines()[0], None, []
             print(f"a micro-batch is not one CUDA graph, and the GPU may wait for the host: {self.reason}", flush=True)
         for p, gradient in zip(self.parameters, before, strict=True):
             p.grad = gradient
@@ -120,23 +133,25 @@ class Captured:
             torch.cuda.set_sync_debug_mode(mode)
             torch.cuda.current_stream().wait_stream(stream)
 
-    def _graph(self) -> Callable[[], None]:
+    def _graph(self, pool: Any = None) -> Graph:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph has memory of its own, as much as a pass takes
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may pin memory meanwhile
-            self._outputs = self._run(self._batch)
-        return graph.replay
+        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):  # other threads may pin memory meanwhile
+            outputs = self._run(self._batch)
+        return Graph(graph.replay, outputs, graph.pool())
 
-    def _put_gradients_in_place(self) -> None:
-        """Gradients go to the recorded places: zero where there is none yet, else what is there."""
-        fresh = [place for p, place in self._gradients if p.grad is None]
-        if fresh:
+    def _adding(self, first: Graph) -> Graph:
+        """The graph that adds to the gradients, which go to the recorded places: zero where there is none yet."""
+        if fresh := [place for p, place in self._gradients if p.grad is None]:
             torch._foreach_zero_(fresh)
         for p, place in self._gradients:
             if p.grad is not None and p.grad is not place:
                 place.copy_(p.grad)
             p.grad = place
+        if self._further is None:
+            self._further = self._graph(first.pool)
+        return self._further
 
 
 def _kind(x: Any) -> Any:

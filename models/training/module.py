@@ -89,7 +89,8 @@ class Training(L.LightningModule):
             for chooser in (Mixer, Regressor):
                 chooser.choose = torch.compiler.assume_constant_result(chooser.choose)
             for block in self.model.blocks:
-                block.compile()
+                # rows are not padded to multiples of 128 bytes: a copy would take that off before each of our kernels
+                block.compile(options={"comprehensive_padding": False})
         if self.device_mesh is not None:
             # Parameters are gathered in float32 and cast by autocast, product by product: bf16-mixed then means the
             # same under every strategy.

@@ -10,10 +10,11 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training import captured
-from models.training.captured import WARM_UP, Captured
+from models.training.captured import WARM_UP, Captured, Graph
 from tests.laws.presets import recipe
 from tests.training.test_interruptions import Fit, fit, one_thread  # noqa: F401
 
@@ -26,11 +27,23 @@ class StandIn(Captured):
     def _without_waiting(self) -> None:
         self._run(self._batch)
 
-    def _graph(self) -> Any:
-        def replay() -> None:
-            self._outputs = self._run(self._batch)
+    def _graph(self, pool: Any = None) -> Graph:
+        first, before = pool is None, [p.grad if p.grad is None else p.grad.clone() for p in self.parameters]
+        outputs = self._run(self._batch)
+        places = [p.grad for p in self.parameters]
+        if not first:  # a recording computes nothing
+            torch._foreach_copy_(places, before)
 
-        return replay
+        def replay() -> None:
+            if first:
+                for p in self.parameters:
+                    p.grad = None
+            for place, x in zip(tree_leaves(outputs), tree_leaves(self._run(self._batch)), strict=True):
+                place.copy_(x)
+            if first:
+                torch._foreach_copy_(places, [p.grad for p in self.parameters])
+
+        return Graph(replay, outputs, "memory")
 
 
 def trained(make: Any, device: str, steps: int = STEPS) -> tuple[list[float], list[torch.Tensor]]:

@@ -144,7 +144,8 @@ def _decayed_share(s: Tensor) -> Tensor:
     return torch.where(small, series.masked_fill(~small, 0.0), -torch.expm1(-large) / large)
 
 
-STEPS: dict[str, Any] = {"gradient": torch.ones_like, "implicit": lambda s: 1 / (1 + s), "exact": _decayed_share}
+# f, None for 1
+STEPS: dict[str, Any] = {"gradient": None, "implicit": lambda s: 1 / (1 + s), "exact": _decayed_share}
 
 
 class Delta(Memory):
@@ -200,7 +201,7 @@ class Delta(Memory):
     def steps(self, x: Tensor, k: Tensor) -> Tensor:
         """b f(b |k|^2), [B, T n, H]."""
         b = self.largest_step * wide(read(self.step_size, x)).sigmoid().view(k.shape[:3])
-        return b * self.share(b * wide(k).square().sum(-1))
+        return b if self.share is None else b * self.share(b * wide(k).square().sum(-1))
 
     def describe(self, tokens: Tokens) -> dict[str, Tensor]:
         return {"step_size": self.steps(tokens.x, tokens.k)}
