@@ -40,13 +40,16 @@ def mistakes(cfg: DictConfig) -> list[str]:
         return not any(re.match(rf"(to be set: )?({'|'.join(settings)})\b", sentence) for sentence in found)
 
     num_steps = 100
-    if clear("batch_tokens", "seq_len", "micro_batch", "tokens", "trainer.devices", "trainer.num_nodes"):
+    parts = "batch_tokens", "seq_len", "micro_batch", "tokens", "context_parallel"
+    if clear(*parts, "trainer.devices", "trainer.num_nodes"):
         world = schema.world_size(config["trainer"]["devices"], config["trainer"]["num_nodes"])
         sizes = config["batch_tokens"], config["seq_len"], config["micro_batch"]
         try:
-            num_steps = batch_arithmetic(*sizes, world, config["tokens"]).num_steps
+            num_steps = batch_arithmetic(*sizes, world, config["tokens"], config["context_parallel"]).num_steps
         except ValueError as error:
             found += [sentence for sentence in str(error).splitlines() if sentence not in found]
+    if clear("context_parallel"):
+        found += sharing(config)
     if clear("model", "trainer.precision", "trainer.accelerator"):
         found += model_mistakes(config)
     if clear("schedule"):
@@ -65,6 +68,12 @@ def refused(construct: Callable[[], Any], where: str = "") -> list[str]:
     except ValueError as error:
         return [f"{where}{error}"]
     return []
+
+
+def sharing(config: dict[str, Any]) -> Iterator[str]:
+    """What can't be where devices share their sequences."""
+    if (size := config["context_parallel"]) > 1 and "DDP" not in str(config["trainer"]["strategy"]):
+        yield f"context_parallel={size} needs strategy=ddp, in which each device has all the parameters"
 
 
 def machine(trainer: dict[str, Any]) -> Iterator[str]:

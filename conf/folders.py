@@ -18,6 +18,7 @@ FREE_TO_CHANGE = (
     "logger",
     "callbacks",
     "micro_batch",
+    "context_parallel",
     "num_workers",
     "log_every",
     "overwrite",

@@ -78,6 +78,7 @@ class Config:
     seq_len: Whole = MISSING  # tokens
     batch_tokens: Whole = MISSING  # tokens in one optimizer step, all devices together
     micro_batch: Whole = MISSING  # sequences that one device holds at a time
+    context_parallel: Whole = 1  # devices that share each sequence
     tokens: Whole = MISSING  # tokens to train on
     validation_tokens: Whole = MISSING
     validate_every: float = MISSING  # below 1 a fraction of all steps, else steps

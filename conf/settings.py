@@ -58,6 +58,7 @@ NUMBERS = {
     "seq_len": COUNT,
     "batch_tokens": COUNT,
     "micro_batch": COUNT,
+    "context_parallel": COUNT,
     "tokens": COUNT,
     "validation_tokens": COUNT,
     "log_every": COUNT,
@@ -272,14 +273,14 @@ def figures(value: Any) -> str | None:
 
 def batch(config: dict[str, Any]) -> list[str]:
     """Whether the sizes divide, where all are numbers. Devices that are "auto" conf/checks.py counts, with torch."""
-    sizes = [config.get(name) for name in ("batch_tokens", "seq_len", "micro_batch", "tokens")]
+    sizes = [config.get(name) for name in ("batch_tokens", "seq_len", "micro_batch", "tokens", "context_parallel")]
     devices, nodes = (config.get("trainer", {}).get(name) for name in ("devices", "num_nodes"))
     counts = [*sizes, len(devices) if isinstance(devices, list) else devices, nodes]
     if any(not isinstance(n, int | float) or not math.isfinite(n) or n < 1 or n != int(n) for n in counts):
         return []  # told already, or worked out later
-    batch_tokens, seq_len, micro_batch, tokens, each, nodes = map(int, counts)
+    batch_tokens, seq_len, micro_batch, tokens, context, each, nodes = map(int, counts)
     try:
-        batch_arithmetic(batch_tokens, seq_len, micro_batch, each * nodes, tokens)
+        batch_arithmetic(batch_tokens, seq_len, micro_batch, each * nodes, tokens, context)
     except ValueError as error:
         return str(error).splitlines()
     return []

@@ -62,7 +62,7 @@ class DataModule(L.LightningDataModule):
             len(samples),
             self.batch,
             self.seed,
-            rank=trainer.global_rank,
+            rank=trainer.global_rank // self.batch.context,
             first_step=trainer.global_step,
             overfit=self.overfit,
         )
@@ -83,7 +83,7 @@ class DataModule(L.LightningDataModule):
         samples = self.task.validation_samples(seq_len)
         count = min(-(-self.validation_tokens // seq_len), len(samples))
         micro_batch = max(1, self.batch.micro_batch * self.batch.seq_len // seq_len)
-        share = Share(samples, count, micro_batch, self.trainer.global_rank, self.trainer.world_size)
+        share = Share(samples, count, micro_batch, self.trainer.global_rank // self.batch.context, self.batch.groups)
         return DataLoader(share, batch_size=micro_batch, shuffle=False, **self._loader_settings())
 
     def _loader_settings(self) -> dict[str, Any]:

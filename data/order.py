@@ -35,7 +35,7 @@ class GlobalOrder:
     def __init__(
         self, num_samples: int, batch: Batch, seed: int, rank: int = 0, first_step: int = 0, overfit: bool = False
     ):
-        assert 0 <= rank < batch.world_size and first_step >= 0, (rank, batch, first_step)
+        assert 0 <= rank < batch.groups and first_step >= 0, (rank, batch, first_step)
         if batch.sequences > num_samples:
             raise ValueError(
                 f"batch_tokens={batch.tokens} is {batch.sequences:,} sequences of seq_len={batch.seq_len}, and the "
@@ -56,7 +56,7 @@ class GlobalOrder:
                 epoch = position // self.steps_per_epoch
                 permutation = epoch_permutation(self.num_samples, self.seed, epoch)
             start = position % self.steps_per_epoch * size
-            mine = permutation[start : start + size][self.rank :: self.batch.world_size].tolist()
+            mine = permutation[start : start + size][self.rank :: self.batch.groups].tolist()
             for i in range(0, len(mine), self.batch.micro_batch):
                 yield mine[i : i + self.batch.micro_batch]
 

@@ -76,3 +76,10 @@ def map_tensors(node: Any, function: Callable[[Tensor], Any]) -> Any:
         mapped = [map_tensors(item, function) for item in node]
         return type(node)(*mapped) if hasattr(node, "_fields") else tuple(mapped)
     return node
+
+
+def leaves(node: Any) -> list[Tensor]:
+    """The tensors of nested tuples, or of a list of them, in order."""
+    found: list[Tensor] = []
+    map_tensors(tuple(node), found.append)
+    return found

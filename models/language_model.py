@@ -28,6 +28,7 @@ from models.block import Block, feed_forward
 from models.build import build
 from models.cache import Cache, alone
 from models.calls import documents, refuse_documents, refuse_shapes, refuse_targets, refuse_unknown
+from models.context import Context
 from models.loss import IGNORED, score, sum_nats
 from models.mixers.mixer import State
 from models.parts.linear import is_its_weight
@@ -121,6 +122,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         self.norm = RMSNorm(D, config.norm_eps)
         self.head = nn.Linear(D, config.vocab_size, bias=False)
         self.gradient_checkpointing = False  # transformers' switch, with the function that does it
+        self.context: Context | None = None  # in a pass in which processes share their sequences
         self.init_weights_by_depth()
         self.post_init()
 
@@ -161,10 +163,14 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         for i, block in enumerate(self.blocks):
             if every:
                 each.append(x)
+            if self.context is not None:
+                states[i] = self.context.receive(x)
             if self.gradient_checkpointing and self.training:
                 x, state = self._gradient_checkpointing_func(block.__call__, x, states[i], segments)
             else:
                 x, state = block(x, states[i], segments)
+            if self.context is not None:
+                x = self.context.hand_on(x, state)
             held = torch.is_grad_enabled() or torch.compiler.is_compiling()  # the one by the graph of gradients
             states[i] = state if held else alone(state)
         return (*each, self.norm(x))

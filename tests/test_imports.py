@@ -16,7 +16,7 @@ FLOORS = (
     ("models.training",),
     ("conf",),
     ("data",),
-    ("models.language_model", "models.calls", "models.cache", "models.decoding"),
+    ("models.language_model", "models.calls", "models.cache", "models.context", "models.decoding"),
     ("models.block",),
     ("models.mixers",),
     ("models.regression.deep",),

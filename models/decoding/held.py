@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.cache import Cache, map_tensors
+from models.cache import Cache, leaves, map_tensors
 from models.mixers.mixer import State
 
 States = Sequence[State | None]
@@ -114,13 +114,6 @@ class Held(Cache):
         else:
             self.own = [map_tensors(state, function) for state in self.own]
         self.rows = len(leaves(self.own)[0])
-
-
-def leaves(states: Any) -> list[Tensor]:
-    """The tensors of nested tuples, in order."""
-    found: list[Tensor] = []
-    map_tensors(tuple(states), found.append)
-    return found
 
 
 def signature(node: Any) -> Any:

@@ -76,7 +76,8 @@ def checked(cfg: DictConfig) -> tuple[dict[str, Any], Batch]:
         raise ValueError("\n       ".join(found))
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     world_size = schema.world_size(cfg.trainer.devices, cfg.trainer.num_nodes)
-    return plain, batch_arithmetic(cfg.batch_tokens, cfg.seq_len, cfg.micro_batch, world_size, cfg.tokens)
+    sizes = cfg.batch_tokens, cfg.seq_len, cfg.micro_batch, world_size, cfg.tokens, cfg.context_parallel
+    return plain, batch_arithmetic(*sizes)
 
 
 def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Training, DataModule, Run, str]:
@@ -104,6 +105,7 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
         "compile_blocks": cfg.compile,
         "recompute": cfg.recompute,
         "cuda_graph": cfg.cuda_graph,
+        "context_parallel": cfg.context_parallel,
     }
     counts = {name: getattr(task, name) for name in ("targets_per_token", "bytes_per_token", "chance")}
     guards: dict[str, Any] = {"guard": Guard(cfg.guard.max_skipped, cfg.guard.spike_score), "preemption": preemption}

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from models.context import Context
 from models.language_model import LanguageModel
 from models.loss import IGNORED
 from models.mixers.mixer import Mixer
@@ -39,6 +40,7 @@ class Training(L.LightningModule):
     chance: the accuracy of a guess, for a task that has right answers; logged beside the model's.
     compile_blocks, cuda_graph: whether the blocks are compiled, and a micro-batch is one CUDA graph (captured.py).
     guard, preemption: what is asked about every step, and told.
+    context_parallel: how many processes share each sequence (models/context.py).
     recompute: which blocks are computed again in the backward pass (recompute.py).
     """
 
@@ -57,6 +59,7 @@ class Training(L.LightningModule):
         guard: Guard | None = None,
         preemption: Preemption | None = None,
         recompute: str | int = "none",
+        context_parallel: int = 1,
     ) -> None:
         super().__init__()
         if clip_norm <= 0:
@@ -68,6 +71,8 @@ class Training(L.LightningModule):
         self.compile_blocks, self.cuda_graph = compile_blocks, cuda_graph
         self.guard, self.preemption = guard or Guard(), preemption or Preemption()
         self.recompute = Recompute(model, recompute)
+        self.context_parallel = context_parallel
+        self.context: Context | None = None  # known when the processes have met
         self._begun = False
         self.flops_per_token = 0  # to train, known when the sequences are
         self.loss = math.nan  # of the last step, in nats per token
@@ -117,7 +122,20 @@ class Training(L.LightningModule):
 
     def _nats(self, batch: dict[str, Tensor | Any]) -> Tensor:
         with self.trainer.precision_plugin.forward_context():
-            return self.model.sum_nats(batch["input_ids"], batch["labels"], batch["segments"])
+            return self._of_tokens(self.model.sum_nats, batch)[0]
+
+    def _of_tokens(self, function: Callable[..., Any], batch: dict[str, Tensor | Any]) -> tuple[Any, Tensor]:
+        """function(input_ids, labels, segments) of this process's tokens, and these labels: of all tokens, where it
+        shares no sequences. What one process asks the model beside this is not shared.
+        """
+        parts = [batch["input_ids"], batch["labels"], batch["segments"]]
+        if self.context is not None:
+            parts = [x if x is None else self.context.share(x) for x in parts]
+        self.model.context = self.context
+        try:
+            return function(*parts), parts[1]
+        finally:
+            self.model.context = None
 
     def training_step(self, batch: dict[str, Tensor | Any], index: int) -> Tensor:
         """The loss. With `captured` nothing yet: Lightning sets gradients to None after this, and before `backward`."""
@@ -136,8 +154,7 @@ class Training(L.LightningModule):
 
     def _loss(self, batch: dict[str, Tensor | Any]) -> tuple[Tensor, Tensor]:
         """What is minimised, and [loss, number of targets] of the micro-batch."""
-        labels = batch["labels"]
-        nats = self.model.sum_nats(batch["input_ids"], labels, batch["segments"])
+        nats, labels = self._of_tokens(self.model.sum_nats, batch)
         sums = torch.stack([nats.detach(), (labels != IGNORED).sum()])
         return nats / (labels.numel() * self.targets_per_token), sums
 
@@ -185,6 +202,8 @@ class Training(L.LightningModule):
         )
 
     def setup(self, stage: str) -> None:
+        if self.context_parallel > 1 and self.context is None:
+            self.context = Context(self.context_parallel)
         self.flops_per_token = 3 * self.model.flops_per_token(self.trainer.datamodule.batch.seq_len)
 
     def progress(self, steps: int | None = None) -> dict[str, float]:
@@ -226,12 +245,13 @@ class Training(L.LightningModule):
         self._validation = None
 
     def validation_step(self, batch: dict[str, Tensor | Any], index: int) -> None:
-        labels = batch["labels"]
-        nats, predictions = self.model.score(batch["input_ids"], labels, batch["segments"])
+        (nats, predictions), labels = self._of_tokens(self.model.score, batch)
         kept = labels != IGNORED
         sums = torch.stack([nats.double().sum(0), kept.double().sum(0)])  # [2, T]
         if self.bytes_per_token is None:  # a task with right answers: how often they are the likeliest
             sums = torch.cat([sums, ((predictions == labels) & kept).double().sum(0, keepdim=True)])
+        if self.context is not None:
+            sums = self.context.among_all(sums)
         self._validation = sums if self._validation is None else self._validation + sums
 
     def on_validation_epoch_end(self) -> None:

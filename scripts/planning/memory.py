@@ -84,7 +84,7 @@ class Planned:
 
     def _activations(self, batch: Batch) -> int:
         model, D = self.model, self.model.config.hidden_size
-        shape = (batch.micro_batch, batch.seq_len)
+        shape = (batch.micro_batch, batch.seq_len // batch.context)
         mixed = "mixed" in self.precision or self.precision in ("bf16", "16")
         with self.mode, torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
             x = torch.empty(*shape, D, dtype=model.embedding.weight.dtype, requires_grad=True)

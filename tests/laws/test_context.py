@@ -1,0 +1,75 @@
+"""A sequence that lies on several processes is the sequence: outputs and gradients, of every mixer."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from models.context import Context
+from tests.laws.presets import PRESETS, inputs, largest_difference, mixer
+
+RANKS, ROWS, TOKENS = 4, 2, 24  # six tokens a process: less than a chunk, and no multiple of a document
+
+
+def gradients(preset: str, x: Tensor, documents: Tensor, context: Context | None = None) -> list[Tensor]:
+    """The output, and the gradients of a fixed function of it by x and by every parameter. With a context what each
+    process has of its tokens side by side, and the sum of what they have of the parameters."""
+    share = context.share if context else torch.Tensor.clone
+    m, mine = mixer(preset), share(x).clone().requires_grad_()
+    y, state = m(mine, context.receive(mine) if context else None, share(documents))
+    weight = torch.linspace(-1, 1, x[..., 0].numel() * y.shape[2], dtype=y.dtype).view(*x.shape[:2], -1)
+    y = context.hand_on(y, state) if context else y
+    (y * share(weight)).sum().backward()  # torch.autograd.grad would pass over the states
+    found = [y.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad for p in (mine, *m.parameters()))]
+    if context is None:
+        return found
+    of_all: list[Any] = [None] * RANKS
+    dist.all_gather_object(of_all, found)
+    first = dist.get_rank() // context.size * context.size
+    each = list(zip(*of_all[first : first + context.size], strict=True))
+    return [torch.cat(parts, dim=1) if i < 2 else sum(parts[1:], parts[0]) for i, parts in enumerate(each)]
+
+
+def process(rank: int, folder: Path) -> None:
+    """Writes the largest difference of each preset and size of context."""
+    try:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=RANKS)
+        contexts = [Context(2), Context(4)]
+        x, documents = inputs(ROWS, TOKENS), (torch.arange(TOKENS) // 5).expand(ROWS, -1)
+        found = {}
+        for preset in PRESETS:
+            whole = gradients(preset, x, documents) if rank == 0 else None
+            for context in contexts:
+                ours = gradients(preset, x, documents, context)
+                if whole is not None:
+                    found[preset, context.size] = largest_difference(ours, whole)
+        if rank == 0:
+            torch.save(found, folder / "found.pt")
+        dist.destroy_process_group()
+    except BaseException:
+        Path(folder, f"error-{rank}").write_text(traceback.format_exc())
+        raise
+
+
+@pytest.mark.slow
+def test_tokens_of_one_sequence_on_several_processes(tmp_path):
+    fork = multiprocessing.get_context("fork")  # which has imported and composed all already
+    mixer(PRESETS[0])
+    processes = [fork.Process(target=process, args=(rank, tmp_path)) for rank in range(RANKS)]
+    for each in processes:
+        each.start()
+    for each in processes:
+        each.join(120)
+    errors = [path.read_text() for path in sorted(tmp_path.glob("error-*"))]
+    assert [each.exitcode for each in processes] == [0] * RANKS, errors[0] if errors else "not done in time"
+    found = torch.load(tmp_path / "found.pt", weights_only=False)
+    assert len(found) == 2 * len(PRESETS)
+    assert max(found.values()) < 1e-10, {k: v for k, v in found.items() if v >= 1e-10}
