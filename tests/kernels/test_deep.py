@@ -43,8 +43,6 @@ def errors(device: str, shape: str, T: int, dtype: torch.dtype = torch.float32) 
 def test_interpreted_kernels_are_the_pytorch_form(shape, T):
     code = """
     import json
-    from tests.laws import presets
-    presets.PRESETS[:] = ["titans_mlp"]  # to compose all takes three seconds
     from tests.kernels.test_deep import errors
     print("FOUND", json.dumps(errors("cpu", %r, %d)))
     """
