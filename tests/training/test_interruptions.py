@@ -199,6 +199,7 @@ def test_slurm_gets_its_job_back_ahead_of_a_time_limit(number, array, jobs, tmp_
 # checkpoints
 
 
+@pytest.mark.slow
 def test_the_newest_whole_checkpoint_is_used(undisturbed, tmp_path):
     """Cut short, one bit changed, or without its checksum: it is named, and the run goes on from the one before."""
 
@@ -265,6 +266,7 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
     assert parts == whole and len(set(whole)) == NUM_STEPS
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_the_run_goes_on_to_the_next_try(undisturbed, tmp_path, capsys, monkeypatch):
     """The third checkpoint fails; then all from there on, and the end is an error, with the last whole one kept."""
     sync = files.sync
