@@ -50,7 +50,7 @@ def errors(
 
 def length(preset: str) -> int:
     """One chunk of fla's and a rest; of mini-batches of 16, or segments of 8, a few and a rest. An interpreted token of
-    theirs takes a tenth of a second."""
+    theirs takes up to a tenth of a second."""
     node = recipe(preset)
     few = "segment" in node or parts(node)[0]["regressor"].get("grad_batch", 1) >= 16
     return 38 if few else 70
