@@ -173,7 +173,7 @@ def commands(tmp_path, train):
 def test_the_example_obeys_the_laws(commands):
     done = commands("pytest tests/laws")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 40
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 30
 
 
 @pytest.mark.slow

@@ -24,9 +24,9 @@ BASES = {"model/base"}  # parts of others, not choices
 NETWORK = {"data/fineweb_edu", "data/slimpajama", "data/wikitext", "tokenizer/hugging_face"}
 CHOICES = {path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml")} - BASES
 PARTS = sorted(choice for choice in CHOICES if choice.startswith(("decay/", "features/", "regressor/")))
-GROUPS = sorted(
-    c for c in CHOICES.difference(PARTS) if not c.startswith("mixer/")
-)  # those are in models of their names
+MIXERS = {path.stem for path in (CONF / "mixer").glob("*.yaml")}
+MODELS = sorted(choice for choice in CHOICES if choice.startswith("model/") and Path(choice).name in MIXERS)
+GROUPS = sorted(c for c in CHOICES.difference(PARTS, MODELS) if not c.startswith("mixer/"))
 
 
 def composed(*overrides: str):
@@ -52,6 +52,15 @@ def test_every_part_of_a_mixer_composes_and_names_what_exists():
     cfg = composed(*(f"+{group}@model.mixers.{group}_{name}.{group}={name}" for group, name in parts))
     found = OmegaConf.to_container(cfg, resolve=True)
     assert all(found["model"]["mixers"][f"{group}_{name}"][group]["_target_"] for group, name in parts)
+    assert list(problems(found)) == []
+
+
+@pytest.mark.parametrize("third", [0, 1, 2])
+def test_every_model_of_a_mixer_composes_and_names_what_exists(third):
+    """Likewise, each under a name of its own. That model=NAME trains has tests/training/test_recipes.py."""
+    names = [Path(choice).name for choice in MODELS[third::3]]
+    found = OmegaConf.to_container(composed(*(f"+model@model.mixers.{name}={name}" for name in names)), resolve=True)
+    assert all(found["model"]["mixers"][name]["mixers"]["main"]["_target_"] for name in names)
     assert list(problems(found)) == []
 
 

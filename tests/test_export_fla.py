@@ -15,7 +15,7 @@ from models.training import origin
 from scripts.export import choose, export
 from scripts.exporting import fla_models
 from tests.conftest import ROOT
-from tests.kernels.interpreter import run_interpreted
+from tests.kernels.interpreter import run_alone
 from tests.laws.presets import change, part, recipe
 from tests.test_export import model, source
 
@@ -95,7 +95,7 @@ def test_fla_computes_the_same_in_a_process_of_its_own(tmp_path, monkeypatch):
         folder = export(source(m, tmp_path), "fla", tmp_path / "folders" / name)
         assert "import fla, transformers" in (folder / "README.md").read_text()
     torch.save(IDS, tmp_path / "ids.pt")
-    run_interpreted(OPENER.format(folder=str(tmp_path)))
+    run_alone(OPENER.format(folder=str(tmp_path)))
     there = torch.load(tmp_path / "found.pt")
     assert there.keys() == made.keys()
     for name, (logits, tokens) in there.items():

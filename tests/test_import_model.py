@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
-from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3NextConfig
 
 from conf import schema
 from data.tokenizer import Bytes
@@ -30,7 +30,10 @@ QWENS = {
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
-    """Where fla is installed transformers takes its kernels, which a CPU can't run."""
+    """Where fla is installed transformers takes its kernels, which a CPU can't run. Imported here, since that imports
+    fla, which takes three seconds of every worker."""
+    from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
+
     for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "causal_conv1d_fn",
                  "causal_conv1d_update"):  # fmt: skip
         monkeypatch.setattr(qwen3_next, name, getattr(qwen3_next, name).__wrapped__)
@@ -39,7 +42,8 @@ def plain(monkeypatch):
 def theirs(name: str):
     """With weights that training might have left behind."""
     torch.manual_seed(0)
-    made = (Qwen3ForCausalLM if name == "qwen3" else Qwen3NextForCausalLM)(QWENS[name]).eval()
+    architecture = {"qwen3": "Qwen3ForCausalLM", "qwen3_next": "Qwen3NextForCausalLM"}[name]
+    made = getattr(transformers, architecture)(QWENS[name]).eval()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.05))

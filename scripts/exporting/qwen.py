@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3NextConfig
 
 from models.language_model import LanguageModel
 from models.mixers.mixer import Mixer
@@ -199,6 +199,8 @@ def as_qwen(model: LanguageModel, to: str, max_positions: int) -> PreTrainedMode
     if to == "qwen3":
         theirs: Any = Qwen3ForCausalLM(Qwen3Config(**given))
     else:
+        from transformers import Qwen3NextForCausalLM  # here: it imports fla where that is installed, three seconds
+
         kinds = ["linear_attention" if name == "delta rule" else "full_attention" for name in of]
         theirs = Qwen3NextForCausalLM(
             Qwen3NextConfig(**given, **_delta_sizes(deltas), layer_types=kinds, num_experts=0)

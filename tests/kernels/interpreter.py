@@ -8,28 +8,50 @@ The interpreter runs plain kernels. Two things stand between it and fla's:
     modules get a `range` whose integers have a `to` that returns them.
 And one thing makes it slow: it replaces what is in `triton.language` anew at every call of a device function, 40,000
 times in 70 tokens of a deep memory, which takes half of the time. Once is enough where nothing but kernels runs.
-TRITON_INTERPRET must be set before Triton is imported, hence a child process.
+TRITON_INTERPRET must be set before Triton is imported, hence child processes. They are forked from one that has
+imported PyTorch and Triton and has composed the presets, seven seconds of a core that each would take otherwise.
 """
 
 from __future__ import annotations
 
+import atexit
 import builtins
+import gc
+import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
 
 def run_interpreted(code: str, timeout: float = 300, fla: bool = True) -> str:
-    """Runs Python code in a child process where kernels are interpreted, fla's too or only ours, which takes three
-    seconds less; returns what it printed."""
-    program = f"from tests.kernels.interpreter import prepare\nprepare({fla})\n{code}"
+    """Runs Python code in a child process where kernels are interpreted, fla's too or only ours; returns what it
+    printed."""
+    server = _server()
+    assert server.stdin is not None and server.stdout is not None
+    with tempfile.TemporaryDirectory() as folder:
+        asked = {"code": code, "timeout": int(timeout), "fla": fla, "folder": folder}
+        print(json.dumps(asked), file=server.stdin, flush=True)
+        ended = server.stdout.readline()
+        assert ended, "the process that children are forked from has ended; its last words are on stderr"
+        printed, errors = (Path(folder, name).read_text() for name in ("stdout", "stderr"))
+    assert int(ended) != -signal.SIGALRM, f"not ended after {timeout} s: {errors[-4000:]}"
+    assert int(ended) == 0, f"exit code {int(ended)}: {errors[-4000:]}"
+    return printed
+
+
+def run_alone(code: str, timeout: float = 300) -> str:
+    """The same, fla's kernels included, in a process that has imported nothing of this repository but this file."""
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        env={**os.environ, "TRITON_INTERPRET": "1"},  # on one thread: an array is small, and a second only waits
+        [sys.executable, "-W", "ignore", "-c", f"from tests.kernels import interpreter as i; i.prepare(True)\n{code}"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -37,6 +59,57 @@ def run_interpreted(code: str, timeout: float = 300, fla: bool = True) -> str:
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
+
+
+@cache
+def _server() -> subprocess.Popen[str]:
+    """On one thread: an array is small, and a second only waits."""
+    code = "from tests.kernels.interpreter import serve; serve()"
+    server = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(server.communicate)  # which closes its input, its sign to end
+    return server
+
+
+def serve() -> None:
+    """Forks a child for every line of the input, and prints its exit code."""
+    from tests.laws import presets
+
+    presets.recipes()
+    prepare(fla=False)
+    gc.freeze()  # what was imported is no garbage
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        asked = json.loads(line)
+        prepare(asked["fla"])  # fla's for all that come after too: none of our kernels is autotuned
+        child = os.fork()
+        if not child:
+            _run(asked["code"], asked["timeout"], Path(asked["folder"]))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+    gc.unfreeze()  # or nanobind, at the end of Python, would take it all for leaks
+
+
+def _run(code: str, timeout: int, folder: Path) -> None:
+    """In the child, which ends here."""
+    for number, name in ((0, os.devnull), (1, folder / "stdout"), (2, folder / "stderr")):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+    signal.alarm(timeout)  # ends it
+    status = 1
+    try:
+        exec(code, {"__name__": "__main__"})
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 class _Counter(int):
@@ -57,12 +130,13 @@ def _integer(bound: object) -> int:
 
 
 def prepare(fla: bool) -> None:
-    """Applies the changes; call it in the child before any kernel runs."""
+    """Applies the changes, once, before any kernel runs."""
     _patch_the_language_once()
     if fla:
         _prepare_fla()
 
 
+@cache
 def _patch_the_language_once() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
@@ -79,6 +153,7 @@ def _patch_the_language_once() -> None:
     interpreter._patch_lang = patch_what_is_new
 
 
+@cache
 def _prepare_fla() -> None:
     from triton.runtime.autotuner import Autotuner
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import cache
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from data.synthetic import AssociativeRecall
@@ -31,30 +33,41 @@ SETTINGS = {
 }
 
 
+TASK = AssociativeRecall(seq_len=16, num_pairs=4, vocab_size=64, power_a=1.0)
+
+
+@cache
+def batch(step: int) -> dict[str, Tensor]:
+    """The same for every preset: to draw it takes as long as some presets take to learn from it. -1: what is held
+    out."""
+    if step < 0:
+        held_out = TASK.validation_samples()
+        return default_collate([held_out[i] for i in range(256)])
+    samples = TASK.train_samples()
+    return default_collate([samples[step * BATCH + i] for i in range(BATCH)])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_10_it_learns_to_recall(preset):
     """One layer suffices where a short convolution lets neighbours meet, so every preset is given one."""
     torch.manual_seed(0)
-    task = AssociativeRecall(seq_len=16, num_pairs=4, vocab_size=64, power_a=1.0)
     node = change(deepcopy(recipe(preset)), num_heads=1, conv_size=4, **SETTINGS.get(preset, {}))
-    sizes = {"vocab_size": task.vocab_size, "hidden_size": 64, "num_layers": 1}
+    sizes = {"vocab_size": TASK.vocab_size, "hidden_size": 64, "num_layers": 1}
     model = LanguageModel(LanguageModelConfig(mixers={"main": node}, pattern=["main"], **sizes))
     optimizer = adamw(model, lr=RATE, weight_decay=0.0)
-    samples, held_out = task.train_samples(), task.validation_samples()
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = RATE * min((step + 1) / 20, 1, (STEPS - step) / 60)
-        batch = default_collate([samples[step * BATCH + i] for i in range(BATCH)])
-        loss = model.sum_nats(batch["input_ids"], batch["labels"]) / (BATCH * task.num_pairs)
+        loss = model.sum_nats(batch(step)["input_ids"], batch(step)["labels"]) / (BATCH * TASK.num_pairs)
         if loss < KNOWN:
             break
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    batch = default_collate([held_out[i] for i in range(256)])
-    _, predictions = model.score(batch["input_ids"], batch["labels"])
-    asked = batch["labels"] >= 0
-    accuracy = (predictions == batch["labels"])[asked].float().mean().item()
+    ids, labels = batch(-1)["input_ids"], batch(-1)["labels"]
+    _, predictions = model.score(ids, labels)
+    asked = labels >= 0
+    accuracy = (predictions == labels)[asked].float().mean().item()
     assert accuracy > CHANCE + MARGIN, f"{preset}: {accuracy:.0%} of the values are recalled after {step} steps"

@@ -5,14 +5,13 @@ taken, and what it casts to float32 is kept in float64.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3NextConfig
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
-from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from scripts.exporting.qwen_layers import Heads, attention_from_qwen, delta_from_qwen
 from tests.laws.presets import HIDDEN, inputs, mixer, outcome, tensors
@@ -29,8 +28,16 @@ class Wide(SimpleNamespace):
         return getattr(torch, name)
 
 
+@pytest.fixture(scope="module")
+def qwen3_next() -> ModuleType:
+    """Imported here, since it imports fla where that is installed, which takes three seconds of every worker."""
+    from transformers.models.qwen3_next import modeling_qwen3_next
+
+    return modeling_qwen3_next
+
+
 @pytest.fixture
-def in_float64(monkeypatch):
+def in_float64(monkeypatch, qwen3_next):
     for module in (qwen3, qwen3_next):
         monkeypatch.setattr(module, "torch", Wide())
     monkeypatch.setattr(Tensor, "float", Tensor.double)
@@ -45,7 +52,7 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 
 @pytest.mark.parametrize("each", [1, 2])
-def test_gated_delta_is_the_layer_of_qwen3_next(each, in_float64):
+def test_gated_delta_is_the_layer_of_qwen3_next(each, in_float64, qwen3_next):
     """Output and gradients, chunked and recurrent, with one or two value heads a key head, and with biases of the time
     step that are not those of the start."""
     settings = {"linear_num_key_heads": 2, "linear_num_value_heads": 2 * each, "linear_key_head_dim": K}

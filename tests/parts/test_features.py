@@ -253,8 +253,8 @@ def test_laws_1_and_9_with_every_map(preset, name, with_map):
 def test_laws_3_4_and_7_with_every_map(preset, name, with_map):
     laws.test_3_one_map_in_every_form(preset)
     laws.test_4_packed_documents_are_separate_sequences(preset, "torch")
-    for dtype, case in product((torch.float32, torch.bfloat16), ("zero", "repeated", "huge", "one token", "ragged")):
-        laws.test_7_finite_at_the_extremes(preset, "torch", dtype, case)
+    for dtype, length in product((torch.float32, torch.bfloat16), (1, 16, 19)):
+        laws.test_7_finite_at_the_extremes(preset, "torch", dtype, length)
 
 
 # Mistakes

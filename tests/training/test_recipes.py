@@ -9,6 +9,7 @@ import pytest
 
 from models.training.logger import CsvLogger, read_metrics
 from tests.laws.presets import PRESETS
+from tests.test_config import said_by_main
 
 SMALL = (
     *("model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "seq_len=64"),
@@ -76,9 +77,10 @@ def test_recall_is_what_its_first_line_says_and_tells_chance(train):
     assert result["validation/chance"] == 1 / 32 and 0 <= result["validation/accuracy"] <= 1
 
 
-def test_what_cannot_be_is_refused_with_what_can(train):
+def test_what_cannot_be_is_refused_with_what_can(train, monkeypatch):
     """Channels that fade apart leave no least-squares problem."""
-    done = train("name=unnamed", "model=mesa", f"{DECAY}=channel", *SMALL, *steps(15))
-    assert done.returncode == 1 and "Traceback" not in done.said
-    assert "LeastSquares cannot have a decay of kind 'channel'" in done.said
-    assert "possible kinds: none, head" in done.said
+    for name in ("RUNS", "TTR_CACHE"):
+        monkeypatch.setenv(name, train.environment[name])
+    said = said_by_main(["name=unnamed", "model=mesa", f"{DECAY}=channel", *SMALL, *steps(15)], monkeypatch)
+    assert "LeastSquares cannot have a decay of kind 'channel'" in said and "Traceback" not in said
+    assert "possible kinds: none, head" in said

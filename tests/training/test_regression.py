@@ -51,6 +51,7 @@ def undisturbed(tmp_path_factory) -> Fit:
     return fit
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_with_it_and_without(undisturbed, tmp_path):
     """Weights, all that is logged but for what it adds, and the random numbers that would come next."""
     without = Fit(tmp_path).run()

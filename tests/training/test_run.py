@@ -235,7 +235,7 @@ def test_wandb_offline_needs_no_account(tmp_path, cache):
 @pytest.mark.slow
 def test_a_suspended_rank_is_named_and_the_same_command_goes_on(tmp_path, cache):
     """One of two processes is suspended in the middle: the other says so and ends, and leaves none behind."""
-    split = ("trainer.devices=2", "strategy=ddp", "micro_batch=4", "guard.timeout=10")
+    split = ("trainer.devices=2", "strategy=ddp", "micro_batch=4", "guard.timeout=10", "tokens=10240")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     said = start(whole, cache, *split).end()
     assert "finished" in said, said

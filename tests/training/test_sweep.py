@@ -153,6 +153,7 @@ def started_here(words: list[str], assemble, monkeypatch, tmp_path, capsys) -> t
     return stop.value.code, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_any_failure_is_told_with_its_job_and_leaves_nothing_behind(monkeypatch, tmp_path, capsys):
     """Out of memory, an exception, a mistake; two jobs that would be one run
     (https://github.com/hydra-ecosystem/hydra/issues/2398); and the command line that Lightning gives to other ranks,
