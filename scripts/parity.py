@@ -57,8 +57,8 @@ def comparisons() -> Iterator[tuple[str, str, dict[str, Any], Callable[[], Built
         yield name, f"{peer.layer[1]} of fla", peer.ours, partial(by_fla.built, peer)
     for name, other in by_transformers.PEERS.items():
         yield name, f"{other.kind[1]} of transformers", other.ours, partial(by_transformers.built, other)
-    for name, (build_theirs, theirs) in by_formula.PEERS.items():
-        yield name, f"{theirs}, by its formulas", {}, build_theirs
+    for name, formula in by_formula.PEERS.items():
+        yield name, f"{formula.name}, by its formulas", formula.ours, formula.built
 
 
 @cache

@@ -4,11 +4,13 @@
     memory_attention.py  MemoryAsGate and MemoryAsLayer: a memory beside attention, and below it
     memory_context.py    MemoryAsContext: a memory that writes into attention's context
     published.py         PublishedReadOut and PublishedMixer: Mixer with the shells of published layers
+    lact.py              PublishedLaCT: attention in a window beside a network with heads of its own
     mosaic.py            MemoryMosaic: attention whose keys average the past and whose values peek at the next token
 
 What a mixer computes with its queries, keys and values is the business of models/regression.
 """
 
+from models.mixers.lact import PublishedLaCT
 from models.mixers.memory_attention import MemoryAsGate, MemoryAsLayer
 from models.mixers.memory_context import MemoryAsContext
 from models.mixers.mixer import Mixer, State
@@ -21,6 +23,7 @@ __all__ = [
     "MemoryAsLayer",
     "MemoryMosaic",
     "Mixer",
+    "PublishedLaCT",
     "PublishedMixer",
     "PublishedReadOut",
     "State",

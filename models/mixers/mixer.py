@@ -345,8 +345,12 @@ class Mixer(nn.Module):
         before = torch.zeros_like(segment) if state.segment is None else state.segment
         new = before != segment
         tails = tuple(None if x is None else x.masked_fill(new.view(-1, 1, 1), 0) for x in state.tails)
-        memory, position = self.regressor.forget(state.memory, new), state.position.masked_fill(new, 0)
+        memory, position = self._forget(state.memory, new), state.position.masked_fill(new, 0)
         return State(memory, tails, position, segment, state.turn)
+
+    def _forget(self, memory: Any, rows: Tensor) -> Any:
+        """The memories of the given rows emptied."""
+        return self.regressor.forget(memory, rows)
 
     @property
     def num_params(self) -> int:

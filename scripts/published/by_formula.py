@@ -4,25 +4,20 @@ gradients by autograd, weights in the published shapes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scripts.published.plain import Layer, convolved, unit
+from scripts.published import lact
+from scripts.published.plain import Layer, convolved, drawn, unit
 from scripts.published.weights import Weights
 
 D, H, K, BATCH = 32, 2, 16, 16  # model width, heads, head width, tokens of TTT's mini-batches
-
-
-def drawn(**shapes: tuple[int, ...]) -> Weights:
-    """Random numbers whose products are of order one."""
-    return {name: torch.randn(shape, dtype=torch.float64) / math.sqrt(shape[-1]) for name, shape in shapes.items()}
 
 
 def by_head(x: Tensor) -> Tensor:
@@ -200,10 +195,19 @@ def titans() -> tuple[Layer, Callable[[Any], Weights]]:
     return call, weights
 
 
-PEERS: dict[str, tuple[Callable[[], tuple[Layer, Callable[[Any], Weights]]], str]] = {
-    "ttt_linear": (partial(ttt, False), "TTTLinear of ttt-lm-pytorch"),
-    "ttt_mlp": (partial(ttt, True), "TTTMLP of ttt-lm-pytorch"),
-    "memory_mosaic": (memory_mosaic, "ContextMem of MemoryMosaics"),
-    "linear": (linear, "the paper's equations 7 and 9"),
-    "titans": (titans, "the paper's equations 13 to 15"),
+class Peer(NamedTuple):
+    """built: theirs, and what gives its weights to ours. name: where the formulas are from. ours: overrides."""
+
+    built: Callable[[], tuple[Layer, Callable[[Any], Weights]]]
+    name: str
+    ours: dict[str, Any]
+
+
+PEERS = {
+    "ttt_linear": Peer(partial(ttt, False), "TTTLinear of ttt-lm-pytorch", {}),
+    "ttt_mlp": Peer(partial(ttt, True), "TTTMLP of ttt-lm-pytorch", {}),
+    "lact": Peer(lact.lact, "LaCTSWIGLULayer of LaCT", lact.OURS),
+    "memory_mosaic": Peer(memory_mosaic, "ContextMem of MemoryMosaics", {}),
+    "linear": Peer(linear, "the paper's equations 7 and 9", {}),
+    "titans": Peer(titans, "the paper's equations 13 to 15", {}),
 }

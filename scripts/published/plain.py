@@ -4,6 +4,7 @@ definitions in PyTorch, and what it casts to float32 kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -54,6 +55,11 @@ def varied(layer: nn.Module) -> nn.Module:
             if parameter.numel() == max(parameter.shape):
                 parameter.copy_(torch.randn_like(parameter))
     return layer
+
+
+def drawn(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    """Random numbers whose products are of order one."""
+    return {name: torch.randn(shape, dtype=torch.float64) / math.sqrt(shape[-1]) for name, shape in shapes.items()}
 
 
 def unit(x: Tensor) -> Tensor:
