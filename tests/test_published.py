@@ -73,6 +73,14 @@ def test_they_obey_the_laws(preset):
     assert largest_difference(outcome(m, x), whole) < 1e-9
 
 
+@pytest.mark.parametrize("name", [name.removesuffix("_published") for name in PUBLISHED])
+def test_a_gpu_takes_the_kernels_of_the_preset(name):
+    """Where the regressor is the same: more heads of values, wider ones, and other decays change nothing for them."""
+    asked = torch.device("cuda"), torch.bfloat16
+    preset, published = mixer(name), parity.mixer_of(name, {})
+    assert published.regressor.accelerators(*asked) == preset.regressor.accelerators(*asked)
+
+
 READ_OUT, BOTH = "models.mixers.PublishedReadOut", "models.mixers.PublishedMixer"
 LACT = {"_target_": "models.mixers.PublishedLaCT", "window": 8, "regressor__window": None}
 MISTAKES: list[tuple[str, dict[str, Any], str]] = [
