@@ -153,32 +153,41 @@ def linear() -> tuple[Layer, Callable[[Any], Weights]]:
     return call, lambda ours: {"projection.weight": w["qkv"], "output.weight": w["out"]}
 
 
-def titans() -> tuple[Layer, Callable[[Any], Weights]]:
-    """Titans with a linear memory (Behrouz et al. 2025, equations 13 to 15), its steps held below 1 - eta: the paper
-    says of its gates only that they come from the data."""
+def titans(deep: bool = False) -> tuple[Layer, Callable[[Any], Weights]]:
+    """Titans with a linear memory, each gradient where the memory stands, or a deep one, by mini-batches (Behrouz et
+    al. 2025, equations 13 to 16), its steps held below 1 - eta: the paper says of its gates only that they come from
+    the data."""
     w = drawn(qkv=(3 * D, D), gate=(D, D), conv=(3 * D, 1, 4), out=(D, D), norm=(K,), a=(H, D), a_bias=(H,), rate=(H,))
-    w |= drawn(eta=(H, D), eta_bias=(H,), theta=(H, D), theta_bias=(H,))
+    w |= drawn(eta=(H, D), eta_bias=(H,), theta=(H, D), theta_bias=(H,), W1=(H, K, 4 * K), W2=(H, 4 * K, K))
+    first = [w["W1"] * 4, w["W2"] / 4] if deep else [torch.zeros(H, K, K, dtype=torch.float64)]
+    batch, eps = (BATCH, 1e-6) if deep else (1, 1e-5 * K)
+
+    def network(x: Tensor, weights: list[Tensor]) -> Tensor:
+        """x [B, H, 1, K]."""
+        return F.silu(x @ weights[0]) @ weights[1] if deep else x @ weights[0]
 
     def call(x: Tensor) -> Tensor:
         q, k, v = (by_head(y) for y in convolved(w["conv"], None, "silu")(F.linear(x, w["qkv"]))[0].split(D, dim=-1))
         q, k = unit(q), unit(k)
         eta, theta = ((x @ w[name].T + w[f"{name}_bias"]).sigmoid() for name in ("eta", "theta"))
-        theta = (1 - eta) * theta
         alpha = 1 - (-w["rate"].exp() * F.softplus(x @ w["a"].T + w["a_bias"])).exp()
-        M = torch.zeros(len(x), H, K, K, dtype=x.dtype).requires_grad_()
-        S, outputs = torch.zeros_like(M), []
+        eta, theta, alpha = (y[..., None, None] for y in (eta, (1 - eta) * theta / batch, alpha))
+        M = [m.expand(len(x), *m.shape).requires_grad_() for m in first]
+        S, before, outputs = [torch.zeros_like(m) for m in M], M, []
         for t in range(x.shape[1]):
-            loss = (v[:, :, t] - (k[:, :, t, None] @ M).squeeze(-2)).square().sum() / 2
-            (surprise,) = torch.autograd.grad(loss, M, create_graph=True)
-            S = eta[:, t, :, None, None] * S - theta[:, t, :, None, None] * surprise
-            M = (1 - alpha[:, t, :, None, None]) * M + S
-            outputs.append((q[:, :, t, None] @ M).squeeze(-2))
+            before, here = M if t % batch == 0 else before, slice(t, t + 1)
+            loss = (v[:, :, here] - network(k[:, :, here], before)).square().sum() / 2
+            surprise = torch.autograd.grad(loss, before, create_graph=True)
+            S = [eta[:, t] * s - theta[:, t] * g for s, g in zip(S, surprise, strict=True)]
+            M = [(1 - alpha[:, t]) * m + s for m, s in zip(M, S, strict=True)]
+            outputs.append(network(q[:, :, here], M).squeeze(2))
         o = torch.stack(outputs, dim=1)
-        o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-5 * K) * w["norm"]
+        o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + eps) * w["norm"]
         return F.linear(o.flatten(-2) * F.silu(F.linear(x, w["gate"])), w["out"])
 
     def weights(ours: Any) -> Weights:
-        return {
+        start = {"regressor.start.0": first[0], "regressor.start.1": first[1] * batch} if deep else {}
+        return start | {
             "projection.weight": torch.cat([w["qkv"], w["gate"]]),
             "convolution.weight": w["conv"].squeeze(1),
             "decay.projection.weight": w["a"],
@@ -210,4 +219,5 @@ PEERS = {
     "memory_mosaic": Peer(memory_mosaic, "ContextMem of MemoryMosaics", {}),
     "linear": Peer(linear, "the paper's equations 7 and 9", {}),
     "titans": Peer(titans, "the paper's equations 13 to 15", {}),
+    "titans_mlp": Peer(partial(titans, True), "the paper's equations 13 to 16", {"regressor.grad_batch": BATCH}),
 }
