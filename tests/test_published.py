@@ -73,7 +73,7 @@ def test_they_obey_the_laws(preset):
     assert largest_difference(outcome(m, x), whole) < 1e-9
 
 
-@pytest.mark.parametrize("name", [p.removesuffix("_published") for p in PUBLISHED if "titans_mlp" not in p])
+@pytest.mark.parametrize("name", ["gated_delta", *LAWS])
 def test_a_gpu_takes_the_kernels_of_the_preset(name):
     """Where the regressor is the same: more heads of values, wider ones, and other decays change nothing for them."""
     asked = torch.device("cuda"), torch.bfloat16
