@@ -89,7 +89,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("kda", {"_target_": READ_OUT, "read_norm": "rms"}, "read_norm=rms stands in the place of output_norm=true"),
     ("kda", {"_target_": READ_OUT, "read_norm": "l2", "output_norm": False}, "read_norm=l2 is not one of rms, rms_all"),
     ("kda", {"_target_": READ_OUT, "stepped": True}, "stepped=true: ChannelRateDecay has no step; decay=scalar has"),
-    ("mesa", {"_target_": READ_OUT, "gate_first": True}, "gate_first=true: there is no output_gate=none to stand"),
+    ("mesa", {"_target_": READ_OUT, "gate_first": True}, "gate_first=true: output_gate=none is no gate; choose"),
     ("delta_product", {"_target_": READ_OUT, "skip": True}, "DeltaProduct has several values a token"),
     ("kda", {"_target_": BOTH, "conv_on": "k"}, "conv_on=k is not one of qkv, qk"),
     ("kda", {"_target_": BOTH, "conv_bias": True, "conv_size": 0}, "conv_bias=true: conv_size=0 is no convolution"),

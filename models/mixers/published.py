@@ -62,7 +62,7 @@ class PublishedReadOut(Mixer):
         if gate_rank is not None and gate_rank < 1:
             raise ValueError(f"gate_rank={gate_rank} must be at least 1, or null for one matrix")
         if gate_first and output_gate == "none":
-            raise ValueError("gate_first=true: there is no output_gate=none to stand before the norm; choose a gate")
+            raise ValueError("gate_first=true: output_gate=none is no gate; choose silu, sigmoid or gelu")
         if read_norm is not None:
             check_choice("read_norm", read_norm, READ_NORMS)
             if output_norm:
@@ -74,12 +74,11 @@ class PublishedReadOut(Mixer):
             hidden_size, layer_index, output_gate="none" if own else output_gate, output_norm=output_norm, **settings
         )
         H, V = self.num_heads, self.value_dim
-        if stepped and not isinstance(self.decay, ScalarDecay):
+        if stepped and type(self.decay) is not ScalarDecay:
             raise ValueError(f"stepped=true: {type(self.decay).__name__} has no step; decay=scalar has")
         if (stepped or skip) and self.regressor.pairs_per_token > 1:
-            raise ValueError(
-                f"skip={skip}, stepped={stepped}: {type(self.regressor).__name__} has several values a token"
-            )
+            several = f"{type(self.regressor).__name__} has several values a token"
+            raise ValueError(f"skip={skip}, stepped={stepped}: {several}; only false is possible for both")
         self.gate_first, self.stepped = gate_first, stepped
         self.own_gate = OWN_GATES[output_gate] if own else None
         if gate_rank is not None:

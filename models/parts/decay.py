@@ -197,7 +197,8 @@ class ChannelRateDecay(Decay):
             nn.init.zeros_(self.log_rate)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        raw, rate = wide(self.expansion(self.projection(x))) + self.bias, wide(self.log_rate).exp().unsqueeze(-1)
+        raw = wide(self.expansion(self.projection(x))) + self.bias
+        rate = wide(self.log_rate).exp().unsqueeze(-1)
         if self.lower_bound is not None:
             return self.lower_bound * (rate * raw.unflatten(-1, self.heads)).sigmoid(), None
         return -rate * F.softplus(raw).unflatten(-1, self.heads), None
