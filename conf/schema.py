@@ -98,6 +98,7 @@ def register() -> None:
     """Makes the schema and the resolvers known to Hydra; called once, before composing."""
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("mul", lambda a, b: int(a) * int(b), replace=True)
+    OmegaConf.register_new_resolver("width", width, replace=True)
     OmegaConf.register_new_resolver("quarter", lambda most, of: max(1, min(int(most), int(of) // 4)), replace=True)
     OmegaConf.register_new_resolver("precision", default_precision, replace=True)
     OmegaConf.register_new_resolver("can_compile", can_compile, replace=True)
@@ -108,6 +109,14 @@ def register() -> None:
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
     OmegaConf.register_new_resolver("help_text", help_text, replace=True)
     OmegaConf.register_new_resolver("world_size", world_size, replace=True)
+
+
+def width(times: float, hidden_size: int, parts: int) -> int:
+    """times * hidden_size / parts, for recipes whose widths follow from the model's."""
+    found = times * hidden_size / parts
+    if found != int(found):
+        raise ValueError(f"model.hidden_size={hidden_size}: {times} * {hidden_size} / {parts} is no whole number")
+    return int(found)
 
 
 # torch takes seconds to import, and is asked only where a config's values are worked out: not to find a misspelling.

@@ -119,9 +119,21 @@ def parameters(name: str) -> list[str]:
         return []
     module, _, attribute = name.rpartition(".")
     try:
-        return list(inspect.signature(getattr(importlib.import_module(module), attribute)).parameters)
+        return list(settings_of(getattr(importlib.import_module(module), attribute)))
     except (ImportError, AttributeError):
         return []
+
+
+def settings_of(target: Any) -> dict[str, inspect.Parameter]:
+    """What can be given to a class or function by name; `**settings` are those of the class above it."""
+    found = dict(inspect.signature(target).parameters)
+    for above in inspect.getmro(target)[1:-1] if inspect.isclass(target) else ():
+        rest = next((name for name, p in found.items() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+        if rest != "settings":
+            break
+        del found[rest]
+        found = dict(inspect.signature(above).parameters) | found
+    return found
 
 
 def near(word: str, names: Iterable[str]) -> str | None:
@@ -170,7 +182,7 @@ def _problems_of_target(node: dict[str, Any], path: str, targets: tuple[str, ...
     if not _belongs(target, module):
         yield f"{here}._target_={name} is not allowed; it is not a class of {module}, which a config may name"
         return
-    parameters = inspect.signature(target).parameters
+    parameters = settings_of(target)
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
     for key in node.keys() - HYDRA_KEYS - parameters.keys():

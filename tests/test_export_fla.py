@@ -79,6 +79,9 @@ def models() -> dict[str, LanguageModel]:
         "grouped": mended("gated_delta", regressor__negative_eigenvalues=True, **grouped),
         "gated deltanet": mended("deltanet", output_gate="silu"),
         "gla convolved": mended("gla", conv_size=4, activation="silu", output_gate="none"),
+        "kda as published": mended(
+            "kda", _target_="models.mixers.PublishedReadOut", gate_rank=8, output_gate="sigmoid"
+        ),
         "kda of one head": mended("kda", num_heads=1, output_gate="sigmoid", output_norm_eps=None),
         "linear mean": mended("linear", **mean),
     }

@@ -122,13 +122,13 @@ class Mixer(nn.Module):
     ) -> None:
         super().__init__()
         H, G = num_heads, num_kv_heads or num_heads
-        _check_choice("conv_on", conv_on, CONVOLVED)
-        _check_choice("pairs", pairs, PAIRS)
-        _check_choice("activation", activation, ACTIVATIONS)
-        _check_choice("output_gate", output_gate, GATES)
-        _check_choice("qk_norm", qk_norm, NORMS)
-        _check_choice("feature_norm", feature_norm, FEATURE_NORMS)
-        _check_choice("pairs_backend", pairs_backend, BACKENDS)
+        check_choice("conv_on", conv_on, CONVOLVED)
+        check_choice("pairs", pairs, PAIRS)
+        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("output_gate", output_gate, GATES)
+        check_choice("qk_norm", qk_norm, NORMS)
+        check_choice("feature_norm", feature_norm, FEATURE_NORMS)
+        check_choice("pairs_backend", pairs_backend, BACKENDS)
         if (key_dim is None or value_dim is None) and hidden_size % H:
             raise ValueError(
                 f"num_heads={H} does not divide hidden_size={hidden_size}; set key_dim and value_dim, or other heads"
@@ -215,11 +215,9 @@ class Mixer(nn.Module):
             turn = _turns(signs, turn)
             q, k = q * turn.unsqueeze(-1), k * _each(turn, n).unsqueeze(-1)
 
-        tokens = Tokens(seen if self.regressor.reads else x, q, k, v, log_decay, segments)
-        o, memory = self.regressor(tokens, memory)
-        o = self._read_out(o).to(x.dtype)
-        if gate is not None:
-            o = o * gate
+        seen = seen if self.regressor.reads else x
+        o, memory = self.regressor(Tokens(seen, q, k, self._written(v, log_decay), log_decay, segments), memory)
+        o = self._leave(x, o, v, gate)
         if self.output is not None:
             o = self.output(o)
         segment = segments[:, -1] if segments is not None else None if state is None else state.segment
@@ -326,6 +324,15 @@ class Mixer(nn.Module):
         x = self.features(x, positions)
         return x if self.feature_norm is None else self.feature_norm(x, self.norm_eps)
 
+    def _written(self, v: Tensor, log_decay: Tensor | None) -> Tensor:
+        """Values as the memory gets them, [B, T n, H, V]."""
+        return v
+
+    def _leave(self, x: Tensor, o: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
+        """What was read, [B, T, H, V], at its norm and gated, [B, T, H V]."""
+        o = self._read_out(o).to(x.dtype)
+        return o if gate is None else o * gate
+
     def _read_out(self, o: Tensor) -> Tensor:
         """[B, T, H, V] to [B, T, H V], each head at its norm."""
         return (o if self.output_norm is None else self.output_norm(o)).flatten(-2)
@@ -351,8 +358,12 @@ class Mixer(nn.Module):
         before = torch.zeros_like(segment) if state.segment is None else state.segment
         new = before != segment
         tails = tuple(None if x is None else x.masked_fill(new.view(-1, 1, 1), 0) for x in state.tails)
-        memory, position = self.regressor.forget(state.memory, new), state.position.masked_fill(new, 0)
+        memory, position = self._forget(state.memory, new), state.position.masked_fill(new, 0)
         return State(memory, tails, position, segment, state.turn)
+
+    def _forget(self, memory: Any, rows: Tensor) -> Any:
+        """The memories of the given rows emptied."""
+        return self.regressor.forget(memory, rows)
 
     @property
     def num_params(self) -> int:
@@ -401,6 +412,6 @@ def _turns(signs: Tensor, turn: Tensor | None) -> Tensor:
     return turns if turn is None else turns * turn.unsqueeze(1)
 
 
-def _check_choice(name: str, value: str, allowed: Any) -> None:
+def check_choice(name: str, value: str, allowed: Any) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value} is not one of {', '.join(allowed)}")

@@ -9,25 +9,26 @@ peeks at the next token can be stored when that token is here, hence i < t. Coun
 is (k_{t-1}, v_{t-1}): with `pairs: shift` a strict mask and a look ahead are causal pairs, of which a document's first
 token completes none (`regressor.skip_first`).
 
-Keys average at several rates at once: lambda is one per channel, where the published code has one per head. The scale
-of the values, which it learns, is W_o's here.
+Keys average at several rates at once: lambda is one per channel. `rates=head` has one per head, as the published code.
+The scale of the values, which that learns, is W_o's here.
 """
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.mixers.mixer import Mixer, Tails
+from models.mixers.mixer import Mixer, Tails, check_choice
 from models.parts.convolution import Shift
 from models.parts.norm import unit
 from models.parts.precision import wide
 
 RATES = (0.5, 5.0)  # -log lambda at the start, over the channels of a head: from half of the past left to next to none
+EACH = ("channel", "head")
 
 
 class LeakyAverage(nn.Module):
@@ -35,16 +36,21 @@ class LeakyAverage(nn.Module):
 
     forward(x [B, T, C], last=None [B, 1, C], segments=None) -> (a [B, T, C], its last token), float32 at least. By
     doubling: the sums over the last n tokens are those over n/2 and, faded, those of n/2 tokens before, where that is
-    the same document. log2 T steps, each causal to the last bit, and no power of lambda that is larger than one.
+    the same document. log2 T steps, each causal to the last bit, and no power of lambda that is larger than one. each:
+    channel, or head, of which the rates -log lambda are then evenly spread.
     """
 
-    def __init__(self, num_heads: int, head_dim: int) -> None:
+    def __init__(self, num_heads: int, head_dim: int, each: str = "channel") -> None:
         super().__init__()
         low, high = map(math.log, RATES)
-        self.log_rate = nn.Parameter(torch.linspace(low, high, head_dim).repeat(num_heads))
+        self.repeats = head_dim if each == "head" else 1
+        by_channel = torch.linspace(low, high, head_dim).repeat(num_heads)
+        self.log_rate = nn.Parameter(torch.linspace(*RATES, num_heads).log() if each == "head" else by_channel)
 
     def forward(self, x: Tensor, last: Tensor | None = None, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
         rate, a, reach = wide(self.log_rate).exp(), wide(x), 1
+        if self.repeats > 1:
+            rate = rate.repeat_interleave(self.repeats)
         documents = None if segments is None else F.pad(segments[:, 1:] != segments[:, :-1], (1, 0)).cumsum(1)
         last = torch.zeros_like(a[:, :1]) if last is None else last
         a = torch.cat([a[:, :1] + (-rate).exp() * last, a[:, 1:]], dim=1)
@@ -58,10 +64,18 @@ class LeakyAverage(nn.Module):
 
 
 class MemoryMosaic(Mixer):
-    """The layer above, in the shell of every mixer, with its settings (a gate, an output norm, ...)."""
+    """The layer above, in the shell of every mixer, with its settings (a gate, an output norm, ...).
+
+    rates: channel | head, of which each has a lambda.
+    """
 
     own_queries: ClassVar[bool] = False
     num_tails: ClassVar[int] = 3
+
+    def __init__(self, hidden_size: int, layer_index: int, *, rates: str = "channel", **settings: Any) -> None:
+        check_choice("rates", rates, EACH)
+        self.rates = rates
+        super().__init__(hidden_size, layer_index, **settings)
 
     def _build_along(self, conv_size: int, conv_on: str) -> None:
         super()._build_along(conv_size, conv_on)
@@ -69,7 +83,7 @@ class MemoryMosaic(Mixer):
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads}: queries are the keys; only num_heads={self.num_heads} is possible"
             )
-        self.average = LeakyAverage(self.num_heads, self.key_dim)
+        self.average = LeakyAverage(self.num_heads, self.key_dim, self.rates)
         self.before = Shift(self.num_heads * self.value_dim)
         self.peek = nn.Parameter(torch.zeros(self.num_heads))  # c = sigmoid(peek)
 

@@ -50,15 +50,16 @@ class FixedDecay(Decay):
 
     gamma_n = 1 - 2^(-5 - 7 n / (H - 1)) ,    half-lives from 22 to 2,800 tokens; 2^-5 for a single head.
 
-    `shortest` and `longest` are the exponents, 5 and 12. (The paper's own are 5 to 5 + H - 1; these are its 8 heads',
-    whatever H is.)
+    `shortest` and `longest` are the exponents, 5 and 12. (The paper's own are 5 to 5 + H - 1, which longest=None is;
+    these are its 8 heads', whatever H is.)
     """
 
     kind = "head"
     log_decay: Tensor
 
-    def __init__(self, sizes: Sizes, shortest: float = 5.0, longest: float = 12.0) -> None:
+    def __init__(self, sizes: Sizes, shortest: float = 5.0, longest: float | None = 12.0) -> None:
         super().__init__()
+        longest = shortest + sizes.num_heads - 1 if longest is None else longest
         if not 0 < shortest <= longest:
             raise ValueError(f"decay.shortest={shortest} must be positive and at most decay.longest={longest}")
         self.exponents = (shortest, longest, sizes.num_heads)
@@ -82,20 +83,51 @@ class ScalarDecay(Decay):
         log gamma_t = -rate * softplus(x_t W + bias) ,    rate = exp(log_rate) > 0
 
     At the start rate is uniform in [1, 16] and softplus(bias) log-uniform in `step_range`, so that the heads'
-    half-lives spread from a few to thousands of tokens.
+    half-lives spread from a few to thousands of tokens. `rate_range`: other bounds than 1 and 16; Gated DeltaNet's
+    published code has 0 and 16.
     """
 
     kind = "head"
     reads = ("projection",)
 
-    def __init__(self, sizes: Sizes, step_range: tuple[float, float] = (0.001, 0.1)) -> None:
+    def __init__(
+        self,
+        sizes: Sizes,
+        step_range: tuple[float, float] = (0.001, 0.1),
+        rate_range: tuple[float, float] = (1.0, 16.0),
+    ) -> None:
         super().__init__()
         low, high = _checked(step_range)
+        if not 0 <= rate_range[0] < rate_range[1]:
+            raise ValueError(f"decay.rate_range={tuple(rate_range)} must be two rising numbers, none negative")
         self.projection = nn.Linear(sizes.hidden_size, sizes.num_heads, bias=False)
-        self.log_rate, self.bias = _rates(sizes.num_heads), _biases(sizes.num_heads, low, high)
+        self.log_rate, self.bias = _rates(sizes.num_heads, *rate_range), _biases(sizes.num_heads, low, high)
+
+    def steps(self, log_decay: Tensor) -> Tensor:
+        """softplus(..) of log gamma, which is what Mamba-2 writes with."""
+        return log_decay / -wide(self.log_rate).exp()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return -wide(self.log_rate).exp() * F.softplus(wide(read(self.projection, x)) + self.bias), None
+
+    def flops_per_token(self) -> int:
+        return 2 * self.projection.weight.numel()
+
+
+class SigmoidDecay(Decay):
+    """One gamma per head and token, from the data, without a rate (MesaNet, von Oswald et al. 2025; the Forgetting
+    Transformer, Lin et al. 2025): gamma = sigmoid(x_t W + bias), 1/2 in the middle at the start.
+    """
+
+    kind = "head"
+    reads = ("projection",)
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.projection = nn.Linear(sizes.hidden_size, sizes.num_heads)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return F.logsigmoid(wide(read(self.projection, x))), None
 
     def flops_per_token(self) -> int:
         return 2 * self.projection.weight.numel()
@@ -141,13 +173,26 @@ class ChannelRateDecay(Decay):
     `rank` is the bottleneck's, None for V. At the start rate is uniform in [1, 16] and softplus(bias) log-uniform in
     `step_range`, of every channel by itself: half-lives of 10 tokens in the median and of 0.6 for the fastest
     hundredth, where the biases alone are at work and ChannelDecay has 16 for all.
+
+    `lower_bound`, a negative number, is the least that log gamma can be; its form is then, as in fla's layer,
+
+        log gamma_t = lower_bound * sigmoid(rate (x_t W_1 W_2 + bias)) ,    rate 1 at the start .
     """
 
     kind = "channel"
     reads = ("projection",)
 
-    def __init__(self, sizes: Sizes, rank: int | None = None, step_range: tuple[float, float] = (0.001, 0.1)) -> None:
+    def __init__(
+        self,
+        sizes: Sizes,
+        rank: int | None = None,
+        step_range: tuple[float, float] = (0.001, 0.1),
+        lower_bound: float | None = None,
+    ) -> None:
         super().__init__()
+        if lower_bound is not None and lower_bound >= 0:
+            raise ValueError(f"decay.lower_bound={lower_bound} must be negative, or null for none")
+        self.lower_bound = lower_bound
         if rank is not None and rank < 1:
             raise ValueError(f"decay.rank={rank} must be at least 1, or null for the width of the values")
         low, high = _checked(step_range)
@@ -156,10 +201,15 @@ class ChannelRateDecay(Decay):
         self.projection = nn.Linear(sizes.hidden_size, rank, bias=False)
         self.expansion = nn.Linear(rank, channels, bias=False)
         self.log_rate, self.bias = _rates(sizes.num_heads), _biases(channels, low, high)
+        if lower_bound is not None:
+            nn.init.zeros_(self.log_rate)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        steps = F.softplus(wide(self.expansion(read(self.projection, x))) + self.bias).unflatten(-1, self.heads)
-        return -wide(self.log_rate).exp().unsqueeze(-1) * steps, None
+        raw = wide(self.expansion(read(self.projection, x))) + self.bias
+        rate = wide(self.log_rate).exp().unsqueeze(-1)
+        if self.lower_bound is not None:
+            return self.lower_bound * (rate * raw.unflatten(-1, self.heads)).sigmoid(), None
+        return -rate * F.softplus(raw).unflatten(-1, self.heads), None
 
     def flops_per_token(self) -> int:
         return 2 * (self.projection.weight.numel() + self.expansion.weight.numel())
@@ -189,9 +239,9 @@ def _checked(step_range: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
-def _rates(n: int) -> nn.Parameter:
-    """Logarithms of n rates, uniform in [1, 16]."""
-    return nn.Parameter(torch.empty(n).uniform_(1, 16).log())
+def _rates(n: int, low: float = 1.0, high: float = 16.0) -> nn.Parameter:
+    """Logarithms of n rates, uniform between low and high."""
+    return nn.Parameter(torch.empty(n).uniform_(low, high).clamp(min=1e-6).log())
 
 
 def _biases(n: int, low: float, high: float) -> nn.Parameter:

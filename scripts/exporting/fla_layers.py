@@ -48,7 +48,10 @@ def layer(ours: Weights, mixer: Any, made: str) -> Weights:
     norm = NORM.get(made, "g_norm" if mixer.gate is None else "g_norm_swish_gate")
     found[f"{norm}.weight"] = ours["output_norm.weight"]
     output = ours["output.weight"]
-    if made == "KDA":
+    if "gate_projection.0.weight" in ours:
+        names = ("0.weight", "1.weight", "1.bias")
+        found |= {f"g_proj.{name}": ours[f"gate_projection.{name}"] for name in names}
+    elif made == "KDA":
         found |= _narrow_gate(gate, mixer.num_heads * mixer.value_dim, mixer.value_dim)
         output = output if gate_rows else 2 * output
     elif gate_rows:

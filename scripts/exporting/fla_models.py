@@ -12,7 +12,8 @@ One kind in all layers, and swiglu. What has another form there and can be had a
 
     reads       theirs scale queries by 1 / sqrt(K), so the eps of the reads' norm is ours / K.
     eps         theirs has one for all norms; the residual stream is made longer or shorter, as in qwen.py.
-    gate        of KDA, through a bottleneck of V: one head's needs none, and no gate is sigmoid(0) = 1/2.
+    gate        of KDA, through a bottleneck of V: one head's needs none, and no gate is sigmoid(0) = 1/2. kda_published
+                has the bottleneck itself.
     inner size  theirs has one for all layers, the largest.
 
 Anything else that differs is refused, in a sentence with the overrides of a model that would be the same.
@@ -30,6 +31,7 @@ from transformers import PreTrainedModel
 
 from models.language_model import LanguageModel
 from models.mixers.mixer import Mixer
+from models.mixers.published import PublishedReadOut
 from models.parts.decay import ChannelDecay, ChannelRateDecay, FixedDecay, NoDecay, ScalarDecay
 from models.parts.features import ELU, Identity
 from models.regression.linear import Delta, Linear
@@ -97,7 +99,14 @@ KINDS = {
     ),
     (Delta, NoDecay): Kind("DeltaNet", "DeltaNet", DELTA | {"num_key_heads": (None,), "output_gate": ("none", "silu")}),
     (Delta, ScalarDecay): Kind("Gated DeltaNet", "GatedDeltaNet", DELTA),
-    (Delta, ChannelRateDecay): Kind("KDA", "KDA", DELTA | {"output_gate": ("none",)}),
+    (Delta, ChannelRateDecay): Kind("KDA", "KDA", DELTA | {"output_gate": ("none",), "decay.lower_bound": (None,)}),
+}
+READ_OUT: Recipe = {  # of KDA with its own shell
+    "output_gate": ("sigmoid",),
+    "gate_first": (False,),
+    "read_norm": (None,),
+    "skip": (False,),
+    "stepped": (False,),
 }
 FEATURES = {Identity: "identity", ELU: "elu"}  # ours: linear attention's feature_map there
 WIDEST = 256  # keys of a head, for its kernels
@@ -109,9 +118,11 @@ MAMBA2 = (
 
 def kind(mixer: Any) -> Kind | None:
     """Which model of theirs it might be."""
-    if type(mixer) is not Mixer:
+    if type(mixer) not in (Mixer, PublishedReadOut):
         return None
     found = KINDS.get((type(mixer.regressor), type(mixer.decay)))
+    if type(mixer) is PublishedReadOut and (found is None or found.made != "KDA"):
+        return None
     allowed = FEATURES if found is KINDS[Linear, NoDecay] else {Identity: "identity"}
     return found if type(mixer.features) in allowed else None
 
@@ -148,18 +159,20 @@ def _another(mixer: Any) -> str:
 
 def _differences(mixer: Any, node: dict[str, Any], found: Kind) -> dict[str, tuple[Any, Any]]:
     """Setting -> what it is and what it would have to be."""
-    said = settings(node, Mixer)
+    said = settings(node, type(mixer))
     for part in ("regressor", "decay"):
         said |= {f"{part}.{name}": value for name, value in settings(node[part], type(getattr(mixer, part))).items()}
     allowed, others = dict(found.recipe), {}
     if found.made == "GLA":
         allowed["activation"] = ("none",) if mixer.convolution is None else ("silu",)
     if found.made == "RetNet":
-        allowed["decay.longest"] = (mixer.num_heads + 4.0,)
+        allowed["decay.longest"] = (mixer.num_heads + 4.0, None)
         allowed["rotary_channels"] = (None, mixer.key_dim)
     if found.made == "KDA":
         allowed["decay.rank"] = (None, mixer.value_dim)
-        if mixer.num_heads == 1:
+        if type(mixer) is PublishedReadOut:
+            allowed |= READ_OUT | {"gate_rank": (mixer.value_dim,)}
+        elif mixer.num_heads == 1:
             allowed["output_gate"] = ("sigmoid", "none")
     for key, values in allowed.items():
         if said[key] not in values:

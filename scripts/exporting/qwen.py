@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3NextConfig
 
+from models.build import settings_of
 from models.language_model import LanguageModel
 from models.mixers.mixer import Mixer
 from models.parts.decay import NoDecay, ScalarDecay
@@ -74,7 +75,7 @@ PARTS = {"attention": (Softmax, NoDecay, ATTENTION), "delta rule": (Delta, Scala
 
 def settings(node: dict[str, Any], made: type) -> dict[str, Any]:
     """All settings of a class, those that its node leaves out too."""
-    defaults = {name: p.default for name, p in inspect.signature(made).parameters.items()}
+    defaults = {name: p.default for name, p in settings_of(made).items()}
     return {name: node.get(name, None if default is inspect.Parameter.empty else default)
             for name, default in defaults.items()}  # fmt: skip
 

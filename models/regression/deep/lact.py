@@ -14,10 +14,10 @@ Solution.   Apply, then update. All tokens of a chunk of b read the weights that
 State.      The weights, the gradients of a chunk so far, B, and the window's pairs.
 Exactness.  Every form is the same up to rounding: within a chunk tokens only add up.
 Here.       The shell makes q, k and v, and attention gets those that the network gets: after SiLU, of length one, and
-            turned by their positions. In the published layer attention has them before SiLU, behind an RMS norm, and
-            the network after a learned scale and offset for every channel; attention has more heads than the network,
-            as many here; starts of W_0 and W_2 may be of low rank, plus I / 2, and have full rank here. Newton-Schulz
-            steps are Jordan's (the published code has other coefficients). Documents and decoding are new: the
+            turned by their positions. In the published layer (models/mixers/lact.py) attention has them before SiLU,
+            and the network after a learned scale and offset for every channel; attention has more heads than the
+            network, as many here; starts of W_0 and W_2 may be of low rank, plus I / 2, and have full rank here;
+            Newton-Schulz steps have other coefficients, and are Jordan's here. Documents and decoding are new: the
             published code ignores cu_seqlens, and has no state of the network to go on from.
 
 Shapes: B batch, T tokens, H heads, K and V widths of keys and values, C tokens.
@@ -33,31 +33,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.parts.norm import RMSNorm
+from models.parts.orthogonal import FITTED, JORDAN
 from models.parts.precision import NORM_EPS, wide
 from models.parts.sizes import Sizes
 from models.regression.deep import forms
 from models.regression.deep.memory import NetworkMemory, Parameters
 from models.regression.deep.network import SwiGLU
-from models.regression.deep.optimizers import INNER_OPTIMIZERS
+from models.regression.deep.optimizers import Muon
 from models.regression.deep.rules import AtEnd, Gates, Start
 from models.regression.local.constant import Softmax
 from models.regression.local.pairs import Pairs
 from models.regression.regressor import Regressor, Tokens
 
 BASE_RATE = 1e-3  # of the learning rates, at the start
+COEFFICIENTS = {"jordan": JORDAN, "fitted": FITTED}
 
 
 class State(NamedTuple):
-    """memory: of the network. pairs: of the window."""
+    """memory: of the network. pairs: of the window, None without one."""
 
     memory: forms.State
-    pairs: Pairs
+    pairs: Pairs | None
 
 
 class LaCT(NetworkMemory):
     """The layer above.
 
-    grad_batch: b, a part of the model.  window: w, of attention.  expansion: the network's inner width over K.
+    grad_batch: b, a part of the model.  window: w, of attention; None for a mixer that has attention of its own.
+    expansion: the network's inner width over K.  rank: of W_0 - I/2 and W_2 - I/2; None for matrices without a form.
+    coefficients: jordan | fitted, of Newton and Schulz.  norm_eps: of the norm of m.
     chunk: tokens at once, a choice of memory only; None for a whole mini-batch.  remat: of NetworkMemory.
     """
 
@@ -71,26 +75,41 @@ class LaCT(NetworkMemory):
         backend: str = "auto",
         chunk: int | None = None,
         grad_batch: int = 2048,
-        window: int = 2048,
+        window: int | None = 2048,
         expansion: float = 1.0,
         remat: int = 1,
+        rank: int | None = None,
+        coefficients: str = "jordan",
+        norm_eps: float = NORM_EPS,
     ) -> None:
         super().__init__(sizes, backend, chunk, grad_batch, remat)
         D, H, _, K, V = sizes
         if (inner := round(expansion * K)) < 1:
             raise ValueError(f"regressor.expansion={expansion} leaves an inner width of {inner}; it must be positive")
-        self.attention = Softmax(sizes, backend, window=window)
-        self.rule = AtEnd(SwiGLU(), INNER_OPTIMIZERS["muon"], normed=True)
-        self.start = Parameters(torch.randn(H, n, m) / math.sqrt(n) for n, m in ((K, inner), (K, inner), (inner, V)))
+        if rank is not None and rank < 1:
+            raise ValueError(f"regressor.rank={rank} must be at least 1, or null for matrices without a form")
+        if coefficients not in COEFFICIENTS:
+            raise ValueError(f"regressor.coefficients={coefficients} is not one of {', '.join(COEFFICIENTS)}")
+        self.attention = None if window is None else Softmax(sizes, backend, window=window)
+        self.rule = AtEnd(SwiGLU(), Muon(COEFFICIENTS[coefficients]), normed=True)
+        self.rank, halves = rank, [(K, rank or 0), (rank or 0, inner)] * 2
+        shapes, gain = [*(halves if rank else [(K, inner)] * 2), (inner, V)], 0.5 if rank else 1.0
+        self.start = Parameters(torch.randn(H, n, m) / math.sqrt(n) for n, m in shapes)
+        for half in list(self.start)[:-1]:
+            half.data *= gain
         self.rates, self.momentum, self.scale = nn.Linear(D, 3 * H), nn.Linear(D, H), nn.Linear(D, H)
         nn.init.constant_(self.rates.bias, math.log(math.expm1(BASE_RATE)))  # the inverse of softplus
-        self.norm = RMSNorm(V, NORM_EPS)
+        self.norm = RMSNorm(V, norm_eps)
 
     def tokens_at_once(self, v: Tensor) -> int:
         return self.chunk or self.grad_batch
 
     def begin(self) -> Start:
-        return Start(self.start(), True)
+        if self.rank is None:
+            return Start(self.start(), True)
+        a, b, c, d, down = self.start()
+        half = torch.eye(a.shape[-2], b.shape[-1], dtype=a.dtype, device=a.device) / 2
+        return Start((a @ b + half, c @ d + half, down), True)
 
     def gates(self, x: Tensor, log_decay: Tensor | None = None) -> Gates:
         rates = F.softplus(wide(self.rates(x))).unflatten(-1, (-1, 3))
@@ -101,12 +120,17 @@ class LaCT(NetworkMemory):
     def forward(self, tokens: Tokens, state: State | None = None) -> tuple[Tensor, State]:
         memory, pairs = (None, None) if state is None else state
         read, memory = super().forward(tokens, memory)
-        local, pairs = self.attention(tokens, pairs)
-        o = F.silu(wide(self.scale(tokens.x))).unsqueeze(-1) * wide(self.norm(read)) + local
+        o = F.silu(wide(self.scale(tokens.x))).unsqueeze(-1) * wide(self.norm(read))
+        if self.attention is not None:
+            local, pairs = self.attention(tokens, pairs)
+            o = o + local
         return o.to(tokens.v.dtype), State(memory, pairs)
 
     def forget(self, state: State, rows: Tensor) -> State:
-        return State(super().forget(state.memory, rows), self.attention.forget(state.pairs, rows))
+        pairs = (
+            state.pairs if self.attention is None or state.pairs is None else self.attention.forget(state.pairs, rows)
+        )
+        return State(super().forget(state.memory, rows), pairs)
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
         return {}
@@ -116,9 +140,11 @@ class LaCT(NetworkMemory):
         through the third; a write and a read of each. The projections of rates, momenta and scales, Muon's products at
         the end of each chunk, and attention.
         """
-        weights = sum(w.numel() for w in self.start)
+        weights = sum(w.numel() for w in self.begin().weights)
         gates = 10 * self.num_heads * self.hidden_size
-        return 6 * weights + gates + self.step_flops(seq_len) + self.attention.flops_per_token(seq_len)
+        attention = 0 if self.attention is None else self.attention.flops_per_token(seq_len)
+        return 6 * weights + gates + self.step_flops(seq_len) + attention
 
     def state_size(self, seq_len: int) -> int:
-        return super().state_size(seq_len) + self.attention.state_size(seq_len)
+        attention = 0 if self.attention is None else self.attention.state_size(seq_len)
+        return super().state_size(seq_len) + attention

@@ -64,7 +64,8 @@ class DeepMemory(NetworkMemory):
     inner_optimizer: momentum | sgd, which has no S | average, TTT's, with steps of theta' grad_batch, a learned share c
         and no decay | sign | adam | shampoo | muon, which step at the end of a mini-batch, by the mean of its theta';
         muon has the mean of eta for a momentum (rules.py has all).
-    grad_batch: b, a part of the model.  forget_to: start | zero.  remat: of NetworkMemory.
+    grad_batch: b, a part of the model.  forget_to: start | zero.  limit_steps: false leaves steps as long as they are,
+        as in the paper (network.py).  remat: of NetworkMemory.
     """
 
     accepts_decay: tuple[str, ...] = ("none", "head")
@@ -88,6 +89,7 @@ class DeepMemory(NetworkMemory):
         forget_to: str = "start",
         remat: int = 8,
         bias: bool = False,
+        limit_steps: bool = True,
     ) -> None:
         super().__init__(sizes, backend, chunk, grad_batch, remat)
         for name, value, allowed in (
@@ -113,7 +115,7 @@ class DeepMemory(NetworkMemory):
                 raise ValueError(f"regressor.{name}={number} must be {says}")
         self.fades, self.function_class = forget_to == "zero", f"MLP of {depth} layers"
         power = {"lp": p, "huber": delta}.get(inner_loss, 0.0)
-        network = Network(activation, residual, inner_loss, power, bias=bias)
+        network = Network(activation, residual, inner_loss, power, limit_steps, bias)
         optimizer = INNER_OPTIMIZERS.get(inner_optimizer)
         self.step_size, momentum = nn.Linear(D, H), nn.Linear(D, H)  # both drawn: M_0 has the seed's numbers anyway
         if optimizer is not None:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.parts.orthogonal import orthogonal
+from models.parts.orthogonal import JORDAN, Coefficients, orthogonal
 
 TINY = 1e-12  # below every sum of squares that matters, above float32's smallest
 
@@ -102,16 +102,19 @@ class Shampoo(InnerOptimizer):
 
 
 class Muon(InnerOptimizer):
-    """U V^T of B = eta B + D; the history is B."""
+    """U V^T of B = eta B + D; the history is B. coefficients: of the Newton-Schulz steps."""
 
     has_momentum = True
+
+    def __init__(self, coefficients: Coefficients = JORDAN) -> None:
+        self.coefficients = coefficients
 
     def shapes(self, n: int, m: int) -> list[tuple[int, int]]:
         return [(n, m)]
 
     def direction(self, D: Tensor, history: Sequence[Tensor], eta: Tensor) -> tuple[Tensor, list[Tensor]]:
         D = eta * history[0] + D
-        return orthogonal(D), [D]
+        return orthogonal(D, self.coefficients), [D]
 
     def flops(self, n: int, m: int) -> int:
         small, large = min(n, m), max(n, m)

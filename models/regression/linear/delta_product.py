@@ -69,11 +69,12 @@ class DeltaProduct(Delta):
         num_steps: int = 2,
         step: str = "gradient",
         negative_eigenvalues: bool = True,
+        bias: bool = True,
     ) -> None:
         if num_steps < 1:
             raise ValueError(f"regressor.num_steps={num_steps} must be at least 1")
         self.pairs_per_token = num_steps
-        super().__init__(sizes, backend, chunk, step, negative_eigenvalues)
+        super().__init__(sizes, backend, chunk, step, negative_eigenvalues, bias=bias)
         self.fit = f"{num_steps} {step} steps"
 
     def solve(

@@ -196,8 +196,8 @@ class Nonparametric(Regressor):
     """Keeps the pairs and compares every query with them by an inverse temperature beta.
 
     inverse_temperature: "learned" is one per head, from first_beta: by default sqrt(K), for keys and queries of length
-    one; smaller, and the weights are nearly uniform. A positive number is fixed; K^-0.5 with qk_norm=rms is the
-    attention of Qwen3.
+    one; smaller, and the weights are nearly uniform. A positive number is fixed. "scaled" is K^-0.5, for queries and
+    keys that have no norm, or with qk_norm=rms as in Qwen3.
     window: how many of the last pairs take part; None for all.
     block: queries at a time in the PyTorch form, a choice of memory and not of the model; None takes 64 on a CPU and
     256 on a GPU.
@@ -225,11 +225,13 @@ class Nonparametric(Regressor):
         self.log_beta = None
         if inverse_temperature == "learned":
             self.log_beta = nn.Parameter(torch.full((self.num_heads,), math.log(first_beta or self.key_dim**0.5)))
+        elif inverse_temperature == "scaled":
+            self.fixed_beta = self.key_dim**-0.5
         elif isinstance(inverse_temperature, int | float) and inverse_temperature > 0:
             self.fixed_beta = float(inverse_temperature)
         else:
             raise ValueError(
-                f"regressor.inverse_temperature={inverse_temperature!r} must be 'learned' or a positive number"
+                f"regressor.inverse_temperature={inverse_temperature!r} must be 'learned', 'scaled' or a number above 0"
             )
 
     def beta(self, q: Tensor) -> Tensor:
