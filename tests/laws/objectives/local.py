@@ -25,7 +25,7 @@ def by_least_squares(call: Call, q: Tensor, weights: Callable[[Tensor, Tensor, T
             assert torch.allclose(call.o[0, t, h], m, atol=1e-10)
 
 
-@states("softmax", "forgetting")
+@states("softmax", "gated_softmax", "forgetting")
 def softmax(call: Call) -> None:
     by_least_squares(call, call.q, lambda beta, q, k: (beta * k @ q).exp())
 
