@@ -81,6 +81,12 @@ def chunked_curvature(x: Tensor, log_decay: Tensor | None, curvature: Tensor, ch
     return from_chunks(before, (B, T, H)), last
 
 
+def squashed(curvature: Tensor, center: Tensor, squash: float) -> Tensor:
+    """P of the published rule, between 1 / squash and squash. curvature A [B, T, H, K], center m [H, 1]."""
+    r = (curvature + UNUSED).log() - center
+    return (-math.log(squash) * r / (1 + r.abs())).exp()
+
+
 class PreconditionedDelta(Delta):
     """The delta rule with its diagonal second order. ridge: where the learned ridge of every head and channel starts;
     the smaller, the more of a first value is stored at once.
@@ -147,7 +153,7 @@ class SquashedDelta(PreconditionedDelta):
         if not 1 <= squash <= 2:
             raise ValueError(f"regressor.squash={squash} must lie between 1, the delta rule, and 2")
         super(PreconditionedDelta, self).__init__(sizes, backend, chunk)
-        self.fit, self.log_squash = "squashed diagonal step", math.log(squash)
+        self.fit, self.squash = "squashed diagonal step", squash
         self.center = nn.Parameter(torch.full((self.num_heads, 1), center))
         self.curvature_decay = ScalarDecay(sizes)
         self.curvature_weight = nn.Linear(sizes.hidden_size, self.num_heads, bias=False)
@@ -160,8 +166,7 @@ class SquashedDelta(PreconditionedDelta):
         used = wide(self.curvature_weight(x)).sigmoid().unsqueeze(-1) * k.to(curvature.dtype).square()
         with torch.autocast(v.device.type, enabled=False):
             before, curvature = self.uses(backend, used, own_decay, curvature)
-            r = (before + used + UNUSED).log() - self.center
-            write_key = k * (-self.log_squash * r / (1 + r.abs())).exp()
+            write_key = k * squashed(before + used, self.center, self.squash)
         log_decay = forget_at_starts(log_decay, segments, like=q)
         step_size = self.steps(x, k)
         o, memory = self.take_steps(backend, q, k, v, step_size, log_decay, memory, write_key)
