@@ -26,6 +26,8 @@ SETTINGS = {
     "local_quadratic": {"key_dim": 16},
     "rwkv7": {"key_dim": 32, "value_dim": 32},
     "titans_mlp": {"key_dim": 32},
+    "yaad": {"key_dim": 32},
+    "moneta": {"key_dim": 32},
     "ttt_linear": {"regressor__grad_batch": 4},
     "ttt_mlp": {"key_dim": 32, "value_dim": 32, "regressor__base_lr": 1.0},
     "titans_mac": {"memory_update": "input"},
