@@ -24,7 +24,8 @@ from tests.test_calls import IDS, model
 GPU = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 )
-WAITS = ("mesa", "nystrom", "titans_mac", "titans_mlp", "ttt_linear", "ttt_mlp")  # for the host, in one token's step
+# for the host, in one token's step
+WAITS = ("mesa", "moneta", "nystrom", "titans_mac", "titans_mlp", "ttt_linear", "ttt_mlp", "yaad")
 
 
 class Waits(TorchDispatchMode):

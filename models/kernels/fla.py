@@ -114,6 +114,32 @@ def gated_delta(
     return chunk_kda(q, k, v, log_decay.expand_as(k).contiguous(), step_size, **options)
 
 
+def gated_delta_2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    erase: Tensor,
+    write: Tensor,
+    log_decay: Tensor | None = None,
+    memory: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """erasing.py's GatedDelta2 by fla's kernels: S = S' + k^T (w * v - (b * k) S'). erase b and write w as k and v are,
+    the rest as in gated_delta, by whose limits it goes."""
+    from fla.ops.gdn2 import chunk_gdn2
+
+    q, k, erase, write = (x.to(v.dtype) for x in (q, k, erase, write))
+    options = {"scale": 1.0, "initial_state": None if memory is None else memory.float(), "output_final_state": True}
+    return chunk_gdn2(q, k, v, _per_channel(log_decay, k), erase, write, **options)
+
+
+def _per_channel(log_decay: Tensor | None, k: Tensor) -> Tensor:
+    """Log decays [B, T, H, K] of any kind."""
+    if log_decay is None:
+        return torch.zeros_like(k, dtype=torch.float32)
+    log_decay = log_decay.float().clamp(min=LEAST_LOG_DECAY)
+    return (log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1)).expand_as(k).contiguous()
+
+
 def refusal_leaky_delta(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
     """Why fla can't run the delta rule with the gradient before the decay here, or None if it can.
 
@@ -148,8 +174,7 @@ def leaky_delta(
     if _broken_on_hopper(v.device) is not None:
         decay = log_decay.float().masked_fill(forgets, 0.0).exp()
         return gated_delta(q, k, v * decay.unsqueeze(-1).to(v.dtype), step_size / decay, log_decay, memory)
-    erase_key = k.masked_fill(forgets.unsqueeze(-1), 0.0)
-    return _comba(q, erase_key, k, v, step_size, log_decay, memory)
+    return delta_with_write_key(q, k, v, step_size, log_decay, memory, k, gradient_before_decay=True)
 
 
 def refusal_write_key(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
@@ -168,12 +193,16 @@ def delta_with_write_key(
     log_decay: Tensor | None,
     memory: Tensor | None,
     write_key: Tensor,
+    gradient_before_decay: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """delta.py's map with a write key of its own. Arguments and results as recurrent_delta's, log_decay per head."""
     if log_decay is None:
         return _comba(q, k, write_key, v, step_size, torch.zeros_like(step_size), memory)
-    decay = log_decay.float().exp().unsqueeze(-1)
-    return _comba(q, (k.float() * decay).to(v.dtype), write_key, v, step_size, log_decay, memory)
+    if gradient_before_decay:  # at the start of a document there is nothing to erase
+        erase_key = k.masked_fill((log_decay < LEAST_LOG_DECAY).unsqueeze(-1), 0.0)
+    else:
+        erase_key = (k.float() * log_decay.float().exp().unsqueeze(-1)).to(v.dtype)
+    return _comba(q, erase_key, write_key, v, step_size, log_decay, memory)
 
 
 def _comba(

@@ -139,13 +139,14 @@ class ChannelDecay(Decay):
 
         log gamma_t = logsigmoid(x_t W_1 W_2 + bias) / temperature
 
-    Dividing by `temperature` keeps the memory long: at the start gamma is sigmoid(0)^(1/16) = 0.96 in every channel.
+    Dividing by `temperature` keeps the memory long: at the start gamma is sigmoid(0)^(1/16) = 0.96 in every channel. Or
+    the bias does, where it starts at `bias` (None: around 0).
     """
 
     kind = "channel"
     reads = ("projection",)
 
-    def __init__(self, sizes: Sizes, rank: int = 16, temperature: float = 16.0) -> None:
+    def __init__(self, sizes: Sizes, rank: int = 16, temperature: float = 16.0, bias: float | None = None) -> None:
         super().__init__()
         if rank < 1:
             raise ValueError(f"decay.rank={rank} must be at least 1")
@@ -155,6 +156,8 @@ class ChannelDecay(Decay):
         self.heads = (sizes.num_heads, sizes.key_dim)
         self.projection = nn.Linear(sizes.hidden_size, rank, bias=False)
         self.expansion = nn.Linear(rank, sizes.num_heads * sizes.key_dim)
+        if bias is not None:
+            nn.init.constant_(self.expansion.bias, bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         logits = wide(self.expansion(read(self.projection, x))).unflatten(-1, self.heads)

@@ -26,7 +26,10 @@ CHANCE, MARGIN = 1 / 32, 0.9  # 32 values to choose from; 1 / 4 is what knowing 
 SETTINGS = {
     "local_linear": {"key_dim": 16},
     "local_quadratic": {"key_dim": 16},
+    "rwkv7": {"key_dim": 32, "value_dim": 32},
     "titans_mlp": {"key_dim": 32},
+    "yaad": {"key_dim": 32},
+    "moneta": {"key_dim": 32},
     "ttt_linear": {"regressor__grad_batch": 4},
     "ttt_mlp": {"key_dim": 32, "value_dim": 32, "regressor__base_lr": 1.0},
     "titans_mac": {"memory_update": "input"},

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from models.mixers.mixer import Mixer
 from models.parts.convolution import Shift, ShortConvolution
+from models.parts.linear import Products, one_product
 from tests.laws import test_laws as laws
-from tests.laws.presets import inputs, mixer
+from tests.laws.presets import PRESETS, inputs, mixer
 
 SETTINGS = {
     "convolved keys": {"conv_size": 3, "conv_on": "k"},
@@ -55,3 +57,21 @@ def test_unknown_words_are_refused():
         mixer("linear", conv_on="v")
     with pytest.raises(ValueError, match="pairs=past is not one of same, shift"):
         mixer("linear", pairs="past")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_one_product_of_the_input_serves_all_who_read_it(preset, monkeypatch):
+    """As the kernels hand it on (Mixer._accelerated): a module that names its layers in `reads` takes no more of x."""
+    m, x = mixer(preset), inputs(2, 11)
+    shells = [each for each in m.modules() if isinstance(each, Mixer)]
+    readers = [each for each in shells if len(each.layers_of_input()) > 1]
+    expected = m(x)[0]
+    for each in readers:
+
+        def pairs(x, *others, shell=each, own=each._pairs):
+            layers = shell.layers_of_input()
+            products = one_product(x, layers)[..., layers[0].out_features :]
+            return *own(x, *others)[:-1], Products(layers[1:], products)
+
+        monkeypatch.setattr(each, "_pairs", pairs)
+    assert torch.allclose(m(x)[0], expected, rtol=0, atol=1e-12)

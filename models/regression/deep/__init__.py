@@ -9,11 +9,12 @@ Recipe.     A network (layers, activation, biases, layer norm, residual), a loss
                 Online     W_t = W_0 + a_t (W_{t-1} - W_0) + S_t ,  S_t = eta_t S_{t-1} + D_t
                 Averaged   W_t = R + c_p sum_{j<=t} D_j , c_p the reader's
                 AtEnd      W_t = R, and a step of any optimiser (sign, Adam, Shampoo, Muon) at the mini-batch's end
-Members.    mlp.py             Titans, an MLP: Online, or whatever else its settings say
+Members.    mlp.py             Titans, an MLP: Online, or whatever else its settings say; Yaad and Moneta of Miras
             ttt.py             TTT-Linear and TTT-MLP: Averaged, with layer norm, biases and residual
             lact.py            LaCT, a SwiGLU network: AtEnd by Muon, beside attention in a window
 Recipes.    network.py         networks and the gradients of their losses, written out
             rules.py           the rules, token by token and in their dual form
+            retention.py       Online with weights divided by their norm
             optimizers.py      the inner optimisers
             memory.py          what all members share
 Forms.      forms.py           a call, by the definition or the dual form

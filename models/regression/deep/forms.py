@@ -118,7 +118,8 @@ def advance(
     if rule.refers:
         R = R if opens is None else where(opens, R, fitted.references)
         fitted = Fitted(fitted.weights, fitted.sums, R)
-    pairs = list(zip(*rule.network.errors([r.to(q.dtype) for r in R], k, v, fixed.norm), strict=True))
+    at = [r.to(q.dtype) for r in rule.at(R, fixed)]
+    pairs = list(zip(*rule.network.errors(at, k, v, fixed.norm), strict=True))
     chunk = Chunk(fitted, fixed, pairs, opens, ends, given)
     if dual:
         return rule.network.read(rule.products(chunk), q, fixed.norm), rule.carry(chunk)

@@ -16,6 +16,7 @@ from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
 from models.regression.deep.accelerated import kernel_averaged, kernel_online
 from models.regression.deep.forms import Call, State, compiles, deep_memory
+from models.regression.deep.retention import Normed
 from models.regression.deep.rules import AtEnd, Averaged, Gates, Online, Rule, Start, each
 from models.regression.memory import Memory
 from models.regression.regressor import Tokens
@@ -88,7 +89,8 @@ class NetworkMemory(Memory):
 
     def recall(self, x: Tensor, q: Tensor, state: State | None) -> Tensor:
         dtype, start = working_dtype(q), self.begin()
-        weights, sums, *_ = self.rule.begin(start, len(q), dtype) if state is None else state.fitted
+        weights, sums, references, *_ = self.rule.begin(start, len(q), dtype) if state is None else state.fitted
+        weights = self.rule.held(weights, references, tuple(w.to(dtype) for w in start.weights))
         if state is not None and (share := self.gates(x).share) is not None:  # what its last token read
             c = share[state.phase - 1].view(-1, 1, 1, 1)
             weights = tuple(w + c * s for w, s in zip(weights, sums, strict=True))
@@ -102,7 +104,8 @@ class NetworkMemory(Memory):
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
         if type(self.rule) not in KERNELS:
-            return {"triton": "the kernels take regressor.inner_optimizer=momentum, sgd or average"}
+            taken = "retention=2" if isinstance(self.rule, Normed) else "inner_optimizer=momentum, sgd or average"
+            return {"triton": f"the kernels take regressor.{taken}"}
         kernels, start, (first, *others) = KERNELS[type(self.rule)][0], self.begin(), self.matrices()
         recipe = {"depth": len(start.weights), "layer_norm": bool(start.norm), "inner_loss": self.rule.network.loss}
         recipe |= vars(self.rule.network)

@@ -20,6 +20,11 @@ Stability.  Momentum sums a constant gradient to theta / (1 - eta) of it, so the
             matrix with keys of length one would make of it. Nothing diverges then, whatever the gates; with three
             layers and more, b = 1 and theta' = 1, reads have been seen to overshoot fifteenfold for a while.
 Exactness.  The dual form equals the recurrence up to rounding, whatever the chunk, gradients included.
+Miras.      Two recipes of Behrouz et al. 2025 (arXiv 2504.13173), without momentum: Yaad, whose errors count by their
+            sign where they are long (`inner_loss: switch`), and Moneta, with |e|^3 and weights divided by a power of
+            their fourth norm (`inner_loss: lp`, `retention: 4`, retention.py). There |e| is compared with a
+            threshold delta from the data, gates are per channel, and the network is x + LN(gelu MLP); here the root
+            mean square of e is compared with a number delta, and gates are per head.
 Others.     titans-pytorch sums the gradients of a chunk, with gates pooled over it, at weights that it holds for every
             chunk; by default all at M_0, so that no gradient of chunk 3 knows of chunk 1. fla 0.6.0 has no deep memory.
 
@@ -40,6 +45,7 @@ from models.parts.sizes import Sizes
 from models.regression.deep.memory import NetworkMemory, Parameters, shares
 from models.regression.deep.network import ACTIVATIONS, LOSSES, Network
 from models.regression.deep.optimizers import INNER_OPTIMIZERS
+from models.regression.deep.retention import Normed
 from models.regression.deep.rules import AtEnd, Averaged, Gates, Online, Start
 
 OPTIMIZERS = ("momentum", "sgd", "average", *INNER_OPTIMIZERS)
@@ -60,10 +66,11 @@ class DeepMemory(NetworkMemory):
     depth: layers of the MLP, 1 to 4; expansion: its inner widths are expansion K.  activation: silu | gelu | gelu_tanh.
     bias: of every layer.  residual: f(x) + x, for K = V.  layer_norm: of what is added to x, with learned scale and
         shift.
-    inner_loss: l2 | huber | lp | dot, of which lp has the power `p` and huber the width `delta`.
+    inner_loss: l2 | huber | switch | lp | dot, of which lp has the power `p`, huber and switch the width `delta`.
     inner_optimizer: momentum | sgd, which has no S | average, TTT's, with steps of theta' grad_batch, a learned share c
         and no decay | sign | adam | shampoo | muon, which step at the end of a mini-batch, by the mean of its theta';
         muon has the mean of eta for a momentum (rules.py has all).
+    retention: q of retention.py, for momentum and sgd; 2: the weights are not divided by anything.
     grad_batch: b, a part of the model.  forget_to: start | zero.  limit_steps: false leaves steps as long as they are,
         as in the paper (network.py).  remat: of NetworkMemory.
     """
@@ -90,6 +97,7 @@ class DeepMemory(NetworkMemory):
         remat: int = 8,
         bias: bool = False,
         limit_steps: bool = True,
+        retention: float = 2.0,
     ) -> None:
         super().__init__(sizes, backend, chunk, grad_batch, remat)
         for name, value, allowed in (
@@ -110,13 +118,18 @@ class DeepMemory(NetworkMemory):
             ("expansion", expansion, inner >= 1, f"at least 1 / {K}, for an inner width of one"),
             ("p", p, p >= 1, "at least 1"),
             ("delta", delta, delta > 0, "positive"),
+            ("retention", retention, retention >= 2, "at least 2, which divides by nothing"),
         ):
             if not holds:
                 raise ValueError(f"regressor.{name}={number} must be {says}")
         self.fades, self.function_class = forget_to == "zero", f"MLP of {depth} layers"
-        power = {"lp": p, "huber": delta}.get(inner_loss, 0.0)
+        power = {"lp": p, "huber": delta, "switch": delta}.get(inner_loss, 0.0)
         network = Network(activation, residual, inner_loss, power, limit_steps, bias)
         optimizer = INNER_OPTIMIZERS.get(inner_optimizer)
+        if retention != 2 and (inner_optimizer not in ("momentum", "sgd") or self.fades):
+            raise ValueError(
+                f"regressor.retention={retention} goes with inner_optimizer=momentum or sgd, and forget_to=start"
+            )
         self.step_size, momentum = nn.Linear(D, H), nn.Linear(D, H)  # both drawn: M_0 has the seed's numbers anyway
         if optimizer is not None:
             self.rule, has_momentum = AtEnd(network, optimizer), optimizer.has_momentum
@@ -128,6 +141,8 @@ class DeepMemory(NetworkMemory):
         else:
             has_momentum = inner_optimizer == "momentum"
             self.rule, self.fit = Online(network, has_momentum), "gradient step" + ", momentum" * has_momentum
+            if retention != 2:
+                self.rule, self.fit = Normed(network, has_momentum, retention), f"{self.fit}, L{retention:g} retention"
         self.momentum = momentum if has_momentum else None
         widths, scales = [K, *[inner] * (depth - 1), V], [1.0, *[inner**-0.5] * (depth - 1)]
         scales[-1] *= isinstance(self.rule, AtEnd)

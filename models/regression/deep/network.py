@@ -9,12 +9,15 @@ So what a token writes is known by L pairs of vectors, and no gradient is ever f
 the price; it differentiates all this once more for the outer model, which needs the activations' second derivatives.
 A bias is one more input of value one: its weights are the last row of W_l, and no formula knows of it.
 
-Losses.     with e = v - y at the prediction y (Behrouz et al. 2025, Miras, section 5, has the second and third):
+Losses.     with e = v - y at the prediction y (Behrouz et al. 2025, Miras, section 5, has all but the first and last):
                 l2      1/2 |e|^2                                     -dl/dy = e
                 huber   sum_j e_j^2 / 2 below delta, linear above     clip(e, -delta, delta)
+                switch  |e|^2 / 2 while |e|^2 <= delta^2 V, else      e, or delta e / (e^2 + c)^(1/2)
+                        delta sum_j (e_j^2 + c)^(1/2)
                 lp      1/p sum_j (e_j^2 + c)^(p/2), c = 1e-6         e (e^2 + c)^(p/2 - 1)
                 dot     -y . v                                        v
-            (c keeps the second derivative of |e|^p finite at 0, where p < 2.)
+            c keeps the second derivative of |e|^p finite at 0, where p < 2. Where p > 2 a step along e |e|^(p - 2) goes
+            past the value from |e_j| = 1 on; there the loss goes on as e_j^2 / 2 does.
 Limit.      One step moves the token's own prediction by J e, and along e by sum_l |X_l|^2 |E_l|^2 / |e|^2 of it: for a
             matrix and keys of length one, by 1; for a wide layer by its width. `limit_steps` divides a token's errors
             by that number where it is above 1, so that step sizes mean for any network what they mean for a matrix, and
@@ -55,20 +58,32 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
     "gelu_tanh": (partial(F.gelu, approximate="tanh"), partial(gelu_backward, approximate="tanh")),
 }
 
+
+def _steepness(square: Tensor, p: float) -> Tensor:
+    found = square.pow(p / 2 - 1)
+    return found.clamp(max=1.0) if p > 2 else found
+
+
+def _switched(e: Tensor, delta: float) -> Tensor:
+    long = _square(e) > delta**2 * e.shape[-1]
+    return torch.where(long, delta * e * (e.square() + SMOOTH).rsqrt(), e)
+
+
 # (y, v, the setting that some have) -> -dl/dy
 LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "l2": lambda y, v, _: v - y,
     "huber": lambda y, v, delta: (v - y).clamp(-delta, delta),
-    "lp": lambda y, v, p: (v - y) * ((v - y).square() + SMOOTH).pow(p / 2 - 1),
+    "switch": lambda y, v, delta: _switched(v - y, delta),
+    "lp": lambda y, v, p: (v - y) * _steepness((v - y).square() + SMOOTH, p),
     "dot": lambda y, v, _: v.expand_as(y),
 }
 
 
 @dataclass(frozen=True)
 class Network:
-    """The network above. power: p of the loss lp, delta of huber. bias: whether layers have one. Weights come with
-    every call, as does `norm`: scale and shift [*, 1, V] of the layer norm, or nothing. Products are in the dtype of
-    what comes in, all else in float32 at least.
+    """The network above. power: p of the loss lp, delta of huber and switch. bias: whether layers have one. Weights
+    come with every call, as does `norm`: scale and shift [*, 1, V] of the layer norm, or nothing. Products are in the
+    dtype of what comes in, all else in float32 at least.
     """
 
     activation: str = "silu"

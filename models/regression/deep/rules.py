@@ -119,6 +119,14 @@ class Rule:
         weights = tuple(w.to(dtype).expand(B, -1, -1, -1) for w in start.weights)
         return Fitted(weights, _zeros(weights))
 
+    def held(self, weights: Weights, references: Weights, first: Weights) -> Weights:
+        """The weights that are read, of those that are kept; first: M_0."""
+        return weights
+
+    def at(self, references: Weights, fixed: Fixed) -> Weights:
+        """The weights at which a mini-batch takes its gradients."""
+        return references
+
     def tokens(self, gates: Gates, place: Tensor) -> tuple[Any, ...]:
         """What `learn` and `weigh` are given, [B, T, H] or [B, T, H, n] each. place [B, T]: of tokens in their
         mini-batches.

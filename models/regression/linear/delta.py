@@ -15,10 +15,13 @@ Decay.      a = 1: the delta rule of Widrow and Hoff (1960) as a fast weight pro
             with weight decay or leaky LMS,
                 S_t = a_t S_{t-1} + b_t k_t^T (v_t - k_t S_{t-1}) ,
             which is the first with b/a for b and a v for v; those overflow where a gate closes, this does not.
-Steps.      Three ways to go along the gradient for b, all on the line from S' and so all the rule above, with a step of
+Steps.      Four ways to go along the gradient for b, all on the line from S' and so all the rule above, with a step of
             b f(b |k|^2): the gradient step, f(s) = 1; the implicit one, to argmin ||S - S'||^2 + b ||v - k S||^2,
             f(s) = 1 / (1 + s) (Longhorn, Liu et al. 2024, theorem 3.1); the exact solution of dS/db = -gradient,
-            f(s) = (1 - e^-s) / s (EFLA, Lei et al. 2025). The last two are stable for keys of any length.
+            f(s) = (1 - e^-s) / s (EFLA, Lei et al. 2025); and the share b of the way to the nearest memory that knows
+            the pair, argmin ||S - S'||^2 with k S = v, a step of b / (|k|^2 + 1e-6) (Kaczmarz 1937; normalised LMS,
+            Nagumo and Noda 1967; Kaczmarz Linear Attention, Zou, Ren and Liu 2026, arXiv 2605.08587). The last three
+            are stable for keys of any length.
 Exactness.  The chunked form equals the recurrence up to rounding, whatever the chunk, gradients included.
 
 Shapes: B batch, T tokens, H heads, K key width, V value width, C chunk.
@@ -26,7 +29,7 @@ Shapes: B batch, T tokens, H heads, K key width, V value width, C chunk.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +43,8 @@ from models.regression.documents import forget_at_starts
 from models.regression.linear.delta_chunks import ChunkedDelta
 from models.regression.memory import Memory, first_memory
 from models.regression.regressor import FORGET, Tokens
+
+LEAST_SQUARE = 1e-6  # added to |k|^2 where a step divides by it, as the authors of Kaczmarz Linear Attention do
 
 
 def recurrent_delta(
@@ -144,8 +149,13 @@ def _decayed_share(s: Tensor) -> Tensor:
     return torch.where(small, series.masked_fill(~small, 0.0), -torch.expm1(-large) / large)
 
 
-# f, None for 1
-STEPS: dict[str, Any] = {"gradient": None, "implicit": lambda s: 1 / (1 + s), "exact": _decayed_share}
+# The step's share of b, from b and |k|^2; None: all of it.
+STEPS: dict[str, Any] = {
+    "gradient": None,
+    "implicit": lambda b, square: 1 / (1 + b * square),
+    "exact": lambda b, square: _decayed_share(b * square),
+    "normalized": lambda b, square: 1 / (square + LEAST_SQUARE),
+}
 
 
 class Delta(Memory):
@@ -153,15 +163,16 @@ class Delta(Memory):
 
     Without a decay it is DeltaNet, with one per head Gated DeltaNet, with one per channel Kimi Delta Attention.
 
-    step: f. gradient (keys of unit length keep it stable; the shell normalises them), implicit or exact (stable for all
-        keys).
-    negative_eigenvalues: b up to 2, for gradient steps: a write can turn a direction of the memory around.
+    step: f. gradient (keys of unit length keep it stable; the shell normalises them), implicit, exact or normalized
+        (stable for all keys).
+    negative_eigenvalues: b up to 2, for gradient and normalized steps: a write can turn a direction of the memory
+        around.
     gradient_before_decay: leaky LMS, for a decay per head without a sign, which its error would see.
     bias: c; false leaves it out, as Qwen3-Next and fla do.
     """
 
     accepts_decay: tuple[str, ...] = ("none", "head", "channel", "signed")
-    reads = ("step_size",)
+    reads: ClassVar[tuple[str, ...]] = ("step_size",)
 
     def __init__(
         self,
@@ -176,9 +187,9 @@ class Delta(Memory):
         super().__init__(sizes, backend, chunk)
         if step not in STEPS:
             raise ValueError(f"regressor.step={step} is not one of {', '.join(STEPS)}")
-        if negative_eigenvalues and (step != "gradient" or gradient_before_decay):
-            setting = "regressor.gradient_before_decay=true" if step == "gradient" else f"regressor.step={step}"
-            why = "grows the memory without bound" if step == "gradient" else "never goes past the value"
+        if negative_eigenvalues and (step in ("implicit", "exact") or gradient_before_decay):
+            setting = "regressor.gradient_before_decay=true" if gradient_before_decay else f"regressor.step={step}"
+            why = "grows the memory without bound" if gradient_before_decay else "never goes past the value"
             raise ValueError(f"regressor.negative_eigenvalues=true: {setting} {why}; only false is possible")
         self.share, self.fit = STEPS[step], f"{step} step"
         self.largest_step = 2.0 if negative_eigenvalues else 1.0
@@ -201,7 +212,7 @@ class Delta(Memory):
     def steps(self, x: Tensor, k: Tensor) -> Tensor:
         """b f(b |k|^2), [B, T n, H]."""
         b = self.largest_step * wide(read(self.step_size, x)).sigmoid().view(k.shape[:3])
-        return b if self.share is None else b * self.share(b * wide(k).square().sum(-1))
+        return b if self.share is None else b * self.share(b, wide(k).square().sum(-1))
 
     def describe(self, tokens: Tokens) -> dict[str, Tensor]:
         return {"step_size": self.steps(tokens.x, tokens.k)}
@@ -209,16 +220,32 @@ class Delta(Memory):
     def solve(
         self, backend: str, q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_decay: Tensor | None, state: Any
     ) -> tuple[Tensor, Any]:
+        """The rule from the state, which is the memory and what a relative has beside it."""
+        return self.take_steps(backend, q, k, v, step_size, log_decay, state)
+
+    def take_steps(
+        self,
+        backend: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        step_size: Tensor,
+        log_decay: Tensor | None,
+        state: Tensor | None,
+        write_key: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """The rule by one of its forms. Arguments and results as recurrent_delta's, the state for the memory."""
         early = self.gradient_before_decay
         if backend == "recurrent":
-            return recurrent_delta(q, k, v, step_size, log_decay, state, gradient_before_decay=early)
+            return recurrent_delta(q, k, v, step_size, log_decay, state, write_key, early)
+        if backend == "fla" and write_key is not None:
+            return fla.delta_with_write_key(q, k, v, step_size, log_decay, state, write_key, early)
         if backend == "fla":
             form = fla.leaky_delta if early else fla.gated_delta
             return form(q, k, v, step_size, log_decay, state)
         if backend == "triton":
-            return kernel_delta(q, k, v, step_size, log_decay, state, gradient_before_decay=early)
-        return chunked_delta(q, k, v, step_size, log_decay, state, self.tokens_at_once(v), None, early)
+            return kernel_delta(q, k, v, step_size, log_decay, state, write_key, early)
+        return chunked_delta(q, k, v, step_size, log_decay, state, self.tokens_at_once(v), write_key, early)
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
         shape = device, dtype, self.key_dim, self.value_dim

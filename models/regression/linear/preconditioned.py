@@ -11,9 +11,12 @@ Solution.   P_t = 1 / (ridge + a_t A_{t-1}) ,    w_t = k_t P_t / (1 + b_t k_t . 
             overshoot. A channel that was often written is written more gently: a mean over its pairs instead of its
             last value. For a = 1 and keys that use one channel each, it is the ridge regression itself; in general it
             lies between delta.py and least_squares.py, at the price of the first.
-Source.     Preconditioned DeltaNet (Tumma, Loo and Rus 2026, arXiv 2604.21100) for the diagonal; its preconditioner is
-            another one, a power of A squashed to within a factor 1.5 of 1, and a step size that knows nothing of it. So
-            fla's kernel for that (precond_gated_delta_rule) computes another function and is not used.
+Squashed.   Preconditioned DeltaNet (Tumma, Loo and Rus 2026, arXiv 2604.21100; fla 0.6.0, precond_gated_delta_rule) has
+            the same diagonal with gates of its own, and a preconditioner that is squashed to within a factor x of 1,
+                A_t = c_t A_{t-1} + e_t k_t^2 ,    r = ln(A_t + 1e-6) - m ,    P_t = x^(-r / (1 + |r|)) ,
+                S_t = a_t S_{t-1} + b_t (k_t * P_t)^T (v_t - k_t a_t S_{t-1}) ,
+            x = 1.5, m learned per head from -0.2. Its step b knows nothing of P: b k.(k P) < 2 by the squash. With
+            x = 1 it is the gated delta rule.
 Exactness.  A is a decayed sum, found for all tokens at once; with it, the rest is the delta rule with a write key of
             its own, in every form equal to the recurrence up to rounding.
 
@@ -29,10 +32,15 @@ import torch
 from torch import Tensor, nn
 
 from models.kernels import fla, momentum
+from models.parts.decay import ScalarDecay
 from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
 from models.regression.chunks import fades, from_chunks, into_chunks, short
-from models.regression.linear.delta import Delta, chunked_delta, kernel_delta, recurrent_delta
+from models.regression.documents import forget_at_starts
+from models.regression.linear.delta import Delta
+from models.regression.regressor import Tokens
+
+UNUSED = 1e-6  # added to A where its logarithm is taken
 
 
 class Preconditioned(NamedTuple):
@@ -73,6 +81,12 @@ def chunked_curvature(x: Tensor, log_decay: Tensor | None, curvature: Tensor, ch
     return from_chunks(before, (B, T, H)), last
 
 
+def squashed(curvature: Tensor, center: Tensor, squash: float) -> Tensor:
+    """P of the published rule, between 1 / squash and squash. curvature A [B, T, H, K], center m [H, 1]."""
+    r = (curvature + UNUSED).log() - center
+    return (-math.log(squash) * r / (1 + r.abs())).exp()
+
+
 class PreconditionedDelta(Delta):
     """The delta rule with its diagonal second order. ridge: where the learned ridge of every head and channel starts;
     the smaller, the more of a first value is stored at once.
@@ -93,24 +107,19 @@ class PreconditionedDelta(Delta):
         dtype = working_dtype(q, k, v)
         memory, curvature = state or (None, torch.zeros(k.shape[0], *k.shape[2:], dtype=dtype, device=k.device))
         used = step_size.to(dtype).unsqueeze(-1) * k.to(dtype).square()
-        chunk = self.tokens_at_once(v)
-        if backend == "recurrent":
-            before, curvature = recurrent_curvature(used, log_decay, curvature.to(dtype))
-        else:
-            with torch.autocast(v.device.type, enabled=False):
-                before, curvature = chunked_curvature(used, log_decay, curvature.to(dtype), chunk)
+        with torch.autocast(v.device.type, enabled=False):
+            before, curvature = self.uses(backend, used, log_decay, curvature.to(dtype))
         preconditioner = 1 / (wide(self.log_ridge).exp() + before)
         gain = 1 + (used * preconditioner).sum(-1, keepdim=True)
         write_key = k.to(dtype) * preconditioner / gain
-        if backend == "recurrent":
-            o, memory = recurrent_delta(q, k, v, step_size, log_decay, memory, write_key)
-        elif backend == "fla":
-            o, memory = fla.delta_with_write_key(q, k, v, step_size, log_decay, memory, write_key)
-        elif backend == "triton":
-            o, memory = kernel_delta(q, k, v, step_size, log_decay, memory, write_key)
-        else:
-            o, memory = chunked_delta(q, k, v, step_size, log_decay, memory, chunk, write_key)
+        o, memory = self.take_steps(backend, q, k, v, step_size, log_decay, memory, write_key)
         return o, Preconditioned(memory, curvature)
+
+    def uses(self, backend: str, x: Tensor, log_decay: Tensor | None, curvature: Tensor) -> tuple[Tensor, Tensor]:
+        """The curvature by one of its forms."""
+        if backend == "recurrent":
+            return recurrent_curvature(x, log_decay, curvature)
+        return chunked_curvature(x, log_decay, curvature, self.tokens_at_once(x))
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
         shape = device, dtype, self.key_dim, self.value_dim
@@ -125,3 +134,46 @@ class PreconditionedDelta(Delta):
 
     def state_size(self, seq_len: int) -> int:
         return super().state_size(seq_len) + self.num_heads * self.key_dim
+
+
+class SquashedDelta(PreconditionedDelta):
+    """Preconditioned Gated DeltaNet, as published.
+
+    squash: x. center: where m starts.
+    """
+
+    reads = ()  # a decay of its own takes x as well
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        backend: str = "auto",
+        chunk: int | None = None,
+        squash: float = 1.5,
+        center: float = -0.2,
+    ) -> None:
+        if not 1 <= squash <= 2:
+            raise ValueError(f"regressor.squash={squash} must lie between 1, the delta rule, and 2")
+        super(PreconditionedDelta, self).__init__(sizes, backend, chunk)
+        self.fit, self.squash = "squashed diagonal step", squash
+        self.center = nn.Parameter(torch.full((self.num_heads, 1), center))
+        self.curvature_decay = ScalarDecay(sizes)
+        self.curvature_weight = nn.Linear(sizes.hidden_size, self.num_heads, bias=False)
+
+    def forward(self, tokens: Tokens, state: Any = None) -> tuple[Tensor, Preconditioned]:
+        x, q, k, v, log_decay, segments = tokens
+        memory, curvature = state or (None, k.new_zeros(k.shape[0], *k.shape[2:], dtype=working_dtype(q, k, v)))
+        backend = "recurrent" if q.shape[1] == 1 else self.choose(v.device, v.dtype).backend
+        own_decay = forget_at_starts(self.curvature_decay(x)[0], segments)
+        used = wide(self.curvature_weight(x)).sigmoid().unsqueeze(-1) * k.to(curvature.dtype).square()
+        with torch.autocast(v.device.type, enabled=False):
+            before, curvature = self.uses(backend, used, own_decay, curvature)
+            write_key = k * squashed(before + used, self.center, self.squash)
+        log_decay = forget_at_starts(log_decay, segments, like=q)
+        step_size = self.steps(x, k)
+        o, memory = self.take_steps(backend, q, k, v, step_size, log_decay, memory, write_key)
+        return o, Preconditioned(memory, curvature)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """And the projections of the curvature's gates."""
+        return super().flops_per_token(seq_len) + 4 * self.num_heads * self.hidden_size

@@ -98,6 +98,35 @@ def continuous_steps(call: Call) -> None:
     walk(call, update)
 
 
+@states("kla")
+def shares_of_projections(call: Call) -> None:
+    """S' + b D, D the least change with k (S' + D) = v, by least squares; 1e-6 |D|^2 is its price."""
+
+    def update(t: int, S: Tensor) -> Tensor:
+        S, k = faded(call, t, S), call.k[0, t].unsqueeze(1)
+        rows = torch.cat([k, 1e-3 * torch.eye(S.shape[1], dtype=S.dtype).expand(len(S), -1, -1)], 1)
+        error = torch.cat([call.v[0, t].unsqueeze(1) - k @ S, torch.zeros_like(S)], 1)
+        return S + steps(call)[t].view(-1, 1, 1) * torch.linalg.lstsq(rows, error).solution
+
+    walk(call, update)
+
+
+@states("pgdn")
+def squashed_steps(call: Call) -> None:
+    """S = S' - b P grad 1/2 ||v - k S'||^2, P falling with how much each channel was used."""
+    regressor, A = call.regressor, torch.zeros(call.k.shape[2:], dtype=call.k.dtype)
+    kept, weight = regressor.curvature_decay(call.x)[0][0].exp(), regressor.curvature_weight(call.x)[0].sigmoid()
+
+    def update(t: int, S: Tensor) -> Tensor:
+        nonlocal A
+        S, A = faded(call, t, S), kept[t].unsqueeze(1) * A + weight[t].unsqueeze(1) * call.k[0, t].square()
+        r = torch.log(A + 1e-6) - regressor.center
+        P = 1.5 ** (-r / (1 + r.abs()))
+        return S - steps(call)[t].view(-1, 1, 1) * P.unsqueeze(2) * gradient(S, call.k[0, t], call.v[0, t])
+
+    walk(call, update)
+
+
 @states("preconditioned_delta")
 def diagonal_newton_steps(call: Call) -> None:
     """argmin_S of b ||v - k S||^2 + (S - S')^T diag(ridge + A') (S - S'), the past by its Hessian's diagonal."""

@@ -25,9 +25,33 @@ def by_least_squares(call: Call, q: Tensor, weights: Callable[[Tensor, Tensor, T
             assert torch.allclose(call.o[0, t, h], m, atol=1e-10)
 
 
-@states("softmax", "forgetting")
+@states("softmax", "gated_softmax", "forgetting")
 def softmax(call: Call) -> None:
     by_least_squares(call, call.q, lambda beta, q, k: (beta * k @ q).exp())
+
+
+@states("wall")
+def wall(call: Call) -> None:
+    """Means by weights in which every channel of a key has faded since."""
+    beta = call.regressor.log_beta.exp()
+    for t in range(call.q.shape[1]):
+        gates = call.log_decay[0, : t + 1].exp()
+        faded = torch.stack([gates[i + 1 :].prod(0) for i in range(t + 1)]) * call.k[0, : t + 1]  # [t, H, K]
+        for h in range(call.q.shape[2]):
+            root = (beta[h] * faded[:, h] @ call.q[0, t, h]).exp().sqrt().unsqueeze(1)
+            m = torch.linalg.lstsq(root, root * call.v[0, : t + 1, h]).solution[0]
+            assert torch.allclose(call.o[0, t, h], m, atol=1e-10)
+
+
+@states("deltaformer")
+def deltaformer(call: Call) -> None:
+    """Means of values from which the part b of the mean at their own key, of those before, was taken."""
+    beta, b, u = call.regressor.log_beta.exp(), call.regressor.steps(call.x)[0], call.v[0].clone()
+    for t in range(1, len(u)):
+        for h in range(u.shape[1]):
+            root = (beta[h] * call.k[0, :t, h] @ call.k[0, t, h]).exp().sqrt().unsqueeze(1)
+            u[t, h] -= b[t, h] * torch.linalg.lstsq(root, root * u[:t, h]).solution[0]
+    by_least_squares(call._replace(v=u.unsqueeze(0)), call.q, lambda beta, q, k: (beta * k @ q).exp())
 
 
 @states("sliding_window")

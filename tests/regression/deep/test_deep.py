@@ -18,6 +18,7 @@ from models.parts.sizes import Sizes
 from models.regression.deep import DeepMemory
 from models.regression.deep.forms import Call, deep_memory
 from models.regression.deep.network import SMOOTH, Network
+from models.regression.deep.retention import Normed
 from models.regression.deep.rules import Gates, Online, Start
 from models.regression.linear.momentum import State as MatrixState
 from models.regression.linear.momentum import recurrent_momentum
@@ -30,6 +31,9 @@ DOCUMENTS = torch.stack([torch.arange(75) // 9, (torch.arange(75) > 20).long() +
 LOSSES = {
     "l2": lambda e, y, v: 0.5 * e.square(),
     "huber": lambda e, y, v: F.huber_loss(y, v, reduction="none", delta=0.7),
+    "switch": lambda e, y, v: torch.where(
+        e.square().mean(-1, keepdim=True) <= 0.49, 0.5 * e.square(), 0.7 * (e.square() + SMOOTH).sqrt()
+    ),
     "lp": lambda e, y, v: (e.square() + SMOOTH).pow(0.75) / 1.5,
     "dot": lambda e, y, v: -y * v,
 }
@@ -118,7 +122,7 @@ def largest_error(found: list[Tensor], exact: list[Tensor]) -> float:
 def test_errors_are_autograds(depth, loss, activation, residual, norm, bias):
     """X^T E of every layer, and their own gradients, which an outer model needs."""
     start, (_, k, v, *_) = draw(4, depth, K, norm)
-    network = Network(activation, residual, loss, {"lp": 1.5, "huber": 0.7}.get(loss, 0.0), False, bias)
+    network = Network(activation, residual, loss, {"lp": 1.5, "huber": 0.7, "switch": 0.7}.get(loss, 0.0), False, bias)
     if bias:  # some number for each output, below the weights
         start = start._replace(weights=tuple(torch.cat([w, w[:, :1].sin()], dim=1) for w in start.weights))
     weights, norms = ([w[0].clone().requires_grad_() for w in part] for part in (start.weights, start.norm))
@@ -234,7 +238,7 @@ def test_plain_gradient_descent_and_other_losses_in_chunks(fades):
     start, inputs = draw(40)
     start = start._replace(fades=fades)
     inputs[4] = None
-    for loss, power in (("huber", 0.7), ("lp", 1.5), ("dot", 0.0)):
+    for loss, power in (("huber", 0.7), ("switch", 0.7), ("lp", 1.5), ("lp", 3.0), ("dot", 0.0)):
         network = Network(loss=loss, power=power)
 
         forms = (recurrent_deep, {}), (chunked_deep, {"chunk": 8, "remat": 3})
@@ -282,7 +286,17 @@ def test_gradients_cross_mini_batches():
     assert not torch.allclose(o[:, 8:], one[:, 8:]), "the second mini-batch's gradients know of the first"
 
 
-@pytest.mark.parametrize("inner_loss", ["l2", "huber", "lp", "dot"])
+def test_yaad_with_no_threshold_is_gradient_descent_and_retention_of_two_divides_by_nothing():
+    start, inputs = draw(20)
+    inputs[4] = None
+    plain = outcome(chunked_deep, Network(), start, inputs, grad_batch=8)
+    network = Network(loss="switch", power=1e9)
+    assert largest_error(outcome(chunked_deep, network, start, inputs, grad_batch=8), plain) < 1e-12
+    rule, call = Normed(Network(), False, 2.0), Call(start, *inputs[:3], Gates(*inputs[3:]), None, 8)
+    assert (deep_memory(rule, call, 8)[0] - plain[0]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("inner_loss", ["l2", "huber", "switch", "lp", "dot"])
 @pytest.mark.parametrize("inner_optimizer", ["momentum", "sgd"])
 def test_the_inner_loss_falls(inner_loss, inner_optimizer):
     """The same 16 pairs again and again: the reads come ever closer to the values, or for `dot` grow along them."""
@@ -332,7 +346,9 @@ def test_no_gates_let_it_diverge(depth, grad_batch, momentum):
         ({"expansion": 0}, "regressor.expansion=0 must be at least 1 / 32"),
         ({"grad_batch": 0}, "regressor.grad_batch=0"),
         ({"activation": "relu"}, "regressor.activation=relu is not one of silu, gelu, gelu_tanh"),
-        ({"inner_loss": "l1"}, "regressor.inner_loss=l1 is not one of l2, huber, lp, dot"),
+        ({"retention": 1.5}, "regressor.retention=1.5 must be at least 2"),
+        ({"retention": 4.0, "inner_optimizer": "muon"}, "regressor.retention=4.0 goes with inner_optimizer=momentum"),
+        ({"inner_loss": "l1"}, "regressor.inner_loss=l1 is not one of l2, huber, switch, lp, dot"),
         ({"inner_optimizer": "lion"}, "regressor.inner_optimizer=lion is not one of momentum, sgd"),
         ({"forget_to": "mean"}, "regressor.forget_to=mean is not one of start, zero"),
         ({"p": 0.5}, "regressor.p=0.5 must be at least 1"),

@@ -11,7 +11,12 @@ from torch import Tensor
 from models.parts.sizes import Sizes
 from models.regression.linear.delta import Delta, _decayed_share, chunked_delta, recurrent_delta
 from models.regression.linear.delta_product import DeltaProduct, recurrent_delta_product
-from models.regression.linear.preconditioned import PreconditionedDelta, chunked_curvature, recurrent_curvature
+from models.regression.linear.preconditioned import (
+    PreconditionedDelta,
+    SquashedDelta,
+    chunked_curvature,
+    recurrent_curvature,
+)
 from models.regression.regressor import FORGET, Tokens
 from tests.laws.presets import CHUNK, inputs, largest_difference, mixer, outcome, part
 from tests.laws.test_objectives import call_of
@@ -178,6 +183,22 @@ def test_no_key_is_too_long_for_the_diagonal():
     assert o.abs().max() < 10
 
 
+def test_a_squash_of_one_is_the_gated_rule():
+    found, known = mixer("pgdn", regressor__squash=1.0), mixer("gated_delta")
+    found.load_state_dict(known.state_dict(), strict=False)
+    x = inputs(2, 21)
+    assert largest_difference([found(x)[0]], [known(x)[0]]) < 1e-12
+
+
+def test_normalized_steps_know_only_the_direction_of_a_key():
+    """Keys and queries c times as long: the same reads, but for the 1e-6 beside |k|^2."""
+    m = Delta(Sizes(12, H, H, K, V), step="normalized").double()
+    q, k, v, _, log_decay, _ = draw()
+    x = torch.randn(*q.shape[:2], 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    short, long = (m(Tokens(x, c * q, c * k, v, log_decay))[0] for c in (10.0, 1000.0))
+    assert largest_difference([long], [short]) < 1e-6
+
+
 # The exact step, and refusals
 
 
@@ -202,5 +223,7 @@ def test_refusals_name_the_setting():
         Delta(sizes, gradient_before_decay=True, negative_eigenvalues=True)
     with pytest.raises(ValueError, match=r"regressor\.num_steps=0"):
         DeltaProduct(sizes, num_steps=0)
+    with pytest.raises(ValueError, match=r"regressor\.squash=3"):
+        SquashedDelta(sizes, squash=3.0)
     with pytest.raises(ValueError, match=r"regressor\.ridge=0"):
         PreconditionedDelta(sizes, ridge=0.0)

@@ -1,0 +1,110 @@
+"""DeltaFormer: softmax attention over values that are corrected before they are stored.
+
+Problem.    The delta rule (models/regression/linear/delta.py) for a memory that is attention: what it already says at a
+            new key is taken from the new value. The memory is the pairs (k_j, u_j) and reads a weighted mean of them,
+                m_t(x) = sum_{j<=t} p_j(x) u_j ,    p_j(x) = exp(beta x . k_j) / sum_i exp(beta x . k_i) .
+Solution.   u_t = v_t - b_t m_{t-1}(k_t) ,    o_t = m_t(q_t) ,
+            m_0 = 0 and b_t = sigmoid(x_t W + c) per head. With b = 0 it is softmax. Its sibling kernel.py takes from
+            every value what all others explain of it, and needs the inverse of the kernel matrix; here it is the ones
+            before, and the system is triangular: for a document, with P the weights p_j(k_t), j < t,
+                (I + diag(b) P) U = V .
+Source.     Zhong, Xu, Ao and Shi 2025 (arXiv 2505.19488), by the feature map of the softmax kernel; fla 0.6.0,
+            ops/deltaformer. fla's operator looks up at q_t, though its layer's text says that keys are compared with
+            keys; here it is k_t, so that what is stored does not hang on how it is read. fla's layer has no sigmoid
+            around b.
+State.      The keys, and u for the values: it grows with the sequence.
+Exactness.  Exact. T^2 numbers of memory in the parallel form, for the system; the reads need none.
+
+Shapes: as in pairs.py.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from models.parts.precision import wide, working_dtype
+from models.parts.sizes import Sizes
+from models.regression.local.constant import Softmax, of_heads
+from models.regression.local.pairs import Pairs, View, by_head
+from models.regression.regressor import Tokens
+
+
+def past_weights(visible: Tensor, k: Tensor, keys: Tensor, beta: Tensor) -> Tensor:
+    """p(k) of the pairs before each token, [B, H, T, S]; a row of zeros where there is none.
+
+    k [B, H, T, K] of the tokens, keys [B, H, S, K] of all pairs, visible [B or 1, 1, T, S], beta [H, 1, 1].
+    """
+    logits = (beta * (k @ keys.mT)).masked_fill(~visible, -torch.inf)
+    some = visible.any(-1, keepdim=True)
+    return logits.masked_fill(~some, 0.0).softmax(-1).masked_fill(~some, 0.0)
+
+
+def recurrent_corrected(k: Tensor, v: Tensor, b: Tensor, beta: Tensor, view: View, past: Pairs) -> Tensor:
+    """The definition, one token at a time: u [B, H, T, V].
+
+    k [B, H, T, K], v [B, H, T, V], b [B, H, T, 1], beta [H, 1, 1]; view: which pairs a token may use, itself among
+    them; past: keys and u of the tokens before, [B, H, S, *].
+    """
+    keys, values, S = torch.cat([past.k, k], dim=2), past.v, past.k.shape[2]
+    for t in range(k.shape[2]):
+        now, seen = slice(t, t + 1), slice(0, S + t)
+        visible = view.visible(now, seen, k.device).unsqueeze(1)
+        known = past_weights(visible, k[:, :, now], keys[:, :, seen], beta) @ values
+        values = torch.cat([values, v[:, :, now] - b[:, :, now] * known], dim=2)
+    return values[:, :, S:]
+
+
+def parallel_corrected(k: Tensor, v: Tensor, b: Tensor, beta: Tensor, view: View, past: Pairs) -> Tensor:
+    """The same by one triangular system for all tokens of the call. Arguments and result as in recurrent_corrected."""
+    T, S = k.shape[2], past.k.shape[2]
+    tokens, pairs = slice(0, T), slice(0, S + T)
+    index = torch.arange(S + T, device=k.device)
+    visible = view.visible(tokens, pairs, k.device) & (index < index[S:, None])
+    P = b * past_weights(visible.unsqueeze(1), k, torch.cat([past.k, k], dim=2), beta)
+    return torch.linalg.solve_triangular(P[..., S:], v - P[..., :S] @ past.v, upper=False, unitriangular=True)
+
+
+class DeltaFormer(Softmax):
+    """Softmax over corrected values, with a learned share b of the correction per head and token."""
+
+    grouped_heads: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        backend: str = "auto",
+        inverse_temperature: str | float = "learned",
+        block: int | None = None,
+    ) -> None:
+        super().__init__(sizes, backend, "gaussian", inverse_temperature, None, block)
+        self.fit = "closed form, values corrected"
+        self.step_size = nn.Linear(sizes.hidden_size, sizes.num_heads)
+
+    def forward(self, tokens: Tokens, state: Pairs | None = None) -> tuple[Tensor, Pairs]:
+        pairs, view = self.gather(tokens, state)
+        S, dtype = view.past, working_dtype(pairs.k, pairs.v)
+        k, v = (by_head(x, self.num_heads, dtype) for x in pairs[:2])
+        b = self.steps(tokens.x).to(dtype).transpose(1, 2).unsqueeze(-1)
+        recurrent = self.choose(tokens.q.device, tokens.q.dtype).backend == "recurrent"
+        form = recurrent_corrected if recurrent else parallel_corrected
+        with torch.autocast(k.device.type, enabled=False):
+            beta = of_heads(self.beta(k))
+            u = form(k[:, :, S:], v[:, :, S:], b, beta, view, Pairs(k[:, :, :S], v[:, :, :S]))
+        pairs = pairs._replace(v=torch.cat([pairs.v[:, :S], u.transpose(1, 2).to(pairs.v.dtype)], dim=1))
+        return self.read(tokens.q, pairs, view), self.keep(pairs, view)
+
+    def steps(self, x: Tensor) -> Tensor:
+        """b [B, T, H]."""
+        return wide(self.step_size(x)).sigmoid()
+
+    def describe(self, tokens: Tokens) -> dict[str, Tensor]:
+        return super().describe(tokens) | {"step_size": self.steps(tokens.x)}
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Softmax, the same once more over the pairs before each token, and the shares' projection."""
+        before = self.num_visible(seq_len) - seq_len
+        corrections = 2 * (self.key_dim + self.value_dim) * before // seq_len
+        return super().flops_per_token(seq_len) + self.num_heads * (corrections + 2 * self.hidden_size)

@@ -1,0 +1,60 @@
+"""Where their extra parts say nothing, both are softmax."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.mixers.mixer import Mixer
+from models.regression.local.deltaformer import parallel_corrected, recurrent_corrected
+from models.regression.local.pairs import Pairs, View
+from models.regression.local.wall import faded_products, through_the_first
+from tests.laws.presets import inputs, largest_difference, mixer
+
+
+def same_as_softmax(m: Mixer, **settings) -> float:
+    known = mixer("softmax", **settings)
+    known.load_state_dict(m.state_dict(), strict=False)
+    x = inputs(2, 21)
+    return largest_difference([m(x)[0]], [known(x)[0]])
+
+
+def test_deltaformer_that_corrects_nothing_is_softmax():
+    m = mixer("deltaformer")
+    with torch.no_grad():
+        m.regressor.step_size.bias.fill_(-1e4)
+    assert same_as_softmax(m) < 1e-12
+
+
+def test_wall_that_fades_nothing_is_softmax_and_equal_channels_are_a_temperature():
+    m = mixer("wall")
+    with torch.no_grad():
+        m.decay.expansion.bias.fill_(1e4)
+    assert same_as_softmax(m, rotary=None) < 1e-12
+    q, k, age = (torch.randn(1, 2, 9, 4, dtype=torch.float64) for _ in range(3))
+    age = age[..., :1].abs().cumsum(2).expand(-1, -1, -1, 4)
+    found = faded_products(q, age, k, age).tril()
+    assert torch.allclose(found, ((q @ k.mT) * (age[..., :1].mT - age[..., :1]).exp()).tril(), atol=1e-12)
+
+
+@pytest.mark.parametrize("past", [0, 7])
+def test_products_through_the_first_query_are_their_definition(past):
+    """However far channels have faded: where float64 has nothing left too."""
+    g = torch.Generator().manual_seed(0)
+    q, k, step = (torch.randn(2, 2, n, 4, dtype=torch.float64, generator=g) for n in (5, past + 5, past + 5))
+    age = (10 * step - 5).exp().cumsum(2)
+    visible = torch.ones(5, past + 5, dtype=torch.bool).tril(past)
+    forms = (form(q, age[:, :, past:], k, age)[..., visible] for form in (through_the_first, faded_products))
+    assert largest_difference([next(forms)], [next(forms)]) < 1e-12
+
+
+def test_corrected_values_solve_their_system():
+    """(I + diag(b) P) U = V, P softmax of keys with the keys before: as fla's reference has it at q = k."""
+    k, v = (torch.randn(1, 2, 12, 4, dtype=torch.float64) for _ in range(2))
+    b, beta = torch.rand(1, 2, 12, 1, dtype=torch.float64), torch.full((2, 1, 1), 0.7, dtype=torch.float64)
+    nothing = Pairs(k[:, :, :0], v[:, :, :0])
+    U = parallel_corrected(k, v, b, beta, View(), nothing)
+    P = (0.7 * k @ k.mT).masked_fill(~torch.ones(12, 12, dtype=torch.bool).tril(-1), -torch.inf).softmax(-1)
+    P[..., 0, :] = 0.0
+    assert torch.allclose(U + b * (P @ U), v, atol=1e-12)
+    assert torch.allclose(recurrent_corrected(k, v, b, beta, View(), nothing), U, atol=1e-12)
