@@ -16,6 +16,7 @@ FLOORS = (
     ("models.training",),
     ("conf",),
     ("data",),
+    ("models.reconstruction",),
     ("models.language_model", "models.calls", "models.cache", "models.decoding"),
     ("models.block",),
     ("models.mixers",),

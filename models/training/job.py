@@ -15,6 +15,7 @@ from data.batch import Batch, batch_arithmetic, every
 from data.module import DataModule, OtherDataError, misfits
 from models.build import build
 from models.language_model import LanguageModel, LanguageModelConfig
+from models.reconstruction import Reconstruction
 from models.training import weights
 from models.training.branch import branch
 from models.training.checkpoint import Checkpoint, newest_whole, step_of
@@ -97,7 +98,8 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
     datamodule = DataModule(task, batch, cfg.validation_tokens, cfg.seed, cfg.num_workers, cfg.overfit)
 
     special: dict[str, Any] = {} if task.tokenizer is None else task.tokenizer.special_ids
-    model = LanguageModel(LanguageModelConfig(vocab_size=task.vocab_size, **special, **plain["model"]))
+    kind = Reconstruction if getattr(task, "reconstructs", False) else LanguageModel  # MAD's compression
+    model = kind(LanguageModelConfig(vocab_size=task.vocab_size, **special, **plain["model"]))
     parts: dict[str, Any] = {
         "optimizer": build(cfg.optimizer),
         "schedule": build(cfg.schedule),

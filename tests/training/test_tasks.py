@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
+from models.language_model import LanguageModel, LanguageModelConfig
+from models.reconstruction import Reconstruction, sinusoids
 from models.training.module import Training
 from models.training.points import RANGES, metrics, ranges
+from tests.test_config import composed
 
 TOY = ("model.hidden_size=16", "model.num_layers=1", "model.num_heads=1", "validate_every=1.0", "log_every=1")
 
@@ -38,6 +44,45 @@ def test_state_tracking_by_position(train):
         at = {name: x for name, x in result.items() if name.startswith("validation/accuracy_on/longer/")}
         assert all(0 <= x <= 1 for x in at.values()) and 0 <= result["validation/accuracy_on/longer"] <= 1
         assert len(at) == 16 if "data=s3" in str(path) else 5 < len(at) <= 14, at
+
+
+@pytest.mark.slow
+def test_mad(train):
+    """Two steps of each of the six; compression by the model that it needs."""
+    words = ["experiment=mad", "data=mad_recall,mad_noisy_recall,mad_fuzzy_recall,mad_memorization,mad_copying,"]
+    words[-1] += "mad_compression"
+    words += [
+        "model=linear",
+        "data.train_size=128",
+        "data.validation_size=16",
+        "tokens='${mul:${batch_tokens},2}'",
+        *TOY,
+    ]
+    done = train("-m", *words, "name=mad")
+    assert done.returncode == 0 and "6 jobs, 0 failed" in done.said, done.said[-5000:]
+    (path,) = (train.runs / "mad").glob("*mad_compression*/result.json")
+    result = json.loads(path.read_text())
+    assert 0 <= result["validation/accuracy"] <= 1 and result["validation/chance"] == pytest.approx(1 / 15)
+    weights = load_file(path.parent / "model" / "model.safetensors")
+    assert "decoder.1.weight" in weights and "decoder.4.weight" in weights
+
+
+def test_what_is_said_again_hangs_on_the_last_position_alone():
+    """And on its own place: the same state, other places. (models/reconstruction.py)"""
+    torch.manual_seed(0)
+    recipe = OmegaConf.to_container(composed("model=linear").model, resolve=True)
+    config = LanguageModelConfig(**recipe | {"hidden_size": 16, "num_layers": 1, "num_heads": 1, "vocab_size": 8})
+    model, ids = Reconstruction(config).double(), torch.randint(8, (2, 10))
+    whole, _ = model.hidden(ids)
+    last = LanguageModel.hidden(model, ids)[0][:, -1:]
+    again = model.decoder(last + sinusoids(10, 16, torch.device("cpu")).double())
+    assert whole.shape == (2, 10, 16) and torch.equal(whole, again) and not torch.allclose(whole[:, 0], whole[:, 1])
+    places = sinusoids(10, 16, torch.device("cpu"))
+    assert places[0].tolist() == [0.0] * 8 + [1.0] * 8
+    assert places[3, 7].item() == pytest.approx(math.sin(3e-4)) and sinusoids(4, 5, torch.device("cpu")).shape == (4, 5)
+    assert model.flops_per_token(10) == LanguageModel.flops_per_token(model, 10) + 4 * 16**2
+    model.sum_nats(ids, ids).backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_a_loss_by_the_number_of_targets_does_not_hang_on_the_split():
