@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 
 from conf.folders import job_folder
 from scripts import evidence
+from tests.conftest import ROOT
 
 # A run in miniature: seed 1 finishes, seed 2 fails, seed 3 saves when it is asked to and finishes the second time.
 RUN = """
@@ -84,6 +86,15 @@ def test_a_result_that_nobody_wrote_down_is_found(tmp_path, monkeypatch):
     assert list(evidence.left([job], results)) == [] and results.have() == {job.key}
     assert evidence.summary(results.read()[0]) == "1.0000 nats per token"
     assert job.command[1] == "train.py" and Path(job.command[-1].partition("=")[2].strip("'")).is_absolute()
+
+
+def test_the_pages_commands_are_understood():
+    pages = "".join((ROOT / "docs" / page).read_text() for page in ("evidence.md", "data.md"))
+    lines = [line for line in pages.splitlines() if line.startswith("python scripts/evidence.py")]
+    for line in lines:
+        given = evidence.arguments(shlex.split(line)[2:])
+        assert (evidence.CONF / "experiment" / f"{given.experiment}.yaml").exists(), line
+    assert len(lines) >= 4
 
 
 def test_the_command_line(capsys):
