@@ -254,10 +254,10 @@ class WordProblem(StateTracking):
 
     def make(self, split: str, length: int, indices: np.ndarray) -> Made:
         input_ids = whole(uniform(self.seed, f"{split} {length}", indices, length), self.vocab_size)
-        labels = input_ids.copy()
+        steps = input_ids.T.copy()  # [length, N]: a position's elements lie side by side
         for t in range(1, length):
-            labels[:, t] = self.products[input_ids[:, t], labels[:, t - 1]]
-        return input_ids, labels
+            steps[t] = self.products[steps[t], steps[t - 1]]
+        return input_ids, np.ascontiguousarray(steps.T)
 
 
 def multiplication(group: str) -> np.ndarray:

@@ -17,7 +17,14 @@ from models.training.module import Training
 from models.training.points import RANGES, metrics, ranges
 from tests.test_config import composed
 
-TOY = ("model.hidden_size=16", "model.num_layers=1", "model.num_heads=1", "validate_every=1.0", "log_every=1")
+TOY = (
+    "num_workers=0",
+    "model.hidden_size=16",
+    "model.num_layers=1",
+    "model.num_heads=1",
+    "validate_every=1.0",
+    "log_every=1",
+)
 
 
 @pytest.mark.slow
