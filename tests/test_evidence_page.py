@@ -11,8 +11,9 @@ import pytest
 
 from scripts.evidence import Results
 from scripts.figures import evidence
-from scripts.figures.claims import CLAIMS, best, curve, label, points, scaled
+from scripts.figures.claims import CLAIMS, scaled
 from scripts.figures.published import MAD, STATE_TRACKING
+from scripts.figures.results import best, curve, label, points
 from tests.conftest import ROOT
 
 NEGATIVE = "model.mixers.main.regressor.negative_eigenvalues"
@@ -43,7 +44,7 @@ def longer(accuracy: float, chance: float, **settings: Any) -> dict[str, Any]:
 def folder(tmp_path_factory) -> Path:
     """Results of every experiment: two rates, two seeds, a few mixers."""
     folder = tmp_path_factory.mktemp("evidence")
-    every: dict[str, list[dict[str, Any]]] = {name: [] for name in ("mqar", "mqar_memory", "mad", "word_problems")}
+    every: dict[str, list[dict[str, Any]]] = {name: [] for name in ("mqar", "mqar_memory", "mad", "needles")}
     for model, seed, rate in product(("mesa", "linear"), (1, 2), (1e-3, 1e-2)):
         good = (0.9 if model == "mesa" else 0.5) - (0.2 if rate == 1e-2 else 0) + 0.01 * seed
         settings = {"model": model, "seed": seed, "optimizer__lr": rate}
@@ -52,6 +53,8 @@ def folder(tmp_path_factory) -> Path:
             every["mqar"].append(result("mqar", size, **settings, model__hidden_size=width))
         memory = {f"{ON}{length}x{n}": good - n / 1000 for length in (256, 4096) for n in (64, 128)}
         every["mqar_memory"].append(result("mqar_memory", memory, **settings))
+        found = {f"{ON}{length}": good for length in (1024, 8192)}
+        every["needles"] += [result("needles", found, **settings, data=f"needle_s{i}") for i in (1, 2)]
         for task in MAD.columns:
             every["mad"].append(result("mad", {"validation/accuracy": good}, **settings, data=task))
     tracked = [(1, "true", 1.0), (2, "true", 0.75), (1, "false", 0.5), (2, "false", 0.5)]

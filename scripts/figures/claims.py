@@ -1,26 +1,19 @@
 """What each experiment is to show: its table, from the lines of results.jsonl, and its figure.
 
-A row of results is that of a run (scripts/evidence.py). Runs that differ in their seed alone are averaged. Of several
-rates the best counts, by the mean over seeds, as in the papers; the table says which.
+Runs that differ in their seed alone are averaged. Of several rates the best counts, by the mean over seeds, as in the
+papers; the table says which.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from itertools import groupby
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from scripts.figures import published
-
-Row = dict[str, Any]
-ON = "validation/accuracy_on/"
-MARKS = "os^Dvp*PX<>h"
-COLOURS = ["#1f5fa8", "#d1495b", "#2a9d6f", "#e09f1f", "#7b4fa3", "#3d3d3d", "#4fb3d9", "#a0522d", "#c77dba", "#6b8e23"]
-COLOURS += ["#8c1c5a", "#7a8b99"]
+from scripts.figures.results import Row, about, best, curve, grouped, label, legend, line, mean, points, settings
 
 
 class Claim(NamedTuple):
@@ -35,60 +28,6 @@ class Claim(NamedTuple):
     table: Callable[[list[Row]], list[Row]]
     draw: Callable[[list[Row], Figure], None]
     published: published.Source | None = None
-
-
-def settings(row: Row) -> dict[str, str]:
-    """Of the words of a job; the last that names a setting counts."""
-    return dict(word.split("=", 1) for word in row["words"])
-
-
-def label(row: Row) -> str:
-    """The mixer, with the range of its eigenvalues where a sweep has both."""
-    found = settings(row)
-    negative = found.get("model.mixers.main.regressor.negative_eigenvalues")
-    ranges = {None: "", "false": " [0, 1]", "true": " [-1, 1]"}
-    return found["model"] + ranges[None if negative is None else negative.lower()]
-
-
-def points(row: Row) -> dict[str, float]:
-    """Accuracy at the test points, by name."""
-    return {name.removeprefix(ON): x for name, x in row.items() if name.startswith(ON) and "/" not in name[len(ON) :]}
-
-
-def curve(row: Row, point: str) -> dict[float, float]:
-    """Accuracy by position: in the middle of each range."""
-    found = {}
-    for name, accuracy in row.items():
-        if name.startswith(f"{ON}{point}/"):
-            first, last = map(int, name.rpartition("/")[2].split("-"))
-            found[(first + last) / 2] = accuracy
-    return found
-
-
-def mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found) if found else math.nan
-
-
-def grouped(rows: list[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    return {k: list(group) for k, group in groupby(sorted(rows, key=key), key)}
-
-
-def best(rows: list[Row], of: Callable[[Row], Any], measure: Callable[[Row], float]) -> dict[Any, list[Row]]:
-    """By `of`, the runs at the best rate and weight decay: a run for each seed."""
-
-    def rate(row: Row) -> str:
-        found = settings(row)
-        return " ".join(f"{k}={found[k]}" for k in ("optimizer.lr", "optimizer.weight_decay") if k in found)
-
-    found = {}
-    for name, runs in grouped(rows, of).items():
-        found[name] = max(grouped(runs, rate).values(), key=lambda same: mean(map(measure, same)))
-    return found
-
-
-def about(runs: list[Row]) -> Row:
-    return {"rate": settings(runs[0]).get("optimizer.lr", "default"), "seeds": len(runs)}
 
 
 # recall against the size of the memory
@@ -217,22 +156,31 @@ def mad_figure(rows: list[Row], figure: Figure) -> None:
     axes.tick_params(length=0)
 
 
-# drawing
+# needles
 
 
-def line(axes: Axes, i: int, at: dict[Any, float], name: str) -> None:
-    look: Row = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 5}
-    axes.plot(list(at), list(at.values()), linewidth=1.4, label=name, **look)
-    axes.set_ylim(-0.03, 1.03)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+def needle_table(rows: list[Row]) -> list[Row]:
+    """A row for each mixer and task, with the accuracy at each length."""
+    found = []
+    for (task, name), runs in best(rows, lambda row: (settings(row)["data"], label(row)), recall_mean).items():
+        at = {point: mean(points(run)[point] for run in runs) for point in points(runs[0])}
+        found.append({"task": task.removeprefix("needle_"), "mixer": name} | at | about(runs))
+    return found
 
 
-def legend(figure: Figure) -> None:
-    """Of all panels."""
-    each = [axes.get_legend_handles_labels() for axes in figure.axes]
-    named = {name: handle for handles, names in each for handle, name in zip(handles, names, strict=True)}
-    figure.legend(named.values(), named.keys(), loc="outside right center", frameon=False, fontsize=8)
+def needle_figure(rows: list[Row], figure: Figure) -> None:
+    table = needle_table(rows)
+    tasks, names = (list(dict.fromkeys(row[key] for row in table)) for key in ("task", "mixer"))
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for axes, task in zip(panels, tasks, strict=True):
+        for row in (row for row in table if row["task"] == task):
+            at = {int(length): x for length, x in row.items() if length.isdigit()}
+            line(axes, names.index(row["mixer"]), at, row["mixer"])
+        axes.set(xscale="log", xlabel="bytes", ylabel="accuracy of a digit", title=task)
+        axes.set_xticks(list(at), [f"{length:,}" for length in at])
+        axes.minorticks_off()
+        axes.label_outer()
+    legend(figure)
 
 
 CLAIMS = {
@@ -289,5 +237,14 @@ CLAIMS = {
         mad_table,
         mad_figure,
         published.MAD,
+    ),
+    "needles": Claim(
+        "Needles in a haystack",
+        ("needles",),
+        "A memory of fixed size must know at once what of a text is worth keeping, and keep it while the text goes on.",
+        "Accuracy of a digit of the answer, by bytes of the text, after training on 1,024.",
+        recall_mean,
+        needle_table,
+        needle_figure,
     ),
 }

@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.evidence import Results, sweep
-from scripts.figures.claims import CLAIMS, Claim, Row
+from scripts.figures.claims import CLAIMS, Claim
+from scripts.figures.results import Row
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "evidence"
 POINTS = 5.0  # percent, from which on a difference to a published number is named

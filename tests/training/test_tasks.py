@@ -74,6 +74,17 @@ def test_mad(train):
     assert "decoder.1.weight" in weights and "decoder.4.weight" in weights
 
 
+@pytest.mark.slow
+def test_needles(train):
+    words = ["experiment=needles", "model=linear", "seq_len=256", "batch_tokens=1024", "micro_batch=4", "tokens=2048"]
+    words += ["data=needle_s1,needle_s3", "data.test_size=2", "data.test_lengths=[256,512]", *TOY]
+    done = train("-m", *words, "validation_tokens=1024", "name=needles")
+    assert done.returncode == 0 and "2 jobs, 0 failed" in done.said, done.said[-5000:]
+    for path in (train.runs / "needles").glob("*/result.json"):
+        result = json.loads(path.read_text())
+        assert {name for name in result if "_on/" in name} == {f"validation/accuracy_on/{n}" for n in (256, 512)}
+
+
 def test_what_is_said_again_hangs_on_the_last_position_alone():
     """And on its own place: the same state, other places. (models/reconstruction.py)"""
     torch.manual_seed(0)
