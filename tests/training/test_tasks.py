@@ -42,10 +42,10 @@ def test_recall_at_its_test_points(train):
 
 @pytest.mark.slow
 def test_state_tracking_by_position(train):
-    words = ["experiment=state_tracking_others", "data=parity,modular_arithmetic,modular_brackets,s3", "model=linear"]
+    words = ["experiment=state_tracking_others", "data=parity,s3", "model=linear"]
     words += ["seed=1", "batch_tokens=320", "micro_batch=8", "tokens=640", "data.test_size=24", *TOY]
     done = train("-m", *words, "validation_tokens=640", "name=states")
-    assert done.returncode == 0 and "4 jobs, 0 failed" in done.said, done.said[-5000:]
+    assert done.returncode == 0 and "2 jobs, 0 failed" in done.said, done.said[-5000:]
     for path in (train.runs / "states").glob("*/result.json"):
         result = json.loads(path.read_text())
         at = {name: x for name, x in result.items() if name.startswith("validation/accuracy_on/longer/")}
@@ -55,18 +55,11 @@ def test_state_tracking_by_position(train):
 
 @pytest.mark.slow
 def test_mad(train):
-    """Two steps of each of the six; compression by the model that it needs."""
-    words = ["experiment=mad", "data=mad_recall,mad_noisy_recall,mad_fuzzy_recall,mad_memorization,mad_copying,"]
-    words[-1] += "mad_compression"
-    words += [
-        "model=linear",
-        "data.train_size=128",
-        "data.validation_size=16",
-        "tokens='${mul:${batch_tokens},2}'",
-        *TOY,
-    ]
+    """Two steps; compression by the model that it needs."""
+    words = ["experiment=mad", "data=mad_noisy_recall,mad_compression", "model=linear", "data.train_size=128"]
+    words += ["data.validation_size=16", "tokens='${mul:${batch_tokens},2}'", *TOY]
     done = train("-m", *words, "name=mad")
-    assert done.returncode == 0 and "6 jobs, 0 failed" in done.said, done.said[-5000:]
+    assert done.returncode == 0 and "2 jobs, 0 failed" in done.said, done.said[-5000:]
     (path,) = (train.runs / "mad").glob("*mad_compression*/result.json")
     result = json.loads(path.read_text())
     assert 0 <= result["validation/accuracy"] <= 1 and result["validation/chance"] == pytest.approx(1 / 15)
@@ -77,9 +70,9 @@ def test_mad(train):
 @pytest.mark.slow
 def test_needles(train):
     words = ["experiment=needles", "model=linear", "seq_len=256", "batch_tokens=1024", "micro_batch=4", "tokens=2048"]
-    words += ["data=needle_s1,needle_s3", "data.test_size=2", "data.test_lengths=[256,512]", *TOY]
+    words += ["data=needle_s3", "data.test_size=2", "data.test_lengths=[256,512]", *TOY]
     done = train("-m", *words, "validation_tokens=1024", "name=needles")
-    assert done.returncode == 0 and "2 jobs, 0 failed" in done.said, done.said[-5000:]
+    assert done.returncode == 0, done.said[-5000:]
     for path in (train.runs / "needles").glob("*/result.json"):
         result = json.loads(path.read_text())
         assert {name for name in result if "_on/" in name} == {f"validation/accuracy_on/{n}" for n in (256, 512)}
@@ -88,8 +81,8 @@ def test_needles(train):
 def test_what_is_said_again_hangs_on_the_last_position_alone():
     """And on its own place: the same state, other places. (models/reconstruction.py)"""
     torch.manual_seed(0)
-    recipe = OmegaConf.to_container(composed("model=linear").model, resolve=True)
-    config = LanguageModelConfig(**recipe | {"hidden_size": 16, "num_layers": 1, "num_heads": 1, "vocab_size": 8})
+    recipe = composed("model=linear", "model.hidden_size=16", "model.num_layers=1", "model.num_heads=1").model
+    config = LanguageModelConfig(vocab_size=8, **OmegaConf.to_container(recipe, resolve=True))
     model, ids = Reconstruction(config).double(), torch.randint(8, (2, 10))
     whole, _ = model.hidden(ids)
     last = LanguageModel.hidden(model, ids)[0][:, -1:]
