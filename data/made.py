@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from data.text import IGNORE
 
 GAMMA, FIRST, SECOND = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-Made = tuple[np.ndarray, np.ndarray]  # input_ids and labels, int64 [N, L] each
+Made = tuple[np.ndarray, np.ndarray]  # input_ids and labels, int64 [N, L] each; or vectors [N, L, C] and numbers
 
 
 def uniform(seed: int, split: str, indices: np.ndarray, count: int) -> np.ndarray:
@@ -90,10 +90,11 @@ class Sequences(Dataset):
     def __getitems__(self, indices: Iterable[int]) -> list[dict[str, Tensor]]:
         """What torch's loader asks for where it is there: a whole batch."""
         made = self.make(np.array(list(indices)))
-        padding = ((0, 0), (0, self.length - made[0].shape[1]))
-        pairs = zip((0, IGNORE), made, strict=True)
-        input_ids, labels = (torch.from_numpy(np.pad(x, padding, constant_values=filler)) for filler, x in pairs)
-        segments = torch.zeros_like(input_ids)
+        missing = self.length - made[0].shape[1]
+        padding = [[(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)] for x in made]
+        each = zip((0, IGNORE), made, padding, strict=True)
+        input_ids, labels = (torch.from_numpy(np.pad(x, pad, constant_values=fill)) for fill, x, pad in each)
+        segments = torch.zeros(labels.shape, dtype=torch.int64)
         rows = zip(input_ids, labels, segments, strict=True)
         return [dict(zip(("input_ids", "labels", "segments"), row, strict=True)) for row in rows]
 

@@ -44,7 +44,9 @@ def longer(accuracy: float, chance: float, **settings: Any) -> dict[str, Any]:
 def folder(tmp_path_factory) -> Path:
     """Results of every experiment: two rates, two seeds, a few mixers."""
     folder = tmp_path_factory.mktemp("evidence")
-    every: dict[str, list[dict[str, Any]]] = {name: [] for name in ("mqar", "mqar_memory", "mad", "needles")}
+    every: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("mqar", "mqar_memory", "mad", "needles", "regression")
+    }
     for model, seed, rate in product(("mesa", "linear"), (1, 2), (1e-3, 1e-2)):
         good = (0.9 if model == "mesa" else 0.5) - (0.2 if rate == 1e-2 else 0) + 0.01 * seed
         settings = {"model": model, "seed": seed, "optimizer__lr": rate}
@@ -55,6 +57,8 @@ def folder(tmp_path_factory) -> Path:
         every["mqar_memory"].append(result("mqar_memory", memory, **settings))
         found = {f"{ON}{length}": good for length in (1024, 8192)}
         every["needles"] += [result("needles", found, **settings, data=f"needle_s{i}") for i in (1, 2)]
+        found = {"validation/nats_on/longer": 1 - good, "validation/nats_on/longer/0-15": 0.5}
+        every["regression"].append(result("regression", found, **settings, data="regression_linear"))
         for task in MAD.columns:
             every["mad"].append(result("mad", {"validation/accuracy": good}, **settings, data=task))
     tracked = [(1, "true", 1.0), (2, "true", 0.75), (1, "false", 0.5), (2, "false", 0.5)]
@@ -99,6 +103,13 @@ def test_the_best_rate_counts_and_seeds_are_averaged(folder):
     assert set(chosen) == {"mesa", "linear"} and len(chosen["mesa"]) == 4  # two widths, two seeds
     memory = CLAIMS["mqar_memory"].table(evidence.read(CLAIMS["mqar_memory"], folder))
     assert memory[1]["4096x128"] == pytest.approx(0.915 - 0.128) and memory[1]["spread"] == pytest.approx(0.01)
+
+
+def test_of_losses_the_smallest_is_the_best(folder):
+    rows = evidence.read(CLAIMS["regression"], folder)
+    table = {row["mixer"]: row for row in CLAIMS["regression"].table(rows)}
+    assert table["mesa"]["linear"] == pytest.approx(1 - 0.915) and table["mesa"]["seeds"] == 2
+    assert curve(rows[0], "longer") == {7.5: 0.5}
 
 
 def test_scaled_accuracy_and_curves(folder):

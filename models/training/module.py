@@ -235,7 +235,7 @@ class Training(L.LightningModule):
             nats, predictions = self.model.score(batch["input_ids"], labels, batch["segments"])
         kept = labels != IGNORED
         sums = torch.stack([nats.double().sum(0), kept.double().sum(0)])  # [2, T]
-        if self.bytes_per_token is None:  # a task with right answers: how often they are the likeliest
+        if self.bytes_per_token is None and not labels.is_floating_point():  # a task with right answers: how often
             sums = torch.cat([sums, ((predictions == labels) & kept).double().sum(0, keepdim=True)])
         before = self._validation.get(dataloader_idx)
         self._validation[dataloader_idx] = sums if before is None else before + sums
@@ -254,7 +254,7 @@ class Training(L.LightningModule):
         }
         if self.bytes_per_token is not None:
             metrics["validation/bits_per_byte"] = mean / math.log(2) / self.bytes_per_token
-        else:
+        elif len(sums) > 2:
             metrics["validation/accuracy"] = (sums[2].sum() / count.sum()).item()
             if self.chance is not None:
                 metrics["validation/chance"] = self.chance

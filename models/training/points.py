@@ -1,4 +1,4 @@
-"""Accuracy at the test points of a task: sets beside the validation set, longer or harder ones, each with its name."""
+"""How good a model is at the test points of a task: sets beside the validation set, longer or harder, with a name."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ RANGES = 16  # of positions, equally long
 
 
 def metrics(sums: dict[str, Tensor], by_position: bool) -> dict[str, float]:
-    """validation/accuracy_on/NAME, and with /FIRST-LAST behind it for each range of positions that has targets. sums:
-    of each point nats, targets and right answers by position, [3, T].
+    """validation/accuracy_on/NAME, and with /FIRST-LAST behind it for each range of positions that has targets; of a
+    task without right answers validation/nats_on/NAME. sums: of each point nats, targets and, where there are some,
+    right answers by position, [2 or 3, T].
     """
     found = {}
-    for name, (_, count, right) in sums.items():
-        where = f"validation/accuracy_on/{name}"
-        found[where] = (right.sum() / count.sum()).item()
+    for name, (nats, count, *right) in sums.items():
+        where = f"validation/{'accuracy' if right else 'nats'}_on/{name}"
+        total = right[0] if right else nats
+        found[where] = (total.sum() / count.sum()).item()
         for first, last in ranges(len(count)) if by_position else ():
             if part := count[first:last].sum().item():
-                found[f"{where}/{first}-{last - 1}"] = right[first:last].sum().item() / part
+                found[f"{where}/{first}-{last - 1}"] = total[first:last].sum().item() / part
     return found
 
 

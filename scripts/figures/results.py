@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Row = dict[str, Any]  # of a run; or of a table
-ON = "validation/accuracy_on/"
+ON, LOSS_ON = "validation/accuracy_on/", "validation/nats_on/"
 MARKS = "os^Dvp*PX<>h"
 COLOURS = ["#1f5fa8", "#d1495b", "#2a9d6f", "#e09f1f", "#7b4fa3", "#3d3d3d", "#4fb3d9", "#a0522d", "#c77dba", "#6b8e23"]
 COLOURS += ["#8c1c5a", "#7a8b99"]
@@ -36,12 +36,12 @@ def points(row: Row) -> dict[str, float]:
 
 
 def curve(row: Row, point: str) -> dict[float, float]:
-    """Accuracy by position: in the middle of each range."""
+    """Accuracy, or loss, by position: in the middle of each range."""
     found = {}
-    for name, accuracy in row.items():
-        if name.startswith(f"{ON}{point}/"):
+    for name, value in row.items():
+        if name.startswith((f"{ON}{point}/", f"{LOSS_ON}{point}/")):
             first, last = map(int, name.rpartition("/")[2].split("-"))
-            found[(first + last) / 2] = accuracy
+            found[(first + last) / 2] = value
     return found
 
 
@@ -71,10 +71,11 @@ def about(runs: list[Row]) -> Row:
     return {"rate": settings(runs[0]).get("optimizer.lr", "default"), "seeds": len(runs)}
 
 
-def line(axes: Axes, i: int, at: dict[Any, float], name: str) -> None:
+def line(axes: Axes, i: int, at: dict[Any, float], name: str, top: float = 1.0) -> None:
+    """top: of the axis, which begins at 0."""
     look: Row = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 5}
     axes.plot(list(at), list(at.values()), linewidth=1.4, label=name, **look)
-    axes.set_ylim(-0.03, 1.03)
+    axes.set_ylim(-0.03 * top, 1.03 * top)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from models.continuous import Continuous
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.reconstruction import Reconstruction, sinusoids
 from models.training.module import Training
@@ -65,6 +66,42 @@ def test_mad(train):
     assert 0 <= result["validation/accuracy"] <= 1 and result["validation/chance"] == pytest.approx(1 / 15)
     weights = load_file(path.parent / "model" / "model.safetensors")
     assert "decoder.1.weight" in weights and "decoder.4.weight" in weights
+
+
+@pytest.mark.slow
+def test_regression_of_numbers(train):
+    """Two steps; no accuracy, but a loss at the test point."""
+    words = ["experiment=regression", "model=mesa", "data=regression_parabola", "data.size=4", "data.test_length=32"]
+    words += [
+        "data.validation_size=16",
+        "seq_len=16",
+        "batch_tokens=128",
+        "micro_batch=8",
+        "tokens=256",
+        "name=numbers",
+    ]
+    done = train(*words, "micro_batch=8", "validation_tokens=256", *TOY)
+    assert done.returncode == 0, done.said[-5000:]
+    result = json.loads((train.runs / "numbers" / "result.json").read_text())
+    assert 0.1 < result["validation/nats_on/longer"] < 5 and 0.1 < result["validation/nats_on/longer/0-1"] < 5
+    assert not any("accuracy" in name for name in result)
+
+
+def test_a_model_of_numbers_reads_by_its_embedding_and_is_wrong_by_the_square():
+    torch.manual_seed(0)
+    recipe = composed("model=linear", "model.hidden_size=16", "model.num_layers=1", "model.num_heads=1").model
+    model = Continuous(LanguageModelConfig(vocab_size=5, **OmegaConf.to_container(recipe, resolve=True)))
+    ids = torch.randint(5, (2, 6))
+    said = LanguageModel.hidden(model, ids)[0] @ model.head.weight[0]
+    tokens, answers = torch.nn.functional.one_hot(ids, 5).float(), torch.full((2, 6), -100.0)
+    answers[:, ::2] = torch.randn(2, 3)
+    nats, found = model.score(tokens, answers)
+    assert torch.allclose(found, said, atol=1e-6) and not nats[:, 1::2].any()
+    assert nats[:, ::2].sum().item() == pytest.approx(((said - answers)[:, ::2] ** 2 / 2).sum().item(), rel=1e-5)
+    loss = model.sum_nats(tokens, answers)
+    assert loss.item() == pytest.approx(nats.sum().item(), rel=1e-6)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.slow
