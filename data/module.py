@@ -2,7 +2,8 @@
 
 Training    the batches of `GlobalOrder` from the trainer's step on; a resumed run goes on with the batch that comes
             next, whatever the number of devices, the micro-batch or the number of workers were before.
-Validation  a fixed set of sequences, evenly spaced over the validation split, the same for every world size.
+Validation  a fixed set of sequences, evenly spaced over the validation split, the same for every world size; then the
+            test points of a task that has some (data/made.py), all of their sequences.
 
 Give the Trainer `use_distributed_sampler=False` (the ranks are told apart here, and Lightning would shuffle what is in
 order), `accumulate_grad_batches` as `data.batch` derives it, and no `max_epochs`: to Lightning the whole run is one
@@ -25,7 +26,7 @@ from data.text import IGNORE
 
 
 class DataModule(L.LightningDataModule):
-    """Loaders of a task (data.text.Text, data.synthetic.AssociativeRecall).
+    """Loaders of a task (data.text.Text, data.synthetic.AssociativeRecall, data.made.Task).
 
     batch                how a step's tokens are divided (data.batch)
     validation_tokens    how many tokens to validate on, rounded up to sequences, and at most what the split holds
@@ -59,7 +60,7 @@ class DataModule(L.LightningDataModule):
         samples = self.task.train_samples()
         assert (trainer.accumulate_grad_batches, trainer.world_size) == (self.batch.accumulation, self.batch.world_size)
         order = GlobalOrder(
-            len(samples),
+            getattr(samples, "sizes", len(samples)),  # several where there are kinds
             self.batch,
             self.seed,
             rank=trainer.global_rank // self.batch.context,
@@ -75,13 +76,21 @@ class DataModule(L.LightningDataModule):
         }
         return TrainLoader(identity, self.task.describe()[0], samples, batch_sampler=order, **self._loader_settings())
 
-    def val_dataloader(self) -> DataLoader:
-        return self.validation_loader(self.batch.seq_len)
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        first = self.validation_loader(self.batch.seq_len)
+        points = [self._loader(samples, samples.length, len(samples)) for samples in self.test_points().values()]
+        return [first, *points] if points else first
+
+    def test_points(self) -> dict[str, Any]:
+        """By name, in the order of their loaders. Text has none, nor needs a task of somebody else."""
+        return self.task.test_points() if hasattr(self.task, "test_points") else {}
 
     def validation_loader(self, seq_len: int) -> DataLoader:
         """The validation set in sequences of another length; 2 and 4 times the training length test extrapolation."""
         samples = self.task.validation_samples(seq_len)
-        count = min(-(-self.validation_tokens // seq_len), len(samples))
+        return self._loader(samples, seq_len, min(-(-self.validation_tokens // seq_len), len(samples)))
+
+    def _loader(self, samples: Any, seq_len: int, count: int) -> DataLoader:
         micro_batch = max(1, self.batch.micro_batch * self.batch.seq_len // seq_len)
         share = Share(samples, count, micro_batch, self.trainer.global_rank // self.batch.context, self.batch.groups)
         return DataLoader(share, batch_size=micro_batch, shuffle=False, **self._loader_settings())
@@ -100,7 +109,8 @@ def misfits(task: Any, batch: Batch) -> list[str]:
     found, sizes = [], {}
     for split, samples in (("train", task.train_samples), ("validation", task.validation_samples)):
         try:
-            sizes[split] = len(samples())
+            found_samples = samples()
+            sizes[split] = min(getattr(found_samples, "sizes", [len(found_samples)]))  # of the smallest kind
         except ValueError as error:
             found.append(str(error))
     if sizes.get("train", batch.sequences) < batch.sequences:

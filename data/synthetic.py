@@ -142,13 +142,15 @@ def gap_probabilities(seq_len: int, num_pairs: int, power_a: float) -> np.ndarra
 
 
 def place(keys: np.ndarray, values: np.ndarray, gaps: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """The sequence of these pairs and gaps ([n] each), with filler 0. Returns input_ids and labels, int64 [L]."""
-    context = 2 * len(keys)
+    """The sequences of these pairs and gaps ([..., n] each), with filler 0. Returns input_ids and labels, int64
+    [..., L]."""
+    context = 2 * keys.shape[-1]
     queries = context + 2 * gaps
-    input_ids = np.zeros(seq_len, dtype=np.int64)
-    input_ids[0:context:2], input_ids[1:context:2], input_ids[queries] = keys, values, keys
-    labels = np.full(seq_len, IGNORE, dtype=np.int64)
-    labels[queries] = values
+    input_ids = np.zeros((*keys.shape[:-1], seq_len), dtype=np.int64)
+    input_ids[..., 0:context:2], input_ids[..., 1:context:2] = keys, values
+    np.put_along_axis(input_ids, queries, keys, axis=-1)
+    labels = np.full_like(input_ids, IGNORE)
+    np.put_along_axis(labels, queries, values, axis=-1)
     return input_ids, labels
 
 

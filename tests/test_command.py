@@ -32,7 +32,7 @@ GROUPS = {
     "model=Gated-Delta": "model=Gated-Delta is not there; did you mean model=gated_delta?",
     "size=340M": "size=340M is not there; did you mean size=340m?",
     "size=340": "size=340 is not there; did you mean size=340m?",
-    "experiment=nope": "experiment=nope is not there; there is only recall",
+    "experiment=nope": "experiment=nope is not there; there are mad, mqar, ",
     "mixer@model.mixers.main=delat": "=delat is not there; did you mean mixer@model.mixers.main=deltanet?",
     f"decay@{MAIN}.decay=scaler": f"=scaler is not there; did you mean decay@{MAIN}.decay=scalar?",
     "+mixer@model.mixers.two=softmx": "=softmx is not there; did you mean mixer@model.mixers.two=softmax?",

@@ -16,6 +16,7 @@ FLOORS = (
     ("models.training",),
     ("conf",),
     ("data",),
+    ("models.reconstruction", "models.continuous"),
     ("models.language_model", "models.calls", "models.cache", "models.context", "models.decoding"),
     ("models.block",),
     ("models.mixers",),

@@ -14,7 +14,9 @@ from conf.folders import refuse
 from data.batch import Batch, batch_arithmetic, every
 from data.module import DataModule, OtherDataError, misfits
 from models.build import build
+from models.continuous import Continuous
 from models.language_model import LanguageModel, LanguageModelConfig
+from models.reconstruction import Reconstruction
 from models.training import weights
 from models.training.branch import branch
 from models.training.checkpoint import Checkpoint, newest_whole, step_of
@@ -69,6 +71,13 @@ def train(cfg: DictConfig) -> Result:
         return run.result
 
 
+def kind_of(task: Any) -> type[LanguageModel]:
+    """The model that a task is for: few have one of their own."""
+    if getattr(task, "reconstructs", False):
+        return Reconstruction
+    return Continuous if getattr(task, "continuous", False) else LanguageModel
+
+
 def checked(cfg: DictConfig) -> tuple[dict[str, Any], Batch]:
     """The settings as plain containers, and what they make of a batch. Raises ValueError with all that is wrong."""
     settings.whole_numbers(cfg)
@@ -98,7 +107,7 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
     datamodule = DataModule(task, batch, cfg.validation_tokens, cfg.seed, cfg.num_workers, cfg.overfit)
 
     special: dict[str, Any] = {} if task.tokenizer is None else task.tokenizer.special_ids
-    model = LanguageModel(LanguageModelConfig(vocab_size=task.vocab_size, **special, **plain["model"]))
+    model = kind_of(task)(LanguageModelConfig(vocab_size=task.vocab_size, **special, **plain["model"]))
     parts: dict[str, Any] = {
         "optimizer": build(cfg.optimizer),
         "schedule": build(cfg.schedule),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from models.language_model import LanguageModel
 from models.loss import IGNORED
 from models.mixers.mixer import Mixer
 from models.regression.regressor import Regressor
+from models.training import points
 from models.training.captured import Captured, refusal
 from models.training.guards import Guard
 from models.training.preemption import Preemption
@@ -35,7 +37,7 @@ class Training(L.LightningModule):
     clip_norm: gradients whose norm over all parameters is longer are shortened to it; the norm before is logged.
     targets_per_token: how many positions have a target, on average (1 for text). Losses are divided by this constant
         times the tokens, never by a count that differs between micro-batches, so that every split of a batch gives the
-        same gradient.
+        same gradient. None where all sequences of a step have equally many: by their number.
     bytes_per_token: of the validation text, for bits per byte; None where there is no text.
     chance: the accuracy of a guess, for a task that has right answers; logged beside the model's.
     compile_blocks, cuda_graph: whether the blocks are compiled, and a micro-batch is one CUDA graph (captured.py).
@@ -51,7 +53,7 @@ class Training(L.LightningModule):
         schedule: Callable[..., Callable[[int], float]],
         num_steps: int,
         clip_norm: float,
-        targets_per_token: float = 1.0,
+        targets_per_token: float | None = 1.0,
         bytes_per_token: float | None = None,
         chance: float | None = None,
         compile_blocks: bool = False,
@@ -79,7 +81,7 @@ class Training(L.LightningModule):
         self.first_step, self.began = 0, time.time()  # of this process
         self._sharded = False
         self._window: list[Tensor] = []  # [loss, number of targets] of the micro-batches since the last step
-        self._validation: Tensor | None = None
+        self._validation: dict[int, Tensor] = {}  # [nats, targets, right ones] by position, of each loader
         self.captured: Captured | None = None
         self._told: dict[str, Tensor] = {}  # by the regressors, in the captured pass
 
@@ -155,8 +157,8 @@ class Training(L.LightningModule):
     def _loss(self, batch: dict[str, Tensor | Any]) -> tuple[Tensor, Tensor]:
         """What is minimised, and [loss, number of targets] of the micro-batch."""
         nats, labels = self._of_tokens(self.model.sum_nats, batch)
-        sums = torch.stack([nats.detach(), (labels != IGNORED).sum()])
-        return nats / (labels.numel() * self.targets_per_token), sums
+        count, share = (labels != IGNORED).sum(), self.targets_per_token
+        return nats / (count if share is None else labels.numel() * share), torch.stack([nats.detach(), count])
 
     def _captured(self) -> Captured:
         pieces = self.trainer.accumulate_grad_batches
@@ -242,21 +244,25 @@ class Training(L.LightningModule):
     # validation: sums over a fixed set of tokens, so the result is the same for every world size and micro-batch
 
     def on_validation_epoch_start(self) -> None:
-        self._validation = None
+        self._validation = {}
 
-    def validation_step(self, batch: dict[str, Tensor | Any], index: int) -> None:
-        (nats, predictions), labels = self._of_tokens(self.model.score, batch)
+    def validation_step(self, batch: dict[str, Tensor | Any], index: int, dataloader_idx: int = 0) -> None:
+        """Loader 0 has the validation set, the others have the task's test points."""
+        # a test point has a length of its own, for which nothing is compiled
+        with torch.compiler.set_stance("force_eager") if dataloader_idx else nullcontext():
+            (nats, predictions), labels = self._of_tokens(self.model.score, batch)
         kept = labels != IGNORED
         sums = torch.stack([nats.double().sum(0), kept.double().sum(0)])  # [2, T]
-        if self.bytes_per_token is None:  # a task with right answers: how often they are the likeliest
+        if self.bytes_per_token is None and not labels.is_floating_point():  # a task with right answers: how often
             sums = torch.cat([sums, ((predictions == labels) & kept).double().sum(0, keepdim=True)])
         if self.context is not None:
             sums = self.context.among_all(sums)
-        self._validation = sums if self._validation is None else self._validation + sums
+        before = self._validation.get(dataloader_idx)
+        self._validation[dataloader_idx] = sums if before is None else before + sums
 
     def on_validation_epoch_end(self) -> None:
-        assert self._validation is not None
-        sums = _sum_over_ranks(self._validation)
+        found = {loader: _sum_over_ranks(sums) for loader, sums in self._validation.items()}
+        sums = found.pop(0)
         nats, count = sums[0], sums[1]
         mean = (nats.sum() / count.sum()).item()
         # `step` is Lightning's key for the row this belongs to: that of the step just taken
@@ -268,13 +274,17 @@ class Training(L.LightningModule):
         }
         if self.bytes_per_token is not None:
             metrics["validation/bits_per_byte"] = mean / math.log(2) / self.bytes_per_token
-        else:
+        elif len(sums) > 2:
             metrics["validation/accuracy"] = (sums[2].sum() / count.sum()).item()
             if self.chance is not None:
                 metrics["validation/chance"] = self.chance
         for first, last in position_ranges(len(count)):
             if part := count[first:last].sum().item():
                 metrics[f"validation/nats_at/{first}-{last - 1}"] = nats[first:last].sum().item() / part
+        if found:
+            datamodule = self.trainer.datamodule
+            named = dict(zip(datamodule.test_points(), found.values(), strict=True))
+            metrics |= points.metrics(named, datamodule.task.by_position)
         self.log_dict(metrics, rank_zero_only=True)
 
 

@@ -1,0 +1,179 @@
+"""What made tasks share: sequences with right answers, which are made when they are asked for and never stored.
+
+Sequence i of a split depends on (seed, split, i) alone. Its numbers are numbers i m to i m + m - 1 of one stream of
+SplitMix64 (Steele, Lea and Flood 2014, figure 17), which can be entered anywhere:
+
+    x_j = mix(start + (j + 1) 0x9e3779b97f4a7c15) ,    start = SHA-256 of seed and split
+
+So a whole batch is made at once, with NumPy, some thirty times as fast as by a generator for each sequence, and it is
+the same under every release of NumPy.
+
+The labels of a made task need no shift: labels[t] is what is to be predicted at position t.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.text import IGNORE
+
+GAMMA, FIRST, SECOND = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+Made = tuple[np.ndarray, np.ndarray]  # input_ids and labels, int64 [N, L] each; or vectors [N, L, C] and numbers
+
+
+def uniform(seed: int, split: str, indices: np.ndarray, count: int) -> np.ndarray:
+    """`count` numbers of [0, 1) for each of these sequences.  float64 [N, count], multiples of 2^-53."""
+    start = int.from_bytes(hashlib.sha256(f"{seed} {split}".encode()).digest()[:8], "little")
+    numbers = indices.astype(np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
+    return (stream(start, numbers) >> np.uint64(11)) * 2.0**-53
+
+
+def stream(start: int, numbers: np.ndarray) -> np.ndarray:
+    """These numbers of the stream, from 0 on.  uint64."""
+    z = np.uint64(start) + (numbers + np.uint64(1)) * GAMMA
+    z = (z ^ (z >> np.uint64(30))) * FIRST
+    z = (z ^ (z >> np.uint64(27))) * SECOND
+    return z ^ (z >> np.uint64(31))
+
+
+def whole(u: np.ndarray, most: int | np.ndarray) -> np.ndarray:
+    """Numbers of [0, 1) as whole numbers of {0, ..., most - 1}.  int64."""
+    return (u * most).astype(np.int64)
+
+
+def distinct(u: np.ndarray, most: int) -> np.ndarray:
+    """n different numbers of {0, ..., most - 1} in random order, by the first n steps of Fisher and Yates' shuffle.
+    u [N, n] -> int64 [N, n].
+    """
+    N, n = u.shape
+    row, deck = np.arange(N), np.tile(np.arange(most, dtype=np.int32), (N, 1))
+    for j in range(n):
+        other = j + whole(u[:, j], most - j)
+        deck[row, other], deck[:, j] = deck[:, j], deck[row, other]
+    return deck[:, :n].astype(np.int64)
+
+
+def weighted(u: np.ndarray, probabilities: np.ndarray, n: int) -> np.ndarray:
+    """n different indices, each drawn among those that are left in proportion to its probability, in the order in which
+    they are drawn: the n largest of log p + Gumbel noise (Yellott 1977). u [N, G], p [G] -> int64 [N, n].
+    """
+    noise = -np.log(-np.log(np.maximum(u, 2.0**-54)))
+    return np.argsort(-(np.log(probabilities) + noise), axis=1, kind="stable")[:, :n]
+
+
+class Sequences(Dataset):
+    """make(indices [N]) -> input_ids and labels [N, L], padded at their ends to length: with 0, which has no label.
+
+    A sample is input_ids, labels and segments, int64 [length]; segments are all 0, a sequence being one document.
+    """
+
+    def __init__(self, make: Callable[[np.ndarray], Made], size: int, length: int) -> None:
+        self.make, self.size, self.length = make, size, length
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Iterable[int]) -> list[dict[str, Tensor]]:
+        """What torch's loader asks for where it is there: a whole batch."""
+        made = self.make(np.array(list(indices)))
+        missing = self.length - made[0].shape[1]
+        padding = [[(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)] for x in made]
+        each = zip((0, IGNORE), made, padding, strict=True)
+        input_ids, labels = (torch.from_numpy(np.pad(x, pad, constant_values=fill)) for fill, x, pad in each)
+        segments = torch.zeros(labels.shape, dtype=torch.int64)
+        rows = zip(input_ids, labels, segments, strict=True)
+        return [dict(zip(("input_ids", "labels", "segments"), row, strict=True)) for row in rows]
+
+
+class Kinds(Dataset):
+    """Several kinds of sequences, one behind the other. A batch of training has sequences of one kind alone
+    (data/order.py), so that each of its sequences has as many targets.
+    """
+
+    def __init__(self, kinds: Sequence[Sequences]) -> None:
+        self.kinds, self.sizes = kinds, [len(kind) for kind in kinds]
+        self.begins = [0, *accumulate(self.sizes)]
+
+    def __len__(self) -> int:
+        return self.begins[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        kind = bisect_right(self.begins, index) - 1
+        return self.kinds[kind][index - self.begins[kind]]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        kind = bisect_right(self.begins, indices[0]) - 1
+        begin, end = self.begins[kind : kind + 2]
+        if not all(begin <= index < end for index in indices):
+            return [self[index] for index in indices]
+        return self.kinds[kind].__getitems__([index - begin for index in indices])
+
+
+class Task:
+    """The interface of `data.text.Text`, for what is made.
+
+    A task says its vocab_size, chance (the accuracy of a guess), targets_per_token (None: as many as the batch has,
+    whose sequences must then have equally many), lines for `describe`, and the samples of each split. test_points are
+    sets that are validated on beside the validation split, each with an accuracy of its own; by_position adds that
+    accuracy in ranges of positions.
+    """
+
+    tokenizer = None  # there is no text here
+    bytes_per_token = None
+    by_position = False
+    vocab_size: int
+    chance: float
+    targets_per_token: float | None
+
+    def __init__(self, seq_len: int, seed: int, **settings: Any) -> None:
+        """settings: with the seed, all that the sequences depend on."""
+        if seed < 0:
+            raise ValueError(f"data.seed={seed} must not be negative")
+        self.seq_len, self.seed, self.settings = seq_len, seed, settings
+
+    def prepare(self, num_workers: int = 0, verify: bool = False) -> None:
+        """Nothing to prepare: sequences are made when they are asked for."""
+
+    @property
+    def fingerprint(self) -> str:
+        named = sorted(self.settings.items())
+        return hashlib.sha256(f"{type(self).__name__} {self.seq_len} {self.seed} {named}".encode()).hexdigest()
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return {"data fingerprint": self.fingerprint}
+
+    def describe(self) -> list[str]:
+        raise NotImplementedError
+
+    def train_samples(self) -> Sequences | Kinds:
+        raise NotImplementedError
+
+    def validation_samples(self, seq_len: int | None = None) -> Sequences | Kinds:
+        raise NotImplementedError
+
+    def test_points(self) -> dict[str, Sequences]:
+        return {}
+
+
+def positive(**sizes: int) -> None:
+    """Raises ValueError for the first that is not a whole number from 1 on."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or int(size) != size or size < 1:
+            raise ValueError(f"data.{name}={size} must be a whole number from 1 on")

@@ -1,0 +1,232 @@
+"""The jobs of an experiment's sweep, some at a time on one device, within a time. The next call goes on where it ended.
+
+    python scripts/evidence.py mqar --jobs                           # the jobs, and which of them have a result
+    python scripts/evidence.py mqar --at-once 8 --minutes 20         # runs them; the same line again goes on
+    python scripts/evidence.py mqar --at-once 8 seed=1,2,3 optimizer.lr=1e-3,3.2e-3     # other points of the sweep
+
+Small models leave most of a GPU idle: several of them, each in a process of its own, share it. The sweep is that of
+conf/experiment/NAME.yaml (hydra.sweeper.params); words behind the name replace or add settings, as with `train.py -m`,
+which has the same jobs in the same folders. A job that is not finished when the time is up is asked to save, and goes
+on with the next call. A result is a line of docs/evidence/NAME/results.jsonl: the job, its words, the command, the
+commit, the device, the seconds, the validation. A job that has a line there is done, whatever is left of its folder; so
+this file is all that has to travel between machines. scripts/figures/evidence.py draws from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from hydra import compose, initialize_config_dir
+
+from conf import schema
+from conf.folders import job_folder, runs
+from scripts.array_job import CONF, jobs
+
+ROOT = CONF.parent
+UNFINISHED = 75  # the exit code of a run that saved (models/training/preemption.py)
+GRACE = 120.0  # seconds that a run has to save
+
+
+class Job(NamedTuple):
+    """words: of its command line, the experiment's first."""
+
+    name: str
+    words: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        return Path(runs(), self.name, job_folder(self.name, self.words))
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "train.py", *self.words, f"hydra.run.dir='{self.folder.absolute()}'"]
+
+    @property
+    def key(self) -> str:
+        """What it is known by: its folder, whose name has no settings that change no result."""
+        return f"{self.name}/{self.folder.name}"
+
+    @property
+    def label(self) -> str:
+        return " ".join(self.words[1:])
+
+
+class Running(NamedTuple):
+    job: Job
+    process: subprocess.Popen[bytes]
+    began: float
+
+
+def sweep(experiment: str, words: list[str]) -> list[Job]:
+    """The jobs. Raises ValueError where there is no such experiment, or a word can't be read."""
+    if not (CONF / "experiment" / f"{experiment}.yaml").exists():
+        known = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+        raise ValueError(f"experiment={experiment} is not there; there are {', '.join(known)}")
+    first = f"experiment={experiment}"
+    schema.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", [first, "run_dir=none"], return_hydra_config=True)
+    params: dict[str, Any] = dict(cfg.hydra.sweeper.params or {})
+    typed = {word.partition("=")[0] for word in words}
+    swept = [f"{key}={value}" for key, value in params.items() if key not in typed]
+    names = [word.partition("=")[2] for word in words if word.startswith("name=")]
+    return [Job(names[-1] if names else cfg.name, (first, *job)) for job in jobs([*swept, *words])]
+
+
+class Results:
+    """A file with a line for each job that has a result."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """A line that a kill has cut off is left out."""
+        text = self.path.read_text() if self.path.exists() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def have(self) -> set[str]:
+        return {row["job"] for row in self.read()}
+
+    def add(self, job: Job) -> dict[str, Any]:
+        result = json.loads((job.folder / "result.json").read_text())
+        row = {"job": job.key, "words": list(job.words), "date": datetime.now(UTC).date().isoformat(), **result}
+        row["command"] = shlex.join(["python", "train.py", "-m", *job.words])
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = [*self.read(), row]
+        draft = self.path.with_name(f".{self.path.name}.draft")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in whole))
+        draft.replace(self.path)
+        return row
+
+
+def left(every: Iterable[Job], results: Results) -> Iterator[Job]:
+    """Jobs without a result. One that ended when nobody was there to write it down gets its line now."""
+    done = results.have()
+    for job in every:
+        if job.key in done:
+            continue
+        if (job.folder / "result.json").exists():
+            results.add(job)
+        else:
+            yield job
+
+
+def run(todo: list[Job], results: Results, at_once: int, until: float) -> list[Job]:
+    """Runs them, in order, so many at a time, until then. Returns those that failed, not those that only ran out of
+    time."""
+    waiting, failed = list(todo), []
+    running: list[Running] = []
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    environment = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"} | os.environ
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once and time.time() < until:
+                running.append(start(waiting.pop(0), environment))
+            for one in [one for one in running if one.process.poll() is not None]:
+                running.remove(one)
+                failed += [one.job] if ended(one, results) else []
+            if time.time() >= until:
+                break
+            time.sleep(0.2)
+    finally:
+        failed += [one.job for one in stop(running) if ended(one, results)]
+    return failed
+
+
+def start(job: Job, environment: dict[str, str]) -> Running:
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("ab") as log:
+        out: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(job.command, cwd=ROOT, env=environment, start_new_session=True, **out)
+    return Running(job, process, time.time())
+
+
+def ended(one: Running, results: Results) -> bool:
+    """Says how. Whether it failed."""
+    seconds = f"{time.time() - one.began:6.0f} s"
+    if (one.job.folder / "result.json").exists():
+        row = results.add(one.job)
+        print(f"{seconds}  {one.job.label}   {summary(row)}", flush=True)
+        return False
+    if one.process.returncode in (UNFINISHED, -signal.SIGTERM):  # the latter before it had anything to save
+        print(f"{seconds}  {one.job.label}   goes on next time", flush=True)
+        return False
+    said = one.job.log.read_text(errors="replace").strip().splitlines()
+    print(f"{seconds}  {one.job.label}   FAILED: {said[-1] if said else one.process.returncode}", flush=True)
+    return True
+
+
+def stop(running: list[Running]) -> list[Running]:
+    """Asks all to save, and waits."""
+    for one in running:
+        one.process.send_signal(signal.SIGTERM)
+    until = time.time() + GRACE
+    for one in running:
+        try:
+            one.process.wait(max(0.1, until - time.time()))
+        except subprocess.TimeoutExpired:
+            os.killpg(one.process.pid, signal.SIGKILL)
+            one.process.wait()
+    return running
+
+
+def summary(row: dict[str, Any]) -> str:
+    points = [x for name, x in row.items() if name.startswith("validation/accuracy_on/") and name.count("/") == 2]
+    parts = [f"accuracy {row['validation/accuracy']:.3f}"] if "validation/accuracy" in row else []
+    parts += [f"at test points {' '.join(f'{x:.2f}' for x in points)}"] if points else []
+    return ", ".join(parts or [f"{row['validation/nats']:.4f} nats per token"])
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", help="a file of conf/experiment")
+    parser.add_argument("words", nargs="*", help="settings, as for train.py -m")
+    parser.add_argument("--at-once", type=int, default=1, help="processes at a time (default: 1)")
+    parser.add_argument("--minutes", type=float, help="after which runs are asked to save (default: no limit)")
+    parser.add_argument("--results", type=Path, help="(default: docs/evidence/EXPERIMENT/results.jsonl)")
+    parser.add_argument("--jobs", action="store_true", help="print the jobs, and run none")
+    given = parser.parse_intermixed_args(words)
+    if given.at_once < 1:
+        parser.error(f"--at-once {given.at_once} must be at least 1")
+    return given
+
+
+def main() -> None:
+    given = arguments()
+    results = Results(given.results or ROOT / "docs" / "evidence" / given.experiment / "results.jsonl")
+    try:
+        every = sweep(given.experiment, given.words)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if given.jobs:
+        done = results.have()
+        print("\n".join(f"{'done' if job.key in done else '    '}  {job.label}" for job in every))
+        return
+    todo = list(left(every, results))
+    print(f"{len(every)} jobs, {len(every) - len(todo)} have a result; results are in {results.path}", flush=True)
+    until = time.time() + given.minutes * 60 if given.minutes else float("inf")
+    failed = run(todo, results, given.at_once, until)
+    rest = len(list(left(every, results)))
+    print(f"{len(every) - rest} of {len(every)} jobs have a result, {len(failed)} failed")
+    sys.exit(1 if failed else UNFINISHED if rest else 0)
+
+
+if __name__ == "__main__":
+    main()

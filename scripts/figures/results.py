@@ -1,0 +1,87 @@
+"""Lines of results.jsonl (scripts/evidence.py), and what tables and figures are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Row = dict[str, Any]  # of a run; or of a table
+ON, LOSS_ON = "validation/accuracy_on/", "validation/nats_on/"
+MARKS = "os^Dvp*PX<>h"
+COLOURS = ["#1f5fa8", "#d1495b", "#2a9d6f", "#e09f1f", "#7b4fa3", "#3d3d3d", "#4fb3d9", "#a0522d", "#c77dba", "#6b8e23"]
+COLOURS += ["#8c1c5a", "#7a8b99"]
+
+
+def settings(row: Row) -> dict[str, str]:
+    """Of the words of a job; the last that names a setting counts."""
+    return dict(word.split("=", 1) for word in row["words"])
+
+
+def label(row: Row) -> str:
+    """The mixer, with the range of its eigenvalues where a sweep has both."""
+    found = settings(row)
+    negative = found.get("model.mixers.main.regressor.negative_eigenvalues")
+    ranges = {None: "", "false": " [0, 1]", "true": " [-1, 1]"}
+    return found["model"] + ranges[None if negative is None else negative.lower()]
+
+
+def points(row: Row) -> dict[str, float]:
+    """Accuracy at the test points, by name."""
+    return {name.removeprefix(ON): x for name, x in row.items() if name.startswith(ON) and "/" not in name[len(ON) :]}
+
+
+def curve(row: Row, point: str) -> dict[float, float]:
+    """Accuracy, or loss, by position: in the middle of each range."""
+    found = {}
+    for name, value in row.items():
+        if name.startswith((f"{ON}{point}/", f"{LOSS_ON}{point}/")):
+            first, last = map(int, name.rpartition("/")[2].split("-"))
+            found[(first + last) / 2] = value
+    return found
+
+
+def mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found) if found else math.nan
+
+
+def grouped(rows: list[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    return {k: list(group) for k, group in groupby(sorted(rows, key=key), key)}
+
+
+def best(rows: list[Row], of: Callable[[Row], Any], measure: Callable[[Row], float]) -> dict[Any, list[Row]]:
+    """By `of`, the runs at the best rate and weight decay: a run for each seed."""
+
+    def rate(row: Row) -> str:
+        found = settings(row)
+        return " ".join(f"{k}={found[k]}" for k in ("optimizer.lr", "optimizer.weight_decay") if k in found)
+
+    found = {}
+    for name, runs in grouped(rows, of).items():
+        found[name] = max(grouped(runs, rate).values(), key=lambda same: mean(map(measure, same)))
+    return found
+
+
+def about(runs: list[Row]) -> Row:
+    return {"rate": settings(runs[0]).get("optimizer.lr", "default"), "seeds": len(runs)}
+
+
+def line(axes: Axes, i: int, at: dict[Any, float], name: str, top: float = 1.0) -> None:
+    """top: of the axis, which begins at 0."""
+    look: Row = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 5}
+    axes.plot(list(at), list(at.values()), linewidth=1.4, label=name, **look)
+    axes.set_ylim(-0.03 * top, 1.03 * top)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def legend(figure: Figure) -> None:
+    """Of all panels."""
+    each = [axes.get_legend_handles_labels() for axes in figure.axes]
+    named = {name: handle for handles, names in each for handle, name in zip(handles, names, strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside right center", frameon=False, fontsize=8)

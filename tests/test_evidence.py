@@ -1,0 +1,105 @@
+"""The launcher of sweeps: which jobs there are, that each is run once, and that the next call goes on."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.folders import job_folder
+from scripts import evidence
+from tests.conftest import ROOT
+
+# A run in miniature: seed 1 finishes, seed 2 fails, seed 3 saves when it is asked to and finishes the second time.
+RUN = """
+import json, pathlib, signal, sys, time
+folder, seed = pathlib.Path(sys.argv[1]), sys.argv[2]
+folder.mkdir(parents=True, exist_ok=True)
+if seed == "2":
+    sys.exit("error: seed=2 is out of luck")
+saved = folder / "saved"
+if seed == "3" and not saved.exists():
+    saved.touch()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    time.sleep(60)
+result = {"validation/accuracy": 0.5, "validation/accuracy_on/longer": 0.25, "commit": "abc"}
+(folder / "result.json").write_text(json.dumps(result))
+"""
+
+
+class Miniature(evidence.Job):
+    @property
+    def command(self) -> list[str]:
+        seed = next(word for word in self.words if word.startswith("seed="))[5:]
+        return [sys.executable, "-c", RUN, str(self.folder), seed]
+
+
+def test_a_sweep_is_that_of_the_experiment_and_its_words():
+    """Those of `train.py -m`, in its folders; a word of the command line takes the place of the file's."""
+    every = evidence.sweep("state_tracking", [])
+    assert len(every) == 3 * 3 * 3 * 2 == len({job.key for job in every})
+    assert [job.words[1] for job in every[:18]] == ["seed=1"] * 18, "one seed of all comes before the next"
+    assert every[0].folder.name == job_folder("state_tracking", every[0].words)
+    (one, two) = evidence.sweep("state_tracking", ["data=s3", "model=mesa", "seed=4,5", every[0].words[4], "name=mine"])
+    assert one.folder.parent.name == "mine" and "seed=4" in one.words and "data=s3" in two.words
+    (same,) = evidence.sweep("mqar", ["model=mesa", "seed=1", "model.hidden_size=32", "compile=false"])
+    assert same.key == evidence.sweep("mqar", ["model=mesa", "seed=1", "model.hidden_size=32"])[0].key
+    with pytest.raises(ValueError, match="experiment=none is not there; there are mad, mqar, "):
+        evidence.sweep("none", [])
+    with pytest.raises(ValueError, match=r"Error parsing|mismatched|no viable"):
+        evidence.sweep("mqar", ["seed=[1,"])
+
+
+def test_jobs_run_once_and_the_next_call_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+    jobs = [Miniature("toy", ("experiment=mqar", f"seed={seed}")) for seed in (1, 2, 3)]
+    results = evidence.Results(tmp_path / "results.jsonl")
+    began = time.time()
+    failed = evidence.run(list(evidence.left(jobs, results)), results, 3, time.time() + 1.5)
+    said = capsys.readouterr().out
+    assert failed == [jobs[1]] and "seed=2   FAILED: error: seed=2 is out of luck" in said
+    assert "seed=1   accuracy 0.500, at test points 0.25" in said and "seed=3   goes on next time" in said
+    assert time.time() - began < 20, "a run that is asked to save is not waited for in vain"
+    shutil.rmtree(jobs[0].folder)  # another machine has the results alone
+    todo = list(evidence.left(jobs, results))
+    assert todo == jobs[1:]
+    evidence.run(todo, results, 1, float("inf"))
+    rows = results.read()
+    assert [row["job"] for row in rows] == [jobs[0].key, jobs[2].key]
+    assert rows[0]["command"] == "python train.py -m experiment=mqar seed=1" and rows[0]["commit"] == "abc"
+    with results.path.open("a") as file:
+        file.write('{"job": "to')  # cut off by a kill
+    assert results.read() == rows and list(evidence.left(jobs, results)) == [jobs[1]]
+
+
+def test_a_result_that_nobody_wrote_down_is_found(tmp_path, monkeypatch):
+    """The launcher was killed, and the run ended after it."""
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    job, results = evidence.Job("toy", ("experiment=mqar", "seed=1")), evidence.Results(tmp_path / "results.jsonl")
+    job.folder.mkdir(parents=True)
+    (job.folder / "result.json").write_text(json.dumps({"validation/nats": 1.0}))
+    assert list(evidence.left([job], results)) == [] and results.have() == {job.key}
+    assert evidence.summary(results.read()[0]) == "1.0000 nats per token"
+    assert job.command[1] == "train.py" and Path(job.command[-1].partition("=")[2].strip("'")).is_absolute()
+
+
+def test_the_pages_commands_are_understood():
+    pages = "".join((ROOT / "docs" / page).read_text() for page in ("evidence.md", "data.md"))
+    lines = [line for line in pages.splitlines() if line.startswith("python scripts/evidence.py")]
+    for line in lines:
+        given = evidence.arguments(shlex.split(line)[2:])
+        assert (evidence.CONF / "experiment" / f"{given.experiment}.yaml").exists(), line
+    assert len(lines) >= 4
+
+
+def test_the_command_line(capsys):
+    given = evidence.arguments(["mqar", "--at-once", "2", "seed=1,2", "--minutes", "0.5"])
+    assert (given.experiment, given.words, given.at_once, given.minutes) == ("mqar", ["seed=1,2"], 2, 0.5)
+    with pytest.raises(SystemExit):
+        evidence.arguments(["mqar", "--at-once", "0"])
+    assert "--at-once 0 must be at least 1" in capsys.readouterr().err

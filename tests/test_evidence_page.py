@@ -1,0 +1,162 @@
+"""The pages of experiments, from results by hand: tables, published numbers beside ours, and what is drawn."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.evidence import Results
+from scripts.figures import evidence
+from scripts.figures.claims import CLAIMS, scaled
+from scripts.figures.published import MAD, STATE_TRACKING
+from scripts.figures.results import best, curve, label, points
+from tests.conftest import ROOT
+
+NEGATIVE = "model.mixers.main.regressor.negative_eigenvalues"
+ON = "validation/accuracy_on/"
+
+
+def result(experiment: str, found: dict[str, float], **settings: Any) -> dict[str, Any]:
+    words = [f"experiment={experiment}", *(f"{key.replace('__', '.')}={value}" for key, value in settings.items())]
+    row = {"job": f"{experiment}/{','.join(words)}", "words": words, "date": "2026-11-29", "commit": "0123456789abcdef"}
+    origin = {
+        "changed": False,
+        "device": "NVIDIA H200",
+        "versions": {"python": "3.12", "torch": "2.11"},
+        "seconds": 36.0,
+    }
+    return (
+        row | origin | {"command": f"python train.py -m {' '.join(words)}", "state_size": 4096, "parameters": 9} | found
+    )
+
+
+def longer(accuracy: float, chance: float, **settings: Any) -> dict[str, Any]:
+    found = {"validation/chance": chance, f"{ON}longer": accuracy, f"{ON}longer/48-63": 1.0, f"{ON}longer/240-255": 0.5}
+    words = {NEGATIVE: settings.pop("negative")} if "negative" in settings else {}
+    return result("state_tracking", found, **settings, **words)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Results of every experiment: two rates, two seeds, a few mixers."""
+    folder = tmp_path_factory.mktemp("evidence")
+    every: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("mqar", "mqar_memory", "mad", "needles", "regression")
+    }
+    for model, seed, rate in product(("mesa", "linear"), (1, 2), (1e-3, 1e-2)):
+        good = (0.9 if model == "mesa" else 0.5) - (0.2 if rate == 1e-2 else 0) + 0.01 * seed
+        settings = {"model": model, "seed": seed, "optimizer__lr": rate}
+        for width in (32, 64):
+            size = {"state_size": width**2, f"{ON}64x4": good, f"{ON}1024x256": good / 2}
+            every["mqar"].append(result("mqar", size, **settings, model__hidden_size=width))
+        memory = {f"{ON}{length}x{n}": good - n / 1000 for length in (256, 4096) for n in (64, 128)}
+        every["mqar_memory"].append(result("mqar_memory", memory, **settings))
+        found = {f"{ON}{length}": good for length in (1024, 8192)}
+        every["needles"] += [result("needles", found, **settings, data=f"needle_s{i}") for i in (1, 2)]
+        found = {"validation/nats_on/longer": 1 - good, "validation/nats_on/longer/0-15": 0.5}
+        every["regression"].append(result("regression", found, **settings, data="regression_linear"))
+        for task in MAD.columns:
+            every["mad"].append(result("mad", {"validation/accuracy": good}, **settings, data=task))
+    tracked = [(1, "true", 1.0), (2, "true", 0.75), (1, "false", 0.5), (2, "false", 0.5)]
+    rows = [longer(x, 0.5, data="parity", model="deltanet", seed=s, negative=n) for s, n, x in tracked]
+    every["state_tracking"] = [
+        *rows,
+        longer(0.6, 0.2, data="modular_brackets", model="deltanet", seed=1, negative=True),
+    ]
+    every["state_tracking_others"] = [longer(0.5, 0.5, data="parity", model="softmax", seed=1)]
+    every["word_problems"] = [longer(1.0, 1 / 6, data="s3", model="delta_product", seed=1, negative="true")]
+    for name, rows in every.items():
+        (folder / name).mkdir()
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / name / "results.jsonl").write_text(lines)
+    (folder / "mad" / "notes.md").write_text("Memorization is lower here, since nothing was tuned.\n")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_page_is_written_from_the_results_alone(name, folder):
+    table = evidence.write(name, folder)
+    page, picture = (folder / name / "README.md").read_text(), (folder / name / "figure.svg").read_text()
+    assert json.loads((folder / name / "table.json").read_text()) == json.loads(json.dumps(table))
+    assert (folder / name / "table.txt").read_text() == evidence.text(table)
+    assert all(line in page for line in evidence.markdown(table)) and "![" in page
+    assert f"python scripts/figures/evidence.py {name}\n" in page and "NVIDIA H200" in page and "0123456789" in page
+    assert all(len(line) < 200 or line.startswith(("|", "*")) for line in page.splitlines())
+    assert len(picture) < 100_000 and all(row["mixer"] in picture for row in table)
+    if name == "mad":
+        evidence.write(name, folder)
+        assert (folder / name / "figure.svg").read_text() == picture, "drawn again, it is the same"
+
+
+def test_the_best_rate_counts_and_seeds_are_averaged(folder):
+    rows = evidence.read(CLAIMS["mqar"], folder)
+    table = {(row["mixer"], row["width"]): row for row in CLAIMS["mqar"].table(rows)}
+    row = table["mesa", 64]
+    assert row["rate"] == "0.001" and row["seeds"] == 2 and row["state"] == 4096
+    assert row["64x4"] == pytest.approx(0.915) and row["mean"] == pytest.approx(0.75 * 0.915)
+    chosen = best(rows, label, CLAIMS["mqar"].measure)
+    assert set(chosen) == {"mesa", "linear"} and len(chosen["mesa"]) == 4  # two widths, two seeds
+    memory = CLAIMS["mqar_memory"].table(evidence.read(CLAIMS["mqar_memory"], folder))
+    assert memory[1]["4096x128"] == pytest.approx(0.915 - 0.128) and memory[1]["spread"] == pytest.approx(0.01)
+
+
+def test_of_losses_the_smallest_is_the_best(folder):
+    rows = evidence.read(CLAIMS["regression"], folder)
+    table = {row["mixer"]: row for row in CLAIMS["regression"].table(rows)}
+    assert table["mesa"]["linear"] == pytest.approx(1 - 0.915) and table["mesa"]["seeds"] == 2
+    assert curve(rows[0], "longer") == {7.5: 0.5}
+
+
+def test_scaled_accuracy_and_curves(folder):
+    rows = evidence.read(CLAIMS["state_tracking"], folder)
+    assert [label(row) for row in rows[::2]] == ["deltanet [-1, 1]", "deltanet [0, 1]", "deltanet [-1, 1]"]
+    assert scaled(rows[1]) == 0.5 and scaled(rows[4]) == pytest.approx(0.5) and points(rows[0]) == {"longer": 1.0}
+    assert curve(rows[0], "longer") == {55.5: 1.0, 247.5: 0.5}
+    table = {row["mixer"]: row for row in CLAIMS["state_tracking"].table(rows)}
+    assert table["deltanet [-1, 1]"]["parity"] == 1.0 and table["deltanet [-1, 1]"]["parity, mean"] == 0.75
+    assert table["softmax"]["parity"] == 0 and table["softmax"]["modular_brackets"] is None
+
+
+def test_published_numbers_stand_beside_ours(folder):
+    evidence.write("mad", folder)
+    page = (folder / "mad" / "README.md").read_text()
+    assert "Ours, and those of MesaNet" in page and "| mesa | 91.5, 100 |" in page
+    assert "* mesa, mad compression: 91.5 here, 45.4 there." in page and "since nothing was tuned" in page
+    evidence.write("state_tracking", folder)
+    page = (folder / "state_tracking" / "README.md").read_text()
+    assert "| deltanet [-1, 1] | 1.000, 1.000 | -, 0.971 | 0.500, 0.260 |" in page
+    assert "* deltanet [-1, 1], modular brackets: 0.500 here, 0.260 there." in page and "parity:" not in page
+
+
+def test_what_is_published_names_what_is_here():
+    models = {path.stem for path in (ROOT / "conf/model").glob("*.yaml")}
+    assert set(MAD.of) <= models and {name.partition(" [")[0] for name in STATE_TRACKING.of} <= models
+    for name, claim in CLAIMS.items():
+        assert name in claim.sources and all(
+            (ROOT / f"conf/experiment/{source}.yaml").exists() for source in claim.sources
+        )
+        if claim.published:
+            assert all(len(of) == len(claim.published.columns) for of in claim.published.of.values())
+            assert all((ROOT / f"conf/data/{task}.yaml").exists() for task in claim.published.columns)
+
+
+def test_without_results_it_says_what_makes_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["evidence.py", "mqar", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"mqar has no results.jsonl; python scripts/evidence.py makes it"):
+        evidence.main()
+    assert Results(tmp_path / "none").read() == []
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "evidence").glob("*/README.md")), ids=lambda p: p.parent.name)
+def test_stored_pages_are_up_to_date(page):
+    """With the results that lie beside them."""
+    name = page.parent.name
+    claim = CLAIMS[name]
+    table = claim.table(evidence.read(claim, page.parents[1]))
+    assert all(line in page.read_text() for line in evidence.markdown(table)), f"scripts/figures/evidence.py {name}"
+    assert (page.parent / "table.txt").read_text() == evidence.text(table)
