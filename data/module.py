@@ -12,14 +12,16 @@ epoch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
 
 from data.batch import Batch
+from data.mixture import Mixture
 from data.order import GlobalOrder
 from data.text import IGNORE
 
@@ -46,10 +48,19 @@ class DataModule(L.LightningDataModule):
         self.validation_tokens, self.overfit = validation_tokens, overfit
 
     def describe(self) -> list[str]:
-        """The lines of the task, and one where it has fewer tokens to validate on than asked for."""
-        held = len(self.task.validation_samples()) * self.batch.seq_len
-        fewer = f"validation_tokens={self.validation_tokens} is more than are held out: all {held:,} are validated on"
-        return [*self.task.describe(), *([fewer] if held < self.validation_tokens else [])]
+        """The lines of the task, and one where it has fewer tokens to validate on than asked for; of a mixture how
+        often each part is read.
+        """
+        mixed = isinstance(self.task, Mixture)
+        parts = self.task.parts if mixed else {"": self.task}
+        lines = [*self.task.describe(), *(self.task.passes(self.batch) if mixed else [])]
+        for name, part in parts.items():
+            held = len(part.validation_samples()) * self.batch.seq_len
+            if held * len(parts) < self.validation_tokens:
+                asked = f"validation_tokens={self.validation_tokens}" + f" / {len(parts)}" * mixed
+                told = f"{asked} is more than are held out: all {held:,} are validated on"
+                lines.append(f"{name}: {told}" if mixed else told)
+        return lines
 
     def setup(self, stage: str | None = None) -> None:
         self.task.prepare()
@@ -58,13 +69,9 @@ class DataModule(L.LightningDataModule):
         trainer = self.trainer
         samples = self.task.train_samples()
         assert (trainer.accumulate_grad_batches, trainer.world_size) == (self.batch.accumulation, self.batch.world_size)
-        order = GlobalOrder(
-            len(samples),
-            self.batch,
-            self.seed,
-            rank=trainer.global_rank,
-            first_step=trainer.global_step,
-            overfit=self.overfit,
+        ordered = self.task.order if isinstance(self.task, Mixture) else partial(GlobalOrder, len(samples))
+        order = ordered(
+            self.batch, self.seed, rank=trainer.global_rank, first_step=trainer.global_step, overfit=self.overfit
         )
         align_progress(trainer)
         identity = {
@@ -79,11 +86,19 @@ class DataModule(L.LightningDataModule):
         return self.validation_loader(self.batch.seq_len)
 
     def validation_loader(self, seq_len: int) -> DataLoader:
-        """The validation set in sequences of another length; 2 and 4 times the training length test extrapolation."""
-        samples = self.task.validation_samples(seq_len)
-        count = min(-(-self.validation_tokens // seq_len), len(samples))
+        """The validation set in sequences of another length; 2 and 4 times the training length test extrapolation. The
+        parts of a mixture follow each other, with as many tokens each, and a batch is of one part.
+        """
         micro_batch = max(1, self.batch.micro_batch * self.batch.seq_len // seq_len)
-        share = Share(samples, count, micro_batch, self.trainer.global_rank, self.trainer.world_size)
+        mixed = isinstance(self.task, Mixture)
+        parts = self.task.validation_parts(seq_len) if mixed else [self.task.validation_samples(seq_len)]
+        each = -(-self.validation_tokens // (seq_len * len(parts)))
+        ranks = self.trainer.global_rank, self.trainer.world_size
+        shares: list[Share] = [
+            Share(samples, min(each, len(samples)), micro_batch, *ranks, number if mixed else None)
+            for number, samples in enumerate(parts)
+        ]
+        share = ConcatDataset(shares) if mixed else shares[0]
         return DataLoader(share, batch_size=micro_batch, shuffle=False, **self._loader_settings())
 
     def _loader_settings(self) -> dict[str, Any]:
@@ -111,10 +126,12 @@ def misfits(task: Any, batch: Batch) -> list[str]:
     return found
 
 
-def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor | None]:
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch, [B, T] each. `segments` is None where every row is one document: mixers then need no masks, and to see
-    it here costs no transfer from the GPU."""
+    it here costs no transfer from the GPU. `part` is the number of the part of a mixture that all samples are of."""
     batch = default_collate(samples)
+    if "part" in batch:
+        batch["part"] = int(batch["part"][0])
     return batch if batch["segments"].any() else {**batch, "segments": None}
 
 
@@ -155,24 +172,33 @@ class Share(Dataset):
     """One rank's share of `count` samples, evenly spaced over all: every world-th of them, from the rank-th on.
 
     Padded to whole micro-batches, as many on every rank, with samples that have no label: they weigh nothing where the
-    loss is averaged over labels.
+    loss is averaged over labels. part: a number that all samples get.
     """
 
-    def __init__(self, samples: Sequence[dict[str, Tensor]], count: int, micro_batch: int, rank: int, world: int):
+    def __init__(
+        self,
+        samples: Sequence[dict[str, Tensor]],
+        count: int,
+        micro_batch: int,
+        rank: int,
+        world: int,
+        part: int | None = None,
+    ):
         assert 1 <= count <= len(samples), (count, len(samples))
+        self.marks = {} if part is None else {"part": part}
         self.samples, self.indices = samples, [i * len(samples) // count for i in range(rank, count, world)]
         self.size = -(-count // (world * micro_batch)) * micro_batch
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if index < len(self.indices):
-            return self.samples[self.indices[index]]
+            return self.samples[self.indices[index]] | self.marks
         if index >= self.size:
             raise IndexError(index)
         sample = self.samples[0]
-        return {**sample, "labels": torch.full_like(sample["labels"], IGNORE)}
+        return {**sample, "labels": torch.full_like(sample["labels"], IGNORE), **self.marks}
 
 
 def align_progress(trainer: L.Trainer) -> None:

@@ -44,21 +44,23 @@ class GlobalOrder:
         self.num_samples, self.batch, self.seed = num_samples, batch, seed
         self.rank, self.first_step, self.overfit = rank, first_step, overfit
         self.steps_per_epoch = num_samples // batch.sequences
+        self._epoch, self._permutation = -1, torch.empty(0)
 
     def __len__(self) -> int:
         return self.batch.num_steps * self.batch.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, permutation, size = -1, torch.empty(0), self.batch.sequences
         for step in range(self.first_step, self.batch.num_steps):
-            position = 0 if self.overfit else step
-            if position // self.steps_per_epoch != epoch:
-                epoch = position // self.steps_per_epoch
-                permutation = epoch_permutation(self.num_samples, self.seed, epoch)
-            start = position % self.steps_per_epoch * size
-            mine = permutation[start : start + size][self.rank :: self.batch.world_size].tolist()
+            mine = self.samples(0 if self.overfit else step)[self.rank :: self.batch.world_size].tolist()
             for i in range(0, len(mine), self.batch.micro_batch):
                 yield mine[i : i + self.batch.micro_batch]
+
+    def samples(self, step: int) -> Tensor:
+        """Those of a step, of all ranks. int64 [B]."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, epoch_permutation(self.num_samples, self.seed, epoch)
+        return self._permutation[place * self.batch.sequences : (place + 1) * self.batch.sequences]
 
 
 def epoch_permutation(num_samples: int, seed: int, epoch: int) -> Tensor:

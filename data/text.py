@@ -11,6 +11,8 @@ Sample i + 1 starts with the last label of sample i, so that every token but the
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -50,10 +52,19 @@ class Text:
         """
         if self._splits and not verify:
             return
-        folder = shard_folder(self.name, self.corpus, self.tokenizer, self.drop_duplicates)
+        folder = self.folder
         prepare(self.corpus, self.tokenizer, folder, num_workers=num_workers, drop_duplicates=self.drop_duplicates)
         check(folder, self.tokenizer, everything=verify)
         self._splits = {split: TokenShards(folder, split) for split in ("train", "validation")}
+
+    @property
+    def folder(self) -> Path:
+        """Of the shards, which may be still to be written."""
+        return shard_folder(self.name, self.corpus, self.tokenizer, self.drop_duplicates)
+
+    @property
+    def prepared(self) -> bool:
+        return bool(self._splits)
 
     def _shards(self, split: str) -> TokenShards:
         if not self._splits:

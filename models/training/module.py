@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from data.mixture import Source, by_source, together
 from models.language_model import LanguageModel
 from models.loss import IGNORED
 from models.mixers.mixer import Mixer
@@ -36,6 +37,7 @@ class Training(L.LightningModule):
         times the tokens, never by a count that differs between micro-batches, so that every split of a batch gives the
         same gradient.
     bytes_per_token: of the validation text, for bits per byte; None where there is no text.
+    sources: the parts of a mixture, each of which is validated by itself too; none elsewhere.
     chance: the accuracy of a guess, for a task that has right answers; logged beside the model's.
     compile_blocks, cuda_graph: whether the blocks are compiled, and a micro-batch is one CUDA graph (captured.py).
     guard, preemption: what is asked about every step, and told.
@@ -52,6 +54,7 @@ class Training(L.LightningModule):
         targets_per_token: float = 1.0,
         bytes_per_token: float | None = None,
         chance: float | None = None,
+        sources: Sequence[Source] = (),
         compile_blocks: bool = False,
         cuda_graph: bool = False,
         guard: Guard | None = None,
@@ -65,6 +68,7 @@ class Training(L.LightningModule):
         self.optimizer, self.schedule = optimizer, schedule(num_steps=num_steps)
         self.num_steps, self.clip_norm = num_steps, clip_norm
         self.targets_per_token, self.bytes_per_token, self.chance = targets_per_token, bytes_per_token, chance
+        self.sources = sources
         self.compile_blocks, self.cuda_graph = compile_blocks, cuda_graph
         self.guard, self.preemption = guard or Guard(), preemption or Preemption()
         self.recompute = Recompute(model, recompute)
@@ -74,7 +78,7 @@ class Training(L.LightningModule):
         self.first_step, self.began = 0, time.time()  # of this process
         self._sharded = False
         self._window: list[Tensor] = []  # [loss, number of targets] of the micro-batches since the last step
-        self._validation: Tensor | None = None
+        self._validation: dict[int, Tensor] = {}  # of each part of a mixture, else of one
         self.captured: Captured | None = None
         self._told: dict[str, Tensor] = {}  # by the regressors, in the captured pass
 
@@ -222,7 +226,7 @@ class Training(L.LightningModule):
     # validation: sums over a fixed set of tokens, so the result is the same for every world size and micro-batch
 
     def on_validation_epoch_start(self) -> None:
-        self._validation = None
+        self._validation = {}
 
     def validation_step(self, batch: dict[str, Tensor | Any], index: int) -> None:
         labels = batch["labels"]
@@ -231,11 +235,12 @@ class Training(L.LightningModule):
         sums = torch.stack([nats.double().sum(0), kept.double().sum(0)])  # [2, T]
         if self.bytes_per_token is None:  # a task with right answers: how often they are the likeliest
             sums = torch.cat([sums, ((predictions == labels) & kept).double().sum(0, keepdim=True)])
-        self._validation = sums if self._validation is None else self._validation + sums
+        part: Any = batch.get("part", 0)
+        self._validation[part] = self._validation[part] + sums if part in self._validation else sums
 
     def on_validation_epoch_end(self) -> None:
-        assert self._validation is not None
-        sums = _sum_over_ranks(self._validation)
+        each = _sum_over_ranks(torch.stack(list(self._validation.values())))  # [parts, 2 or 3, T]
+        sums = together(each, self.sources) if self.sources else each[0]
         nats, count = sums[0], sums[1]
         mean = (nats.sum() / count.sum()).item()
         # `step` is Lightning's key for the row this belongs to: that of the step just taken
@@ -244,6 +249,7 @@ class Training(L.LightningModule):
             "validation/nats": mean,
             "validation/perplexity": math.exp(min(mean, 700.0)),
             **self.progress(),
+            **(by_source(each, self.sources) if self.sources else {}),
         }
         if self.bytes_per_token is not None:
             metrics["validation/bits_per_byte"] = mean / math.log(2) / self.bytes_per_token
