@@ -62,6 +62,8 @@ NUMBERS = {
     "validation_tokens": COUNT,
     "log_every": COUNT,
     "num_workers": WHOLE,
+    "part": WHOLE._replace(optional=True),
+    "parts": COUNT_OR_NULL,
     "validate_every": INTERVAL,
     "checkpoint_every": INTERVAL,
     "keep.newest": COUNT,

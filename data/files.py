@@ -4,7 +4,10 @@ each is read.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from copy import copy
+from itertools import accumulate
 from pathlib import Path
 
 from data.corpora import Corpus, Document, check_fraction, escaped, hash_of, split_of
@@ -51,10 +54,11 @@ class TextFiles(Corpus):
                     f"such as {both[0]}; keep what to validate on in a folder of its own"
                 )
         self.files = [(split, file) for split, found in self.found.items() for file in found.files]
+        self.numbers = range(len(self.files))  # that are read
 
     def read(self, position: list[int] | None = None) -> Iterator[Document]:
-        first, offset, index = position or (0, 0, 0)
-        for number in range(first, len(self.files)):
+        first, offset, index = position or (self.numbers.start, 0, 0)
+        for number in range(first, self.numbers.stop):
             split, file = self.files[number]
             for text, last, behind in self.reader.parts(file, offset, index):
                 named = f"{self.found[split].files[file]}:{behind[1] - last}"
@@ -62,15 +66,30 @@ class TextFiles(Corpus):
                 yield Document(own, named, text, last, [number, *behind])
             offset = index = 0
 
+    def part(self, part: int, parts: int) -> TextFiles:
+        """Whole files: those whose middle lies in the part-th of `parts` stretches of equal bytes."""
+        if parts > len(self.files):
+            raise ValueError(
+                f"parts={parts} is more than the {len(self.files)} files of {self.describe()}, which are not divided"
+            )
+        sizes = [Path(file).stat().st_size for _, file in self.files]
+        total, behind = max(1, sum(sizes)), list(accumulate(sizes))
+        places = [
+            min(parts - 1, (2 * end - size) * parts // (2 * total)) for end, size in zip(behind, sizes, strict=True)
+        ]
+        found = copy(self)
+        found.numbers = range(bisect_left(places, part), bisect_right(places, part))
+        return found
+
     def with_both_splits(self) -> Corpus:
         return self if self.validation is not None else with_held_out(self, self.validation_fraction)
 
     def fraction(self, position: list[int]) -> float:
-        sizes = [Path(file).stat().st_size for _, file in self.files]
         number, offset, _ = position
-        file = self.files[number][1]
-        within = min(offset, sizes[number]) if file.lower().endswith((*TEXT, *ROWS)) else 0
-        return (sum(sizes[:number]) + within) / max(1, sum(sizes))
+        sizes = {n: Path(self.files[n][1]).stat().st_size for n in self.numbers}
+        plain = self.files[number][1].lower().endswith((*TEXT, *ROWS))
+        within = min(offset, sizes[number]) if plain else 0
+        return (sum(size for n, size in sizes.items() if n < number) + within) / max(1, sum(sizes.values()))
 
     def fingerprint(self) -> str:
         """Paths, sizes and times of change: a file that was edited is prepared again. And names where they decide the

@@ -71,6 +71,13 @@ class Mixture:
         for part, text in self.parts.items():
             _named(part, partial(text.prepare, num_workers, verify))
 
+    def prepare_part(self, part: int, parts: int, num_workers: int = 0) -> list[Path]:
+        """Part `part` (from 0) of `parts` of every corpus (data/divided.py)."""
+        if isinstance(self.tokenizer, Trainable) and not self.tokenizer.trained:
+            self._prepare_tokenizer(self.tokenizer)
+        each = self.parts.items()
+        return [p for name, text in each for p in _named(name, partial(text.prepare_part, part, parts, num_workers))]
+
     def _prepare_tokenizer(self, tokenizer: Trainable) -> None:
         folder = cache_folder() / f"{self.name}-{_hash(tokenizer.spec())[:12]}.tokenizer"
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.corpora import Corpus
+from data.divided import divided, merge, prepare_part
 from data.prepare import prepare
 from data.shards import TokenShards, check, shard_folder
 from data.tokenizer import Tokenizer
@@ -53,9 +54,16 @@ class Text:
         if self._splits and not verify:
             return
         folder = self.folder
+        if divided(folder):
+            merge(self.corpus, self.tokenizer, folder)
         prepare(self.corpus, self.tokenizer, folder, num_workers=num_workers, drop_duplicates=self.drop_duplicates)
         check(folder, self.tokenizer, everything=verify)
         self._splits = {split: TokenShards(folder, split) for split in ("train", "validation")}
+
+    def prepare_part(self, part: int, parts: int, num_workers: int = 0) -> list[Path]:
+        """Part `part` (from 0) of `parts` (data/divided.py). Returns the folder, as the only one."""
+        where = self.corpus, self.tokenizer, self.folder
+        return [prepare_part(*where, part, parts, num_workers=num_workers, drop_duplicates=self.drop_duplicates)]
 
     @property
     def folder(self) -> Path:

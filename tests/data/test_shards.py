@@ -76,7 +76,7 @@ class Interrupted(Documents):
 @pytest.mark.parametrize("shard_tokens", [7, 2**20])
 @pytest.mark.parametrize("torn", ["", "train_00000.bin", "train_offsets.bin", "journal.jsonl"])
 def test_what_was_done_before_a_kill_is_kept_and_what_is_torn_is_not(tmp_path, monkeypatch, torn, shard_tokens):
-    monkeypatch.setattr("data.prepare.PIECE", 1)  # a document each
+    monkeypatch.setattr("data.pieces.PIECE", 1)  # a document each
     folder, partial = tmp_path / "shards", tmp_path / "shards.partial"
     prepare(Documents(TRAIN, VALIDATION), Bytes(), tmp_path / "whole", shard_tokens)
     corpus = Interrupted(TRAIN, VALIDATION)
@@ -100,7 +100,7 @@ def content(folder):
 
 @pytest.mark.parametrize("tokenizer", [Bytes, lambda: Bpe(300)], ids=["bytes", "bpe"])
 def test_one_worker_or_three_give_the_same_bytes(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setattr("data.prepare.PIECE", 50)
+    monkeypatch.setattr("data.pieces.PIECE", 50)
     corpus = Documents([f"{text} <eos> {i}" for i in range(30) for text in TRAIN], VALIDATION)
     for num_workers in (0, 1, 3):
         prepare(corpus, tokenizer(), tmp_path / str(num_workers), num_workers=num_workers)
@@ -108,7 +108,7 @@ def test_one_worker_or_three_give_the_same_bytes(tmp_path, monkeypatch, tokenize
 
 
 def test_duplicates_are_dropped_on_demand_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.prepare.PIECE", 1)
+    monkeypatch.setattr("data.pieces.PIECE", 1)
     corpus = Documents(["a", "b", "a", "a", "c"], ["v", "b"])
     prepare(corpus, Bytes(), tmp_path / "all")
     prepare(corpus, Bytes(), tmp_path / "once", drop_duplicates=True)
@@ -123,9 +123,9 @@ def test_duplicates_are_dropped_on_demand_and_counted(tmp_path, monkeypatch):
 
 
 def test_the_end_of_a_long_document_is_no_duplicate_after_a_kill(tmp_path, monkeypatch):
-    for module in ("formats", "prepare"):
+    for module in ("formats", "pieces"):
         monkeypatch.setattr(f"data.{module}.PART", 8)
-    monkeypatch.setattr("data.prepare.PIECE", 1)
+    monkeypatch.setattr("data.pieces.PIECE", 1)
     for name, text in (("a", "x" * 8 + "hello"), ("b", "hello"), ("c", "hello")):
         (tmp_path / f"{name}.txt").write_text(text)
     (tmp_path / "v").mkdir()
