@@ -11,13 +11,15 @@ from itertools import accumulate
 from pathlib import Path
 
 from data.corpora import Corpus, Document, check_fraction, escaped, hash_of, split_of
-from data.finding import find, id_of
+from data.finding import find
 from data.formats import ROWS, TEXT, Reader
 from data.held_out import with_held_out
+from data.remote import id_of, size_of, stamp_of
 
 
 class TextFiles(Corpus):
-    """The files of a folder, or that match a pattern (`**` crosses folders), or one file, in the order of their paths.
+    """The files of a folder, or that match a pattern (`**` crosses folders), or one file, in the order of their paths,
+    on this machine or elsewhere (data/remote.py).
 
     path          a list takes several
     validation    another path; without it, `validation_fraction` of the documents is held out, and some text
@@ -47,7 +49,7 @@ class TextFiles(Corpus):
         if validation is not None:
             self.found["validation"] = find("data.corpus.validation", validation)
             known = self.found["train"].ids
-            both = [file for file in self.found["validation"].files if id_of(Path(file).stat()) in known]
+            both = [file for file in self.found["validation"].files if id_of(file) in known]
             if both:
                 raise ValueError(
                     f"data.corpus.validation={validation!r} and data.corpus.path={path!r} share {len(both)} files, "
@@ -72,7 +74,7 @@ class TextFiles(Corpus):
             raise ValueError(
                 f"parts={parts} is more than the {len(self.files)} files of {self.describe()}, which are not divided"
             )
-        sizes = [Path(file).stat().st_size for _, file in self.files]
+        sizes = [size_of(file) or 0 for _, file in self.files]
         total, behind = max(1, sum(sizes)), list(accumulate(sizes))
         places = [
             min(parts - 1, (2 * end - size) * parts // (2 * total)) for end, size in zip(behind, sizes, strict=True)
@@ -86,7 +88,7 @@ class TextFiles(Corpus):
 
     def fraction(self, position: list[int]) -> float:
         number, offset, _ = position
-        sizes = {n: Path(self.files[n][1]).stat().st_size for n in self.numbers}
+        sizes = {n: size_of(self.files[n][1]) or 0 for n in self.numbers}
         plain = self.files[number][1].lower().endswith((*TEXT, *ROWS))
         within = min(offset, sizes[number]) if plain else 0
         return (sum(size for n, size in sizes.items() if n < number) + within) / max(1, sum(sizes.values()))
@@ -107,10 +109,10 @@ class TextFiles(Corpus):
         files = []
         for split, file in self.files:
             try:
-                stat = Path(file).stat()
+                stamp = stamp_of(file)
             except OSError as error:
                 raise ValueError(f"data.corpus.path={self.path!r}: {file} has gone ({error.strerror})") from error
-            found, line = self.found[split], f"{split} {file} {stat.st_size} {stat.st_mtime_ns}"
+            found, line = self.found[split], f"{split} {file} {stamp}"
             named = self.validation is None and file in found.walked and found.files[file] != escaped(Path(file).name)
             files.append(f"{line} {found.files[file]}" if named else line)
         return hash_of("text_files", *settings, *files)

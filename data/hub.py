@@ -77,7 +77,7 @@ class Hub(Corpus):
         if found := [name for name, counts in counted.items() if counts]:
             raise ValueError(
                 f"parts={parts}: data.corpus.{found[0]}={getattr(self, found[0])} needs all rows before a part's own; "
-                f"data=text_files data.corpus.path='hf://datasets/{self.path}/FOLDER/*.parquet' reads its files in parts"
+                f"data=text_files data.corpus.path=hf://datasets/{self.path}/FOLDER reads its files in parts"
             )
         found_part = copy(self)
         found_part.share = (part, parts)

@@ -105,9 +105,14 @@ class Mixture:
             yield text
 
     @property
+    def folders(self) -> list[Path]:
+        """Of the shards of each part."""
+        return [text.folder for text in self.parts.values()]
+
+    @property
     def folder(self) -> Path:
         """A folder of shards, with the tokenizer of all parts."""
-        return next(iter(self.parts.values())).folder
+        return self.folders[0]
 
     @property
     def vocab_size(self) -> int:

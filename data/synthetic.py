@@ -78,6 +78,10 @@ class AssociativeRecall:
     def prepare(self, num_workers: int = 0, verify: bool = False) -> None:
         """Nothing to prepare: sequences are made when they are asked for."""
 
+    @property
+    def folders(self) -> list[Path]:
+        return []
+
     def prepare_part(self, part: int, parts: int, num_workers: int = 0) -> list[Path]:
         return []
 

@@ -21,6 +21,7 @@ from data.corpora import Corpus
 from data.divided import divided, merge, prepare_part
 from data.prepare import prepare
 from data.shards import TokenShards, check, shard_folder
+from data.store import fetch
 from data.tokenizer import Tokenizer
 
 IGNORE = -100  # the label that cross-entropy leaves out
@@ -54,6 +55,7 @@ class Text:
         if self._splits and not verify:
             return
         folder = self.folder
+        fetch(folder)
         if divided(folder):
             merge(self.corpus, self.tokenizer, folder)
         prepare(self.corpus, self.tokenizer, folder, num_workers=num_workers, drop_duplicates=self.drop_duplicates)
@@ -69,6 +71,11 @@ class Text:
     def folder(self) -> Path:
         """Of the shards, which may be still to be written."""
         return shard_folder(self.name, self.corpus, self.tokenizer, self.drop_duplicates)
+
+    @property
+    def folders(self) -> list[Path]:
+        """All, of which this has one."""
+        return [self.folder]
 
     @property
     def prepared(self) -> bool:

@@ -8,6 +8,8 @@ there, and learn of a flipped bit:
 
     python scripts/prepare_data.py data=fineweb_edu tokenizer=bpe +verify=true
 
+With TTR_STORE=s3://bucket/prepared (or another URL or folder) it puts there what it has made, and runs fetch it.
+
 Sixteen machines prepare a part each, with part= from 0 to 15. Then the command without part= and parts= merges them:
 
     python scripts/prepare_data.py data=text_files data.corpus.path=pages part=3 parts=16
@@ -24,6 +26,7 @@ from omegaconf import DictConfig
 
 from conf import schema, settings
 from conf.command import one_sentence
+from data.store import put
 from models.build import build
 
 
@@ -35,6 +38,8 @@ def prepare(cfg: DictConfig) -> None:
         task = build(cfg.data, tokenizer=build(cfg.tokenizer), seq_len=cfg.seq_len)
         if cfg.part is None and cfg.parts is None:
             task.prepare(cfg.num_workers, verify=cfg.get("verify", False))
+            for folder in task.folders:
+                put(folder)
             print(*task.describe(), sep="\n")
             return
         if cfg.part is None or cfg.parts is None:
