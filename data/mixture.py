@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
@@ -146,9 +148,9 @@ class Mixture:
         sizes = [len(text.train_samples()) for text in self.parts.values()]
         return MixedOrder(sizes, list(self.shares.values()), list(self.parts), batch, seed, rank, first_step, overfit)
 
-    def train_samples(self) -> ConcatDataset:
+    def train_samples(self) -> Joined:
         """Of all parts, one behind the other; `order` says which are taken."""
-        return ConcatDataset([text.train_samples() for text in self.parts.values()])
+        return Joined([text.train_samples() for text in self.parts.values()])
 
     def validation_samples(self, seq_len: int | None = None) -> ConcatDataset:
         return ConcatDataset(self.validation_parts(seq_len))
@@ -171,6 +173,23 @@ class Mixture:
                     line += f": its text runs out in step {last:,} and begins again in another order"
             lines.append(line)
         return lines
+
+
+class Joined(ConcatDataset):
+    """Samples of several parts, one part behind the other."""
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Several samples at once, as data.text.Sequences has them."""
+        asked = np.array(indices)
+        parts = np.searchsorted(self.cumulative_sizes, asked, side="right")
+        found: dict[str, Tensor] = {}
+        for part in np.unique(parts).tolist():
+            (rows,) = np.nonzero(parts == part)
+            texts: Any = self.datasets[part]
+            first = self.cumulative_sizes[part] - len(texts)
+            for name, values in texts.__getitems__((asked[rows] - first).tolist()).items():
+                found.setdefault(name, values.new_empty(len(asked), *values.shape[1:]))[torch.from_numpy(rows)] = values
+        return found
 
 
 def share_line(share: float, batch: Batch) -> str:

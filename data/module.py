@@ -126,10 +126,12 @@ def misfits(task: Any, batch: Batch) -> list[str]:
     return found
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch, [B, T] each. `segments` is None where every row is one document: mixers then need no masks, and to see
-    it here costs no transfer from the GPU. `part` is the number of the part of a mixture that all samples are of."""
-    batch = default_collate(samples)
+def collate(samples: list[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
+    """A batch, [B, T] each, of samples, or of what is one already. `segments` is None where every row is one document:
+    mixers then need no masks, and to see it here costs no transfer from the GPU. `part` is the number of the part of a
+    mixture that all samples are of.
+    """
+    batch: dict[str, Any] = samples if isinstance(samples, dict) else default_collate(samples)
     if "part" in batch:
         batch["part"] = int(batch["part"][0])
     return batch if batch["segments"].any() else {**batch, "segments": None}

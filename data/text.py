@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -153,8 +154,15 @@ class Sequences(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        start = index * self.seq_len
-        tokens = torch.from_numpy(self.shards.read(start, start + self.seq_len + 1))
-        documents = torch.from_numpy(self.shards.document_numbers(start, start + self.seq_len + 1))
-        labels = tokens[1:].masked_fill(documents[1:] != documents[:-1], IGNORE)
-        return {"input_ids": tokens[:-1], "labels": labels, "segments": documents[:-1]}
+        return {name: rows[0] for name, rows in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Several samples at once, [B, L] each, which is how a loader asks for a batch."""
+        starts = np.array(indices, dtype=np.int64) * self.seq_len
+        tokens = self.shards.rows(starts, self.seq_len + 1)
+        begins = self.shards.document_starts(starts, self.seq_len + 1)
+        labels = tokens[:, 1:].astype(np.int64)
+        labels[begins[:, 1:]] = IGNORE
+        found = {"input_ids": tokens[:, :-1].astype(np.int64), "labels": labels}
+        found["segments"] = begins[:, :-1].cumsum(1, dtype=np.int64)
+        return {name: torch.from_numpy(rows) for name, rows in found.items()}

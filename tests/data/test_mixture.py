@@ -115,7 +115,9 @@ def module(task, batch=20, steps=100, **settings) -> DataModule:
 
 def test_tokens_come_from_the_parts_by_their_weights(mixture):
     samples, step = mixture.train_samples(), mixture.order(module(mixture).batch, seed=3).samples(0)
-    rows = [mixture.tokenizer.decode(samples[i]["input_ids"]) for i in step.tolist()]
+    at_once = samples.__getitems__(step.tolist())
+    assert all(rows.tolist() == [samples[i][name].tolist() for i in step.tolist()] for name, rows in at_once.items())
+    rows = [mixture.tokenizer.decode(row) for row in at_once["input_ids"]]
     assert [sum(letter in row for row in rows) for letter in "wcb"] == [10, 6, 4]
 
 

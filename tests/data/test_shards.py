@@ -43,14 +43,16 @@ def test_round_trip_over_shards(documents, tmp_path, shard_tokens):
         assert shards.offsets.tolist() == [0, *ends]
 
 
-def test_document_numbers_start_at_zero_in_every_range(documents, tmp_path):
-    prepare(documents(["ab", "c", "defg"], ["x"]), Bytes(), tmp_path / "shards")
+def test_rows_are_what_is_read_and_know_where_documents_begin(documents, tmp_path):
+    prepare(documents(["ab", "c", "defg"], ["x"]), Bytes(), tmp_path / "shards", shard_tokens=4)
     shards = TokenShards(tmp_path / "shards", "train")
-    whole = [0, 0, 0, 1, 1, 2, 2, 2, 2, 2]
-    for start in range(10):
-        for stop in range(start + 1, 11):
-            expected = [n - whole[start] for n in whole[start:stop]]
-            assert shards.document_numbers(start, stop).tolist() == expected
+    begins = [True, False, False, True, False, True, False, False, False, False]
+    for length in range(1, 11):
+        starts = np.arange(0, 11 - length)
+        rows, found = shards.rows(starts, length), shards.document_starts(starts, length)
+        for start, row, begin in zip(starts, rows, found, strict=True):
+            assert row.tolist() == shards.read(start, start + length).tolist()
+            assert begin.tolist() == [False, *begins[start + 1 : start + length]]
 
 
 def test_small_vocabularies_take_two_bytes_a_token_and_large_ones_four(documents, tmp_path):
@@ -216,7 +218,8 @@ def test_a_folder_that_vanishes_under_a_run_is_read_to_the_end(tmp_path):
     shards = TokenShards(tmp_path / "shards", "train")
     pickled = pickle.dumps(shards)
     shutil.rmtree(tmp_path / "shards")
-    assert shards.read(0, shards.num_tokens).tolist() == tokens_of(TRAIN) and shards.document_numbers(0, 9)[-1] == 1
+    assert shards.read(0, shards.num_tokens).tolist() == tokens_of(TRAIN)
+    assert shards.document_starts(np.array([0]), 9)[0].nonzero()[0].tolist() == [4]
     with pytest.raises(ValueError, match=r"shards/meta.json can't be read .*No such file"):
         pickle.loads(pickled)  # as a worker does that begins now
 
