@@ -77,8 +77,8 @@ def merge(corpus: Corpus, tokenizer: Tokenizer, folder: Path, shard_tokens: int 
 
 
 def divided(folder: Path) -> bool:
-    """Whether a corpus is being prepared in parts."""
-    return parts_folder(folder).exists() and not folder.exists()
+    """Whether there are parts of a corpus. Beside the whole they are what a killed merge has left."""
+    return parts_folder(folder).exists()
 
 
 class _Part(Preparation):
@@ -133,19 +133,18 @@ class _Merge(Preparation):
             while not ended:
                 stops = [min(start + CHUNK, s.num_tokens) for start, s in zip(done, shards, strict=True)]
                 ended = stops == [s.num_tokens for s in shards]
-                found = {s.split: _chunk(s, a, b, dtype) for s, a, b in zip(shards, done, stops, strict=True)}
+                found = {s.split: _chunk(s, a, b) for s, a, b in zip(shards, done, stops, strict=True)}
                 done = [0, 0] if ended else stops
                 last = ended and number + 1 == len(self.parts)
                 behind = None if last else [number + ended, *done]
                 yield Piece([], behind, False, [], dropped, empty), found
 
 
-def _chunk(shards: TokenShards, start: int, stop: int, dtype: np.dtype) -> Tokens:
-    """Tokens start to stop - 1. The bytes of a part are counted with its last chunk."""
+def _chunk(shards: TokenShards, start: int, stop: int) -> Tokens:
+    """Tokens start to stop - 1, with their share of the bytes of text: the sum over all chunks is exact."""
     first, last = np.searchsorted(shards.offsets[1:], [start, stop], side="right")
-    ends = np.asarray(shards.offsets[1:][first:last]) - start
-    counted = shards.num_bytes if stop == shards.num_tokens and start < stop else 0
-    return Tokens(shards.read(start, stop).astype(dtype), ends, counted)
+    begin, end = (shards.num_bytes * place // max(1, shards.num_tokens) for place in (start, stop))
+    return Tokens(shards.read(start, stop), shards.offsets[1:][first:last] - start, end - begin)
 
 
 def _all_parts(folder: Path) -> list[Path]:

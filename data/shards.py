@@ -251,16 +251,14 @@ class TokenShards:
         return TokenShards, (self.folder, self.split)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop - 1 as int64, across shards."""
+        """Tokens start to stop - 1, as they are stored, across shards."""
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
-        out = np.empty(stop - start, dtype=np.int64)
+        out = np.empty(stop - start, self.dtype)
         done = start
         while done < stop:
             number, within = divmod(done, self.shard_tokens)
             count = min(stop - done, self.shard_tokens - within)
-            part = np.empty(count, self.dtype)
-            self._read_into(part, number, within)
-            out[done - start : done - start + count] = part
+            self._read_into(out[done - start : done - start + count], number, within)
             done += count
         return out
 

@@ -239,8 +239,10 @@ class Training(L.LightningModule):
         self._validation[part] = self._validation[part] + sums if part in self._validation else sums
 
     def on_validation_epoch_end(self) -> None:
-        each = _sum_over_ranks(torch.stack(list(self._validation.values())))  # [parts, 2 or 3, T]
-        sums = together(each, self.sources) if self.sources else each[0]
+        parts = sorted(self._validation)  # not all where trainer.limit_val_batches ends it before
+        each = _sum_over_ranks(torch.stack([self._validation[part] for part in parts]))  # [parts, 2 or 3, T]
+        sources = [self.sources[part] for part in parts] if self.sources else []
+        sums = together(each, sources) if sources else each[0]
         nats, count = sums[0], sums[1]
         mean = (nats.sum() / count.sum()).item()
         # `step` is Lightning's key for the row this belongs to: that of the step just taken
@@ -249,7 +251,7 @@ class Training(L.LightningModule):
             "validation/nats": mean,
             "validation/perplexity": math.exp(min(mean, 700.0)),
             **self.progress(),
-            **(by_source(each, self.sources) if self.sources else {}),
+            **(by_source(each, sources) if sources else {}),
         }
         if self.bytes_per_token is not None:
             metrics["validation/bits_per_byte"] = mean / math.log(2) / self.bytes_per_token

@@ -7,6 +7,7 @@ mixtures that could not be resumed (https://github.com/Lightning-AI/litData/issu
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from data.mixture import Mixture, Source, by_source, together
 from data.module import DataModule
 from data.text import IGNORE
 from data.tokenizer import Bpe, Bytes
+from models.training.module import Training
 from tests.data.test_module import attached
+from tests.test_language_model import model
 
 SIZES, WEIGHTS, NAMES = (5000, 700, 90), (5, 3, 2), ("web", "code", "books")
 
@@ -141,6 +144,18 @@ def test_the_whole_is_the_mean_by_shares_however_much_of_a_part_was_validated_on
     assert told["validation/b/bits_per_byte"] == pytest.approx(nats[1] / math.log(2) / 4)
     whole = together(each * torch.tensor([1.0, 100.0]).view(2, 1, 1), sources)
     assert (whole[0].sum() / whole[1].sum()).item() == pytest.approx(0.75 * nats[0] + 0.25 * nats[1])
+
+
+def test_a_validation_that_is_cut_short_tells_of_the_parts_that_it_has_seen():
+    """As debug=one_batch does, by trainer.limit_val_batches."""
+    found: dict = {}
+    sources = (Source("a", 0.75, 1.0), Source("b", 0.25, 4.0))
+    training = Training(model("linear"), None, lambda num_steps: None, 1, 1.0, bytes_per_token=1.75, sources=sources)
+    training.trainer = SimpleNamespace(global_step=3)
+    training.progress, training.log_dict = dict, lambda metrics, **_: found.update(metrics)
+    training._validation = {0: torch.rand(2, 8, dtype=torch.float64)}
+    training.on_validation_epoch_end()
+    assert found["validation/nats"] == pytest.approx(found["validation/a/nats"]) and "validation/b/nats" not in found
 
 
 def test_passes_over_each_part_are_told_before_the_run(mixture):
