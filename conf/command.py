@@ -203,8 +203,10 @@ def inside(said: str) -> str:
 
 
 def where(key: str, said: str, typed: list[Word]) -> tuple[str, str]:
-    """A key as the one who typed it sees it, and its word's; or with the file that it stands in."""
-    for word in typed:
+    """A key as the one who typed it sees it, and its word's (of several the nearest); or with the file that it stands
+    in.
+    """
+    for word in sorted(typed, key=lambda word: len(word.key), reverse=True):
         if f"{word.key}.".startswith(f"{key}.") or key.startswith(f"{word.key}."):
             return word.bare, word.key
     return f"{key}, {inside(said)},", key
@@ -222,7 +224,7 @@ def no_key(key: str, said: str, typed: list[Word]) -> str:
     others = [] if behind else right.elsewhere(name)
     if not near(name, names) and not others:
         names = list(dict.fromkeys([*names, *right.unwritten(parent)]))
-    if name in names:
+    if name in names or not names:  # none: as data.weights, whose names are the user's own
         return f"{shown} is not written in the config; a + before it adds it: +{shown}"
     if others and not (parent and near(name, names)):
         return f"{shown} is not a setting; did you mean {others[0]}?"

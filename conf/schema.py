@@ -94,9 +94,17 @@ class Config:
     guard: Guard = field(default_factory=Guard)
 
 
-def register() -> None:
-    """Makes the schema and the resolvers known to Hydra; called once, before composing."""
-    ConfigStore.instance().store(name="schema", node=Config)
+@dataclass
+class Preparation(Config):
+    """What scripts/prepare_data.py has besides: which part of the text it prepares (data/divided.py)."""
+
+    part: Whole = None
+    parts: Whole = None
+
+
+def register(config: type[Config] = Config) -> None:
+    """Makes the schema and the resolvers known to Hydra; called before composing."""
+    ConfigStore.instance().store(name="schema", node=config)
     OmegaConf.register_new_resolver("mul", lambda a, b: int(a) * int(b), replace=True)
     OmegaConf.register_new_resolver("width", width, replace=True)
     OmegaConf.register_new_resolver("quarter", lambda most, of: max(1, min(int(most), int(of) // 4)), replace=True)

@@ -63,6 +63,8 @@ NUMBERS = {
     "validation_tokens": COUNT,
     "log_every": COUNT,
     "num_workers": WHOLE,
+    "part": WHOLE._replace(optional=True),
+    "parts": COUNT_OR_NULL,
     "validate_every": INTERVAL,
     "checkpoint_every": INTERVAL,
     "keep.newest": COUNT,
@@ -101,6 +103,7 @@ NUMBERS = {
     "schedule.warmup": LENGTH,
     "schedule.decay": FRACTION,
     "schedule.final": FRACTION,
+    "data.weights.*": POSITIVE,
     "data.num_pairs": COUNT,
     "data.vocab_size": COUNT,
     "data.train_size": COUNT,
@@ -218,6 +221,7 @@ def classes(config: dict[str, Any]) -> Iterator[str]:
 
 
 def bound_of(path: str) -> Bound | None:
+    path = re.sub(r"^data\.parts\.[^.]+\.", "data.", path)  # a part of a mixture is data as any
     return next((bound for pattern, bound in NUMBERS.items() if fnmatchcase(path, pattern)), None)
 
 

@@ -21,6 +21,7 @@ import sys
 import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,12 @@ class Corpus(ABC):
     def fraction(self, position: Any) -> float | None:
         """How much of the corpus lies before this position, None where that is not known."""
         return None
+
+    def part(self, part: int, parts: int) -> Corpus:
+        """What part `part` (from 0) of `parts` reads of this corpus, each document in the split and under the name that
+        it has here; all parts, one behind the other, read all of it. Raises ValueError where it can't be divided.
+        """
+        raise ValueError(f"parts={parts}: {self.describe()} can't be prepared in parts")
 
     def with_both_splits(self) -> Corpus:
         """What is prepared: this corpus, or one whose splits are not empty where this one's would be."""
@@ -120,6 +127,7 @@ class PythonSource(Corpus):
     def __init__(self, validation_fraction: float = 0.05):
         self.validation_fraction = check_fraction(validation_fraction)
         self.root = Path(sysconfig.get_path("stdlib"))
+        self.share = (0, 1)
 
     def _files(self) -> list[str]:
         """Paths relative to the library, in the order of their characters."""
@@ -132,12 +140,20 @@ class PythonSource(Corpus):
         return sorted(found)
 
     def read(self, position: int | None = None) -> Iterator[Document]:
-        for index, name in enumerate(self._files()[position or 0 :], start=position or 0):
+        files, (part, parts) = self._files(), self.share
+        begin, end = (len(files) * number // parts for number in (part, part + 1))
+        for index, name in enumerate(files[position or begin : end], start=position or begin):
             text = (self.root / name).read_bytes().decode("utf-8", errors="replace")
             yield Document(split_of(name, self.validation_fraction), name, text, position=index + 1)
 
+    def part(self, part: int, parts: int) -> PythonSource:
+        found = copy(self)
+        found.share = (part, parts)
+        return found
+
     def fraction(self, position: int) -> float:
-        return position / len(self._files())
+        part, parts = self.share
+        return position * parts / len(self._files()) - part
 
     def fingerprint(self) -> str:
         sizes = (f"{name} {(self.root / name).stat().st_size}" for name in self._files())

@@ -4,17 +4,22 @@ each is read.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from copy import copy
+from itertools import accumulate
 from pathlib import Path
 
 from data.corpora import Corpus, Document, check_fraction, escaped, hash_of, split_of
-from data.finding import find, id_of
+from data.finding import find
 from data.formats import ROWS, TEXT, Reader
 from data.held_out import with_held_out
+from data.remote import id_of, size_of, stamp_of
 
 
 class TextFiles(Corpus):
-    """The files of a folder, or that match a pattern (`**` crosses folders), or one file, in the order of their paths.
+    """The files of a folder, or that match a pattern (`**` crosses folders), or one file, in the order of their paths,
+    on this machine or elsewhere (data/remote.py).
 
     path          a list takes several
     validation    another path; without it, `validation_fraction` of the documents is held out, and some text
@@ -44,17 +49,18 @@ class TextFiles(Corpus):
         if validation is not None:
             self.found["validation"] = find("data.corpus.validation", validation)
             known = self.found["train"].ids
-            both = [file for file in self.found["validation"].files if id_of(Path(file).stat()) in known]
+            both = [file for file in self.found["validation"].files if id_of(file) in known]
             if both:
                 raise ValueError(
                     f"data.corpus.validation={validation!r} and data.corpus.path={path!r} share {len(both)} files, "
                     f"such as {both[0]}; keep what to validate on in a folder of its own"
                 )
         self.files = [(split, file) for split, found in self.found.items() for file in found.files]
+        self.numbers = range(len(self.files))  # that are read
 
     def read(self, position: list[int] | None = None) -> Iterator[Document]:
-        first, offset, index = position or (0, 0, 0)
-        for number in range(first, len(self.files)):
+        first, offset, index = position or (self.numbers.start, 0, 0)
+        for number in range(first, self.numbers.stop):
             split, file = self.files[number]
             for text, last, behind in self.reader.parts(file, offset, index):
                 named = f"{self.found[split].files[file]}:{behind[1] - last}"
@@ -62,15 +68,30 @@ class TextFiles(Corpus):
                 yield Document(own, named, text, last, [number, *behind])
             offset = index = 0
 
+    def part(self, part: int, parts: int) -> TextFiles:
+        """Whole files: those whose middle lies in the part-th of `parts` stretches of equal bytes."""
+        if parts > len(self.files):
+            raise ValueError(
+                f"parts={parts} is more than the {len(self.files)} files of {self.describe()}, which are not divided"
+            )
+        sizes = [size_of(file) or 0 for _, file in self.files]
+        total, behind = max(1, sum(sizes)), list(accumulate(sizes))
+        places = [
+            min(parts - 1, (2 * end - size) * parts // (2 * total)) for end, size in zip(behind, sizes, strict=True)
+        ]
+        found = copy(self)
+        found.numbers = range(bisect_left(places, part), bisect_right(places, part))
+        return found
+
     def with_both_splits(self) -> Corpus:
         return self if self.validation is not None else with_held_out(self, self.validation_fraction)
 
     def fraction(self, position: list[int]) -> float:
-        sizes = [Path(file).stat().st_size for _, file in self.files]
         number, offset, _ = position
-        file = self.files[number][1]
-        within = min(offset, sizes[number]) if file.lower().endswith((*TEXT, *ROWS)) else 0
-        return (sum(sizes[:number]) + within) / max(1, sum(sizes))
+        sizes = {n: size_of(self.files[n][1]) or 0 for n in self.numbers}
+        plain = self.files[number][1].lower().endswith((*TEXT, *ROWS))
+        within = min(offset, sizes[number]) if plain else 0
+        return (sum(size for n, size in sizes.items() if n < number) + within) / max(1, sum(sizes.values()))
 
     def fingerprint(self) -> str:
         """Paths, sizes and times of change: a file that was edited is prepared again. And names where they decide the
@@ -88,10 +109,10 @@ class TextFiles(Corpus):
         files = []
         for split, file in self.files:
             try:
-                stat = Path(file).stat()
+                stamp = stamp_of(file)
             except OSError as error:
                 raise ValueError(f"data.corpus.path={self.path!r}: {file} has gone ({error.strerror})") from error
-            found, line = self.found[split], f"{split} {file} {stat.st_size} {stat.st_mtime_ns}"
+            found, line = self.found[split], f"{split} {file} {stamp}"
             named = self.validation is None and file in found.walked and found.files[file] != escaped(Path(file).name)
             files.append(f"{line} {found.files[file]}" if named else line)
         return hash_of("text_files", *settings, *files)

@@ -12,19 +12,18 @@ from typing import NamedTuple
 
 from data.corpora import escaped
 from data.formats import COMPRESSED, SUFFIXES, compressed, readable
+from data.remote import Id, id_of, is_remote, listed
 from data.shards import cache_folder
 
 REACHED_TWICE = "reached twice"
 HIDDEN, OWN = "hidden", "of runs or prepared data"
 NOWHERE = "links to nothing"
 
-Id = tuple[int, int]
-
 
 class Found(NamedTuple):
-    """files: each path, with its name relative to where its pattern starts, in the order of the patterns and, within
-    one, of the paths.  ids: device and inode of all that was found, and whether it was found again.  left_out: what was
-    found too, and how often.  walked: those of the files that are from a folder, not from a pattern.
+    """files: each path or URL, with its name relative to where its pattern starts, in the order of the patterns and,
+    within one, of the paths.  ids: of all that was found (data/remote.py: id_of), and whether it was found again.
+    left_out: what was found too, and how often.  walked: those of the files that are from a folder, not from a pattern.
     """
 
     files: dict[str, str]
@@ -39,7 +38,7 @@ class Found(NamedTuple):
 
 
 def find(setting: str, path: str | list[str]) -> Found:
-    """The files that can be read among those that `path` means; several are a list.
+    """The files that can be read among those that `path` means; several are a list. A URL is one of data/remote.py.
 
     A path that exists is taken as it is written, brackets and all. A folder stands for all files below it but hidden
     ones and those of runs, and links are followed. Other patterns are those of `glob`, where ** crosses folders. Raises
@@ -53,6 +52,9 @@ def find(setting: str, path: str | list[str]) -> Found:
         if not pattern.strip() or path is None:
             raise ValueError(f"{setting}={path!r} names nothing; a file, a folder or a pattern is needed")
         before = set(found.files.items())
+        if is_remote(pattern):
+            _add_remote(found, pattern, setting)
+            continue
         start, files = _files(pattern, found.left_out, setting)
         # of a file and links to it, the file gives the name
         for file in sorted(files, key=lambda file: (os.path.islink(file), file)):
@@ -65,7 +67,8 @@ def find(setting: str, path: str | list[str]) -> Found:
         return found
     shown = path if isinstance(path, list) else patterns[0]
     if not found.left_out:
-        raise ValueError(f"{setting}={shown!r} matches no file{missing(Path(patterns[0]).expanduser())}")
+        hint = "" if is_remote(patterns[0]) else missing(Path(patterns[0]).expanduser())
+        raise ValueError(f"{setting}={shown!r} matches no file{hint}")
     raise ValueError(
         f"{setting}={shown!r} matches nothing that can be read, but {found.sentence()}; what can be is "
         f"{', '.join(SUFFIXES)}, all but the last also compressed ({', '.join(COMPRESSED)})"
@@ -74,27 +77,37 @@ def find(setting: str, path: str | list[str]) -> Found:
 
 def _add(found: Found, file: str, start: Path) -> None:
     try:
-        stat = os.stat(file)
+        key = id_of(file)
     except OSError:  # a link to nothing, or in a circle
         found.left_out[NOWHERE] += 1
         return
-    if not Path(file).is_file():
-        return  # a folder that a pattern matches, or a pipe
-    if (found_before := found.ids.get(key := id_of(stat))) is not None:
+    if Path(file).is_file():  # not a folder that a pattern matches, or a pipe
+        _take(found, file, key, escaped(Path(file).relative_to(start).as_posix()))
+
+
+def _add_remote(found: Found, url: str, setting: str) -> None:
+    start, files = listed(url, setting)
+    for file, name in sorted(files.items()):
+        if any(part.startswith(".") for part in name.split("/")):
+            found.left_out[HIDDEN] += 1
+        else:
+            _take(found, file, file, escaped(name))
+    if url.rstrip("/").endswith(start.strip("/")):  # a folder
+        found.walked.update(files.keys() & found.files.keys())
+
+
+def _take(found: Found, file: str, key: Id, name: str) -> None:
+    """Counts a file, and keeps it under this name if it is new and can be read."""
+    if (found_before := found.ids.get(key)) is not None:
         found.left_out[REACHED_TWICE] += not found_before
         found.ids[key] = True
         return
     found.ids[key] = False
     if readable(file):
-        found.files[file] = escaped(Path(file).relative_to(start).as_posix())
+        found.files[file] = name
     else:
         suffixes = [s.lower() for s in Path(file).suffixes[-1 - compressed(file) :]]
         found.left_out[escaped("".join(suffixes)) or "without a suffix"] += 1
-
-
-def id_of(stat: os.stat_result) -> Id:
-    """The same for all paths of one file, and for no other file."""
-    return stat.st_dev, stat.st_ino
 
 
 def missing(path: Path) -> str:
@@ -135,7 +148,7 @@ def _walk(folder: Path, left_out: Counter[str], setting: str) -> Iterator[str]:
     places = [str(folder)]  # and links to folders, which come last: a file has its name from where it lies
     for place in places:
         for root, folders, files in os.walk(place, onerror=fail):
-            if (key := id_of(os.stat(root))) in seen:  # by a link that leads back, or twice to one place
+            if (key := id_of(root)) in seen:  # by a link that leads back, or twice to one place
                 left_out[REACHED_TWICE] += 1
                 folders.clear()
                 continue

@@ -30,6 +30,7 @@ import pyarrow.parquet
 
 from data.corpora import escaped, text_of
 from data.pages import visible_text
+from data.remote import is_remote, opened, size_of
 
 PART = 2**20  # bytes of a text that are read at once; a longer document comes in parts of at most so many
 LONGEST_ROW = 2**28  # bytes of a row or a page, which can only be parsed whole; a JSON array may be four times as long
@@ -81,7 +82,7 @@ class Reader:
         """
         kind, path, file = suffix_of(file), file, escaped(file)
         try:
-            if not Path(path).stat().st_size:
+            if size_of(path) == 0:
                 yield from [("", True, [0, 1])][index:]
             elif kind == ".parquet":
                 yield from self._parquet(path, file, index)
@@ -206,7 +207,7 @@ class Reader:
         return columns, delimiter, chain(head[number:], lines)
 
     def _parquet(self, path: str, file: str, index: int) -> Iterator[Part]:
-        table, row = pyarrow.parquet.ParquetFile(pyarrow.OSFile(os.fsencode(path))), 0
+        table, row = pyarrow.parquet.ParquetFile(_arrow(path)), 0
         if self.text_field not in table.schema_arrow.names:
             text_of(dict.fromkeys(table.schema_arrow.names), self.text_field, file, ELSE)  # raises
         for group in range(table.num_row_groups):
@@ -293,9 +294,16 @@ def boundary(text: bytes, begin: int, stop: int) -> int:
 def _open(file: str) -> BinaryIO:
     suffix = Path(file).suffix.lower()
     if suffix == ".zst":  # Python 3.11 has no zstd; pyarrow has
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(os.fsencode(file)), "zstd"))
+        return io.BufferedReader(pyarrow.CompressedInputStream(_arrow(file, random=False), "zstd"))
     openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return openers.get(suffix, open)(file, "rb")
+    if suffix not in openers:
+        return opened(file)
+    return openers[suffix](opened(file) if is_remote(file) else file, "rb")
+
+
+def _arrow(file: str, random: bool = True) -> pyarrow.NativeFile:
+    remote = is_remote(file)
+    return pyarrow.PythonFile(opened(file, random), "r") if remote else pyarrow.OSFile(os.fsencode(file))
 
 
 def _peek(stream: BinaryIO) -> bytes:
@@ -306,7 +314,7 @@ def _skip(stream: BinaryIO, file: str, offset: int, done: int) -> None:
     """Goes to a position, from one that is known."""
     if offset <= done:
         return
-    if not compressed(file):
+    if not compressed(file) and stream.seekable():
         stream.seek(offset)
         return
     while offset > done and (block := stream.read(min(offset - done, PART))):

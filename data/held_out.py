@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from copy import copy
 from typing import Any, NamedTuple
 
 from data.corpora import SPLITS, Corpus, Document, hash_position
@@ -85,9 +86,10 @@ class HeldOut(Corpus):
 
     def __init__(self, corpus: Corpus):
         self.corpus = corpus
+        self.first = 0  # the number of the document that is read first
 
     def read(self, position: tuple[Any, int, int] | None = None) -> Iterator[Document]:
-        behind, number, done = position or (None, 0, 0)
+        behind, number, done = position or (None, self.first, 0)
         for document in self.corpus.read(behind):
             raw, begin = _raw(document.text), done
             number_behind, done = (number + 1, 0) if document.last else (number, done + len(raw))
@@ -98,6 +100,13 @@ class HeldOut(Corpus):
     def _split(self, document: Document, raw: bytes, number: int, begin: int) -> Iterator[Document]:
         """A part, which begins at this byte of the document of this number, in its splits."""
         raise NotImplementedError
+
+    def part(self, part: int, parts: int) -> HeldOut:
+        """The documents before it are read, to count them: they are few."""
+        found = copy(self)
+        found.corpus = self.corpus.part(part, parts)
+        found.first = sum(document.last for n in range(part) for document in self.corpus.part(n, parts))
+        return found
 
     def fraction(self, position: tuple[Any, int, int]) -> float | None:
         return self.corpus.fraction(position[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from copy import copy
 from itertools import islice
 
 from data.corpora import BrokenOffError, Corpus, Document, check_fraction, hash_of, split_of, text_of
@@ -47,6 +48,7 @@ class Hub(Corpus):
         self.text_field, self.max_documents = text_field, max_documents
         self.revision, self.streaming = revision, streaming
         self.document_start = re.compile(document_start) if document_start else None
+        self.share = (0, 1)
 
     def read(self, position: list[int] | None = None) -> Iterator[Document]:
         splits = [self.validation_split, self.split] if self.validation_split else [self.split]
@@ -63,6 +65,23 @@ class Hub(Corpus):
                 index += 1
                 yield Document(own, name, text, position=[number, *behind, index])
             shard = row = index = 0
+
+    def part(self, part: int, parts: int) -> Hub:
+        """Of the data set's own files, where no count of the rows before them matters."""
+        counted = {
+            "validation_split": self.validation_split is None,
+            "max_documents": self.max_documents is not None,
+            "document_start": self.document_start is not None,
+            "streaming": not self.streaming,
+        }
+        if found := [name for name, counts in counted.items() if counts]:
+            raise ValueError(
+                f"parts={parts}: data.corpus.{found[0]}={getattr(self, found[0])} needs all rows before a part's own; "
+                f"data=text_files data.corpus.path=hf://datasets/{self.path}/FOLDER reads its files in parts"
+            )
+        found_part = copy(self)
+        found_part.share = (part, parts)
+        return found_part
 
     def _documents(self, split: str, shard: int, row: int) -> Iterator[tuple[str, list[int]]]:
         """Texts, and the shard and row behind each."""
@@ -86,7 +105,8 @@ class Hub(Corpus):
 
         data = self._load(split)
         shards = data.num_shards if self.streaming else 1  # a shard is a file, and rows are in the order of the files
-        for number in range(shard, shards):
+        begin, end = (shards * number // self.share[1] for number in (self.share[0], self.share[0] + 1))
+        for number in range(max(shard, begin), end):
             part = data.shard(shards, number) if shards > 1 else data
             if row and not self.streaming and row == len(part):
                 return  # which skip can't say of a table

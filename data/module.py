@@ -13,14 +13,16 @@ epoch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
 
 from data.batch import Batch
+from data.mixture import Mixture
 from data.order import GlobalOrder
 from data.text import IGNORE
 
@@ -47,10 +49,19 @@ class DataModule(L.LightningDataModule):
         self.validation_tokens, self.overfit = validation_tokens, overfit
 
     def describe(self) -> list[str]:
-        """The lines of the task, and one where it has fewer tokens to validate on than asked for."""
-        held = len(self.task.validation_samples()) * self.batch.seq_len
-        fewer = f"validation_tokens={self.validation_tokens} is more than are held out: all {held:,} are validated on"
-        return [*self.task.describe(), *([fewer] if held < self.validation_tokens else [])]
+        """The lines of the task, and one where it has fewer tokens to validate on than asked for; of a mixture how
+        often each part is read.
+        """
+        mixed = isinstance(self.task, Mixture)
+        parts = self.task.parts if mixed else {"": self.task}
+        lines = [*self.task.describe(), *(self.task.passes(self.batch) if mixed else [])]
+        for name, part in parts.items():
+            held = len(part.validation_samples()) * self.batch.seq_len
+            if held * len(parts) < self.validation_tokens:
+                asked = f"validation_tokens={self.validation_tokens}" + f" / {len(parts)}" * mixed
+                told = f"{asked} is more than are held out: all {held:,} are validated on"
+                lines.append(f"{name}: {told}" if mixed else told)
+        return lines
 
     def setup(self, stage: str | None = None) -> None:
         self.task.prepare()
@@ -59,8 +70,9 @@ class DataModule(L.LightningDataModule):
         trainer = self.trainer
         samples = self.task.train_samples()
         assert (trainer.accumulate_grad_batches, trainer.world_size) == (self.batch.accumulation, self.batch.world_size)
-        order = GlobalOrder(
-            getattr(samples, "sizes", len(samples)),  # several where there are kinds
+        kinds = getattr(samples, "sizes", len(samples))  # several where there are kinds
+        ordered = self.task.order if isinstance(self.task, Mixture) else partial(GlobalOrder, kinds)
+        order = ordered(
             self.batch,
             self.seed,
             rank=trainer.global_rank // self.batch.context,
@@ -78,7 +90,7 @@ class DataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         first = self.validation_loader(self.batch.seq_len)
-        points = [self._loader(samples, samples.length, len(samples)) for samples in self.test_points().values()]
+        points = [self._loader([samples], samples.length, [len(samples)]) for samples in self.test_points().values()]
         return [first, *points] if points else first
 
     def test_points(self) -> dict[str, Any]:
@@ -86,13 +98,22 @@ class DataModule(L.LightningDataModule):
         return self.task.test_points() if hasattr(self.task, "test_points") else {}
 
     def validation_loader(self, seq_len: int) -> DataLoader:
-        """The validation set in sequences of another length; 2 and 4 times the training length test extrapolation."""
-        samples = self.task.validation_samples(seq_len)
-        return self._loader(samples, seq_len, min(-(-self.validation_tokens // seq_len), len(samples)))
+        """The validation set in sequences of another length; 2 and 4 times the training length test extrapolation. The
+        parts of a mixture follow each other, with as many tokens each, and a batch is of one part.
+        """
+        mixed = isinstance(self.task, Mixture)
+        parts = self.task.validation_parts(seq_len) if mixed else [self.task.validation_samples(seq_len)]
+        each = -(-self.validation_tokens // (seq_len * len(parts)))
+        return self._loader(parts, seq_len, [min(each, len(samples)) for samples in parts], mixed)
 
-    def _loader(self, samples: Any, seq_len: int, count: int) -> DataLoader:
+    def _loader(self, parts: Sequence[Any], seq_len: int, counts: Sequence[int], mixed: bool = False) -> DataLoader:
         micro_batch = max(1, self.batch.micro_batch * self.batch.seq_len // seq_len)
-        share = Share(samples, count, micro_batch, self.trainer.global_rank // self.batch.context, self.batch.groups)
+        place = self.trainer.global_rank // self.batch.context, self.batch.groups
+        shares: list[Share] = [
+            Share(samples, count, micro_batch, *place, number if mixed else None)
+            for number, (samples, count) in enumerate(zip(parts, counts, strict=True))
+        ]
+        share = ConcatDataset(shares) if mixed else shares[0]
         return DataLoader(share, batch_size=micro_batch, shuffle=False, **self._loader_settings())
 
     def _loader_settings(self) -> dict[str, Any]:
@@ -121,10 +142,14 @@ def misfits(task: Any, batch: Batch) -> list[str]:
     return found
 
 
-def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor | None]:
-    """A batch, [B, T] each. `segments` is None where every row is one document: mixers then need no masks, and to see
-    it here costs no transfer from the GPU."""
-    batch = default_collate(samples)
+def collate(samples: list[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
+    """A batch, [B, T] each, of samples, or of what is one already. `segments` is None where every row is one document:
+    mixers then need no masks, and to see it here costs no transfer from the GPU. `part` is the number of the part of a
+    mixture that all samples are of.
+    """
+    batch: dict[str, Any] = samples if isinstance(samples, dict) else default_collate(samples)
+    if "part" in batch:
+        batch["part"] = int(batch["part"][0])
     return batch if batch["segments"].any() else {**batch, "segments": None}
 
 
@@ -165,24 +190,33 @@ class Share(Dataset):
     """One rank's share of `count` samples, evenly spaced over all: every world-th of them, from the rank-th on.
 
     Padded to whole micro-batches, as many on every rank, with samples that have no label: they weigh nothing where the
-    loss is averaged over labels.
+    loss is averaged over labels. part: a number that all samples get.
     """
 
-    def __init__(self, samples: Sequence[dict[str, Tensor]], count: int, micro_batch: int, rank: int, world: int):
+    def __init__(
+        self,
+        samples: Sequence[dict[str, Tensor]],
+        count: int,
+        micro_batch: int,
+        rank: int,
+        world: int,
+        part: int | None = None,
+    ):
         assert 1 <= count <= len(samples), (count, len(samples))
+        self.marks = {} if part is None else {"part": part}
         self.samples, self.indices = samples, [i * len(samples) // count for i in range(rank, count, world)]
         self.size = -(-count // (world * micro_batch)) * micro_batch
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if index < len(self.indices):
-            return self.samples[self.indices[index]]
+            return self.samples[self.indices[index]] | self.marks
         if index >= self.size:
             raise IndexError(index)
         sample = self.samples[0]
-        return {**sample, "labels": torch.full_like(sample["labels"], IGNORE)}
+        return {**sample, "labels": torch.full_like(sample["labels"], IGNORE), **self.marks}
 
 
 def align_progress(trainer: L.Trainer) -> None:

@@ -53,26 +53,38 @@ class GlobalOrder:
         self.batch, self.seed = batch, seed
         self.rank, self.first_step, self.overfit = rank, first_step, overfit
         self.steps_per_epoch = sum(size // batch.sequences for size in self.sizes)
+        self._epoch, self._batches = -1, torch.empty(0)
 
     def __len__(self) -> int:
         return self.batch.num_steps * self.batch.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, batches, size = -1, torch.empty(0), self.batch.sequences
         for step in range(self.first_step, self.batch.num_steps):
-            position = 0 if self.overfit else step
-            if position // self.steps_per_epoch != epoch:
-                epoch = position // self.steps_per_epoch
-                batches = epoch_batches(self.sizes, size, self.seed, epoch)
-            mine = batches[position % self.steps_per_epoch][self.rank :: self.batch.groups].tolist()
+            mine = self.samples(0 if self.overfit else step)[self.rank :: self.batch.groups].tolist()
             for i in range(0, len(mine), self.batch.micro_batch):
                 yield mine[i : i + self.batch.micro_batch]
+
+    def samples(self, step: int) -> Tensor:
+        """Those of a step, of all ranks. int64 [B]."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, epoch_batches(self.sizes, self.batch.sequences, self.seed, epoch)
+        return self._batches[place]
+
+
+def epoch_permutation(num_samples: int, seed: int, epoch: int) -> Tensor:
+    """int64 [num_samples]."""
+    return torch.randperm(num_samples, generator=_generator(seed, epoch))
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    # seed + epoch alone would make epoch 1 of seed 1 the same as epoch 0 of seed 2: not the independent runs one wants
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
 def epoch_batches(sizes: Sequence[int], size: int, seed: int, epoch: int) -> Tensor:
     """int64 [steps of an epoch, size]. 8 bytes a sample: 200 MB for 100 G tokens in sequences of 4096."""
-    # seed + epoch alone would make epoch 1 of seed 1 the same as epoch 0 of seed 2: not the independent runs one wants
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = _generator(seed, epoch)
     begin, kinds = 0, []
     for count in sizes:
         chosen = torch.randperm(count, generator=generator)[: count // size * size]

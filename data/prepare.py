@@ -17,33 +17,22 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 
-from data.corpora import SPLITS, BrokenOffError, Corpus, Document
-from data.formats import PART, boundary
+from data import pieces
+from data.corpora import SPLITS, BrokenOffError, Corpus
+from data.pieces import Piece
 from data.shards import FORMAT, SHARD_TOKENS, SplitWriter, sync, write_stamps
 from data.tokenizer import Tokenizer, Trainable
-from data.tokenizing import Part, tokenized
+from data.tokenizing import Tokens, tokenized
 
-PIECE = 2**24  # characters of text
 JOURNAL = "journal.jsonl"
-
-
-class Piece(NamedTuple):
-    """Consecutive parts of documents, and what the journal says of them."""
-
-    parts: list[Part]
-    position: Any  # where reading goes on behind it
-    within: bool  # whether that is within a document
-    hashes: list[str]  # of its documents, where duplicates are dropped
-    dropped: int
-    empty: int  # documents without text, which are left out
 
 
 def prepare(
@@ -53,12 +42,15 @@ def prepare(
     shard_tokens: int = SHARD_TOKENS,
     num_workers: int = 0,
     drop_duplicates: bool = False,
+    how: Callable[..., Preparation] | None = None,
 ) -> None:
     """Write the shards of this corpus to `folder`, unless they are there; on return they are, and the tokenizer is
     trained.
 
     drop_duplicates leaves out documents whose whole text has been before, in either split. It takes some 100 bytes of
     memory a document; documents that come in parts (data/formats.py: PART) are not compared.
+
+    how: another way than from the text, which is Preparation (data/divided.py has two).
 
     Raises ValueError if either split has no document, or the corpus changes or breaks off while it is read.
     """
@@ -72,7 +64,8 @@ def prepare(
             raise ValueError(f"{folder.parent} can't be written ({reason}); TTR_CACHE names another folder") from error
         with lock:
             if not folder.exists():
-                _Preparation(corpus, tokenizer, folder, shard_tokens, num_workers, drop_duplicates).run()
+                make = how or Preparation
+                make(corpus, tokenizer, folder, shard_tokens, num_workers, drop_duplicates).run()
     if isinstance(tokenizer, Trainable) and not tokenizer.trained:
         tokenizer.load(folder / "tokenizer")
 
@@ -86,10 +79,18 @@ def _lock(folder: Path) -> AbstractContextManager[Any]:
         return lock.acquire()
 
 
-class _Preparation:
+class Preparation:
     """One preparation, from the start or from where another was killed."""
 
-    def __init__(self, corpus, tokenizer, folder, shard_tokens, num_workers, drop_duplicates):
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        folder: Path,
+        shard_tokens: int,
+        num_workers: int,
+        drop_duplicates: bool,
+    ):
         self.fingerprint, self.given = corpus.fingerprint(), corpus
         self.corpus = corpus.with_both_splits()
         self.tokenizer, self.folder, self.shard_tokens = tokenizer, folder, shard_tokens
@@ -119,15 +120,19 @@ class _Preparation:
         (self.folder / JOURNAL).unlink()
 
     def _prepare_tokenizer(self) -> None:
-        ready = self.partial / "tokenizer"
-        trains = isinstance(self.tokenizer, Trainable) and not self.tokenizer.trained
-        if trains and ready.exists():
-            self.tokenizer.load(ready)
-        elif trains:
-            print(f"Training the tokenizer ({self.tokenizer.spec()}) on {self.corpus.describe()}", flush=True)
-            self.tokenizer.train(self.corpus.texts("train"))
+        self._learn(self.corpus, self.partial)
+
+    def _learn(self, corpus: Corpus, place: Path) -> None:
+        """The tokenizer from the corpus, or from the files at this place, where they are on return."""
+        ready = place / "tokenizer"
+        if isinstance(self.tokenizer, Trainable) and not self.tokenizer.trained:
+            if ready.exists():
+                self.tokenizer.load(ready)
+            else:
+                print(f"Training the tokenizer ({self.tokenizer.spec()}) on {corpus.describe()}", flush=True)
+                self.tokenizer.train(corpus.texts("train"))
         if not ready.exists():
-            draft = self.partial / "tokenizer.draft"
+            draft = place / "tokenizer.draft"
             shutil.rmtree(draft, ignore_errors=True)
             self.tokenizer.save(draft)
             draft.rename(ready)
@@ -137,10 +142,11 @@ class _Preparation:
         self.writers = {split: SplitWriter(self.partial, split, dtype, self.shard_tokens) for split in SPLITS}
         with open(self.partial / JOURNAL, "a+b") as journal:
             position, within, seen, dropped, empty = self._restore(journal)
-            progress = _Progress(self.folder.name, self.corpus, position, self.writers.values())
-            pieces = _pieces(self.corpus, position, within, seen, dropped, empty)
-            for piece, encoded in tokenized(pieces, self.tokenizer, dtype, self.num_workers):
-                record = {split: writer.append(encoded[split]) for split, writer in self.writers.items()}
+            progress = _Progress(self.folder.name, self._fraction, position, self.writers.values())
+            for piece, encoded in self._pieces(dtype, position, within, seen, dropped, empty):
+                record: dict[str, Any] = {
+                    split: writer.append(encoded[split]) for split, writer in self.writers.items()
+                }
                 record |= {"position": piece.position, "within": piece.within, "hashes": piece.hashes}
                 record |= {"dropped": piece.dropped, "empty": piece.empty}
                 journal.write(json.dumps(record).encode() + b"\n")
@@ -150,14 +156,33 @@ class _Preparation:
         self._finish(dtype, dropped, empty)
         progress.say("Prepared")
 
+    def _pieces(
+        self, dtype: np.dtype, position: Any, within: bool, seen: set[str] | None, dropped: int, empty: int
+    ) -> Iterator[tuple[Piece, dict[str, Tokens]]]:
+        """What is to be written from this position on."""
+        found = pieces.cut(self.corpus, position, within, seen, dropped, empty)
+        return tokenized(found, self.tokenizer, dtype, self.num_workers)
+
+    def _fraction(self, position: Any) -> float | None:
+        return self.corpus.fraction(position)
+
+    def _recipe(self) -> dict[str, Any]:
+        """What a journal must have been written with to be gone on with."""
+        recipe: dict[str, Any] = {
+            "piece": pieces.PIECE,
+            "part": pieces.PART,
+            "shard_tokens": self.shard_tokens,
+            "format": FORMAT,
+        }
+        if self.corpus is not self.given:  # its positions are others
+            recipe["corpus"] = self.corpus.describe()
+        return recipe
+
     def _restore(self, journal) -> tuple[Any, bool, set[str] | None, int, int]:
         """Keeps the pieces that are whole, and says where reading goes on, whether that is within a document, what has
         been seen, and how many documents have been dropped and were empty.
         """
-        recipe: dict[str, Any] = {"piece": PIECE, "part": PART, "shard_tokens": self.shard_tokens, "format": FORMAT}
-        if self.corpus is not self.given:  # its positions are others
-            recipe["corpus"] = self.corpus.describe()
-        header = json.dumps(recipe | {"tokenizer": self.tokenizer.fingerprint()}).encode() + b"\n"
+        header = json.dumps(self._recipe() | {"tokenizer": self.tokenizer.fingerprint()}).encode() + b"\n"
         journal.seek(0)
         seen: set[str] | None = set() if self.drop_duplicates else None
         position, within, dropped, empty, end = None, False, 0, 0, len(header)
@@ -191,14 +216,7 @@ class _Preparation:
     def _finish(self, dtype: np.dtype, dropped: int, empty: int) -> None:
         counts = {split: writer.close() for split, writer in self.writers.items()}
         total = sum(count["documents"] for count in counts.values())
-        if not total:
-            raise ValueError(f"data.corpus has no text: {self.corpus.describe()} holds {empty:,} documents, all empty")
-        for split in SPLITS:
-            if not counts[split]["documents"]:
-                raise ValueError(
-                    f"data.corpus leaves the {split} split without a document, of {total} in {self.corpus.describe()}; "
-                    "more or smaller documents, another validation_fraction, or a validation set of its own help"
-                )
+        self._refuse_nothing(counts, total, empty)
         if self.corpus.fingerprint() != self.fingerprint:
             raise ValueError(f"{self.corpus.describe()} has changed while it was read; the same command begins anew")
         files = {name: entry for split in SPLITS for name, entry in self.writers[split].files.items()}
@@ -227,6 +245,17 @@ class _Preparation:
         if empty:
             print(f"{empty:,} of {empty + dropped + total:,} documents are empty or null and were left out", flush=True)
 
+    def _refuse_nothing(self, counts: dict[str, dict[str, int]], total: int, empty: int) -> None:
+        """Raises ValueError where there is no text, or not in both splits."""
+        if not total:
+            raise ValueError(f"data.corpus has no text: {self.corpus.describe()} holds {empty:,} documents, all empty")
+        for split in SPLITS:
+            if not counts[split]["documents"]:
+                raise ValueError(
+                    f"data.corpus leaves the {split} split without a document, of {total} in {self.corpus.describe()}; "
+                    "more or smaller documents, another validation_fraction, or a validation set of its own help"
+                )
+
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """A line of the journal; None for the last one if it is torn."""
@@ -235,67 +264,22 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _pieces(
-    corpus: Corpus, position: Any, within: bool, seen: set[str] | None, dropped: int, empty: int
-) -> Iterator[Piece]:
-    """The corpus from this position on, which may be within a document. A piece ends behind the first part that fills
-    it and has a position.
-    """
-    parts: list[Part] = []
-    hashes, size, behind = [], 0, None
-    for document in corpus.read(position):
-        whole, within = document.last and not within, not document.last
-        behind = document.position
-        if whole and seen is not None and document.text:
-            digest = hashlib.sha256(document.text.encode("utf-8", errors="replace")).hexdigest()[:32]
-            if digest in seen:
-                dropped += 1
-                continue
-            seen.add(digest)
-            hashes.append(digest)
-        if whole and not document.text:
-            empty += 1  # it has nothing to predict
-            continue
-        parts += _divided(document)
-        size += len(document.text)
-        if size >= PIECE and behind is not None:
-            yield Piece(parts, behind, within, hashes, dropped, empty)
-            parts, hashes, size = [], [], 0
-    yield Piece(parts, behind, within, hashes, dropped, empty)
-
-
-def _divided(document: Document) -> Iterator[Part]:
-    """A long text in parts, the same as data/formats.py makes of a .txt file: a tokenizer takes a hundred times the
-    memory of its text.
-    """
-    split, text, last = document.split, document.text, document.last
-    if len(text) <= PART // 4:  # a character has at most 4 bytes
-        yield Part(split, text, last)
-        return
-    raw, begin = text.encode("utf-8", errors="replace"), 0
-    while len(raw) - begin > PART:
-        stop = boundary(raw, begin, begin + PART)
-        yield Part(split, raw[begin:stop].decode(), False)
-        begin = stop
-    yield Part(split, raw[begin:].decode(), last)
-
-
 class _Progress:
     """A line every few seconds, and one at the end, with the rate and, where it is known, the time left."""
 
     EVERY = 10.0  # seconds
 
-    def __init__(self, name: str, corpus: Corpus, position: Any, writers: Iterable[SplitWriter]):
-        self.name, self.corpus, self.writers, self.start = name, corpus, list(writers), time.monotonic()
+    def __init__(self, name: str, fraction: Callable[[Any], Any], position: Any, writers: Iterable[SplitWriter]):
+        self.name, self.fraction, self.writers, self.start = name, fraction, list(writers), time.monotonic()
         self.printed = self.start
         self.bytes_before = sum(w.bytes for w in self.writers)
-        self.before = 0.0 if position is None else corpus.fraction(position)
+        self.before = 0.0 if position is None else fraction(position)
 
     def update(self, position: Any) -> None:
         if time.monotonic() - self.printed < self.EVERY:
             return
         left = ""
-        done = self.corpus.fraction(position) if position is not None else None
+        done = self.fraction(position) if position is not None else None
         if done is not None and self.before is not None and done > self.before:
             seconds = (time.monotonic() - self.start) * (1 - done) / (done - self.before)
             left = f", {100 * done:.0f} %, {seconds / 60:.0f} min left"

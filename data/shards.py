@@ -238,7 +238,7 @@ class TokenShards:
         try:
             paths = [self.folder / f"{split}_{number:05d}.bin" for number in range(counts["shards"])]
             self.shards = [open(path, "rb", buffering=0) for path in paths]  # noqa: SIM115, open as long as this is
-            self.offsets: np.ndarray = np.memmap(self.folder / f"{split}_offsets.bin", np.int64, mode="r")
+            self.offsets = np.asarray(np.memmap(self.folder / f"{split}_offsets.bin", np.int64, mode="r"))
         except (OSError, ValueError) as error:  # ValueError: an empty file can't be mapped
             raise ValueError(f"{self.folder} can't be opened ({error}); {_AGAIN}") from error
         if len(self.offsets) != self.num_documents + 1 or int(self.offsets[-1]) != self.num_tokens:
@@ -251,31 +251,44 @@ class TokenShards:
         return TokenShards, (self.folder, self.split)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop - 1 as int64, across shards."""
+        """Tokens start to stop - 1, as they are stored, across shards."""
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
-        out = np.empty(stop - start, dtype=np.int64)
+        out = np.empty(stop - start, self.dtype)
         done = start
         while done < stop:
             number, within = divmod(done, self.shard_tokens)
             count = min(stop - done, self.shard_tokens - within)
-            out[done - start : done - start + count] = self._read(number, within, count)
+            self._read_into(out[done - start : done - start + count], number, within)
             done += count
         return out
 
-    def _read(self, number: int, begin: int, count: int) -> np.ndarray:
+    def _read_into(self, out: np.ndarray, number: int, begin: int) -> None:
+        """Fills it with the tokens of a shard from `begin` on."""
         file, size = self.shards[number], self.dtype.itemsize
         try:
-            raw = os.pread(file.fileno(), count * size, begin * size)
+            count = os.preadv(file.fileno(), [out.data], begin * size)
         except OSError as error:
             raise ValueError(f"{file.name} can't be read any more ({error.strerror})") from error
-        if len(raw) < count * size:
-            raise ValueError(f"{file.name} ends at byte {begin * size + len(raw):,}: it has been cut since the start")
-        return np.frombuffer(raw, self.dtype)
+        if count < len(out) * size:
+            raise ValueError(f"{file.name} ends at byte {begin * size + count:,}: it has been cut since the start")
 
-    def document_numbers(self, start: int, stop: int) -> np.ndarray:
-        """Which document each of these tokens belongs to, counted from 0 within the range. int64."""
-        first = int(np.searchsorted(self.offsets, start, side="right"))  # the first document that starts after `start`
-        last = int(np.searchsorted(self.offsets, stop, side="left"))
-        starts = np.zeros(stop - start, dtype=np.int64)
-        starts[np.asarray(self.offsets[first:last]) - start] = 1
-        return np.cumsum(starts)
+    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """`length` tokens from each of these places on, as they are stored. [n, length]."""
+        out = np.empty((len(starts), length), self.dtype)
+        for row, start in zip(out, starts.tolist(), strict=True):
+            number, within = divmod(start, self.shard_tokens)
+            if within + length <= self.shard_tokens:
+                self._read_into(row, number, within)
+            else:
+                row[:] = self.read(start, start + length)
+        return out
+
+    def document_starts(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Which tokens of such rows begin a document that is not the row's first one. Bool [n, length]."""
+        out = np.zeros((len(starts), length), dtype=bool)
+        first = np.searchsorted(self.offsets, starts, side="right")
+        counts = np.searchsorted(self.offsets, starts + length, side="left") - first
+        rows = np.repeat(np.arange(len(starts)), counts)
+        documents = np.arange(len(rows)) + np.repeat(first - np.cumsum(counts) + counts, counts)
+        out[rows, self.offsets[documents] - starts[rows]] = True
+        return out

@@ -24,6 +24,7 @@ single sequences are not, and none needs storing.
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -76,6 +77,13 @@ class AssociativeRecall:
 
     def prepare(self, num_workers: int = 0, verify: bool = False) -> None:
         """Nothing to prepare: sequences are made when they are asked for."""
+
+    @property
+    def folders(self) -> list[Path]:
+        return []
+
+    def prepare_part(self, part: int, parts: int, num_workers: int = 0) -> list[Path]:
+        return []
 
     @property
     def identity(self) -> dict[str, str]:

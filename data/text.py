@@ -11,13 +11,18 @@ Sample i + 1 starts with the last label of sample i, so that every token but the
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.corpora import Corpus
+from data.divided import divided, merge, prepare_part
 from data.prepare import prepare
 from data.shards import TokenShards, check, shard_folder
+from data.store import fetch
 from data.tokenizer import Tokenizer
 
 IGNORE = -100  # the label that cross-entropy leaves out
@@ -50,10 +55,32 @@ class Text:
         """
         if self._splits and not verify:
             return
-        folder = shard_folder(self.name, self.corpus, self.tokenizer, self.drop_duplicates)
+        folder = self.folder
+        fetch(folder)
+        if divided(folder):
+            merge(self.corpus, self.tokenizer, folder)
         prepare(self.corpus, self.tokenizer, folder, num_workers=num_workers, drop_duplicates=self.drop_duplicates)
         check(folder, self.tokenizer, everything=verify)
         self._splits = {split: TokenShards(folder, split) for split in ("train", "validation")}
+
+    def prepare_part(self, part: int, parts: int, num_workers: int = 0) -> list[Path]:
+        """Part `part` (from 0) of `parts` (data/divided.py). Returns the folder, as the only one."""
+        where = self.corpus, self.tokenizer, self.folder
+        return [prepare_part(*where, part, parts, num_workers=num_workers, drop_duplicates=self.drop_duplicates)]
+
+    @property
+    def folder(self) -> Path:
+        """Of the shards, which may be still to be written."""
+        return shard_folder(self.name, self.corpus, self.tokenizer, self.drop_duplicates)
+
+    @property
+    def folders(self) -> list[Path]:
+        """All, of which this has one."""
+        return [self.folder]
+
+    @property
+    def prepared(self) -> bool:
+        return bool(self._splits)
 
     def _shards(self, split: str) -> TokenShards:
         if not self._splits:
@@ -127,8 +154,15 @@ class Sequences(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        start = index * self.seq_len
-        tokens = torch.from_numpy(self.shards.read(start, start + self.seq_len + 1))
-        documents = torch.from_numpy(self.shards.document_numbers(start, start + self.seq_len + 1))
-        labels = tokens[1:].masked_fill(documents[1:] != documents[:-1], IGNORE)
-        return {"input_ids": tokens[:-1], "labels": labels, "segments": documents[:-1]}
+        return {name: rows[0] for name, rows in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Several samples at once, [B, L] each, which is how a loader asks for a batch."""
+        starts = np.array(indices, dtype=np.int64) * self.seq_len
+        tokens = self.shards.rows(starts, self.seq_len + 1)
+        begins = self.shards.document_starts(starts, self.seq_len + 1)
+        labels = tokens[:, 1:].astype(np.int64)
+        labels[begins[:, 1:]] = IGNORE
+        found = {"input_ids": tokens[:, :-1].astype(np.int64), "labels": labels}
+        found["segments"] = begins[:, :-1].cumsum(1, dtype=np.int64)
+        return {name: torch.from_numpy(rows) for name, rows in found.items()}

@@ -95,7 +95,12 @@ class Tokenizer(ABC):
 
 
 class Trainable(Tokenizer):
-    """A tokenizer that learns its vocabulary from text before it can be used."""
+    """A tokenizer that learns its vocabulary from text before it can be used.
+
+    learnt_from: the text, where it is not that of the corpus whose shards are written; a part of the `spec`.
+    """
+
+    learnt_from = ""
 
     @property
     @abstractmethod
@@ -223,7 +228,8 @@ class Bpe(Fast, Trainable):
         self._set(rust)
 
     def spec(self) -> str:
-        return f"bpe vocab_size={self.max_vocab_size} train_bytes={self.train_bytes}"
+        on = f" on {self.learnt_from}" if self.learnt_from else ""
+        return f"bpe vocab_size={self.max_vocab_size} train_bytes={self.train_bytes}{on}"
 
     def fingerprint(self) -> str:
         # the rest is written differently once `transformers` has saved it

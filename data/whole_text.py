@@ -64,3 +64,6 @@ class TokensInMemory(TokenShards):
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self.tokens[start:stop]
+
+    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        return self.tokens[starts[:, None] + np.arange(length)]

@@ -5,13 +5,15 @@
     python scripts/benchmark.py length [--only NAME ...] [--lengths 2048 65536] [--json PATH]
     python scripts/benchmark.py decode [--only NAME ...] [--batches 1 16] [--contexts 1024] [--json PATH]
     python scripts/benchmark.py prepare [--megabytes 1000] [--tokenizer bytes] [--num-workers 2]
+    python scripts/benchmark.py loader [--megabytes 200] [--lengths 1024 4096] [--num-workers 2]
 
 `ops` times operators, forward and forward + backward, interleaved so that a busy neighbour slows all alike: the median
 of the repeats, the ratio to the first row of its size, on a GPU the time in kernels, without the waits for the host
 between them, and the peak of allocated memory, and the difference of the output from that row's where they compute the
 same. `train` times steps of whole models of equal parameters (scripts/benchmarks/contenders.py), each in a process of
 its own; `length` the same number of tokens in longer and longer sequences; `decode` texts that go on by generate
-(scripts/benchmarks/decoding.py). `prepare` turns text into token shards (scripts/benchmarks/data.py).
+(scripts/benchmarks/decoding.py). `prepare` turns text into token shards, and `loader` reads batches from
+them (scripts/benchmarks/data.py).
 """
 
 from __future__ import annotations
@@ -155,11 +157,18 @@ def main() -> None:
     command.add_argument("--megabytes", type=int, default=1000)
     command.add_argument("--tokenizer", choices=["bytes", "bpe"], default="bytes")
     command.add_argument("--num-workers", type=int, default=2)
+    command = commands.add_parser("loader", help="token shards to batches, beside a memory map")
+    command.add_argument("--megabytes", type=int, default=200)
+    command.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096])
+    command.add_argument("--num-workers", type=int, default=2, help="beside none")
+    command.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.command == "ops":
         ops(arguments.only, arguments.repeats, arguments.kernels, arguments.json)
     elif arguments.command == "prepare":
         data.prepare(arguments.megabytes, arguments.tokenizer, arguments.num_workers)
+    elif arguments.command == "loader":
+        data.loader(arguments.megabytes, arguments.lengths, arguments.num_workers, arguments.repeats)
     else:
         {"train": train, "length": length, "decode": decode}[arguments.command](arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 
@@ -11,7 +12,7 @@ import torch
 
 from models.training import captured
 from scripts import benchmark
-from scripts.benchmarks import apart, contenders, decoding, kinds, steps, whole
+from scripts.benchmarks import apart, contenders, data, decoding, kinds, steps, whole
 from scripts.benchmarks.contenders import COMPILED, DEFAULT, PEERS, PRESETS, Sizes
 from scripts.figures import speed
 from tests.conftest import ROOT
@@ -269,3 +270,10 @@ def test_what_cannot_be_timed_is_refused(words, said, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", *words.split()])
     with pytest.raises(SystemExit, match=said):
         benchmark.main()
+
+
+def test_a_loader_is_timed_beside_a_memory_map(capsys):
+    data.loader(megabytes=1, lengths=[128], num_workers=0, repeats=1)
+    said = capsys.readouterr().out
+    for name in ("a plain memory map", "the loader, num_workers=0"):
+        assert re.search(rf"seq_len=128 +{name} +[\d.]+ M tokens/s, +[\d.]+ a second of a core \(load", said)

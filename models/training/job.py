@@ -117,6 +117,7 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
         "context_parallel": cfg.context_parallel,
     }
     counts = {name: getattr(task, name) for name in ("targets_per_token", "bytes_per_token", "chance")}
+    counts["sources"] = getattr(task, "sources", ())  # only a mixture has them
     guards: dict[str, Any] = {"guard": Guard(cfg.guard.max_skipped, cfg.guard.spike_score), "preemption": preemption}
     module = Training(model, num_steps=batch.num_steps, clip_norm=cfg.clip_norm, **parts, **counts, **guards)
     plateau = end_of_plateau(module.schedule, batch.num_steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from data.mixture import Source, by_source, together
 from models.context import Context
 from models.language_model import LanguageModel
 from models.loss import IGNORED
@@ -39,6 +40,7 @@ class Training(L.LightningModule):
         times the tokens, never by a count that differs between micro-batches, so that every split of a batch gives the
         same gradient. None where all sequences of a step have equally many: by their number.
     bytes_per_token: of the validation text, for bits per byte; None where there is no text.
+    sources: the parts of a mixture, each of which is validated by itself too; none elsewhere.
     chance: the accuracy of a guess, for a task that has right answers; logged beside the model's.
     compile_blocks, cuda_graph: whether the blocks are compiled, and a micro-batch is one CUDA graph (captured.py).
     guard, preemption: what is asked about every step, and told.
@@ -56,6 +58,7 @@ class Training(L.LightningModule):
         targets_per_token: float | None = 1.0,
         bytes_per_token: float | None = None,
         chance: float | None = None,
+        sources: Sequence[Source] = (),
         compile_blocks: bool = False,
         cuda_graph: bool = False,
         guard: Guard | None = None,
@@ -70,6 +73,7 @@ class Training(L.LightningModule):
         self.optimizer, self.schedule = optimizer, schedule(num_steps=num_steps)
         self.num_steps, self.clip_norm = num_steps, clip_norm
         self.targets_per_token, self.bytes_per_token, self.chance = targets_per_token, bytes_per_token, chance
+        self.sources = sources
         self.compile_blocks, self.cuda_graph = compile_blocks, cuda_graph
         self.guard, self.preemption = guard or Guard(), preemption or Preemption()
         self.recompute = Recompute(model, recompute)
@@ -81,7 +85,8 @@ class Training(L.LightningModule):
         self.first_step, self.began = 0, time.time()  # of this process
         self._sharded = False
         self._window: list[Tensor] = []  # [loss, number of targets] of the micro-batches since the last step
-        self._validation: dict[int, Tensor] = {}  # [nats, targets, right ones] by position, of each loader
+        # [nats, targets, right ones] by position, of each loader and, of a mixture, each part
+        self._validation: dict[tuple[int, int], Tensor] = {}
         self.captured: Captured | None = None
         self._told: dict[str, Tensor] = {}  # by the regressors, in the captured pass
 
@@ -257,12 +262,17 @@ class Training(L.LightningModule):
             sums = torch.cat([sums, ((predictions == labels) & kept).double().sum(0, keepdim=True)])
         if self.context is not None:
             sums = self.context.among_all(sums)
-        before = self._validation.get(dataloader_idx)
-        self._validation[dataloader_idx] = sums if before is None else before + sums
+        key = dataloader_idx, int(batch.get("part", 0))
+        self._validation[key] = self._validation[key] + sums if key in self._validation else sums
 
     def on_validation_epoch_end(self) -> None:
-        found = {loader: _sum_over_ranks(sums) for loader, sums in self._validation.items()}
-        sums = found.pop(0)
+        found = {key: _sum_over_ranks(self._validation[key]) for key in sorted(self._validation)}
+        parts = [
+            part for loader, part in found if loader == 0
+        ]  # not all where trainer.limit_val_batches ends it before
+        each = torch.stack([found.pop((0, part)) for part in parts])  # [parts, 2 or 3, T]
+        sources = [self.sources[part] for part in parts] if self.sources else []
+        sums = together(each, sources) if sources else each[0]
         nats, count = sums[0], sums[1]
         mean = (nats.sum() / count.sum()).item()
         # `step` is Lightning's key for the row this belongs to: that of the step just taken
@@ -271,6 +281,7 @@ class Training(L.LightningModule):
             "validation/nats": mean,
             "validation/perplexity": math.exp(min(mean, 700.0)),
             **self.progress(),
+            **(by_source(each, sources) if sources else {}),
         }
         if self.bytes_per_token is not None:
             metrics["validation/bits_per_byte"] = mean / math.log(2) / self.bytes_per_token

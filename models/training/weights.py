@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from data.finding import missing
-from data.shards import shard_folder
 from data.tokenizer import HuggingFace, Tokenizer, Trainable
 from data.vocabulary import shared
 from models.build import build, current
@@ -94,8 +93,7 @@ def tokenizer_of(path: Path, run: Path | None, config: dict[str, Any] | None, kn
     if not isinstance(task.tokenizer, Trainable):
         return task.tokenizer
     task.prepare()  # its folder holds what was learnt
-    folder = shard_folder(task.name, task.corpus, task.tokenizer, task.drop_duplicates)
-    return HuggingFace(str(folder / "tokenizer"))
+    return HuggingFace(str(task.folder / "tokenizer"))
 
 
 def open_trained(where: str | Path) -> Trained:

@@ -7,6 +7,7 @@ one length these are the sequences that a run validates on.) Recall is drawn ane
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from conf import schema, settings
 from conf.command import sentence
 from data.files import TextFiles
+from data.mixture import Mixture
 from data.tokenizer import Bytes
 from data.whole_text import WholeText
 from models.build import build, near
@@ -113,11 +115,15 @@ def lengths(seq_len: int, times: list[int]) -> list[int]:
     return sorted({seq_len * n for n in times})
 
 
-def sequences(task: Any, length: int, longest: int, num_tokens: int) -> tuple[Subset, int]:
+def sequences(task: Any, length: int, longest: int, num_tokens: int) -> tuple[Dataset, int]:
     """Those of this length, and how many tokens belong together: the longest's, or one's own where each is drawn by
     itself. num_tokens: of all, rounded up to the longest, and at most what there is; of what is drawn, at the length of
-    training. See the module's docstring.
+    training. Those of a mixture are of its parts, by their shares. See the module's docstring.
     """
+    if isinstance(task, Mixture):
+        parts = ((task.parts[name], math.ceil(share * num_tokens)) for name, share in task.shares.items())
+        each = [sequences(part, length, longest, count) for part, count in parts]
+        return ConcatDataset([samples for samples, _ in each]), each[0][1]
     try:
         whole, samples = task.validation_samples(longest), task.validation_samples(length)
     except ValueError as error:

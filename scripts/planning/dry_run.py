@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 from conf.checks import device, dtype
 from conf.folders import leave_none, refuse
 from data.batch import Batch
+from data.mixture import Mixture
 from data.module import misfits
-from data.shards import shard_folder
 from data.text import Text
 from data.tokenizer import Trainable
 from models.build import build
@@ -102,17 +102,21 @@ def standing(config: dict[str, Any]) -> str:
 def vocabulary(config: dict[str, Any], batch: Batch) -> tuple[int, list[str]]:
     """How many ids there are, and lines about the data, of which none are prepared."""
     task = build(config["data"], tokenizer=build(config["tokenizer"]), seq_len=batch.seq_len)
-    if isinstance(task, Text):
-        folder = shard_folder(task.name, task.corpus, task.tokenizer, task.drop_duplicates)
-        if not (folder / "meta.json").exists():
-            learnt: Any = task.tokenizer if isinstance(task.tokenizer, Trainable) else None
-            size = task.tokenizer.vocab_size if learnt is None else learnt.max_vocab_size
-            most = "" if learnt is None else "at most "
-            return size, [f"{task.name}: to be prepared, into {folder}; {most}{size:,} ids"]
+    texts = list(task.parts.values()) if isinstance(task, Mixture) else [task] if isinstance(task, Text) else []
+    missing = [text for text in texts if not (text.folder / "meta.json").exists()]
+    if missing:
+        learnt: Any = task.tokenizer if isinstance(task.tokenizer, Trainable) else None
+        size = task.tokenizer.vocab_size if learnt is None else learnt.max_vocab_size
+        most = "" if learnt is None else "at most "
+        ids = f"{most}{size:,} ids"
+        return size, [
+            *(f"{text.name}: to be prepared, into {text.folder}; {ids}" for text in missing),
+            *(task.passes(batch) if isinstance(task, Mixture) else []),
+        ]
     task.prepare()
     if found := misfits(task, batch):
         raise ValueError("\n       ".join(found))
-    return task.vocab_size, task.describe()
+    return task.vocab_size, [*task.describe(), *(task.passes(batch) if isinstance(task, Mixture) else [])]
 
 
 def parts(model: LanguageModel) -> str:

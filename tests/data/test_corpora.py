@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data.corpora import PythonSource, split_of
+from data.corpora import SPLITS, PythonSource, split_of
 from data.files import TextFiles
 from data.hub import Hub
 
@@ -165,6 +165,16 @@ def test_hub_is_read_on_from_any_document(hub, streaming, lines):
     assert [d.name for d in documents] == ["validation:0", "train:0", "train:1", "train:2"]
     for i, document in enumerate(documents):
         assert list(corpus.read(json.loads(json.dumps(document.position)))) == documents[i + 1 :]
+
+
+def test_hub_in_parts_is_the_whole(hub):
+    rows = {f"train_{number}": f"a{number} b{number}" for number in range(5)}
+    path = on_the_hub(hub, **rows, validation_0="v", validation_1="w")
+    corpus = Hub(path, validation_split="validation")
+    parts = [document for part in range(3) for document in corpus.part(part, 3)]
+    for split in SPLITS:
+        texts = [[d.text for d in documents if d.split == split] for documents in (parts, corpus)]
+        assert texts[0] == texts[1] and len(texts[0]) in (2, 10)
 
 
 def test_hub_errors_are_one_sentence(hub):

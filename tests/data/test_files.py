@@ -72,9 +72,9 @@ def test_a_long_text_is_the_same_tokens_from_txt_and_jsonl(tmp_path, monkeypatch
     text = "".join(f"wörd {i} " for i in range(500))
     (tmp_path / "a.txt").write_text(text)
     for part in (64, 2**20):
-        for module in ("formats", "prepare"):
+        for module in ("formats", "pieces"):
             monkeypatch.setattr(f"data.{module}.PART", part)
-        monkeypatch.setattr("data.prepare.PIECE", 200)
+        monkeypatch.setattr("data.pieces.PIECE", 200)
         train = TextFiles(str(tmp_path / "a.txt"), validation_fraction=1e-9)
         pieces = [document.text for document in train]
         assert all(piece.startswith((" ", "wörd 0")) for piece in pieces) and (len(pieces) == 1) == (part > 64)

@@ -339,7 +339,7 @@ def test_a_folder_and_one_within_it_are_two_corpora(tmp_path):
 
 
 def test_rows_without_text_are_counted_after_a_kill_too(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("data.prepare.PIECE", 1)
+    monkeypatch.setattr("data.pieces.PIECE", 1)
     rows = [None, "a", "", "b", None, "c"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     corpus = TextFiles(str(tmp_path / "a.jsonl"), validation=str(own_validation(tmp_path)))

@@ -157,7 +157,7 @@ def test_a_single_character_can_not_be_cut(tmp_path):
 
 def test_a_killed_preparation_cuts_at_the_same_place(tmp_path, monkeypatch):
     monkeypatch.setattr("data.formats.PART", 1000)
-    monkeypatch.setattr("data.prepare.PIECE", 3000)
+    monkeypatch.setattr("data.pieces.PIECE", 3000)
     for name, text in (("a", "a" * 7000), ("b", BOOK[:30000]), ("c", "c")):
         (tmp_path / f"{name}.txt").write_text(text)
     whole = prepared(TextFiles(str(tmp_path / "*.txt")), tmp_path / "whole")
@@ -184,7 +184,7 @@ def test_a_killed_preparation_cuts_at_the_same_place(tmp_path, monkeypatch):
 def test_what_was_prepared_without_a_cut_is_begun_anew(tmp_path, monkeypatch):
     """A position of the corpus itself, in the journal of a release that did not cut, is none of the one that is cut."""
     monkeypatch.setattr("data.formats.PART", 1000)
-    monkeypatch.setattr("data.prepare.PIECE", 3000)
+    monkeypatch.setattr("data.pieces.PIECE", 3000)
     (tmp_path / "a.txt").write_text(BOOK[:30000])
     path, read = str(tmp_path / "a.txt"), TextFiles.read
 

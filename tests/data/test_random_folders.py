@@ -61,9 +61,9 @@ class Killed(TextFiles):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_random_folder(tmp_path, monkeypatch, seed):
-    for module in ("formats", "prepare"):
+    for module in ("formats", "pieces"):
         monkeypatch.setattr(f"data.{module}.PART", 300)
-    monkeypatch.setattr("data.prepare.PIECE", 500)
+    monkeypatch.setattr("data.pieces.PIECE", 500)
     (tmp_path / "texts").mkdir()
     draw = random.Random(seed)
     write(tmp_path / "texts", draw)

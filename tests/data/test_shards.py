@@ -43,14 +43,16 @@ def test_round_trip_over_shards(documents, tmp_path, shard_tokens):
         assert shards.offsets.tolist() == [0, *ends]
 
 
-def test_document_numbers_start_at_zero_in_every_range(documents, tmp_path):
-    prepare(documents(["ab", "c", "defg"], ["x"]), Bytes(), tmp_path / "shards")
+def test_rows_are_what_is_read_and_know_where_documents_begin(documents, tmp_path):
+    prepare(documents(["ab", "c", "defg"], ["x"]), Bytes(), tmp_path / "shards", shard_tokens=4)
     shards = TokenShards(tmp_path / "shards", "train")
-    whole = [0, 0, 0, 1, 1, 2, 2, 2, 2, 2]
-    for start in range(10):
-        for stop in range(start + 1, 11):
-            expected = [n - whole[start] for n in whole[start:stop]]
-            assert shards.document_numbers(start, stop).tolist() == expected
+    begins = [True, False, False, True, False, True, False, False, False, False]
+    for length in range(1, 11):
+        starts = np.arange(0, 11 - length)
+        rows, found = shards.rows(starts, length), shards.document_starts(starts, length)
+        for start, row, begin in zip(starts, rows, found, strict=True):
+            assert row.tolist() == shards.read(start, start + length).tolist()
+            assert begin.tolist() == [False, *begins[start + 1 : start + length]]
 
 
 def test_small_vocabularies_take_two_bytes_a_token_and_large_ones_four(documents, tmp_path):
@@ -76,7 +78,7 @@ class Interrupted(Documents):
 @pytest.mark.parametrize("shard_tokens", [7, 2**20])
 @pytest.mark.parametrize("torn", ["", "train_00000.bin", "train_offsets.bin", "journal.jsonl"])
 def test_what_was_done_before_a_kill_is_kept_and_what_is_torn_is_not(tmp_path, monkeypatch, torn, shard_tokens):
-    monkeypatch.setattr("data.prepare.PIECE", 1)  # a document each
+    monkeypatch.setattr("data.pieces.PIECE", 1)  # a document each
     folder, partial = tmp_path / "shards", tmp_path / "shards.partial"
     prepare(Documents(TRAIN, VALIDATION), Bytes(), tmp_path / "whole", shard_tokens)
     corpus = Interrupted(TRAIN, VALIDATION)
@@ -100,7 +102,7 @@ def content(folder):
 
 @pytest.mark.parametrize("tokenizer", [Bytes, lambda: Bpe(300)], ids=["bytes", "bpe"])
 def test_one_worker_or_three_give_the_same_bytes(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setattr("data.prepare.PIECE", 50)
+    monkeypatch.setattr("data.pieces.PIECE", 50)
     corpus = Documents([f"{text} <eos> {i}" for i in range(30) for text in TRAIN], VALIDATION)
     for num_workers in (0, 1, 3):
         prepare(corpus, tokenizer(), tmp_path / str(num_workers), num_workers=num_workers)
@@ -108,7 +110,7 @@ def test_one_worker_or_three_give_the_same_bytes(tmp_path, monkeypatch, tokenize
 
 
 def test_duplicates_are_dropped_on_demand_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.prepare.PIECE", 1)
+    monkeypatch.setattr("data.pieces.PIECE", 1)
     corpus = Documents(["a", "b", "a", "a", "c"], ["v", "b"])
     prepare(corpus, Bytes(), tmp_path / "all")
     prepare(corpus, Bytes(), tmp_path / "once", drop_duplicates=True)
@@ -123,9 +125,9 @@ def test_duplicates_are_dropped_on_demand_and_counted(tmp_path, monkeypatch):
 
 
 def test_the_end_of_a_long_document_is_no_duplicate_after_a_kill(tmp_path, monkeypatch):
-    for module in ("formats", "prepare"):
+    for module in ("formats", "pieces"):
         monkeypatch.setattr(f"data.{module}.PART", 8)
-    monkeypatch.setattr("data.prepare.PIECE", 1)
+    monkeypatch.setattr("data.pieces.PIECE", 1)
     for name, text in (("a", "x" * 8 + "hello"), ("b", "hello"), ("c", "hello")):
         (tmp_path / f"{name}.txt").write_text(text)
     (tmp_path / "v").mkdir()
@@ -216,7 +218,8 @@ def test_a_folder_that_vanishes_under_a_run_is_read_to_the_end(tmp_path):
     shards = TokenShards(tmp_path / "shards", "train")
     pickled = pickle.dumps(shards)
     shutil.rmtree(tmp_path / "shards")
-    assert shards.read(0, shards.num_tokens).tolist() == tokens_of(TRAIN) and shards.document_numbers(0, 9)[-1] == 1
+    assert shards.read(0, shards.num_tokens).tolist() == tokens_of(TRAIN)
+    assert shards.document_starts(np.array([0]), 9)[0].nonzero()[0].tolist() == [4]
     with pytest.raises(ValueError, match=r"shards/meta.json can't be read .*No such file"):
         pickle.loads(pickled)  # as a worker does that begins now
 

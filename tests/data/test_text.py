@@ -36,6 +36,9 @@ def test_samples_equal_a_loop_over_documents(documents, seq_len):
         labels = [tokens[t + 1] if document[t + 1] == document[t] else IGNORE for t in at]
         assert sample["labels"].tolist() == labels
         assert sample["segments"].tolist() == [document[t] - document[at[0]] for t in at]
+    several = samples.__getitems__([len(samples) - 1, 0])
+    for name, rows in several.items():
+        assert rows.is_contiguous() and rows.tolist() == [samples[i][name].tolist() for i in (len(samples) - 1, 0)]
 
 
 def test_every_token_is_predicted_once_but_the_first_of_documents(task):
