@@ -108,9 +108,9 @@ class DataModule(L.LightningDataModule):
 
     def _loader(self, parts: Sequence[Any], seq_len: int, counts: Sequence[int], mixed: bool = False) -> DataLoader:
         micro_batch = max(1, self.batch.micro_batch * self.batch.seq_len // seq_len)
-        place = self.trainer.global_rank // self.batch.context, self.batch.groups
+        rank, world = (n // self.batch.context for n in (self.trainer.global_rank, self.trainer.world_size))
         shares: list[Share] = [
-            Share(samples, count, micro_batch, *place, number if mixed else None)
+            Share(samples, count, micro_batch, rank, world, number if mixed else None)
             for number, (samples, count) in enumerate(zip(parts, counts, strict=True))
         ]
         share = ConcatDataset(shares) if mixed else shares[0]

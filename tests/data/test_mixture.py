@@ -153,7 +153,7 @@ def test_a_validation_that_is_cut_short_tells_of_the_parts_that_it_has_seen():
     training = Training(model("linear"), None, lambda num_steps: None, 1, 1.0, bytes_per_token=1.75, sources=sources)
     training.trainer = SimpleNamespace(global_step=3)
     training.progress, training.log_dict = dict, lambda metrics, **_: found.update(metrics)
-    training._validation = {0: torch.rand(2, 8, dtype=torch.float64)}
+    training._validation = {(0, 0): torch.rand(2, 8, dtype=torch.float64)}
     training.on_validation_epoch_end()
     assert found["validation/nats"] == pytest.approx(found["validation/a/nats"]) and "validation/b/nats" not in found
 
