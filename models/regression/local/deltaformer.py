@@ -13,17 +13,19 @@ Source.     Zhong, Xu, Ao and Shi 2025 (arXiv 2505.19488), by the feature map of
             keys; here it is k_t, so that what is stored does not hang on how it is read. fla's layer has no sigmoid
             around b.
 State.      The keys, and u for the values: it grows with the sequence.
-Exactness.  Exact. T^2 numbers of memory in the parallel form, for the system; the reads need none.
+Exactness.  Exact, and linear in memory: the system is solved block by block, and no T x T is kept for the gradient.
 
 Shapes: as in pairs.py.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
@@ -57,14 +59,67 @@ def recurrent_corrected(k: Tensor, v: Tensor, b: Tensor, beta: Tensor, view: Vie
     return values[:, :, S:]
 
 
-def parallel_corrected(k: Tensor, v: Tensor, b: Tensor, beta: Tensor, view: View, past: Pairs) -> Tensor:
-    """The same by one triangular system for all tokens of the call. Arguments and result as in recurrent_corrected."""
-    T, S = k.shape[2], past.k.shape[2]
-    tokens, pairs = slice(0, T), slice(0, S + T)
-    index = torch.arange(S + T, device=k.device)
-    visible = view.visible(tokens, pairs, k.device) & (index < index[S:, None])
-    P = b * past_weights(visible.unsqueeze(1), k, torch.cat([past.k, k], dim=2), beta)
-    return torch.linalg.solve_triangular(P[..., S:], v - P[..., :S] @ past.v, upper=False, unitriangular=True)
+def parallel_corrected(
+    k: Tensor, v: Tensor, b: Tensor, beta: Tensor, view: View, past: Pairs, block: int = 64
+) -> Tensor:
+    """The same for `block` tokens at a time, by a triangular system for each. Other arguments and result as in
+    recurrent_corrected."""
+    return _Corrected.apply(torch.cat([past.k, k], dim=2), v, b, beta, past.v, view, block)
+
+
+class _Corrected(torch.autograd.Function):
+    """Blocks in turn, with a gradient that goes through them backwards and makes their weights anew: no T x T outlives
+    its block. With the rows B P of a block, D its triangle and u all values up to it,
+        G = D^-T dU ,   dv = G ,   dU_before -= (B P)^T G ,   dP = -(b G) u^T ,   db = -G . (P u) .
+    """
+
+    @staticmethod
+    def forward(
+        ctx, keys: Tensor, v: Tensor, b: Tensor, beta: Tensor, before: Tensor, view: View, block: int
+    ) -> Tensor:
+        u = torch.cat([before, torch.empty_like(v)], dim=2)
+        for tokens, here, _ in _spans(v.shape[2], view.past, block):
+            P = b[:, :, tokens] * _weights(keys, beta, view, tokens)
+            rest = v[:, :, tokens] - P[..., : here.start] @ u[:, :, : here.start]
+            u[:, :, here] = torch.linalg.solve_triangular(P[..., here], rest, upper=False, unitriangular=True)
+        ctx.save_for_backward(keys, b, beta, u)
+        ctx.view, ctx.block = view, block
+        return u[:, :, view.past :].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, du: Tensor) -> tuple[Tensor | None, ...]:
+        keys, b, beta, u = ctx.saved_tensors
+        view, S = ctx.view, ctx.view.past
+        d_values, dv = torch.cat([torch.zeros_like(u[:, :, :S]), du], dim=2), torch.empty_like(du)
+        d_keys, db, d_beta = torch.zeros_like(keys), torch.empty_like(b), torch.zeros_like(beta)
+        for tokens, here, seen in reversed(_spans(du.shape[2], S, ctx.block)):
+            p, share = _weights(keys, beta, view, tokens), b[:, :, tokens]
+            D = (share * p[..., here]).mT
+            G = torch.linalg.solve_triangular(D, d_values[:, :, here], upper=True, unitriangular=True)
+            dv[:, :, tokens] = G
+            d_values[:, :, : here.start] -= (share * p[..., : here.start]).mT @ G
+            db[:, :, tokens] = -(G * (p @ u[:, :, seen])).sum(-1, keepdim=True)
+            dp = -(share * G) @ u[:, :, seen].mT
+            d_logits = p * (dp - (p * dp).sum(-1, keepdim=True))
+            d_beta += (d_logits * (keys[:, :, here] @ keys[:, :, seen].mT)).sum((0, 2, 3)).view_as(beta)
+            d_keys[:, :, here] += beta * (d_logits @ keys[:, :, seen])
+            d_keys[:, :, seen] += beta * (d_logits.mT @ keys[:, :, here])
+        return d_keys, dv, db, d_beta, d_values[:, :, :S], None, None
+
+
+def _spans(T: int, past: int, block: int) -> list[tuple[slice, slice, slice]]:
+    """Of every block its tokens, their pairs, and all pairs up to the last of them."""
+    bounds = [(a, min(a + block, T)) for a in range(0, T, block)]
+    return [(slice(a, z), slice(past + a, past + z), slice(0, past + z)) for a, z in bounds]
+
+
+def _weights(keys: Tensor, beta: Tensor, view: View, tokens: slice) -> Tensor:
+    """p(k) of some tokens, [B, H, C, S]."""
+    here, seen = slice(view.past + tokens.start, view.past + tokens.stop), slice(0, view.past + tokens.stop)
+    index = torch.arange(seen.stop, device=keys.device)
+    visible = view.visible(tokens, seen, keys.device) & (index < index[here, None])
+    return past_weights(visible.unsqueeze(1), keys[:, :, here], keys[:, :, seen], beta)
 
 
 class DeltaFormer(Softmax):
@@ -89,7 +144,8 @@ class DeltaFormer(Softmax):
         k, v = (by_head(x, self.num_heads, dtype) for x in pairs[:2])
         b = self.steps(tokens.x).to(dtype).transpose(1, 2).unsqueeze(-1)
         recurrent = self.choose(tokens.q.device, tokens.q.dtype).backend == "recurrent"
-        form = recurrent_corrected if recurrent else parallel_corrected
+        block = self.queries_at_once(k)
+        form = recurrent_corrected if recurrent else partial(parallel_corrected, block=block)
         with torch.autocast(k.device.type, enabled=False):
             beta = of_heads(self.beta(k))
             u = form(k[:, :, S:], v[:, :, S:], b, beta, view, Pairs(k[:, :, :S], v[:, :, :S]))

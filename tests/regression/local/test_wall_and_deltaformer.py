@@ -53,8 +53,26 @@ def test_corrected_values_solve_their_system():
     k, v = (torch.randn(1, 2, 12, 4, dtype=torch.float64) for _ in range(2))
     b, beta = torch.rand(1, 2, 12, 1, dtype=torch.float64), torch.full((2, 1, 1), 0.7, dtype=torch.float64)
     nothing = Pairs(k[:, :, :0], v[:, :, :0])
-    U = parallel_corrected(k, v, b, beta, View(), nothing)
+    U = parallel_corrected(k, v, b, beta, View(), nothing, 5)
     P = (0.7 * k @ k.mT).masked_fill(~torch.ones(12, 12, dtype=torch.bool).tril(-1), -torch.inf).softmax(-1)
     P[..., 0, :] = 0.0
     assert torch.allclose(U + b * (P @ U), v, atol=1e-12)
     assert torch.allclose(recurrent_corrected(k, v, b, beta, View(), nothing), U, atol=1e-12)
+
+
+@pytest.mark.parametrize("past, documents", [(0, False), (3, False), (3, True)])
+def test_corrected_values_and_their_gradients_block_by_block(past, documents):
+    """With pairs of an earlier call, and documents; blocks that do not divide the tokens."""
+    g = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(2, 2, n, 4, dtype=torch.float64, generator=g) for n in (11, 11))
+    b = torch.rand(2, 2, 11, 1, dtype=torch.float64, generator=g)
+    beta = torch.tensor([0.7, 2.0], dtype=torch.float64).view(2, 1, 1)
+    old = [torch.randn(2, 2, past, 4, dtype=torch.float64, generator=g) for _ in range(2)]
+    start = torch.tensor([[0] * 4 + [past + 4] * 7, [past] * 11]) if documents else None
+    leaves, found = [x.requires_grad_() for x in (k, v, b, beta, *old)], []
+    for form, settings in ((recurrent_corrected, {}), (parallel_corrected, {"block": 4})):
+        u = form(k, v, b, beta, View(past, start), Pairs(*old), **settings)
+        wanted = leaves if past else leaves[:4]
+        found.append([u, *torch.autograd.grad(u.square().sum(), wanted, allow_unused=True)])
+    pairs = [(x, y) for x, y in zip(*found, strict=True) if x is not None]
+    assert largest_difference([x for x, _ in pairs], [y for _, y in pairs]) < 1e-12
