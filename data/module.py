@@ -78,7 +78,7 @@ class DataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         first = self.validation_loader(self.batch.seq_len)
-        points = [self._loader(samples, samples.length, len(samples)) for samples in self.test_points().values()]
+        points = [self._loader(samples, samples.length, len(samples), 0) for samples in self.test_points().values()]
         return [first, *points] if points else first
 
     def test_points(self) -> dict[str, Any]:
@@ -90,16 +90,17 @@ class DataModule(L.LightningDataModule):
         samples = self.task.validation_samples(seq_len)
         return self._loader(samples, seq_len, min(-(-self.validation_tokens // seq_len), len(samples)))
 
-    def _loader(self, samples: Any, seq_len: int, count: int) -> DataLoader:
+    def _loader(self, samples: Any, seq_len: int, count: int, num_workers: int | None = None) -> DataLoader:
         micro_batch = max(1, self.batch.micro_batch * self.batch.seq_len // seq_len)
         share = Share(samples, count, micro_batch, self.trainer.global_rank, self.trainer.world_size)
-        return DataLoader(share, batch_size=micro_batch, shuffle=False, **self._loader_settings())
+        return DataLoader(share, batch_size=micro_batch, shuffle=False, **self._loader_settings(num_workers))
 
-    def _loader_settings(self) -> dict[str, Any]:
+    def _loader_settings(self, num_workers: int | None = None) -> dict[str, Any]:
+        num_workers = self.num_workers if num_workers is None else num_workers
         return {
             "collate_fn": collate,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
+            "num_workers": num_workers,
+            "persistent_workers": num_workers > 0,
             "pin_memory": self.trainer.strategy.root_device.type == "cuda",
         }
 
@@ -183,6 +184,14 @@ class Share(Dataset):
             raise IndexError(index)
         sample = self.samples[0]
         return {**sample, "labels": torch.full_like(sample["labels"], IGNORE)}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        """A batch, in order, at once where the samples are made so."""
+        if not hasattr(self.samples, "__getitems__"):
+            return [self[index] for index in indices]
+        real = [self.indices[index] for index in indices if index < len(self.indices)]
+        made = self.samples.__getitems__(real) if real else []
+        return [*made, *(self[index] for index in indices[len(real) :])]
 
 
 def align_progress(trainer: L.Trainer) -> None:
