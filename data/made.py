@@ -14,7 +14,6 @@ The labels of a made task need no shift: labels[t] is what is to be predicted at
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -114,15 +113,14 @@ class Kinds(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        kind = bisect_right(self.begins, index) - 1
-        return self.kinds[kind][index - self.begins[kind]]
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        kind = bisect_right(self.begins, indices[0]) - 1
-        begin, end = self.begins[kind : kind + 2]
-        if not all(begin <= index < end for index in indices):
-            return [self[index] for index in indices]
-        return self.kinds[kind].__getitems__([index - begin for index in indices])
+        found: dict[int, dict[str, Tensor]] = {}
+        for kind, begin, end in zip(self.kinds, self.begins, self.begins[1:], strict=False):
+            if mine := [index for index in indices if begin <= index < end]:
+                found |= zip(mine, kind.__getitems__([index - begin for index in mine]), strict=True)
+        return [found[index] for index in indices]
 
 
 class Task:

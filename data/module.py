@@ -90,7 +90,7 @@ class DataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         first = self.validation_loader(self.batch.seq_len)
-        points = [self._loader([samples], samples.length, [len(samples)]) for samples in self.test_points().values()]
+        points = [self._loader([x], x.length, [len(x)], num_workers=0) for x in self.test_points().values()]
         return [first, *points] if points else first
 
     def test_points(self) -> dict[str, Any]:
@@ -106,7 +106,14 @@ class DataModule(L.LightningDataModule):
         each = -(-self.validation_tokens // (seq_len * len(parts)))
         return self._loader(parts, seq_len, [min(each, len(samples)) for samples in parts], mixed)
 
-    def _loader(self, parts: Sequence[Any], seq_len: int, counts: Sequence[int], mixed: bool = False) -> DataLoader:
+    def _loader(
+        self,
+        parts: Sequence[Any],
+        seq_len: int,
+        counts: Sequence[int],
+        mixed: bool = False,
+        num_workers: int | None = None,
+    ) -> DataLoader:
         micro_batch = max(1, self.batch.micro_batch * self.batch.seq_len // seq_len)
         rank, world = (n // self.batch.context for n in (self.trainer.global_rank, self.trainer.world_size))
         shares: list[Share] = [
@@ -114,13 +121,14 @@ class DataModule(L.LightningDataModule):
             for number, (samples, count) in enumerate(zip(parts, counts, strict=True))
         ]
         share = ConcatDataset(shares) if mixed else shares[0]
-        return DataLoader(share, batch_size=micro_batch, shuffle=False, **self._loader_settings())
+        return DataLoader(share, batch_size=micro_batch, shuffle=False, **self._loader_settings(num_workers))
 
-    def _loader_settings(self) -> dict[str, Any]:
+    def _loader_settings(self, num_workers: int | None = None) -> dict[str, Any]:
+        num_workers = self.num_workers if num_workers is None else num_workers
         return {
             "collate_fn": collate,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
+            "num_workers": num_workers,
+            "persistent_workers": num_workers > 0,
             "pin_memory": self.trainer.strategy.root_device.type == "cuda",
         }
 
@@ -217,6 +225,14 @@ class Share(Dataset):
             raise IndexError(index)
         sample = self.samples[0]
         return {**sample, "labels": torch.full_like(sample["labels"], IGNORE), **self.marks}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        """A batch, in order, at once where the samples are made so."""
+        if not hasattr(self.samples, "__getitems__"):
+            return [self[index] for index in indices]
+        real = [self.indices[index] for index in indices if index < len(self.indices)]
+        made = self.samples.__getitems__(real) if real else []
+        return [*made, *(self[index] for index in indices[len(real) :])]
 
 
 def align_progress(trainer: L.Trainer) -> None:

@@ -91,10 +91,10 @@ def sweep(experiment: str, words: list[str]) -> list[Job]:
 
 
 class Results:
-    """A file with a line for each job that has a result."""
+    """A file with a line for each job that has a result. commit: of this repository, where no git says it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, commit: str | None = None) -> None:
+        self.path, self.commit = path, commit
 
     def read(self) -> list[dict[str, Any]]:
         """A line that a kill has cut off is left out."""
@@ -108,6 +108,7 @@ class Results:
         result = json.loads((job.folder / "result.json").read_text())
         row = {"job": job.key, "words": list(job.words), "date": datetime.now(UTC).date().isoformat(), **result}
         row["command"] = shlex.join(["python", "train.py", "-m", *job.words])
+        row["commit"] = row.get("commit") or self.commit
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = [*self.read(), row]
         draft = self.path.with_name(f".{self.path.name}.draft")
@@ -201,6 +202,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--at-once", type=int, default=1, help="processes at a time (default: 1)")
     parser.add_argument("--minutes", type=float, help="after which runs are asked to save (default: no limit)")
     parser.add_argument("--results", type=Path, help="(default: docs/evidence/EXPERIMENT/results.jsonl)")
+    parser.add_argument("--commit", help="of these files, where they are a copy without git")
     parser.add_argument("--jobs", action="store_true", help="print the jobs, and run none")
     given = parser.parse_intermixed_args(words)
     if given.at_once < 1:
@@ -210,7 +212,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
-    results = Results(given.results or ROOT / "docs" / "evidence" / given.experiment / "results.jsonl")
+    path = given.results or ROOT / "docs" / "evidence" / given.experiment / "results.jsonl"
+    results = Results(path, given.commit)
     try:
         every = sweep(given.experiment, given.words)
     except ValueError as error:

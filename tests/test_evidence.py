@@ -56,6 +56,8 @@ def test_a_sweep_is_that_of_the_experiment_and_its_words():
 
 
 def test_jobs_run_once_and_the_next_call_goes_on(tmp_path, monkeypatch, capsys):
+    """What users ask of sweeps elsewhere: https://github.com/hydra-ecosystem/hydra/issues/1407 and 3328, and
+    https://github.com/ashleve/lightning-hydra-template/issues/535. So many at a time: issue 2255 of hydra."""
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
     jobs = [Miniature("toy", ("experiment=mqar", f"seed={seed}")) for seed in (1, 2, 3)]
     results = evidence.Results(tmp_path / "results.jsonl")
@@ -80,11 +82,12 @@ def test_jobs_run_once_and_the_next_call_goes_on(tmp_path, monkeypatch, capsys):
 def test_a_result_that_nobody_wrote_down_is_found(tmp_path, monkeypatch):
     """The launcher was killed, and the run ended after it."""
     monkeypatch.setenv("RUNS", str(tmp_path))
-    job, results = evidence.Job("toy", ("experiment=mqar", "seed=1")), evidence.Results(tmp_path / "results.jsonl")
+    job = evidence.Job("toy", ("experiment=mqar", "seed=1"))
+    results = evidence.Results(tmp_path / "results.jsonl", commit="abc")
     job.folder.mkdir(parents=True)
     (job.folder / "result.json").write_text(json.dumps({"validation/nats": 1.0}))
     assert list(evidence.left([job], results)) == [] and results.have() == {job.key}
-    assert evidence.summary(results.read()[0]) == "1.0000 nats per token"
+    assert evidence.summary(results.read()[0]) == "1.0000 nats per token" and results.read()[0]["commit"] == "abc"
     assert job.command[1] == "train.py" and Path(job.command[-1].partition("=")[2].strip("'")).is_absolute()
 
 

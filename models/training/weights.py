@@ -24,6 +24,7 @@ from models.training.run import difference
 # What weights may be given to without another shape, and then mean something else.
 SETTINGS = ("mixers", "pattern", "feed_forward", "tie_embeddings", "norm_eps")
 
+OTHER_KIND = "the model of a made task and no language model: what it came to is in the result.json of its run"
 ROWS = ("embedding.weight", "head.weight")  # [vocabulary, width]
 
 
@@ -106,6 +107,8 @@ def open_trained(where: str | Path) -> Trained:
         if config is None:
             raise ValueError(f"{path} stands without its run, which says what its numbers mean: {folder}/config.yaml")
         weights = read(path)
+        if unlike := [name for name in weights if name.startswith("decoder.")]:
+            raise ValueError(f"{path} has {unlike[0]}, {OTHER_KIND}")
         shape = LanguageModelConfig(vocab_size=len(weights["embedding.weight"]), **config["model"])
         model, step = LanguageModel(shape), step_of(path)
         model.load_state_dict(weights)
@@ -120,6 +123,10 @@ def _steps(exported: Path, config: dict[str, Any]) -> int:
 
 
 def _exported(folder: Path) -> LanguageModel:
+    """Raises ValueError for one that a made task has of its own, which would be taken for a language model."""
+    kinds = json.loads((folder / "config.json").read_text()).get("architectures") or [LanguageModel.__name__]
+    if kinds != [LanguageModel.__name__]:
+        raise ValueError(f"{folder} holds a {kinds[0]}, {OTHER_KIND}")
     return LanguageModel.from_pretrained(folder, dtype=torch.float32)
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from data.batch import batch_arithmetic
 from data.made import distinct, stream, uniform, weighted
+from data.module import Share
 from data.order import GlobalOrder
 from data.recall import RecallMixture
 from data.synthetic import gap_probabilities, place
@@ -109,6 +110,19 @@ def test_a_batch_is_of_one_kind_whoever_asks_and_an_epoch_has_each():
     ranks = [list(GlobalOrder(sizes, two, 5, rank, first_step=13)) for rank in (0, 1)]
     again = [sorted(x for rank in ranks for part in rank[2 * i : 2 * i + 2] for x in part) for i in range(17)]
     assert again == whole[13:]
+
+
+def test_a_share_of_a_test_point_is_made_a_batch_at_a_time():
+    """The same as one by one; what fills up the last batch has no label."""
+    points = mixture().test_points()["16x2"]
+    share = Share(points, 5, 4, rank=0, world=1)
+    assert len(share) == 8
+    batch = share.__getitems__([4, 5, 6, 7])
+    assert all(batch[0][name].equal(points[4][name]) for name in batch[0])
+    assert all((row["labels"] == IGNORE).all() for row in batch[1:])
+    assert all(a["labels"].equal(share[i]["labels"]) for i, a in enumerate(share.__getitems__([0, 1, 2, 3])))
+    with pytest.raises(IndexError):
+        mixture().train_samples()[84]
 
 
 def test_the_published_setting():

@@ -16,6 +16,7 @@ from models.language_model import LanguageModel, LanguageModelConfig
 from models.reconstruction import Reconstruction, sinusoids
 from models.training.module import Training
 from models.training.points import RANGES, metrics, ranges
+from models.training.weights import open_trained
 from tests.test_config import composed
 
 TOY = (
@@ -66,6 +67,10 @@ def test_mad(train):
     assert 0 <= result["validation/accuracy"] <= 1 and result["validation/chance"] == pytest.approx(1 / 15)
     weights = load_file(path.parent / "model" / "model.safetensors")
     assert "decoder.1.weight" in weights and "decoder.4.weight" in weights
+    for where, what in ((path.parent, "holds a Reconstruction"), (path.parent / "checkpoints", "has decoder.")):
+        place = where if where == path.parent else next(where.glob("*.ckpt"))
+        with pytest.raises(ValueError, match=f"{what}.*, the model of a made task and no language model"):
+            open_trained(place)
 
 
 @pytest.mark.slow
