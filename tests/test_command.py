@@ -53,6 +53,7 @@ KEYS = {
     "model.mixer.main.num_heads=3": "is not a setting; did you mean model.mixers.main.num_heads?",
     f"{MAIN}.num_kv_head=1": f"is not a setting; did you mean {MAIN}.num_kv_heads?",
     f"{MAIN}.key_dim=32": f"{MAIN}.key_dim=32 is not written in the config; a + before it adds it: +{MAIN}.key_dim=32",
+    "data=mixture data.weights.web=3": "web=3 is not written in the config; a + before it adds it: +data.weights.web=3",
     "hidden_size=128": "hidden_size=128 is not a setting; did you mean model.hidden_size?",
     "lr=0.1": "lr=0.1 is not a setting; did you mean optimizer.lr?",
     "trainer.max_epochs=3": "trainer.max_epochs=3 would have no effect: set tokens",

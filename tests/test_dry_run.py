@@ -16,7 +16,7 @@ import train as entry
 from data.batch import batch_arithmetic
 from models.build import build
 from models.language_model import LanguageModel, LanguageModelConfig
-from scripts.planning.dry_run import parts, plan, six_n, span
+from scripts.planning.dry_run import parts, plan, six_n, span, vocabulary
 from scripts.planning.memory import Planned, kept_by_autograd, num_bytes
 from tests.test_config import composed
 from tests.training.test_sweep import JOB
@@ -102,3 +102,16 @@ def test_weights_that_the_run_would_refuse_are_refused(tmp_path):
         plan(config | {"init_from": str(tmp_path / "softmax")}, BATCH)
     lines, _ = plan(config | {"init_from": "somebody/a-model"}, BATCH)
     assert "weights   of somebody/a-model on the hub, which was not looked at" in lines
+
+
+def test_of_a_mixture_the_share_of_each_part_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("TTR_CACHE", str(tmp_path))
+    words = [
+        "+data@data.parts.code=python_source",
+        "+data@data.parts.books=text_files",
+        "data.parts.books.corpus.path=.",
+    ]
+    size, lines = vocabulary(settings("data=mixture", *words, "+data.weights.code=3", "+data.weights.books=1"), BATCH)
+    assert size == 257 and "python_source: to be prepared, into " in lines[0] and "text_files: " in lines[1]
+    assert lines[2:] == ["code: 75 % of the tokens, 3,840", "books: 25 % of the tokens, 1,280"]
+    assert not list(tmp_path.iterdir())
