@@ -19,7 +19,7 @@ CASES = [
     ("titans_mlp", 64, torch.bfloat16),
     ("titans_mlp", 32, torch.float32),
     ("titans_mlp", 64, torch.float32, "grad_batch=32"),
-    ("ttt_linear", 64, torch.bfloat16),
+    ("ttt_linear", 128, torch.bfloat16),
     ("ttt_mlp", 64, torch.bfloat16),
     ("ttt_mlp", 64, torch.float32),
     ("local_linear", 128, torch.bfloat16),

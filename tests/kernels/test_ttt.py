@@ -51,9 +51,9 @@ def test_kernels_are_the_dual_form_interpreted():
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_groups_slabs_and_tiles_do_not_show_interpreted():
-    """Sequences are of one group or slab otherwise, and the hidden layer of one tile. Here spans of two mini-batches a
-    group, and of one or two a slab, and two tiles."""
+def test_spans_slabs_and_tiles_do_not_show_interpreted():
+    """Sequences are of two spans or one slab otherwise, the hidden layer of one tile. Here spans of one mini-batch or
+    two, slabs of one or two, and two tiles."""
     code = """
     import json
     from models.kernels import ttt
@@ -61,7 +61,7 @@ def test_groups_slabs_and_tiles_do_not_show_interpreted():
     from tests.kernels.test_ttt import errors
 
     mlp.OPTIONS |= {name: (32, 4, 1) for name in ("read", "read_gradient", "write_gradient")}
-    ttt.GROUP, ttt.SLAB = 2, 1
+    ttt.TILE, ttt.SLAB = 32, 1
     found = errors("linear", calls=((),)) + errors("mlp", calls=((),))
     ttt.SLAB = 8
     print("FOUND", json.dumps(found + errors("mlp", calls=((),))))

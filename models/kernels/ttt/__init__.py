@@ -26,7 +26,7 @@ TAKES = {  # of a recipe
 HIDDEN = 4  # the hidden layer's width over that of keys
 MINI_BATCH = 16  # the smallest that Triton's products take, and the paper's
 WIDTHS = {"linear": (16, 32, 64, 128), "mlp": (16, 32, 64)}  # of keys; wider ones' weights do not fit on chip
-GROUP = 8  # the linear model's weights are kept for the backward pass at every 8th span of MINI_BATCH tokens
+TILE = 64  # tokens that the linear model's kernels take at a time
 SLAB = 4096  # spans of MINI_BATCH tokens that the MLP's kernels take at a time, of all heads of all sequences
 
 
@@ -53,71 +53,70 @@ def slab(rows: int) -> int:
     return max(SLAB // rows, 1)
 
 
+def spans(K: int, P: int, documents: bool) -> int:
+    """Tokens of a span, in which the mini-batches begin that the kernels take at a time."""
+    if K * (K + 1) != P:
+        return MINI_BATCH
+    return TILE - MINI_BATCH if documents else TILE  # the last one goes on for less than MINI_BATCH
+
+
 def scan(
     q: Tensor, k: Tensor, v: Tensor, steps: Tensor, sizes: Tensor, start: Tensor, gamma: Tensor,
-    beta: Tensor, init: Tensor, first: Tensor, fresh: Tensor | None,
+    beta: Tensor, init: Tensor, first: Tensor, position: Tensor, fresh: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """All mini-batches of a call, arguments as in Call. Returns o [B, L, H, K] in the dtype of v, and the weights of
     the last mini-batch [B, H, P].
     """
-    (length, _, K), P = q.shape[1:], start.shape[1]
-    span = MINI_BATCH * (GROUP if K * (K + 1) == P else 1)
+    length, span = q.shape[1], spans(q.shape[-1], start.shape[1], fresh is not None)
     edges = (torch.arange(-(-length // span) + 1, device=q.device) * span).clamp(max=length)
     group = torch.searchsorted(first, edges.expand(len(q), -1).contiguous())
     tensors = (x.contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v))
     numbers = (x.float().contiguous() for x in (steps, sizes, start, gamma, beta, init))
+    places = (x.int().contiguous() for x in (first, group, position))
     fresh = None if fresh is None else fresh.to(torch.int8).contiguous()
-    call = Call._make((*tensors, *numbers, first.int().contiguous(), group.int(), fresh))
-    o, last, _ = _forward(*packed(call))
+    o, last, *_ = _forward(*packed(Call._make((*tensors, *numbers, *places, fresh))))
     return o, last
 
 
+def _kernels(call: Call) -> Any:
+    if call.inner_model == "mlp":
+        from models.kernels.ttt.mlp import MLP
+
+        return MLP(call, slab(call.q.shape[0] * call.q.shape[2]))
+    from models.kernels.ttt.linear import Linear
+
+    return Linear(call, TILE, spans(call.q.shape[-1], call.start.shape[1], call.fresh is not None))
+
+
 @torch.library.custom_op("test_time_regression::ttt_scan", mutates_args=())
-def _forward(given: list[Tensor], names: str) -> tuple[Tensor, Tensor, Tensor]:
-    """o, the last weights, and those kept for the backward pass [B, H, *, P]: at the first mini-batch of each group,
-    or slab of them."""
+def _forward(given: list[Tensor], names: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, the last weights, and what is kept for the backward pass: of the MLP the weights at the first mini-batch of
+    each slab [B, H, *, P] and four empty tensors; of the linear model what Linear.forward says."""
     call = unpacked(Call, given, names)
     with torch.cuda.device_of(call.q):
-        if call.inner_model == "mlp":
-            from models.kernels.ttt.mlp import MLP
-
-            return MLP(call, slab(call.q.shape[0] * call.q.shape[2])).forward()
-        from models.kernels.ttt.linear import linear_forward
-
-        (B, _, H, _), G, init = call.q.shape, call.group.shape[1] - 1, call.init
-        o, last, kept = torch.empty_like(call.v), torch.empty_like(init), init.new_empty(B, H, G, init.shape[-1])
-        linear_forward[(B * H,)](*call, o, last, kept, **_sizes(call))
-    return o, last, kept
+        return _kernels(call).forward()
 
 
 @_forward.register_fake
 def _(given, names):
     call = unpacked(Call, given, names)
-    (B, H, P), groups = call.init.shape, call.group.shape[1] - 1
-    kept = call.init.new_empty(B, H, -(-groups // slab(B * H)) if call.inner_model == "mlp" else groups, P)
-    return torch.empty_like(call.v), torch.empty_like(call.init), kept
+    (B, H, P), G, K = call.init.shape, call.group.shape[1] - 1, call.q.shape[-1]
+    if call.inner_model == "mlp":
+        kept = call.init.new_empty(B, H, -(-G // slab(B * H)), P), *(call.init.new_empty(0) for _ in range(4))
+    else:
+        from models.kernels.ttt.linear_tiles import NUMBERS
+
+        biases, numbers = call.init.new_empty(B, H, G, K), call.init.new_empty(B, H, NUMBERS, call.q.shape[1])
+        kept = call.q.new_empty(B, H, G, K, K), biases, torch.empty_like(call.v), torch.empty_like(call.v), numbers
+    return torch.empty_like(call.v), torch.empty_like(call.init), *kept
 
 
 @torch.library.custom_op("test_time_regression::ttt_scan_backward", mutates_args=())
-def _backward(given: list[Tensor], names: str, kept: Tensor, do: Tensor, dlast: Tensor) -> list[Tensor]:
+def _backward(given: list[Tensor], names: str, kept: list[Tensor], do: Tensor, dlast: Tensor) -> list[Tensor]:
     """The gradients by all tensors up to init; by what heads or rows share, of each row."""
     call = unpacked(Call, given, names)
-    if call.inner_model == "mlp":
-        from models.kernels.ttt.mlp import MLP
-
-        with torch.cuda.device_of(call.q):
-            return MLP(call, slab(call.q.shape[0] * call.q.shape[2])).backward(do, dlast, kept)
-    from models.kernels.ttt.linear import linear_backward
-
-    (B, H, _), K = call.init.shape, call.q.shape[-1]
-    dq, dk, dv, dsteps = (torch.zeros_like(x) for x in call[:4])  # tokens before the first are in no mini-batch
-    dstart, dinit = torch.zeros_like(dlast), dlast.clone()
-    dsizes, dgamma, dbeta = (call.steps.new_empty(B, H, n) for n in (len(call.sizes), K, K))
-    scratch = kept.new_empty(B, H, GROUP, kept.shape[-1])
-    found = [dq, dk, dv, dsteps, dsizes, dstart, dgamma, dbeta, dinit]
     with torch.cuda.device_of(call.q):
-        linear_backward[(B * H,)](*call, kept, do, dlast, *found, scratch, GROUP=GROUP, **_sizes(call))
-    return found
+        return _kernels(call).backward(do, dlast, *kept)
 
 
 @_backward.register_fake
@@ -129,24 +128,18 @@ def _(given, names, *others):
     return [*(torch.empty_like(x) for x in call[:4]), dsizes, dstart, dgamma, dbeta, dinit]
 
 
-def _sizes(call: Call) -> dict[str, Any]:
-    (_, L, H, K), N, G = call.q.shape, call.first.shape[1] - 1, call.group.shape[1] - 1
-    sizes: dict[str, Any] = {"L": L, "H": H, "N": N, "G": G, "C": MINI_BATCH, "K": K}
-    return sizes | {"DOCUMENTS": call.fresh is not None, "num_warps": 4 if K <= 64 else 8, "num_stages": 1}
-
-
 def _keep(ctx, inputs, output):
     given, ctx.names = inputs
-    ctx.save_for_backward(*given, output[2])
+    ctx.save_for_backward(*given, *output[2:])
     ctx.set_materialize_grads(False)  # no zeros for what is kept, which is large
 
 
-def _gradients(ctx, do, dlast, _):
-    *given, kept = ctx.saved_tensors
+def _gradients(ctx, do, dlast, *_):
+    given, kept = ctx.saved_tensors[:-5], ctx.saved_tensors[-5:]
     call = unpacked(Call, given, ctx.names)
     do = torch.zeros_like(call.v) if do is None else do.contiguous()
     dlast = torch.zeros_like(call.init) if dlast is None else dlast.contiguous()
-    *each, dsizes, dstart, dgamma, dbeta, dinit = _backward(given, ctx.names, kept, do, dlast)
+    *each, dsizes, dstart, dgamma, dbeta, dinit = _backward(list(given), ctx.names, list(kept), do, dlast)
     shared = [dsizes.sum((0, 1)), dstart.sum(0), dgamma.sum(0), dbeta.sum(0), dinit]
     return [*each, *shared, *[None] * (len(given) - 9)], None
 

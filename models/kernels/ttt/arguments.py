@@ -21,6 +21,7 @@ class Call(NamedTuple):
     init: Tensor  # [B, H, P]: of the first one
     first: Tensor  # [B, N + 1]: the first token of each mini-batch, and where the last one ends
     group: Tensor  # [B, G + 1]: the first mini-batch of each span of tokens that the kernels take at a time
+    position: Tensor  # [B, L]: how many tokens of its document, or of the mini-batch that goes on, come before each
     fresh: Tensor | None  # [B, N]: which mini-batches begin a document, None where none does
 
     @property

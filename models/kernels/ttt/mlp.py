@@ -36,7 +36,8 @@ class MLP:
     """One call, and what its kernels have in common. slab: spans of C tokens that are taken at a time."""
 
     def __init__(self, call: Call, slab: int) -> None:
-        self.q, self.k, self.v, self.steps, self.sizes, self.start, gamma, beta, self.init, first, group, fresh = call
+        self.q, self.k, self.v, self.steps, self.sizes, self.start, gamma, beta, self.init, first, group = call[:11]
+        fresh = call.fresh
         self.given = self.steps, self.sizes, gamma, beta, first, group, fresh
         q, start = self.q, self.start
         (B, L, self.H, K), C, N, self.G = q.shape, len(self.sizes), first.shape[1] - 1, group.shape[1] - 1
@@ -51,8 +52,8 @@ class MLP:
         self.opening, self.opening_biases = torch.cat([W1, W2], 1).to(q.dtype), torch.cat([b1, b2], 1)
         self.weights, self.biases = q.new_empty(self.rows, self.spans, 2 * F * K), self._new(self.spans, F + K)
 
-    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """o, the last weights, and those at the first mini-batch of each slab [B, H, slabs, P]."""
+    def forward(self) -> tuple[Tensor, ...]:
+        """o, the last weights, those at the first mini-batch of each slab [B, H, slabs, P], and four empty tensors."""
         o, last, (B, H, P) = torch.empty_like(self.v), self.init.clone(), self.init.shape
         kept = last.new_empty(B, H, len(self.slabs), P)
         for i, (g0, g1) in enumerate(self.slabs):
@@ -62,9 +63,9 @@ class MLP:
                 self.q, self.k, self.v, *self.given, self.opening, self.opening_biases, self.weights, self.biases, o,
                 g0=g0, **self._options("read"),
             )  # fmt: skip
-        return o, last, kept
+        return o, last, kept, *(last.new_empty(0) for _ in range(4))
 
-    def backward(self, do: Tensor, dlast: Tensor, kept: Tensor) -> list[Tensor]:
+    def backward(self, do: Tensor, dlast: Tensor, kept: Tensor, *_: Tensor) -> list[Tensor]:
         """The gradients by all tensors of the call up to init; by what heads or rows share, of each row."""
         K, C, F, new = self.q.shape[-1], len(self.sizes), self.common["F"], self._new
         # tokens before the first are in no mini-batch

@@ -20,6 +20,11 @@ def dot(x, y, TYPE: tl.constexpr):
 
 
 @triton.jit
+def add_dot(x, y, total, TYPE: tl.constexpr):
+    return tl.dot(x.to(TYPE), y.to(TYPE), total)
+
+
+@triton.jit
 def mean(x, K: tl.constexpr, AXIS: tl.constexpr = 1):
     return tl.sum(x, AXIS, keep_dims=True) / K
 

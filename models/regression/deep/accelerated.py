@@ -128,7 +128,7 @@ def kernel_averaged(rule: Averaged, call: Call) -> tuple[Tensor, State]:
         only = gates._replace(step_size=(gates.step_size * mine.unsqueeze(-1))[:, few])
         before, (fitted, _) = deep_memory(rule, Call(start, q[:, few], k[:, few], v[:, few], only, state, b), chunk=b)
     scale, shift = (x.squeeze(1) for x in start.norm)
-    given = (q, k, v, gates.step_size, gates.share, learned, scale, shift, pack(fitted.weights), first, fresh)
+    given = (q, k, v, gates.step_size, gates.share, learned, scale, shift, pack(fitted.weights), first, position, fresh)
     o, last = averaged.scan(*given)
     if state is not None:
         o = torch.where(mine[..., None, None], F.pad(before, (0, 0, 0, 0, 0, T - before.shape[1])), o)

@@ -1,0 +1,110 @@
+"""What the kernels of TTT-Linear share.
+
+With u = eta dl/dz and c the token sizes, of which the last one, c_b, is for what a full mini-batch leaves behind, the
+inputs of the layer norm are, for an error (the key x of a token) and for a query q of it,
+
+    z = x W_0 + b_0 - c_b sum_{j earlier} (x_j.x + 1) u_j
+    z = q W_0 + b_0 - sum_{j <= t} c (x_j.q + 1) u_j ,   c = c_p in the same mini-batch, c_b before it
+
+with W_0, b_0 what a span of tokens begins with and j in that span and in the same document; where that one begins in
+the span, W_0 and b_0 are its own. So once the scan has left u and the weights of each span, all tokens of a span are
+read at once, and the gradients go the same way from the end of a span, where scan_gradient has left them.
+
+A span's tokens are those of the mini-batches that begin in SPAN tokens of the row, at most TILE of them: the last one
+may end C - 1 tokens later, and so SPAN is C less than TILE where there are documents.
+
+p = eta du has by the inner gradient the gradient dz = H p. For z - mean = y / s, g = gamma (gamma y + beta - target),
+
+    H p = s^2 [ (gamma^2 - <g y>) p' - <gamma^2 p'> - h <y p> - y <h p> ] ,   p' = p - <p> ,
+    h = g + gamma^2 y - <g + gamma^2 y> - y (<gamma^2 y^2> + 3 <g y>) / 2 ,   < > the mean over values.
+
+Between the kernels there are, in the type of q as [B, L, H, K], u, y, and of the queries the gradients by u and z; and
+numbers [B, H, 6, L] in float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from models.kernels.ttt.parts import tokens
+
+NUMBERS = 6
+SCALE, STEP, CROSS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # s, eta s^2, <g y>
+BENT, LEVEL, TURN = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)  # <gamma^2 y>, and of h what is taken from it
+
+
+@triton.jit
+def number_at(numbers, row, which: tl.constexpr, token, L):
+    """Pointers to one of the numbers of tokens."""
+    return numbers + (row * 6 + which) * L + token
+
+
+@triton.jit
+def no_gradients(x, begin, batch, head, L, H, C: tl.constexpr, K: tl.constexpr):
+    """Of tokens before the one where the first mini-batch begins."""
+    token, zeros = tl.arange(0, C), tl.zeros([C, K], x.dtype.element_ty)
+    tl.store(tokens(x, batch, head, token, L, H, K), zeros, mask=(token < begin)[:, None])
+
+
+@triton.jit
+def span_tokens(edges, position, batch, g, G, L, C: tl.constexpr, TILE: tl.constexpr):
+    """Of a span, edges [B, G + 1]: where it begins and ends; its tokens, and which of them are there; their places in
+    their mini-batches, and where those and their documents begin.
+    """
+    begin, end = tl.load(edges + batch * (G + 1) + g), tl.load(edges + batch * (G + 1) + g + 1)
+    token = begin + tl.arange(0, TILE)
+    real = token < end
+    place = tl.load(position + batch * L + token, mask=real, other=0)
+    return begin, end, token, real, place % C, token - place % C, token - place
+
+
+@triton.jit
+def carried_on(begin, real, document_of):
+    """Whose document has begun before the span, or with the call; and whether there are others."""
+    carried = document_of < tl.maximum(begin, 1)
+    return carried, tl.max(tl.where(real & (carried == 0), 1, 0)) > 0
+
+
+@triton.jit
+def shares(token, batch_of, document_of, share, last_c):
+    """[reader, writer]: c, 0 of what is not read."""
+    written = (document_of[:, None] == document_of[None, :]) & (token[:, None] >= token[None, :])
+    return tl.where(written, tl.where(batch_of[:, None] == batch_of[None, :], share[:, None], last_c), 0.0)
+
+
+@triton.jit
+def part(x, batch, head, token, real, j, L, H, K: tl.constexpr, PART: tl.constexpr):
+    """Channels j to j + PART of tokens."""
+    at = ((batch * L + token) * H + head)[:, None] * K + j + tl.arange(0, PART)[None, :]
+    return tl.load(x + at, mask=real[:, None], other=0.0)
+
+
+@triton.jit
+def rows(weights, j, K: tl.constexpr, PART: tl.constexpr):
+    """Rows j to j + PART of a matrix of K columns."""
+    return tl.load(weights + (j + tl.arange(0, PART))[:, None] * K + tl.arange(0, K)[None, :])
+
+
+@triton.jit
+def layer(
+    x, k, weights, bias, opening, opening_bias, carried, others, batch, head, token, real,
+    L, H, TILE: tl.constexpr, K: tl.constexpr, PART: tl.constexpr, DOCUMENTS: tl.constexpr,
+):  # fmt: skip
+    """x W_0 + b_0 [TILE, K], and x k' + 1, for x and k [B, L, H, K]. carried [TILE]: whose document has begun before;
+    others: whether one begins in the span.
+    """
+    key = tl.arange(0, K)
+    z = tl.zeros([TILE, K], tl.float32) + tl.load(bias + key)[None, :]
+    scores = tl.zeros([TILE, TILE], tl.float32) + 1.0
+    for j in tl.range(0, K, PART):
+        x_part = part(x, batch, head, token, real, j, L, H, K, PART)
+        z = tl.dot(x_part, rows(weights, j, K, PART), z)
+        scores = tl.dot(x_part, tl.trans(part(k, batch, head, token, real, j, L, H, K, PART)), scores)
+    if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
+        if others:
+            own = tl.zeros([TILE, K], tl.float32) + tl.load(opening_bias + key)[None, :]
+            for j in tl.range(0, K, PART):
+                own = tl.dot(part(x, batch, head, token, real, j, L, H, K, PART), rows(opening, j, K, PART), own)
+            z = tl.where(carried[:, None], z, own)
+    return z, scores
