@@ -9,12 +9,15 @@ is a pair of matrices. So a call is three kernels forward, the middle one alone 
     scan            U = R (V - diag(a) K M - diag(f) K S), and M, S from chunk to chunk
     outputs         O = diag(a) Q M + diag(f) Q S + (Q W^T * G) U
 
-and five backward, after the first two again, so that nothing but the inputs is kept between the passes. W are the keys
-that U is written under: K, unless others are given. The formulas and their gradients are those of momentum.py and
-mixtures.py; the shapes are written at every pointer.
+and two backward: the scan's gradient, from the last chunk to the first, then all other gradients of a chunk, of all
+chunks at once. Coefficients, U, M and S are kept between the passes (Kept, rule.py). W are the keys that U is written
+under: K, unless others are given. The formulas and their gradients are those of momentum.py and mixtures.py; the shapes
+are written at every pointer.
 
 Precision: products of bf16 (or fp16) operands, summed in float32; matrices are float32 in the scans' registers and
-rounded where they are operands. float32 inputs are multiplied as sums of three TF32 products, which loses two bits.
+rounded where they are operands. Products of coefficients with each other have float32 factors: with bf16 operands they
+are sums of three products, which keep 16 bits of each factor. float32 inputs are multiplied as sums of three TF32
+products, which loses two bits.
 
 Launch configurations are chosen, not searched: docs/kernels.md says how and what they gave.
 """
@@ -113,8 +116,8 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, do: Tensor | None, dlast: Tensor | None, *_: None) -> tuple[Any, ...]:
-    n = len(Kept._fields)
-    given, kept = list(ctx.saved_tensors[:-n]), list(ctx.saved_tensors[-n:])
+    saved, n = list(ctx.saved_tensors), len(Kept._fields)  # once: recomputed blocks give them no second time
+    given, kept = saved[:-n], saved[-n:]
     call = unpacked(Call, given, ctx.known[0])
     do = torch.zeros_like(call.v) if do is None else do
     dlast = torch.zeros_like(call.matrices) if dlast is None else dlast
