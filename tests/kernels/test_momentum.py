@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import textwrap
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from models.kernels import momentum
 from models.regression.documents import forget_at_starts
@@ -129,17 +131,35 @@ def errors(
     return [((a.double() - b).norm() / b.norm().clamp(min=1e-9)).item() for a, b in pairs]
 
 
+def differences() -> list[float]:
+    """Of gradients in a compiled block, and in one that is recomputed, from those of a plain call. What the forward
+    pass keeps goes through both."""
+    shape, generator = (1, 20, 2), torch.Generator().manual_seed(0)
+    inputs = [torch.randn(*shape, 16, generator=generator).requires_grad_() for _ in range(3)]
+    inputs += [torch.full(shape, x).requires_grad_() for x in (0.3, -0.7, -0.1)]
+
+    def block(*x: torch.Tensor) -> torch.Tensor:
+        return kernel_momentum(*x)[0].square().sum()
+
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    forms = block, compiled, partial(checkpoint, block, use_reentrant=False)
+    plain, *others = (torch.cat([x.flatten() for x in torch.autograd.grad(form(*inputs), inputs)]) for form in forms)
+    return [(x - plain).abs().max().item() for x in others]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_kernels_are_the_recurrence():
     """Through the interpreter, float32. (Of several rows: tests/laws/test_backends.py.)"""
     code = """
     import json, torch
-    from tests.kernels.test_momentum import CASES, errors
-    print("FOUND", json.dumps({name: max(errors("cpu", torch.float32, rows=1, **CASES[name])) for name in CASES}))
+    from tests.kernels.test_momentum import CASES, differences, errors
+    found = {name: max(errors("cpu", torch.float32, rows=1, **CASES[name])) for name in CASES}
+    print("FOUND", json.dumps([found, differences()]))
     """
-    found = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
+    found, others = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
     assert found.keys() == CASES.keys() and all(error < 1e-5 for error in found.values()), found
+    assert others == [0.0, 0.0]
 
 
 @pytest.mark.gpu

@@ -69,9 +69,9 @@ class Launch:
         writes_gradient[self.N, self.BH](call, left, found, **self._options("writes_gradient"))
         dgates = [x if x is None else torch.empty_like(x) for x in self.gates]
         coefficients_gradient[self.N, self.BH](
-            *self.gates, None, self.scan.filled, found.dcoefficients, found.dvectors, *dgates,
+            call.k, *self.gates, self.scan.filled, found.dcoefficients, found.dvectors, *dgates,
             self.N * self.C, self.N, self.H, C=self.C, MOMENTUM=self.momentum, DECAY=self.gates[2] is not None,
-            CARRIED=False, SOURCES=False, WRITES=1, PRECISION=self.precision, num_warps=4,
+            WRITES=1, PRECISION=self.precision, num_warps=4,
         )  # fmt: skip
         dbase = None
         if call.base is not None:

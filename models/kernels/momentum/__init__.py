@@ -9,12 +9,15 @@ is a pair of matrices. So a call is three kernels forward, the middle one alone 
     scan            U = R (V - diag(a) K M - diag(f) K S), and M, S from chunk to chunk
     outputs         O = diag(a) Q M + diag(f) Q S + (Q W^T * G) U
 
-and five backward, after the first two again, so that nothing but the inputs is kept between the passes. W are the keys
-that U is written under: K, unless others are given. The formulas and their gradients are those of momentum.py and
-mixtures.py; the shapes are written at every pointer.
+and two backward: the scan's gradient, from the last chunk to the first, then all other gradients of a chunk, of all
+chunks at once. Coefficients, U, M and S are kept between the passes (Kept, rule.py). W are the keys that U is written
+under: K, unless others are given. The formulas and their gradients are those of momentum.py and mixtures.py; the shapes
+are written at every pointer.
 
 Precision: products of bf16 (or fp16) operands, summed in float32; matrices are float32 in the scans' registers and
-rounded where they are operands. float32 inputs are multiplied as sums of three TF32 products, which loses two bits.
+rounded where they are operands. Products of coefficients with each other have float32 factors: with bf16 operands they
+are sums of three products, which keep 16 bits of each factor. float32 inputs are multiplied as sums of three TF32
+products, which loses two bits.
 
 Launch configurations are chosen, not searched: docs/kernels.md says how and what they gave.
 """
@@ -28,7 +31,7 @@ from torch import Tensor
 
 from models.kernels import backend
 from models.kernels.backend import packed, unpacked
-from models.kernels.momentum.rule import CHUNK, EMPTY, EXACT, Call, Rule
+from models.kernels.momentum.rule import CHUNK, EMPTY, EXACT, Call, Kept, Rule, new_kept
 
 __all__ = ["CHUNK", "EMPTY", "Call", "Rule", "momentum_delta", "refusal"]
 
@@ -61,53 +64,65 @@ def momentum_delta(call: Call, rule: Rule = EXACT) -> tuple[Tensor, Tensor]:
     write_key, source = None if write_key is None else write_key.to(v.dtype), None if source is None else source.int()
     numbers = [None if x is None else x.float() for x in numbers]
     call = Call._make((q.to(v.dtype), k.to(v.dtype), v, *numbers, write_key, source))
-    return _forward(*packed(call), *rule)
+    return _forward(*packed(call), *rule)[:2]
 
 
 @torch.library.custom_op("test_time_regression::momentum_delta", mutates_args=())
 def _forward(
     given: list[Tensor], names: str, momentum: bool, carried: bool, solve: bool, decayed: bool, writes: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The outputs, the last matrices, and what is kept."""
     from models.kernels.momentum.launch import Launch
 
     rule = Rule(momentum, carried, solve, decayed, writes)
     with torch.cuda.device_of(given[0]):
-        return Launch(unpacked(Call, given, names), rule).forward()
+        o, last, kept = Launch(unpacked(Call, given, names), rule).forward()
+    return o, last, *kept
 
 
 @_forward.register_fake
 def _(given, names, *rule):
-    call = unpacked(Call, given, names)
-    return torch.empty_like(call.v, memory_format=torch.contiguous_format), torch.empty_like(call.matrices)
+    call, rule = unpacked(Call, given, names), Rule(*rule)
+    return (
+        torch.empty_like(call.v, memory_format=torch.contiguous_format),
+        torch.empty_like(call.matrices),
+        *new_kept(call, rule),
+    )
 
 
 @torch.library.custom_op("test_time_regression::momentum_delta_backward", mutates_args=())
 def _backward(
-    given: list[Tensor], names: str, momentum: bool, carried: bool, solve: bool, decayed: bool, writes: int,
-    do: Tensor, dlast: Tensor,
+    given: list[Tensor], kept: list[Tensor], names: str, momentum: bool, carried: bool, solve: bool, decayed: bool,
+    writes: int, do: Tensor, dlast: Tensor,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients by all tensors but the source."""
     from models.kernels.momentum.launch import Launch
 
     rule = Rule(momentum, carried, solve, decayed, writes)
     with torch.cuda.device_of(given[0]):
-        return Launch(unpacked(Call, given, names), rule).backward(do, dlast)
+        return Launch(unpacked(Call, given, names), rule).backward(do, dlast, Kept(*kept))
 
 
 @_backward.register_fake
-def _(given, names, *_):
+def _(given, kept, names, *_):
     numbers = unpacked(Call, given, names)._replace(source=None)
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in numbers if x is not None]
 
 
 def _keep(ctx, inputs, output) -> None:
     given, *ctx.known = inputs
-    ctx.save_for_backward(*given)
+    ctx.save_for_backward(*given, *output[2:])
+    ctx.set_materialize_grads(False)  # no zeros for what is kept, which is large
 
 
-def _gradients(ctx, do: Tensor, dlast: Tensor) -> tuple[Any, ...]:
-    found = _backward(list(ctx.saved_tensors), *ctx.known, do, dlast)
-    return [*found, *[None] * (len(ctx.saved_tensors) - len(found))], *[None] * len(ctx.known)
+def _gradients(ctx, do: Tensor | None, dlast: Tensor | None, *_: None) -> tuple[Any, ...]:
+    saved, n = list(ctx.saved_tensors), len(Kept._fields)  # once: recomputed blocks give them no second time
+    given, kept = saved[:-n], saved[-n:]
+    call = unpacked(Call, given, ctx.known[0])
+    do = torch.zeros_like(call.v) if do is None else do
+    dlast = torch.zeros_like(call.matrices) if dlast is None else dlast
+    found = _backward(given, kept, *ctx.known, do, dlast)
+    return [*found, *[None] * (len(given) - len(found))], *[None] * len(ctx.known)
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)

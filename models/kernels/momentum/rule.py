@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 CHUNK = 64
+ROWS = 9  # of a chunk's vectors: tiles.py names them
 EMPTY = 2**30  # a source: no memory, but zero
 
 
@@ -45,3 +47,33 @@ class Call(NamedTuple):
     # [B, T]: the token of the call after which a gradient is taken, -1 for the call's first memory, less for the
     # reference carried into it, EMPTY for zero; None for the token before
     source: Tensor | None = None
+
+
+class Kept(NamedTuple):
+    """What a forward pass leaves for the backward one: coefficients, errors and states of every chunk. At K = V = 128
+    with a momentum they take twice the bytes of q, k, v and o in 16 bits."""
+
+    G: Tensor  # [B H N, C, C]
+    R: Tensor  # [B H N, C, C], or [0] where errors refer to none of their chunk
+    vectors: Tensor  # [B H N, ROWS, C]
+    U: Tensor  # [B, T, H, V]
+    states: Tensor  # [B H N, n, K, V]
+    attend: Tensor  # [B H N, C, C]
+
+
+def new_kept(call: Call, rule: Rule) -> Kept:
+    """Where it is written, with nothing in it."""
+    (B, T, H, K), V = call.q.shape, call.v.shape[-1]
+    chunks, matrices = B * H * -(-T // CHUNK), 1 + rule.momentum + (rule.carried and rule.solve)
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return call.v.new_empty(shape, dtype=dtype)
+
+    return Kept(
+        G=new(chunks, CHUNK, CHUNK),
+        R=new(chunks, CHUNK, CHUNK) if rule.solve else new(0),
+        vectors=new(chunks, ROWS, CHUNK),
+        U=new(*call.v.shape, dtype=call.v.dtype),
+        states=new(chunks, matrices, K, V, dtype=call.v.dtype),
+        attend=new(chunks, CHUNK, CHUNK, dtype=call.v.dtype),
+    )

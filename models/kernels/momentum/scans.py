@@ -110,7 +110,7 @@ def scan_gradient(
     R,  # [B H N, C, C]: without its ones
     vectors,  # [B H N, ROWS, C]
     do,  # [B, T, H, V]
-    dU,  # [B, T, H, V]: of the errors, by the outputs of their own chunk
+    attend,  # [B H N, C, C]: what the outputs of a chunk have of its errors
     dlast,  # [B H, n, K, V]
     E,  # out, [B, T, H, V]: the gradient by the right-hand side of the errors' system, which is the one by v
     dstates,  # out, [B H N, n, K, V]: by what every chunk ends with
@@ -140,9 +140,8 @@ def scan_gradient(
         at_q, mask_k = of_tokens(q, bh, n, 0, T, H, K, C, BK)
         queries = tl.trans(tl.load(at_q, mask=mask_k, other=0.0))
         at_v, mask_v = of_tokens(do, bh, n, first_v, T, H, V, C, BV)
-        doutput = tl.load(at_v, mask=mask_v, other=0.0).to(tl.float32)
-        at_u, mask_v = of_tokens(dU, bh, n, first_v, T, H, V, C, BV)
-        derror = tl.load(at_u, mask=mask_v, other=0.0).to(tl.float32)
+        doutput = tl.load(at_v, mask=mask_v, other=0.0)
+        derror = dot(tl.trans(tl.load(of_square(attend, chunk, C))), doutput, PRECISION)
         row = vectors + chunk.to(tl.int64) * tiles.ROWS * C
         if SOLVE:
             inverse = tl.load(of_square(R, chunk, C))

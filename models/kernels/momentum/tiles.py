@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from models.kernels.momentum.rule import ROWS  # noqa: F401
+
 # Rows of a chunk's vectors [ROWS, C]. Their last entries, at C - 1, are what the scan multiplies the matrices with.
 A = tl.constexpr(0)  # what is left of the chunk's first memory in M_t,
 F = tl.constexpr(1)  # and of its first momentum
@@ -19,12 +21,11 @@ REFER_R = tl.constexpr(5)  # and of the reference that was carried along
 WRITE_M = tl.constexpr(6)  # the last row of G: how much of each token's write is in the last memory,
 WRITE_S = tl.constexpr(7)  # in the last momentum,
 WRITE_R = tl.constexpr(8)  # and in the last reference
-ROWS = 9
 
 
 @triton.jit
-def dot(x, y, PRECISION: tl.constexpr):
-    return tl.dot(x, y, input_precision=PRECISION)
+def dot(x, y, PRECISION: tl.constexpr, acc=None):
+    return tl.dot(x, y, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -50,70 +51,117 @@ def wider_dot(x, y, TYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def of_tokens(pointer, bh, n, first, T, H, X, C: tl.constexpr, BX: tl.constexpr):
-    """Addresses and mask [C, BX] of a chunk's rows of [B, T, H, X], from column `first`."""
-    t = n * C + tl.arange(0, C)
-    x = first + tl.arange(0, BX)
-    row = ((bh // H).to(tl.int64) * T + t) * H + bh % H
-    return pointer + row[:, None] * X + x[None, :], (t < T)[:, None] & (x < X)[None, :]
+    """Addresses and mask [C, BX] of a chunk's rows of [B, T, H, X], from column `first`. Only where a tile begins is
+    worked out in 64 bits, and once for all its numbers."""
+    i, x = tl.arange(0, C), tl.arange(0, BX)
+    begin = (((bh // H).to(tl.int64) * T + n * C) * H + bh % H) * X + first
+    inside = (i < T - n * C)[:, None] & (x < X - first)[None, :]
+    return pointer + begin + (i[:, None] * (H * X) + x[None, :]), inside
 
 
 @triton.jit
 def of_gates(pointer, bh, n, T, H, C: tl.constexpr):
     """Addresses and mask [C] of a chunk's rows of [B, T, H]."""
-    t = n * C + tl.arange(0, C)
-    return pointer + ((bh // H).to(tl.int64) * T + t) * H + bh % H, t < T
+    i = tl.arange(0, C)
+    begin = ((bh // H).to(tl.int64) * T + n * C) * H + bh % H
+    return pointer + begin + i * H, i < T - n * C
 
 
 @triton.jit
-def of_matrix(pointer, index, first, K, V, BK: tl.constexpr, BV: tl.constexpr):
-    """Addresses and mask [BK, BV] of matrix `index` of [*, K, V], from column `first`."""
-    k = tl.arange(0, BK)
-    v = first + tl.arange(0, BV)
-    at = pointer + index.to(tl.int64) * K * V + k[:, None] * V + v[None, :]
-    return at, (k < K)[:, None] & (v < V)[None, :]
+def of_matrix(pointer, index, first, K, V, BK: tl.constexpr, BV: tl.constexpr, first_k=0):
+    """Addresses and mask [BK, BV] of matrix `index` of [*, K, V], from column `first` and row `first_k`."""
+    k, v = tl.arange(0, BK), tl.arange(0, BV)
+    begin = (index.to(tl.int64) * K + first_k) * V + first
+    return pointer + begin + (k[:, None] * V + v[None, :]), (k < K - first_k)[:, None] & (v < V - first)[None, :]
 
 
 @triton.jit
 def of_square(pointer, chunk, C: tl.constexpr):
     """Addresses [C, C] of a chunk's coefficients."""
     i = tl.arange(0, C)
-    return pointer + chunk.to(tl.int64) * C * C + i[:, None] * C + i[None, :]
+    return pointer + chunk.to(tl.int64) * (C * C) + (i[:, None] * C + i[None, :])
+
+
+@triton.jit
+def split(x, TYPE: tl.constexpr):
+    """high and low of a float32 tile x = high + low to 16 bits, where products have bf16 operands (TYPE); else x."""
+    if TYPE.is_bf16():
+        bits = x.to(tl.int32, bitcast=True)  # rounded by hand: a conversion back would be one number at a time
+        high = ((bits + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+        return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
+    else:  # fp16 has not the range, and float32 needs no parts
+        return x, x
+
+
+@triton.jit
+def split_dot(x, x_low, y, y_low, PRECISION: tl.constexpr, acc=None):
+    """acc and the product of two float32 tiles, each as split gives it."""
+    product = dot(x, y, PRECISION, acc)
+    if x.dtype.is_bf16():
+        product = dot(x, y_low, PRECISION, dot(x_low, y, PRECISION, product))
+    return product
+
+
+@triton.jit
+def select_dot(chosen, x, TYPE: tl.constexpr, PRECISION: tl.constexpr, acc=None):
+    """acc and chosen x, of a tile of zeros and ones, which no rounding changes, and a float32 tile."""
+    high, low = split(x, TYPE)
+    ones = tl.where(chosen, 1.0, 0.0).to(high.dtype)
+    product = dot(ones, high, PRECISION, acc)
+    return dot(ones, low, PRECISION, product) if TYPE.is_bf16() else product
+
+
+@triton.jit
+def store_row(pointer, tile, r, C: tl.constexpr):
+    """Row r of a tile [C, C] to `pointer` [C]. A sum over rows would go through shared memory."""
+    i = tl.arange(0, C)
+    at = pointer + tl.zeros([C, C], tl.int32) + i[None, :]
+    tl.store(at, tile, mask=(i == r)[:, None] & (i >= 0)[None, :])
 
 
 @triton.jit
 def fades(log_gate, C: tl.constexpr):
-    """L [C, C], the product of the gates after token i up to t, 0 for i > t; and the products from the chunk's
-    beginning [C]. Differences of sums from the beginning, which in float64 lose nothing: float32 would take the digits
-    of the gates after a document's start, or after 64 momenta of 1e-6. A gate of 0 has an infinite log, for which -1000
-    does."""
+    """L [C, C], the product of the gates after token i up to t, 0 for i > t; the products from the chunk's beginning
+    [C]; and L's last row [C]. Differences of sums from the beginning, which in float64 lose nothing: float32 would take
+    the digits of the gates after a document's start, or after 64 momenta of 1e-6. The sums are taken in float64, and
+    kept as two float32 numbers. A gate of 0 has an infinite log, for which -1000 does."""
     t = tl.arange(0, C)
     summed = tl.cumsum(tl.maximum(log_gate, -1000.0).to(tl.float64), 0)
-    between = (summed[:, None] - summed[None, :]).to(tl.float32)
+    high = summed.to(tl.float32)
+    low = (summed - high.to(tl.float64)).to(tl.float32)
+    between = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
     L = tl.exp(tl.where(t[:, None] >= t[None, :], between, -float("inf")))
-    return L, tl.exp(summed.to(tl.float32))
+    return L, tl.exp(high), tl.exp((tl.sum(tl.where(t == C - 1, summed, 0.0), 0) - summed).to(tl.float32))
 
 
 @triton.jit
-def log_gate_gradient(dL, L, dstart, start, C: tl.constexpr):
+def log_gate_gradient(dL, L, dstart, start, C: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """The gradient by the log gates [C] from those by L and by the products from the beginning: gate r is in the
-    entries of i < r <= t, which are those of t >= r without those of i >= r. A difference once more, in float64."""
+    entries of i < r <= t. Sums over t by a product with ones."""
     t = tl.arange(0, C)
-    D = tl.where(t[:, None] > t[None, :], dL * L, 0.0).to(tl.float64)
-    ending = tl.sum(D, 1) + (dstart * start).to(tl.float64)
-    return tl.cumsum(ending - tl.sum(D, 0), 0, reverse=True).to(tl.float32)
+    later = t[:, None] <= t[None, :]
+    below = t[:, None] > t[None, :]
+    summed = select_dot(later, tl.where(below, dL * L, 0.0), TYPE, PRECISION)
+    return tl.sum(tl.where(below, summed, 0.0) + tl.where(later, (dstart * start)[None, :], 0.0), 1)
 
 
 @triton.jit
-def unit_inverse(X, C: tl.constexpr, LOG_C: tl.constexpr, PRECISION: tl.constexpr):
+def unit_inverse(X, C: tl.constexpr, LOG_C: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """(I + X)^-1 of a strictly lower X [C, C], by halves from blocks of 4: models/regression/chunks.py. Whole tiles
     are multiplied, with zeros where a smaller product would have nothing: no tile need be cut."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
-    block = tl.where(i // 4 == j // 4, X, 0.0)
-    square = dot(block, block, PRECISION)
-    inverse = tl.where(i == j, 1.0, 0.0) - block + square - dot(block, square, PRECISION)
+    within, minus = i // 4 == j // 4, -X
+    block, block_low = split(tl.where(within, minus, 0.0), TYPE)
+    inverse = tl.where(i == j, 1.0, tl.where(within, minus, 0.0))
+    square = split_dot(block, block_low, block, block_low, PRECISION)
+    high, low = split(square, TYPE)
+    inverse = split_dot(block, block_low, high, low, PRECISION, inverse + square)
     for log_size in tl.static_range(2, LOG_C):
         size = 1 << log_size
-        below = tl.where((i // (2 * size) == j // (2 * size)) & (i // size != j // size), X, 0.0)
-        inverse -= dot(dot(inverse, below, PRECISION), inverse, PRECISION)
+        between = (i // (2 * size) == j // (2 * size)) & (i // size != j // size)
+        below, below_low = split(tl.where(between, minus, 0.0), TYPE)
+        high, low = split(inverse, TYPE)
+        product, product_low = split(split_dot(high, low, below, below_low, PRECISION), TYPE)
+        inverse = split_dot(product, product_low, high, low, PRECISION, inverse)
     return inverse
