@@ -106,7 +106,7 @@ def _(given, names):
     else:
         from models.kernels.ttt.linear_tiles import NUMBERS
 
-        biases, numbers = call.init.new_empty(B, H, G, K), call.init.new_empty(B, H, NUMBERS, call.q.shape[1])
+        biases, numbers = call.init.new_empty(B, H, G, K), call.init.new_empty(B, H, NUMBERS.value, call.q.shape[1])
         kept = call.q.new_empty(B, H, G, K, K), biases, torch.empty_like(call.v), torch.empty_like(call.v), numbers
     return torch.empty_like(call.v), torch.empty_like(call.init), *kept
 

@@ -51,7 +51,7 @@ class Linear:
         G, K], u and y [B, L, H, K], and numbers [B, H, 6, L].
         """
         (B, L, H, K), (o, u, y) = self.q.shape, (torch.empty_like(self.v) for _ in range(3))
-        last, numbers = torch.empty_like(self.init), self.steps.new_empty(B, H, linear_tiles.NUMBERS, L)
+        last, numbers = torch.empty_like(self.init), self.steps.new_empty(B, H, linear_tiles.NUMBERS.value, L)
         kept, biases = self.q.new_empty(*self.spans, K, K), self.init.new_empty(*self.spans, K)
         scan[(self.rows,)](
             self.k, self.v, self.steps, self.sizes, self.start, *self.norm, self.init, self.first, self.group,

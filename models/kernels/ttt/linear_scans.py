@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.kernels.ttt import linear_tiles as at_number
+from models.kernels.ttt import linear_tiles as at
 from models.kernels.ttt.linear_tiles import no_gradients, number_at
 from models.kernels.ttt.parts import EPS, add_dot, dot, mini_batch, tokens
 
@@ -57,7 +57,8 @@ def scan(
     batch, head, P = row // H, row % H, K * K + K
     TYPE: tl.constexpr = k.dtype.element_ty
     key = tl.arange(0, K)
-    at, at_b = key[None, :] * K + key[:, None], K * K + key[:, None]
+    matrix, bias = key[None, :] * K + key[:, None], K * K + key[:, None]
+    which = tl.arange(0, 8)[:, None]
     gamma_row, beta_row = tl.load(gammas + head * K + key)[None, :], tl.load(betas + head * K + key)[None, :]
     gamma = tl.load(gammas + head * K + key[:, None])
     curve = gamma * gamma
@@ -67,10 +68,10 @@ def scan(
     init += row * P
     if DOCUMENTS:
         init = tl.where(new, opening, init)
-    W, b = tl.load(init + at), tl.load(init + at_b)
+    W, b = tl.load(init + matrix), tl.load(init + bias)
     span = begin // SPAN
     if end > 0:
-        tl.store(kept + (row * G + span) * (K * K) + at, W.to(TYPE))
+        tl.store(kept + (row * G + span) * (K * K) + matrix, W.to(TYPE))
         tl.store(biases + (row * G + span) * K + key[:, None], b)
     x, value, eta = _pairs(k, v, steps, batch, head, token, real, L, H, K)
     for n in tl.range(0, end, disable_licm=True):
@@ -92,33 +93,33 @@ def scan(
         u = (eta[None, :] * scale) * (curve * y + pull - (bent + rest) - y * cross)
         tl.store(tokens(errors, batch, head, token, L, H, K), tl.trans(u.to(TYPE)), mask=real[:, None])
         tl.store(tokens(standard, batch, head, token, L, H, K), tl.trans(y.to(TYPE)), mask=real[:, None])
-        here, there = number_at(numbers, row, 0, token[None, :], L), real[None, :]
-        tl.store(here + at_number.SCALE * L, scale, mask=there)
-        tl.store(here + at_number.STEP * L, eta[None, :] * scale * scale, mask=there)
-        tl.store(here + at_number.CROSS * L, cross, mask=there)
-        tl.store(here + at_number.BENT * L, bent, mask=there)
-        tl.store(here + at_number.LEVEL * L, 2 * bent + rest, mask=there)
-        tl.store(here + at_number.TURN * L, 0.5 * scale * quadratic + 1.5 * cross, mask=there)
+        found = tl.where(which == at.SCALE, scale, eta[None, :] * scale * scale)
+        found = tl.where(which == at.CROSS, cross, found)
+        found = tl.where(which == at.BENT, bent, found)
+        found = tl.where(which == at.LEVEL, 2 * bent + rest, found)
+        found = tl.where(which == at.TURN, 0.5 * scale * quadratic + 1.5 * cross, found)
+        tl.store(number_at(numbers, row, which, token[None, :], L), found, mask=real[None, :] & (which < at.NUMBERS))
         u *= tl.where(length == C, -last_c, 0.0)
         W = add_dot(u, x, W, TYPE)
         b += tl.sum(u, 1, keep_dims=True)
         # before a document's own weights come in: after that Triton turns W around for this store in every mini-batch
         if (next_begin // SPAN != span) & (n + 1 < end):
             span = next_begin // SPAN
-            tl.store(kept + (row * G + span) * (K * K) + at, W.to(TYPE))
+            tl.store(kept + (row * G + span) * (K * K) + matrix, W.to(TYPE))
             tl.store(biases + (row * G + span) * K + key[:, None], b)
         if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
             if next_new & (n + 1 < end):
-                W, b = tl.load(opening + at), tl.load(opening + at_b)
+                W, b = tl.load(opening + matrix), tl.load(opening + bias)
         begin, length, token, real = next_begin, next_length, next_token, next_real
         x, value, eta = next_x, next_value, next_eta
-    tl.store(last + row * P + at, W)
-    tl.store(last + row * P + at_b, b)
+    tl.store(last + row * P + matrix, W)
+    tl.store(last + row * P + bias, b)
 
 
 @triton.jit
-def _number(numbers, row, which: tl.constexpr, token, real, L):
-    return tl.load(number_at(numbers, row, which, token, L), mask=real, other=0.0)[None, :]
+def _two(numbers, row, one: tl.constexpr, other: tl.constexpr, token, real, L):
+    found = tl.load(number_at(numbers, row, one, token, L), mask=real, other=0.0)
+    return found[None, :], tl.load(number_at(numbers, row, other, token, L), mask=real, other=0.0)[None, :]
 
 
 @triton.jit
@@ -143,7 +144,7 @@ def scan_gradient(
     batch, head, P = row // H, row % H, K * K + K
     TYPE: tl.constexpr = k.dtype.element_ty
     key = tl.arange(0, K)
-    at, at_b = key[None, :] * K + key[:, None], K * K + key[:, None]
+    matrix, bias = key[None, :] * K + key[:, None], K * K + key[:, None]
     beta_row = tl.load(betas + head * K + key)[None, :]
     gamma = tl.load(gammas + head * K + key[:, None])
     curve = gamma * gamma
@@ -152,7 +153,7 @@ def scan_gradient(
     no_gradients(dv, opens, batch, head, L, H, C, K)
     tl.store(dsteps + (batch * L + before) * H + head, tl.zeros([C], tl.float32), mask=before < opens)
     here, opening = dinit + row * P, dstart + row * P
-    D, d = tl.load(here + at), tl.load(here + at_b)
+    D, d = tl.load(here + matrix), tl.load(here + bias)
     dgamma, dbeta, shared = tl.zeros_like(d), tl.zeros_like(d), tl.zeros_like(d)
     end, span = tl.load(group + batch * (G + 1) + G), -1
     m = tl.maximum(end - 1, 0)
@@ -161,21 +162,12 @@ def scan_gradient(
         q, k, v, standard, derrors, dreads, batch, head, token, real, L, H, K
     )
     for i in tl.range(0, end, disable_licm=True):
-        scale, step = (
-            _number(numbers, row, at_number.SCALE, token, real, L),
-            _number(numbers, row, at_number.STEP, token, real, L),
-        )
-        cross, bent = (
-            _number(numbers, row, at_number.CROSS, token, real, L),
-            _number(numbers, row, at_number.BENT, token, real, L),
-        )
-        level, turn = (
-            _number(numbers, row, at_number.LEVEL, token, real, L),
-            _number(numbers, row, at_number.TURN, token, real, L),
-        )
+        scale, step = _two(numbers, row, at.SCALE, at.STEP, token, real, L)
+        cross, bent = _two(numbers, row, at.CROSS, at.BENT, token, real, L)
+        level, turn = _two(numbers, row, at.LEVEL, at.TURN, token, real, L)
         if begin // SPAN != span:
             span = begin // SPAN
-            tl.store(dkept + (row * G + span) * (K * K) + at, D.to(TYPE))
+            tl.store(dkept + (row * G + span) * (K * K) + matrix, D.to(TYPE))
             tl.store(dbiases + (row * G + span) * K + key[:, None], d)
         m = tl.maximum(end - 2 - i, 0)
         next_begin, next_length, next_token, next_real, next_new = mini_batch(first, fresh, batch, m, N, C, DOCUMENTS)
@@ -183,17 +175,20 @@ def scan_gradient(
             q, k, v, standard, derrors, dreads, batch, head, next_token, next_real, L, H, K
         )
 
-        y, pull = _turned(y_row), tl.trans(beta_row - value.to(tl.float32) + x.to(tl.float32))
-        g = curve * y + gamma * pull
-        h = g + (curve - turn) * y - level
         full = tl.where(length == C, 1.0, 0.0)
         moved = full * (dot(D, tl.trans(x), TYPE) + d)
-        p = _turned(du) - last_c * moved
+        # with a zero that lies as the product does these are laid out so once, and all that they go into with them
+        zero = tl.minimum(tl.abs(moved), 0.0)
+        y, pull = _turned(y_row) + zero, tl.trans(beta_row - value.to(tl.float32) + x.to(tl.float32)) + zero
+        g = curve * y + gamma * pull
+        h, p = g + curve * y, _turned(du) - last_c * moved
         sums = tl.reduce((p, p * y, p * h, curve * p, curve * p * y), 0, _add5, keep_dims=True)
         mean, by_y, by_h, by_curve, by_both = sums
-        mean, by_y, by_h = mean / K, by_y / K, by_h / K
+        mean, by_y = mean / K, by_y / K
+        by_h = by_h / K - level * mean - turn * by_y
         p -= mean
-        dz = step * ((curve - cross) * p - (by_curve / K - mean * slope) - h * by_y - y * by_h)
+        dz = (curve - cross) * p - (by_curve / K - mean * slope) - (h - level - turn * y) * by_y - y * by_h
+        dz = step * dz
         tl.store(tokens(dback, batch, head, token, L, H, K), tl.trans(dz.to(TYPE)), mask=real[:, None])
         D = add_dot(dz, x, D, TYPE)
         D = add_dot(tl.trans(dread), query, D, TYPE)
@@ -209,13 +204,13 @@ def scan_gradient(
         dbeta += tl.sum(dg, 1, keep_dims=True)
         if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
             if new:  # what comes before is another document
-                tl.store(opening + at, tl.load(opening + at) + D)
-                tl.store(opening + at_b, tl.load(opening + at_b) + d)
+                tl.store(opening + matrix, tl.load(opening + matrix) + D)
+                tl.store(opening + bias, tl.load(opening + bias) + d)
                 D, d = tl.zeros_like(D), tl.zeros_like(d)
         begin, length, token, real, new = next_begin, next_length, next_token, next_real, next_new
         query, x, value, y_row, du, dread = next_query, next_x, next_value, next_y, next_du, next_dread
-    tl.store(here + at, D)
-    tl.store(here + at_b, d)
+    tl.store(here + matrix, D)
+    tl.store(here + bias, d)
     tl.store(dlast_c + row, -tl.sum(shared))
     tl.store(dgammas + row * K + key[:, None], dgamma)
     tl.store(dbetas + row * K + key[:, None], gamma * dbeta)

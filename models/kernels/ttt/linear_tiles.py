@@ -29,15 +29,15 @@ import triton.language as tl
 
 from models.kernels.ttt.parts import tokens
 
-NUMBERS = 6
+NUMBERS = tl.constexpr(6)
 SCALE, STEP, CROSS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # s, eta s^2, <g y>
 BENT, LEVEL, TURN = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)  # <gamma^2 y>, and of h what is taken from it
 
 
 @triton.jit
-def number_at(numbers, row, which: tl.constexpr, token, L):
+def number_at(numbers, row, which, token, L):
     """Pointers to one of the numbers of tokens."""
-    return numbers + (row * 6 + which) * L + token
+    return numbers + (row * NUMBERS + which) * L + token
 
 
 @triton.jit
