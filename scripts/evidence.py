@@ -171,6 +171,7 @@ def ended(one: Running, results: Results) -> bool:
         return False
     said = one.job.log.read_text(errors="replace").strip().splitlines()
     print(f"{seconds}  {one.job.label}   FAILED: {said[-1] if said else one.process.returncode}", flush=True)
+    print(f"          {one.job.log}", flush=True)
     return True
 
 
@@ -225,6 +226,7 @@ def main() -> None:
     todo = list(left(every, results))
     print(f"{len(every)} jobs, {len(every) - len(todo)} have a result; results are in {results.path}", flush=True)
     until = time.time() + given.minutes * 60 if given.minutes else float("inf")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(UNFINISHED))  # the runs are asked to save, as at the end of time
     failed = run(todo, results, given.at_once, until)
     rest = len(list(left(every, results)))
     print(f"{len(every) - rest} of {len(every)} jobs have a result, {len(failed)} failed")

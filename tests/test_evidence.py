@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -66,6 +69,7 @@ def test_jobs_run_once_and_the_next_call_goes_on(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert failed == [jobs[1]] and "seed=2   FAILED: error: seed=2 is out of luck" in said
     assert "seed=1   accuracy 0.500, at test points 0.25" in said and "seed=3   goes on next time" in said
+    assert str(jobs[1].log) in said and "out of luck" in jobs[1].log.read_text()
     assert time.time() - began < 20, "a run that is asked to save is not waited for in vain"
     shutil.rmtree(jobs[0].folder)  # another machine has the results alone
     todo = list(evidence.left(jobs, results))
@@ -77,6 +81,31 @@ def test_jobs_run_once_and_the_next_call_goes_on(tmp_path, monkeypatch, capsys):
     with results.path.open("a") as file:
         file.write('{"job": "to')  # cut off by a kill
     assert results.read() == rows and list(evidence.left(jobs, results)) == [jobs[1]]
+
+
+def test_the_launcher_that_is_asked_to_stop_leaves_no_run_behind(tmp_path, monkeypatch):
+    """A time limit of the machine, say: what runs saves."""
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(evidence, "sweep", lambda *_: [Miniature("toy", ("experiment=mqar", "seed=3"))])
+    monkeypatch.setattr("sys.argv", ["evidence.py", "mqar", "--results", str(tmp_path / "results.jsonl")])
+    started: list[evidence.Running] = []
+    start = evidence.start
+    monkeypatch.setattr(evidence, "start", lambda *words: started.append(start(*words)) or started[-1])
+
+    def limit() -> None:
+        while not started or not (started[0].job.folder / "saved").exists():
+            time.sleep(0.01)
+        time.sleep(0.3)  # its handler
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=limit, daemon=True).start()
+    try:
+        with pytest.raises(SystemExit) as stop:
+            evidence.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == started[0].process.returncode == evidence.UNFINISHED
 
 
 def test_a_result_that_nobody_wrote_down_is_found(tmp_path, monkeypatch):
