@@ -29,6 +29,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from data.batch import Batch
 from data.mixing import MixedOrder, shares_of
 from data.shards import cache_folder
+from data.store import fetch
 from data.text import Text
 from data.tokenizer import Tokenizer, Trainable
 from models.build import build
@@ -64,7 +65,7 @@ class Mixture:
         self.parts = {part: _built(part, node, tokenizer, seq_len) for part, node in parts.items()}
         if isinstance(tokenizer, Trainable) and not tokenizer.trained:
             corpora = [f"{part} {share} {self.parts[part].corpus.fingerprint()}" for part, share in self.shares.items()]
-            tokenizer.learnt_from = f"{name} {_hash(*corpora)}"  # and with it the folders of the parts
+            tokenizer.learnt_from = f"{name} {_hash(*corpora)[:12]}"  # and with it the folders of the parts
 
     def prepare(self, num_workers: int = 0, verify: bool = False) -> None:
         """As Text.prepare, part by part. A tokenizer that learns does so from all parts, by their weights in bytes."""
@@ -81,6 +82,10 @@ class Mixture:
         return [p for name, text in each for p in _named(name, partial(text.prepare_part, part, parts, num_workers))]
 
     def _prepare_tokenizer(self, tokenizer: Trainable) -> None:
+        """From the shards of a part where there are some, else from a folder of its own, else from the texts."""
+        fetch(self.folder)
+        if (saved := self.folder / "tokenizer").exists():
+            return tokenizer.load(saved)
         folder = cache_folder() / f"{self.name}-{_hash(tokenizer.spec())[:12]}.tokenizer"
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):

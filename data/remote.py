@@ -60,7 +60,7 @@ def listed(url: str, setting: str) -> tuple[str, dict[str, str]]:
             while glob.has_magic(start):
                 start = start.rpartition("/")[0]
             found = [file for file in system.glob(path) if system.isfile(file)]
-        elif Path(path).suffix and system.isfile(path):
+        elif Path(path).suffix and not path.endswith("/") and system.isfile(path):
             start, found = path.rpartition("/")[0], [path]
         else:
             # a server's pages are followed one by one, and one that fails would be passed over

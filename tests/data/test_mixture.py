@@ -7,6 +7,7 @@ mixtures that could not be resumed (https://github.com/Lightning-AI/litData/issu
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,9 @@ from data.module import DataModule
 from data.text import IGNORE
 from data.tokenizer import Bpe, Bytes
 from models.training.module import Training
+from tests.conftest import ROOT
 from tests.data.test_module import attached
+from tests.test_config import composed
 from tests.test_language_model import model
 
 SIZES, WEIGHTS, NAMES = (5000, 700, 90), (5, 3, 2), ("web", "code", "books")
@@ -180,16 +183,26 @@ def test_what_must_stay_for_a_run_to_go_on(mixture, parts):
     assert alone.folder.exists() and alone.identity["tokenizer"] == mixture.identity["tokenizer"]
 
 
-def test_one_tokenizer_learns_from_all_parts(parts):
+def test_one_tokenizer_learns_from_all_parts(parts, capsys):
     weights = {"web": 1, "code": 1, "books": 1}
     first = Mixture(parts, weights, Bpe(300), seq_len=4)
     first.prepare()
     again = Mixture(parts, weights, Bpe(300), seq_len=4)
     again.prepare()
+    assert capsys.readouterr().out.count("Training the tokenizer") == 1
     assert again.tokenizer.fingerprint() == first.tokenizer.fingerprint()
     assert {(text.folder / "tokenizer").exists() for text in first.parts.values()} == {True}
     for text in TEXTS.values():
         assert len(first.tokenizer.encode(text * 10)) < 0.5 * len(text * 10)
+
+
+def test_the_file_of_the_docs_is_a_choice_of_data(tmp_path):
+    (text,) = re.findall(r"```yaml\n(# Web pages and code.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text(text)
+    found = composed("data=mine", f"hydra.searchpath=[file://{tmp_path}]", "data.parts.web.corpus.max_documents=9").data
+    assert found.weights == {"web": 3, "code": 1} and list(found.parts) == ["web", "code"]
+    assert found.parts.web.corpus.max_documents == 9 and found.parts.code.name == "python_source"
 
 
 def test_mistakes_name_the_setting(parts):
