@@ -31,7 +31,6 @@ class Linear:
     """One call, and what its kernels have in common. tile, span: tokens of a program, and of a span."""
 
     def __init__(self, call: Call, tile: int, span: int) -> None:
-        self.call, self.position = call, call.position
         self.q, self.k, self.v, self.steps, self.sizes, self.start, *self.norm = call[:8]
         self.init, self.first, self.group, self.fresh = call.init, call.first, call.group, call.fresh
         (B, L, H, K), G = self.q.shape, self.group.shape[1] - 1
@@ -44,7 +43,7 @@ class Linear:
         W, b = self.start.split([K * K, K], dim=1)
         self.opening = W.to(self.q.dtype).contiguous(), b.contiguous()
         edges = self.first.gather(1, self.group.long())
-        self.where = self.sizes, *self.norm, edges, self.position
+        self.where = self.sizes, *self.norm, edges, call.position
 
     def forward(self) -> tuple[Tensor, ...]:
         """o, the last weights, and for the backward pass the weights of each span [B, H, G, K, K], their biases [B, H,
