@@ -48,15 +48,23 @@ def gradient(
     L = fading(high, low, C)
     at_gates, real = of_gates(step_size, bh, n, T, H, C)
     b = tl.load(at_gates, mask=real, other=0.0)
-    at, mask = of_tokens(k, bh, n, 0, T, H, K, C, WIDTH)
-    every_key = tl.load(at, mask=mask, other=0.0)
-    at, mask = of_tokens(q, bh, n, 0, T, H, K, C, WIDTH)
-    every_query = tl.load(at, mask=mask, other=0.0)
     dfading = dot(doutput, tl.trans(error), PRECISION) * L
     dattend = (dfading * b[None, :]).to(error.dtype)
-    dfading *= dot(every_query, tl.trans(every_key), PRECISION)
+    similar = tl.zeros([C, C], tl.float32)
+    for first in range(0, K, WIDTH):
+        at_k, mask_k = of_tokens(k, bh, n, first, T, H, K, C, WIDTH)
+        keys = tl.load(at_k, mask=mask_k, other=0.0)
+        at_k, mask_k = of_tokens(q, bh, n, first, T, H, K, C, WIDTH)
+        queries = tl.load(at_k, mask=mask_k, other=0.0)
+        similar += dot(queries, tl.trans(keys), PRECISION)
+    dfading *= similar
     dsystem = tl.where(below, -dot(dright, tl.trans(error), PRECISION) * L, 0.0)
-    dfading += dsystem * dot(every_key, tl.trans(every_key), PRECISION)
+    similar = tl.zeros([C, C], tl.float32)
+    for first in range(0, K, WIDTH):
+        at_k, mask_k = of_tokens(k, bh, n, first, T, H, K, C, WIDTH)
+        keys = tl.load(at_k, mask=mask_k, other=0.0)
+        similar += dot(keys, tl.trans(keys), PRECISION)
+    dfading += dsystem * similar
     dsystem *= b[None, :]
     dsystem = (dsystem + tl.trans(dsystem)).to(error.dtype)
     dstep = tl.sum(dfading, 0)
