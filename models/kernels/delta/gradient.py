@@ -50,21 +50,13 @@ def gradient(
     b = tl.load(at_gates, mask=real, other=0.0)
     dfading = dot(doutput, tl.trans(error), PRECISION) * L
     dattend = (dfading * b[None, :]).to(error.dtype)
-    similar = tl.zeros([C, C], tl.float32)
-    for first in range(0, K, WIDTH):
-        at_k, mask_k = of_tokens(k, bh, n, first, T, H, K, C, WIDTH)
-        keys = tl.load(at_k, mask=mask_k, other=0.0)
-        at_k, mask_k = of_tokens(q, bh, n, first, T, H, K, C, WIDTH)
-        queries = tl.load(at_k, mask=mask_k, other=0.0)
-        similar += dot(queries, tl.trans(keys), PRECISION)
-    dfading *= similar
+    at, mask = of_tokens(k, bh, n, 0, T, H, K, C, WIDTH)
+    every_key = tl.load(at, mask=mask, other=0.0)
+    at, mask = of_tokens(q, bh, n, 0, T, H, K, C, WIDTH)
+    every_query = tl.load(at, mask=mask, other=0.0)
+    dfading *= dot(every_query, tl.trans(every_key), PRECISION)
     dsystem = tl.where(below, -dot(dright, tl.trans(error), PRECISION) * L, 0.0)
-    similar = tl.zeros([C, C], tl.float32)
-    for first in range(0, K, WIDTH):
-        at_k, mask_k = of_tokens(k, bh, n, first, T, H, K, C, WIDTH)
-        keys = tl.load(at_k, mask=mask_k, other=0.0)
-        similar += dot(keys, tl.trans(keys), PRECISION)
-    dfading += dsystem * similar
+    dfading += dsystem * dot(every_key, tl.trans(every_key), PRECISION)
     dsystem *= b[None, :]
     dsystem = (dsystem + tl.trans(dsystem)).to(error.dtype)
     dstep = tl.sum(dfading, 0)
@@ -76,19 +68,19 @@ def gradient(
     written = left * b
     dkept = tl.zeros([C], tl.float32)
     dwritten = tl.zeros([C], tl.float32)
-    dkept_last = 0.0
+    dkept_last = tl.zeros([BK], tl.float32)
     columns = tl.arange(0, BV)
     for first in range(0, K, BK):
+        at_k, mask_k = of_tokens(k, bh, n, first, T, H, K, C, BK)
+        keys = tl.load(at_k, mask=mask_k, other=0.0)
+        at_k, mask_k = of_tokens(q, bh, n, first, T, H, K, C, BK)
+        queries = tl.load(at_k, mask=mask_k, other=0.0)
         rows = first + tl.arange(0, BK)
         at_s, inside = of_matrix(states, chunk, rows, columns, K, V)
         memory = tl.load(at_s, mask=inside, other=0.0)
         at_s, inside = of_matrix(dstates, chunk, rows, columns, K, V)
         dmemory = tl.load(at_s, mask=inside, other=0.0)
-        dkept_last += tl.sum(dmemory.to(tl.float32) * memory)
-        at_k, mask_k = of_tokens(k, bh, n, first, T, H, K, C, BK)
-        keys = tl.load(at_k, mask=mask_k, other=0.0)
-        at_k, mask_k = of_tokens(q, bh, n, first, T, H, K, C, BK)
-        queries = tl.load(at_k, mask=mask_k, other=0.0)
+        dkept_last += tl.sum(dmemory.to(tl.float32) * memory, 1)
         product = dot(doutput, tl.trans(memory), PRECISION)
         dkept += tl.sum(product * queries, 1)
         dquery = kept[:, None] * product + dot(dattend, keys, PRECISION)
@@ -110,7 +102,7 @@ def gradient(
     if dlog_decay is not None:
         # the last token's write is in the last memory as it is, and has to leave these sums without a trace
         whole = (written * dwritten).to(tl.float64)
-        ended = tl.sum(whole, 0) + (last_of(kept, C) * dkept_last).to(tl.float64)
+        ended = tl.sum(whole, 0) + (last_of(kept, C) * tl.sum(dkept_last)).to(tl.float64)
         total = (dsummed + dkept * kept).to(tl.float64) - whole + tl.where(t == C - 1, ended, 0.0)
         at, real = of_gates(dlog_decay, bh, n, T, H, C)
         tl.store(at, tl.cumsum(total, 0, reverse=True).to(tl.float32), mask=real)

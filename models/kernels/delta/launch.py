@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from models.kernels.delta.gradient import gradient
-from models.kernels.delta.scans import outputs, prepare, scan, scan_gradient
+from models.kernels.delta.scans import prepare, scan, scan_gradient
 from models.kernels.delta.tiles import ROWS
 
 CHUNK = 64
@@ -30,17 +30,15 @@ class Configuration(NamedTuple):
 
 # By kernel, of 16 bits and of 32.
 HALF = {
-    "prepare": Configuration(1, 4, 1),
+    "prepare": Configuration(0, 4, 1),
     "scan": Configuration(32, 4, 2),
-    "outputs": Configuration(64, 4, 1),
     "scan_states": Configuration(32, 4, 2),
-    "scan_gradient": Configuration(32, 4, 2),
-    "gradient": Configuration(32, 4, 1),
+    "scan_gradient": Configuration(64, 4, 2),
+    "gradient": Configuration(32, 4, 3),
 }
 SINGLE = {
-    "prepare": Configuration(1, 4, 1),
+    "prepare": Configuration(0, 4, 1),
     "scan": Configuration(16, 4, 1),
-    "outputs": Configuration(16, 4, 1),
     "scan_states": Configuration(16, 4, 1),
     "scan_gradient": Configuration(16, 4, 1),
     "gradient": Configuration(16, 4, 1),
@@ -74,15 +72,13 @@ class Launch:
         half = v.dtype != torch.float32
         self.configurations = HALF if half else SINGLE
         self.common = {"C": CHUNK, "PRECISION": "tf32" if half else "tf32x3"}
-        self.in_one = True
         self.sizes = (self.T, self.N, self.H, self.K, self.V)
 
     def prepare(self) -> System:
         system = new_system(self.q)
         prepare[(self.B * self.H * self.N,)](
             self.q, self.k, self.step_size, self.log_decay, *system, *self.sizes[:4], **self.common,
-            LOG_C=CHUNK.bit_length() - 1, BK=self.BK, INVERSE=self.configurations["prepare"].block,
-            **self.configurations["prepare"].options,
+            BK=self.BK, **self.configurations["prepare"].options,
         )  # fmt: skip
         return system
 
@@ -90,37 +86,26 @@ class Launch:
         configuration = self.configurations[name]
         BV = min(configuration.block, self.BV)
         kernel[triton.cdiv(self.V, BV), self.B * self.H](
-            *tensors, *self.sizes, **self.common, BK=self.BK, BV=BV, **configuration.options
+            *tensors,
+            *self.sizes,
+            **self.common,
+            BK=self.BK,
+            BV=BV,
+            **configuration.options,
         )
 
     def forward(self, first: Tensor) -> tuple[Tensor, Tensor, System]:
         system, o, last = self.prepare(), torch.empty_like(self.v), torch.empty_like(first)
         R, attend, vectors = system
-        if self.in_one:
-            self.scan("scan", scan, self.q, self.k, self.v, R, attend, vectors, first, o, None, None, last)
-            return o, last, system
-        errors, states = self.scan_states(system, first, last)
-        configuration = self.configurations["outputs"]
-        BV = min(configuration.block, self.BV)
-        outputs[triton.cdiv(self.V, BV), self.B * self.H * self.N](
-            self.q, attend, vectors, errors, states, o, *self.sizes, **self.common, BK=self.BK, BV=BV,
-            **configuration.options,
-        )  # fmt: skip
+        self.scan("scan", scan, self.q, self.k, self.v, R, attend, vectors, first, o, None, None, last)
         return o, last, system
-
-    def scan_states(self, system: System, first: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The errors, and what every chunk begins with."""
-        R, attend, vectors = system
-        states = self.v.new_empty(self.B * self.H * self.N, self.K, self.V)
-        errors = torch.empty_like(self.v)
-        self.scan("scan_states", scan, self.q, self.k, self.v, R, attend, vectors, first, None, errors, states, last)
-        return errors, states
 
     def backward(self, first: Tensor, system: System, do: Tensor, dlast: Tensor | None) -> list[Tensor]:
         """The gradients by q, k, v, the step sizes, the log decays if there are any, and the first memory."""
         R, attend, vectors = system
-        errors, states = self.scan_states(system, first, None)
-        dv, dstates, dfirst = (torch.empty_like(x) for x in (self.v, states, first))
+        states = self.v.new_empty(self.B * self.H * self.N, self.K, self.V)
+        errors, dv, dstates, dfirst = (torch.empty_like(x) for x in (self.v, self.v, states, first))
+        self.scan("scan_states", scan, self.q, self.k, self.v, R, attend, vectors, first, None, errors, states, None)
         self.scan("scan_gradient", scan_gradient, self.q, self.k, R, attend, vectors, do, dlast, dv, dstates, dfirst)
         dq, dk, dstep_size = (torch.empty_like(x) for x in (self.q, self.k, self.step_size))
         dlog_decay = None if self.log_decay is None else torch.empty_like(self.log_decay)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from models.kernels.delta import tiles
 from models.kernels.delta.tiles import fading, last_of, of_matrix, of_tokens, place, system_inverse
-from models.kernels.momentum.tiles import dot, of_gates, of_square, unit_inverse
+from models.kernels.momentum.tiles import dot, of_gates, of_square
 
 
 @triton.jit
@@ -24,8 +24,7 @@ def prepare(
     R,  # out, [B H N, C, C]: (I + K K^T * G)^-1, without its ones; G = L diag(b)
     attend,  # out, [B H N, C, C]: Q K^T * G
     vectors,  # out, [B H N, ROWS, C]
-    T, N, H, K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    INVERSE: tl.constexpr = 0,
+    T, N, H, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     bh, n = place(tl.program_id(0), N, H)
     chunk = bh * N + n
@@ -51,12 +50,7 @@ def prepare(
     tl.store(of_square(attend, chunk, C), (dot(queries, tl.trans(keys), PRECISION) * G).to(keys.dtype))
     below = t[:, None] > t[None, :]
     system = tl.where(below, dot(keys, tl.trans(keys), PRECISION) * G, 0.0)
-    if INVERSE == 0:
-        inverse = unit_inverse(system, C, LOG_C, PRECISION)
-    elif INVERSE == 1:
-        inverse = system_inverse(system, tl.float32, C, PRECISION)
-    else:
-        inverse = system_inverse(system, keys.dtype, C, PRECISION)
+    inverse = system_inverse(system, C, PRECISION)
     tl.store(of_square(R, chunk, C), tl.where(below, inverse, 0.0).to(keys.dtype))
 
 
@@ -116,35 +110,6 @@ def scan(
     if last is not None:
         at, inside = of_matrix(last, bh, rows, columns, K, V)
         tl.store(at, memory, mask=inside)
-
-
-@triton.jit
-def outputs(
-    q,  # [B, T, H, K]
-    attend,  # [B H N, C, C]
-    vectors,  # [B H N, ROWS, C]
-    errors,  # [B, T, H, V]
-    states,  # [B H N, K, V]
-    o,  # out, [B, T, H, V]
-    T, N, H, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """O = diag(e^c) Q S + (Q K^T * G) U, all chunks at once, of what the scan has kept."""
-    bh, n = place(tl.program_id(1), N, H)
-    first_v = tl.program_id(0) * BV
-    chunk = bh * N + n
-    t = tl.arange(0, C)
-    at, mask = of_tokens(q, bh, n, 0, T, H, K, C, BK)
-    queries = tl.load(at, mask=mask, other=0.0)
-    at, inside = of_matrix(states, chunk, tl.arange(0, BK), first_v + tl.arange(0, BV), K, V)
-    memory = tl.load(at, mask=inside, other=0.0)
-    similar = tl.load(of_square(attend, chunk, C))
-    at, mask = of_tokens(errors, bh, n, first_v, T, H, V, C, BV)
-    error = tl.load(at, mask=mask, other=0.0)
-    kept = tl.load(vectors + chunk.to(tl.int64) * tiles.ROWS * C + tiles.KEPT * C + t)
-    output = kept[:, None] * dot(queries, memory, PRECISION) + dot(similar, error, PRECISION)
-    at, mask = of_tokens(o, bh, n, first_v, T, H, V, C, BV)
-    tl.store(at, output.to(error.dtype), mask=mask)
 
 
 @triton.jit

@@ -55,14 +55,14 @@ def fading(high, low, C: tl.constexpr):
 
 
 @triton.jit
-def system_inverse(X, TYPE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+def system_inverse(X, C: tl.constexpr, PRECISION: tl.constexpr):
     """(I + X)^-1 of a strictly lower X [C, C], by halves from blocks of 4 (models/regression/chunks.py): up to blocks
-    of 16 for those on the diagonal alone, all at once, and then by products of whole tiles of TYPE."""
+    of 16 for those on the diagonal alone, all at once, and then by products of whole tiles."""
     D: tl.constexpr = C // 16
     e = tl.arange(0, 16)[None, :, None]
     f = tl.arange(0, 16)[None, None, :]
-    place = tl.arange(0, D)
-    own = (place[:, None] == place[None, :])[:, None, :, None]
+    d = tl.arange(0, D)
+    own = (d[:, None] == d[None, :])[:, None, :, None]
     small = tl.sum(tl.where(own, tl.reshape(X, [D, 16, D, 16]), 0.0), 2)
     block = tl.where(e // 4 == f // 4, small, 0.0)
     square = dot(block, block, PRECISION)
@@ -77,9 +77,8 @@ def system_inverse(X, TYPE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constex
     j = tl.arange(0, C)[None, :]
     for log_size in tl.static_range(4, 6):
         size = 1 << log_size
-        below = tl.where((i // (2 * size) == j // (2 * size)) & (i // size != j // size), X, 0.0).to(TYPE)
-        half = whole.to(TYPE)
-        whole -= dot(dot(half, below, PRECISION).to(TYPE), half, PRECISION)
+        below = tl.where((i // (2 * size) == j // (2 * size)) & (i // size != j // size), X, 0.0)
+        whole -= dot(dot(whole, below, PRECISION), whole, PRECISION)
     return whole
 
 
