@@ -26,7 +26,7 @@ from models.regression.local.kernel import Factor, gaussian, parallel_intention
 from models.regression.local.pairs import Pairs, View
 from models.regression.local.polynomial import blocked_local_polynomial
 from models.regression.memory import Memory
-from models.regression.regressor import Tokens
+from models.regression.regressor import FORGET, Tokens
 from scripts.benchmarks import parts, peers
 from scripts.benchmarks.intervals import softmax_over_intervals
 from scripts.benchmarks.pairs import pairs
@@ -49,7 +49,8 @@ def cases(device: str) -> dict[str, Callable[[], Case]]:
             "intention B1 T128 H2 K32": lambda: intention(1, 128, 2, 32, device, solved_apart=True),
         } | (parts.cases(device) | memories(2, 256, 4, 32, device))
     return {
-        "delta B8 T4096 H8 K128": lambda: delta_on_a_gpu(8, 4096, 8, 128),
+        "delta B8 T4096 H8 K128": lambda: delta_on_a_gpu((8, 4096, 8, 128)),
+        "delta, documents of 500 B16 T2048 H8 K128": lambda: delta_on_a_gpu((16, 2048, 8, 128), 500),
         "momentum B8 T4096 H8 K128": lambda: momentum(8, 4096, 8, 128),
         "pairs of gated_delta B16 T2048 H8 K128": lambda: pairs("gated_delta", 16, 2048, 8, 128),
         "pairs of softmax B16 T2048 H8 K128": lambda: pairs("softmax", 16, 2048, 8, 128),
@@ -71,8 +72,12 @@ def delta_on_a_cpu(*shape: int) -> Case:
     return same(draw(shape, torch.float32, "cpu"), named)
 
 
-def delta_on_a_gpu(*shape: int) -> Case:
-    """All compute o = q S with the peers' scale, 1/sqrt(K)."""
+def delta_on_a_gpu(shape: tuple[int, int, int, int], length: int | None = None) -> Case:
+    """All compute o = q S with the peers' scale, 1/sqrt(K). length: of packed documents, on average; None for none."""
+    inputs = draw(shape, torch.bfloat16, "cuda")
+    if length is not None:
+        starts = torch.rand(*shape[:2], 1, device="cuda") < 1 / length
+        inputs[3] = inputs[3].detach().masked_fill(starts, FORGET).requires_grad_()
     named = {
         "ours, by fla": lambda q, k, v, g, b: fla.gated_delta(q * q.shape[-1] ** -0.5, k, v, b, g)[0],
         "ours, Triton": lambda q, k, v, g, b: kernel_delta(q * q.shape[-1] ** -0.5, k, v, b, g)[0],
@@ -84,7 +89,7 @@ def delta_on_a_gpu(*shape: int) -> Case:
         named = {"fla chunk_gated_delta_rule": peers.gated_delta_rule, **named}
     if importlib.util.find_spec("flash_qla") is not None:
         named["FlashQLA"] = peers.flash_qla
-    return same(draw(shape, torch.bfloat16, "cuda"), named)
+    return same(inputs, named)
 
 
 def momentum(*shape: int) -> Case:

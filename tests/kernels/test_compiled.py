@@ -15,6 +15,7 @@ CASES = [
     ("titans", 256, torch.bfloat16),
     ("titans", 64, torch.float32),
     ("titans", 64, torch.bfloat16, "grad_batch=16"),
+    ("gated_delta", 128, torch.bfloat16),
     ("preconditioned_delta", 128, torch.bfloat16),
     ("titans_mlp", 64, torch.bfloat16),
     ("titans_mlp", 32, torch.float32),

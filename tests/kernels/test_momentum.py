@@ -6,13 +6,14 @@ import importlib.util
 import json
 import textwrap
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.kernels import momentum
+from models.kernels import delta, momentum
 from models.regression.documents import forget_at_starts
 from models.regression.linear import omega
 from models.regression.linear.delta import kernel_delta, recurrent_delta
@@ -107,7 +108,8 @@ def errors(
             gates = (theta, forget_at_starts(log_decay, segments, like=theta), matrices[0])
             rule = recurrent_delta if exact else kernel_delta
             written = {"write_key": own[-1]} if own_writes else {}
-            o, last = rule(q, k, v, *gates, **written, gradient_before_decay=early)
+            with patch.object(delta, "takes", lambda *_: False):  # what has kernels of its own
+                o, last = rule(q, k, v, *gates, **written, gradient_before_decay=early)
             found = [o, last]
         else:
             phase = torch.full((B,), 3, device=device) if grad_batch > 1 else None
