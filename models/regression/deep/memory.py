@@ -103,9 +103,10 @@ class NetworkMemory(Memory):
         return 2 * sum(w.numel() for w in self.begin().weights)
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+        if isinstance(self.rule, Normed) or self.rule.network.loss == "switch":
+            return {}  # Moneta and Yaad have none, of whatever size
         if type(self.rule) not in KERNELS:
-            taken = "retention=2" if isinstance(self.rule, Normed) else "inner_optimizer=momentum, sgd or average"
-            return {"triton": f"the kernels take regressor.{taken}"}
+            return {"triton": "the kernels take regressor.inner_optimizer=momentum, sgd or average"}
         kernels, start, (first, *others) = KERNELS[type(self.rule)][0], self.begin(), self.matrices()
         recipe = {"depth": len(start.weights), "layer_norm": bool(start.norm), "inner_loss": self.rule.network.loss}
         recipe |= vars(self.rule.network)
