@@ -9,10 +9,10 @@ is a pair of matrices. So a call is three kernels forward, the middle one alone 
     scan            U = R (V - diag(a) K M - diag(f) K S), and M, S from chunk to chunk
     outputs         O = diag(a) Q M + diag(f) Q S + (Q W^T * G) U
 
-and two backward: the scan's gradient, from the last chunk to the first, then all other gradients of a chunk, of all
-chunks at once. Coefficients, U, M and S are kept between the passes (Kept, rule.py). W are the keys that U is written
-under: K, unless others are given. The formulas and their gradients are those of momentum.py and mixtures.py; the shapes
-are written at every pointer.
+and three backward: the scan's gradient, from the last chunk to the first, then the gradients by tokens and by gates, of
+all chunks at once. Coefficients, U, M and S are kept between the passes (Kept, rule.py). W are the keys that U is
+written under: K, unless others are given. The formulas and their gradients are those of momentum.py and mixtures.py;
+the shapes are written at every pointer.
 
 Precision: products of bf16 (or fp16) operands, summed in float32; matrices are float32 in the scans' registers and
 rounded where they are operands. Products of coefficients with each other have float32 factors: with bf16 operands they

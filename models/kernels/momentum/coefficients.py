@@ -69,8 +69,8 @@ def coefficients(
     G,  # out, [B H N, C, C]: how much of the write of token i is in the memory after token t
     R,  # out, [B H N, C, C]: the inverse of the system of the errors, without its diagonal of ones
     vectors,  # out, [B H N, ROWS, C]
-    T, N, H, K, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr, MOMENTUM: tl.constexpr, DECAY: tl.constexpr,
-    SOURCES: tl.constexpr, DECAYED: tl.constexpr, SOLVE: tl.constexpr, WRITES: tl.constexpr,
+    T, N, H, K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr, MOMENTUM: tl.constexpr,
+    DECAY: tl.constexpr, SOURCES: tl.constexpr, DECAYED: tl.constexpr, SOLVE: tl.constexpr, WRITES: tl.constexpr,
     OWN_WRITES: tl.constexpr,  # keys of their own, not k
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -169,24 +169,23 @@ def store_gates_gradient(
         step_size, log_momentum, log_decay, filled, bh, n, T, H, C, MOMENTUM, DECAY, WRITES
     )
     La, a, _ = fades(log_a, C)
-    P = La
-    dLa = dcombined * theta[None, :]
-    dtheta = tl.zeros([C], tl.float32)
     if MOMENTUM:
         Le, m, rest = fades(log_eta, C)
-        dtheta += rest * dwrite
         high, low = split(La, TYPE)
         joined, joined_low = split(tl.where(joins[:, None], Le, 0.0), TYPE)
         P = split_dot(high, low, joined, joined_low, PRECISION)
-        dhigh, dlow = split(dLa, TYPE)
+        dtheta = rest * dwrite + tl.sum(dcombined * P, 0)
+        dm += tl.where(joins, tl.sum(La * df[:, None], 0), 0.0)
+        dhigh, dlow = split(dcombined * theta[None, :], TYPE)
         dLe = tl.where(joins[:, None], split_dot(tl.trans(high), tl.trans(low), dhigh, dlow, PRECISION), 0.0)
         dLe += tl.where((t == C - 1)[:, None], (dwrite * theta)[None, :], 0.0)
-        dm = tl.where(joins, tl.sum(La * df[:, None], 0), 0.0) + dm
         at, mask = of_gates(dlog_momentum, bh, n, T, H, C)
         tl.store(at, log_gate_gradient(dLe, Le, dm, m, C, TYPE, PRECISION), mask=mask)
-        dLa = split_dot(dhigh, dlow, tl.trans(joined), tl.trans(joined_low), PRECISION)
-        dLa += df[:, None] * tl.where(joins, m, 0.0)[None, :]
-    dtheta += tl.sum(dcombined * P, 0)
+        dLa = df[:, None] * tl.where(joins, m, 0.0)[None, :]
+        dLa = split_dot(dhigh, dlow, tl.trans(joined), tl.trans(joined_low), PRECISION, dLa)
+    else:
+        dtheta = tl.sum(dcombined * La, 0)
+        dLa = dcombined * theta[None, :]
     at, mask = of_gates(dstep_size, bh, n, T, H, C)
     tl.store(at, dtheta, mask=mask)
     if DECAY:

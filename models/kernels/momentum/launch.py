@@ -9,19 +9,21 @@ import triton
 from torch import Tensor
 
 from models.kernels.momentum.coefficients import coefficients
-from models.kernels.momentum.products import chunk_gradient, outputs
+from models.kernels.momentum.products import gates_gradient, outputs, tokens_gradient
 from models.kernels.momentum.rule import CHUNK, Call, Kept, Rule, new_kept
 from models.kernels.momentum.scans import scan, scan_gradient
 
-KERNELS = ("coefficients", "scan", "outputs", "scan_gradient", "chunk_gradient")
+KERNELS = ("coefficients", "scan", "outputs", "scan_gradient", "tokens_gradient", "gates_gradient")
 
 
 class Configuration(NamedTuple):
-    """BV: columns of the values that a program has, 0 for a kernel without values; warps and stages as Triton's."""
+    """BV: columns of the values that a program has at a time, 0 for a kernel without values; warps and stages as
+    Triton's; BK: columns of the keys, of a kernel that has them in parts."""
 
     BV: int
     num_warps: int
     num_stages: int
+    BK: int = 128
 
     @property
     def options(self) -> dict[str, int]:
@@ -32,10 +34,10 @@ def configurations(width: int, half: bool) -> dict[str, Configuration]:
     """By kernel, for keys up to 64, 128 or 256 wide.
 
     No loop with products has one stage: on an H200 (Triton 3.7.1) some of those are wrong by a fifth or read where they
-    must not, while others are right. Kernels without such loops, coefficients and outputs, have nothing to stage.
+    must not, while others are right. Kernels without such loops have nothing to stage.
     """
     if not half:  # three products for one, of operands twice as large. With 8 warps: an illegal memory access
-        few = Configuration(32 if width <= 64 else 16, 4, 2)
+        few = Configuration(32 if width <= 64 else 16, 4, 2, 32)
         return dict.fromkeys(KERNELS, few)
     wide = width > 128
     return {
@@ -43,7 +45,8 @@ def configurations(width: int, half: bool) -> dict[str, Configuration]:
         "scan": Configuration(32, 8, 2) if wide else Configuration(32, 4, 3),
         "outputs": Configuration(64 if wide else 128, 4, 1),
         "scan_gradient": Configuration(32, 8, 2) if wide else Configuration(32, 4, 2),
-        "chunk_gradient": Configuration(128, 4, 2),
+        "tokens_gradient": Configuration(64 if wide else 128, 4, 2, 32),
+        "gates_gradient": Configuration(64 if wide else 128, 4, 2, 64 if wide else 128),
     }
 
 
@@ -111,10 +114,21 @@ class Launch:
         )  # fmt: skip
         gates = self.step_size, self.log_momentum, self.log_decay
         dgates = [None if x is None else torch.empty_like(x) for x in gates]
-        options, tiles = self.columns("chunk_gradient")
-        chunk_gradient[self.N, self.BH](
-            self.q, self.k, self.write_key, *gates, self.source, kept.U, dv, do, kept.G, kept.vectors, kept.states,
-            dstates, dq, dk, dwrite_key, *dgates, *self.sizes, C=CHUNK, BK=min(self.width, 64), TILES=tiles,
-            **self.matrices_of, **self.gates, **self.system, **self.precision, **options,
+        options, tiles = self.columns("tokens_gradient")
+        BK = min(self.width, self.configurations["tokens_gradient"].BK)
+        parts = self.width // BK
+        dvectors = kept.vectors.new_empty(self.BH * self.N, parts, *kept.vectors.shape[1:])
+        tokens_gradient[parts, self.N, self.BH](
+            self.q, self.k, self.write_key, self.source, kept.U, dv, do, kept.G, kept.vectors, kept.states, dstates,
+            dq, dk, dwrite_key, dvectors, *self.sizes, C=CHUNK, BK=BK, PARTS=parts, TILES=tiles,
+            **self.matrices_of, **self.system, **self.precision, **options,
+        )  # fmt: skip
+        options, tiles = self.columns("gates_gradient")
+        BK = min(self.width, self.configurations["gates_gradient"].BK)
+        system = {name: self.system[name] for name in ("SOURCES", "DECAYED", "SOLVE")}
+        gates_gradient[self.N, self.BH](
+            self.q, self.k, self.write_key, *gates, self.source, kept.U, dv, do, dvectors, *dgates, *self.sizes,
+            C=CHUNK, BK=BK, PARTS=parts, KEY_TILES=self.width // BK, TILES=tiles, **self.matrices_of,
+            **self.gates, **system, **self.precision, **options,
         )  # fmt: skip
         return [x for x in (dq, dk, dv, *dgates, dfirst, dwrite_key) if x is not None]

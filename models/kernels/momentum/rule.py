@@ -54,7 +54,7 @@ class Kept(NamedTuple):
     with a momentum they take twice the bytes of q, k, v and o in 16 bits."""
 
     G: Tensor  # [B H N, C, C]
-    R: Tensor  # [B H N, C, C], or [0] where errors refer to none of their chunk
+    R: Tensor  # [B H N, C, C], or none where errors refer to none of their chunk
     vectors: Tensor  # [B H N, ROWS, C]
     U: Tensor  # [B, T, H, V]
     states: Tensor  # [B H N, n, K, V]
@@ -71,7 +71,7 @@ def new_kept(call: Call, rule: Rule) -> Kept:
 
     return Kept(
         G=new(chunks, CHUNK, CHUNK),
-        R=new(chunks, CHUNK, CHUNK) if rule.solve else new(0),
+        R=new(chunks if rule.solve else 0, CHUNK, CHUNK),
         vectors=new(chunks, ROWS, CHUNK),
         U=new(*call.v.shape, dtype=call.v.dtype),
         states=new(chunks, matrices, K, V, dtype=call.v.dtype),

@@ -26,7 +26,8 @@ def scan(
     U,  # out, [B, T, H, V]: the errors
     states,  # out, [B H N, n, K, V]: what every chunk begins with
     last,  # out, [B H, n, K, V]
-    T, N, H, K, V, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MOMENTUM: tl.constexpr, CARRIED: tl.constexpr,
+    T, N, H, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    MOMENTUM: tl.constexpr, CARRIED: tl.constexpr,
     OUTSIDE: tl.constexpr,  # matrices of first and last: one more where the reference is the last chunk's first memory
     SOLVE: tl.constexpr,
     OWN_WRITES: tl.constexpr,
@@ -50,28 +51,30 @@ def scan(
         at_v, mask_v = of_tokens(v, bh, n, first_v, T, H, V, C, BV)
         error = tl.load(at_v, mask=mask_v, other=0.0).to(tl.float32)
         row = vectors + chunk.to(tl.int64) * tiles.ROWS * C
-        if SOLVE:
-            inverse = tl.load(of_square(R, chunk, C))
-            refer_a = tl.load(row + tiles.REFER_A * C + t)
         write_m = tl.load(row + tiles.WRITE_M * C + t)
         a = tl.load(row + tiles.A * C + C - 1)
+        if MOMENTUM:  # numbers by themselves are not loaded ahead: all are asked for before the first product
+            f, m = tl.load(row + tiles.F * C + C - 1), tl.load(row + tiles.M * C + C - 1)
 
         at_states, inside = of_matrix(states, chunk * n_matrices, first_v, K, V, BK, BV)
         operand = memory.to(keys.dtype)
+        if MOMENTUM:
+            operand_s = momentum.to(keys.dtype)
         predicted = dot(keys, operand, PRECISION)
-        error -= refer_a[:, None] * predicted if SOLVE else predicted
+        if SOLVE:
+            predicted *= tl.load(row + tiles.REFER_A * C + t)[:, None]
+            if MOMENTUM:
+                predicted += tl.load(row + tiles.REFER_F * C + t)[:, None] * dot(keys, operand_s, PRECISION)
+        error -= predicted
         tl.store(at_states, operand, mask=inside)
         if MOMENTUM:
-            operand = momentum.to(keys.dtype)
-            if SOLVE:
-                error -= tl.load(row + tiles.REFER_F * C + t)[:, None] * dot(keys, operand, PRECISION)
-            tl.store(at_states + K * V, operand, mask=inside)
+            tl.store(at_states + K * V, operand_s, mask=inside)
         if CARRIED:
             operand = reference.to(keys.dtype)
             error -= tl.load(row + tiles.REFER_R * C + t)[:, None] * dot(keys, operand, PRECISION)
             tl.store(at_states + (n_matrices - 1) * K * V, operand, mask=inside)
         if SOLVE:
-            error += wider_dot(inverse, error, keys.dtype, PRECISION)
+            error = wider_dot(tl.load(of_square(R, chunk, C)), error, error, keys.dtype, PRECISION)
         at_u, mask_v = of_tokens(U, bh, n, first_v, T, H, V, C, BV)
         tl.store(at_u, error.to(keys.dtype), mask=mask_v)
 
@@ -89,12 +92,12 @@ def scan(
             write = tl.load(row + tiles.WRITE_R * C + t)
             reference += dot(written, (write[:, None] * error).to(keys.dtype), PRECISION)
         memory *= a
+        writes_m = (write_m[:, None] * error).to(keys.dtype)
         if MOMENTUM:
-            memory += tl.load(row + tiles.F * C + C - 1) * momentum
-            momentum *= tl.load(row + tiles.M * C + C - 1)
-            write = tl.load(row + tiles.WRITE_S * C + t)
-            momentum += dot(written, (write[:, None] * error).to(keys.dtype), PRECISION)
-        memory += dot(written, (write_m[:, None] * error).to(keys.dtype), PRECISION)
+            writes_s = (tl.load(row + tiles.WRITE_S * C + t)[:, None] * error).to(keys.dtype)
+            memory += f * momentum
+            momentum = dot(written, writes_s, PRECISION, m * momentum)
+        memory = dot(written, writes_m, PRECISION, memory)
     tl.store(at_last, memory, mask=inside)
     if MOMENTUM:
         tl.store(at_last + K * V, momentum, mask=inside)
@@ -115,7 +118,8 @@ def scan_gradient(
     E,  # out, [B, T, H, V]: the gradient by the right-hand side of the errors' system, which is the one by v
     dstates,  # out, [B H N, n, K, V]: by what every chunk ends with
     dfirst,  # out, [B H, n, K, V]
-    T, N, H, K, V, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MOMENTUM: tl.constexpr, CARRIED: tl.constexpr,
+    T, N, H, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    MOMENTUM: tl.constexpr, CARRIED: tl.constexpr,
     OUTSIDE: tl.constexpr, SOLVE: tl.constexpr, OWN_WRITES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each line is the transpose of one of scan's, and of the outputs' O = diag(a) Q M + diag(f) Q S + ..."""
@@ -144,18 +148,18 @@ def scan_gradient(
         derror = dot(tl.trans(tl.load(of_square(attend, chunk, C))), doutput, PRECISION)
         row = vectors + chunk.to(tl.int64) * tiles.ROWS * C
         if SOLVE:
-            inverse = tl.load(of_square(R, chunk, C))
             refer_a = tl.load(row + tiles.REFER_A * C + t)
         write_m = tl.load(row + tiles.WRITE_M * C + t)
         a = tl.load(row + tiles.A * C + t)
         a_last = tl.load(row + tiles.A * C + C - 1)
+        if MOMENTUM:
+            f_last, m_last = tl.load(row + tiles.F * C + C - 1), tl.load(row + tiles.M * C + C - 1)
 
         at_states, inside = of_matrix(dstates, chunk * n_matrices, first_v, K, V, BK, BV)
         operand = dmemory.to(keys.dtype)
         derror += write_m[:, None] * dot(written, operand, PRECISION)
         tl.store(at_states, operand, mask=inside)
         if MOMENTUM:
-            f = tl.load(row + tiles.F * C + t)
             operand = dmomentum.to(keys.dtype)
             derror += tl.load(row + tiles.WRITE_S * C + t)[:, None] * dot(written, operand, PRECISION)
             tl.store(at_states + K * V, operand, mask=inside)
@@ -164,22 +168,21 @@ def scan_gradient(
             derror += tl.load(row + tiles.WRITE_R * C + t)[:, None] * dot(written, operand, PRECISION)
             tl.store(at_states + (n_matrices - 1) * K * V, operand, mask=inside)
         if SOLVE:
-            derror += wider_dot(tl.trans(inverse), derror, keys.dtype, PRECISION)
+            derror = wider_dot(tl.trans(tl.load(of_square(R, chunk, C))), derror, derror, keys.dtype, PRECISION)
         at_e, mask_v = of_tokens(E, bh, n, first_v, T, H, V, C, BV)
         tl.store(at_e, derror.to(keys.dtype), mask=mask_v)
 
         erased = tl.trans(keys)
         if MOMENTUM:
-            dmomentum *= tl.load(row + tiles.M * C + C - 1)
-            dmomentum += tl.load(row + tiles.F * C + C - 1) * dmemory
-            dmomentum += dot(queries, (f[:, None] * doutput).to(keys.dtype), PRECISION)
+            reads = (tl.load(row + tiles.F * C + t)[:, None] * doutput).to(keys.dtype)
+            dmomentum = dot(queries, reads, PRECISION, m_last * dmomentum + f_last * dmemory)
             if SOLVE:
-                refer_f = tl.load(row + tiles.REFER_F * C + t)
-                dmomentum -= dot(erased, (refer_f[:, None] * derror).to(keys.dtype), PRECISION)
-        dmemory *= a_last
-        dmemory += dot(queries, (a[:, None] * doutput).to(keys.dtype), PRECISION)
-        seen = refer_a[:, None] * derror if SOLVE else derror
-        dmemory -= dot(erased, seen.to(keys.dtype), PRECISION)
+                seen = (-tl.load(row + tiles.REFER_F * C + t)[:, None] * derror).to(keys.dtype)
+                dmomentum = dot(erased, seen, PRECISION, dmomentum)
+        reads = (a[:, None] * doutput).to(keys.dtype)
+        dmemory = dot(queries, reads, PRECISION, a_last * dmemory)
+        seen = (-refer_a[:, None] * derror if SOLVE else -derror).to(keys.dtype)
+        dmemory = dot(erased, seen, PRECISION, dmemory)
         if n_matrices < OUTSIDE and i == 0:
             dmemory += tl.load(at_last + n_matrices * K * V, mask=inside, other=0.0)
         if CARRIED:

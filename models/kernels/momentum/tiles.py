@@ -29,24 +29,57 @@ def dot(x, y, PRECISION: tl.constexpr, acc=None):
 
 
 @triton.jit
-def wide_dot(x, y, PRECISION: tl.constexpr):
-    """x y of a float32 tile and an operand y, with twice an operand's digits of x = high + low."""
-    high = x.to(y.dtype)
-    product = dot(high, y, PRECISION)
-    if not y.dtype.is_fp32():
-        product += dot((x - high.to(tl.float32)).to(y.dtype), y, PRECISION)
+def split(x, TYPE: tl.constexpr):
+    """A float32 tile x as operands of products: x = high + low to 16 bits where they are of bf16 (TYPE); else x, twice:
+    fp16 has not the range, and float32 needs no parts."""
+    if TYPE.is_bf16():
+        bits = x.to(tl.int32, bitcast=True)  # rounded by hand: a conversion back would be one number at a time
+        high = ((bits + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+        return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
+    else:
+        return x, x
+
+
+@triton.jit
+def split_dot(x, x_low, y, y_low, PRECISION: tl.constexpr, acc=None):
+    """acc and the product of two float32 tiles, each as split gives it."""
+    product = dot(x, y, PRECISION, acc)
+    if x.dtype.is_bf16():
+        product = dot(x, y_low, PRECISION, dot(x_low, y, PRECISION, product))
     return product
 
 
 @triton.jit
-def wider_dot(x, y, TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """x y of float32 tiles, with twice the digits of an operand, which has the dtype TYPE. (With eight warps a product
-    of TF32 operands ends in an illegal memory access.)"""
-    high = y.to(TYPE)
-    product = wide_dot(x, high, PRECISION)
-    if not TYPE.is_fp32():
-        product += dot(x.to(TYPE), (y - high.to(tl.float32)).to(TYPE), PRECISION)
-    return product
+def select_dot(chosen, x, TYPE: tl.constexpr, PRECISION: tl.constexpr, acc=None):
+    """acc and chosen x, of a tile of zeros and ones, which no rounding changes, and a float32 tile."""
+    high, low = split(x, TYPE)
+    ones = tl.where(chosen, 1.0, 0.0).to(high.dtype)
+    product = dot(ones, high, PRECISION, acc)
+    return dot(ones, low, PRECISION, product) if TYPE.is_bf16() else product
+
+
+@triton.jit
+def wide_dot(x, y, PRECISION: tl.constexpr, acc=None):
+    """acc and x y of a float32 tile and an operand y, with twice an operand's digits of x = high + low."""
+    if y.dtype.is_bf16():
+        high, low = split(x, y.dtype)
+    else:
+        high = x.to(y.dtype)
+        low = (x - high.to(tl.float32)).to(y.dtype)
+    product = dot(high, y, PRECISION, acc)
+    return product if y.dtype.is_fp32() else dot(low, y, PRECISION, product)
+
+
+@triton.jit
+def wider_dot(x, y, acc, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """acc and x y of float32 tiles, with twice the digits of an operand, which has the dtype TYPE."""
+    if TYPE.is_bf16():
+        high, low = split(y, TYPE)
+    else:
+        high = y.to(TYPE)
+        low = (y - high.to(tl.float32)).to(TYPE)
+    product = wide_dot(x, high, PRECISION, acc)
+    return product if TYPE.is_fp32() else dot(x.to(TYPE), low, PRECISION, product)
 
 
 @triton.jit
@@ -83,35 +116,6 @@ def of_square(pointer, chunk, C: tl.constexpr):
 
 
 @triton.jit
-def split(x, TYPE: tl.constexpr):
-    """high and low of a float32 tile x = high + low to 16 bits, where products have bf16 operands (TYPE); else x."""
-    if TYPE.is_bf16():
-        bits = x.to(tl.int32, bitcast=True)  # rounded by hand: a conversion back would be one number at a time
-        high = ((bits + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
-        return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
-    else:  # fp16 has not the range, and float32 needs no parts
-        return x, x
-
-
-@triton.jit
-def split_dot(x, x_low, y, y_low, PRECISION: tl.constexpr, acc=None):
-    """acc and the product of two float32 tiles, each as split gives it."""
-    product = dot(x, y, PRECISION, acc)
-    if x.dtype.is_bf16():
-        product = dot(x, y_low, PRECISION, dot(x_low, y, PRECISION, product))
-    return product
-
-
-@triton.jit
-def select_dot(chosen, x, TYPE: tl.constexpr, PRECISION: tl.constexpr, acc=None):
-    """acc and chosen x, of a tile of zeros and ones, which no rounding changes, and a float32 tile."""
-    high, low = split(x, TYPE)
-    ones = tl.where(chosen, 1.0, 0.0).to(high.dtype)
-    product = dot(ones, high, PRECISION, acc)
-    return dot(ones, low, PRECISION, product) if TYPE.is_bf16() else product
-
-
-@triton.jit
 def store_row(pointer, tile, r, C: tl.constexpr):
     """Row r of a tile [C, C] to `pointer` [C]. A sum over rows would go through shared memory."""
     i = tl.arange(0, C)
@@ -140,9 +144,8 @@ def log_gate_gradient(dL, L, dstart, start, C: tl.constexpr, TYPE: tl.constexpr,
     entries of i < r <= t. Sums over t by a product with ones."""
     t = tl.arange(0, C)
     later = t[:, None] <= t[None, :]
-    below = t[:, None] > t[None, :]
-    summed = select_dot(later, tl.where(below, dL * L, 0.0), TYPE, PRECISION)
-    return tl.sum(tl.where(below, summed, 0.0) + tl.where(later, (dstart * start)[None, :], 0.0), 1)
+    summed = select_dot(later, dL * L, TYPE, PRECISION)  # [r, i]: those of t >= r
+    return tl.sum(tl.where(later, (dstart * start)[None, :], summed), 1)
 
 
 @triton.jit
