@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -143,7 +144,8 @@ def test_a_loss_by_the_number_of_targets_does_not_hang_on_the_split():
     nats, labels = torch.rand(4, 12), torch.arange(48).view(4, 12) % 12
     labels = labels.masked_fill(labels < 9, -100)
     model = SimpleNamespace(sum_nats=lambda ids, labels, segments: nats[ids][labels != -100].sum())
-    module = SimpleNamespace(model=model, targets_per_token=None)
+    module = SimpleNamespace(model=model, targets_per_token=None, context=None)
+    module._of_tokens = partial(Training._of_tokens, module)
 
     def loss(rows: list[int]) -> float:
         batch = {"input_ids": torch.tensor(rows), "labels": labels[rows], "segments": None}

@@ -152,7 +152,7 @@ def _decayed_share(s: Tensor) -> Tensor:
 
 
 # The backend that `auto` asks first where models/kernels/delta can run: the faster one (docs/kernels.md).
-FIRST = "triton"
+FIRST = "fla"
 
 # The step's share of b, from b and |k|^2; None: all of it.
 STEPS: dict[str, Any] = {
