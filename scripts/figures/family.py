@@ -38,7 +38,7 @@ DECAYS = {
     "signed": "#fed7d7",
 }
 HEAD, ROW, GAP = 1.9, 1.0, 0.7  # heights, in rows
-NAME, DECAY, SOLVER = 0.02, 0.37, 0.53  # where the three columns of a box begin, of its width
+NAME, DECAY, SOLVER = 0.02, 0.355, 0.53  # where the three columns of a box begin, of its width
 TEXT: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "family",
@@ -72,10 +72,10 @@ def box(ax: Axes, left: float, top: float, width: float, branch: str, rows: list
         style = "round,pad=0,rounding_size=0.006"
         ax.add_patch(
             FancyBboxPatch(
-                chip, 0.13 * width, 0.68, boxstyle=style, mutation_aspect=40, facecolor=DECAYS[row.decay], linewidth=0
+                chip, 0.155 * width, 0.68, boxstyle=style, mutation_aspect=40, facecolor=DECAYS[row.decay], linewidth=0
             )
         )
-        ax.text(left + (DECAY + 0.06) * width, y, row.decay, ha="center", color="0.15", **inside)
+        ax.text(left + (DECAY + 0.0725) * width, y, row.decay, ha="center", color="0.15", **inside)
         ax.text(left + SOLVER * width, y, row.solver, color="0.15", **inside)
     return bottom
 

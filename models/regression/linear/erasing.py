@@ -58,7 +58,7 @@ class GatedDelta2(Delta):
         self, sizes: Sizes, backend: str = "auto", chunk: int | None = None, negative_eigenvalues: bool = False
     ) -> None:
         super().__init__(sizes, backend, chunk, negative_eigenvalues=negative_eigenvalues)
-        self.fit = "gradient step, erased and written by channel"
+        self.fit = "gradient step by channel"
         del self.step_size
         self.erase = nn.Linear(sizes.hidden_size, self.num_heads * self.key_dim, bias=False)
         self.write = nn.Linear(sizes.hidden_size, self.num_heads * self.value_dim, bias=False)
@@ -119,7 +119,7 @@ class Comba(Delta):
     ) -> None:
         super().__init__(sizes, backend, chunk, gradient_before_decay=gradient_before_decay, bias=bias)
         self.accepts_decay = type(self).accepts_decay
-        self.fit = "gradient step, the error and the read corrected"
+        self.fit = "corrected gradient step"
         self.feedback = nn.Parameter(torch.ones(self.num_heads))
         self.correction = nn.Parameter(torch.full((self.num_heads,), float(correction)))
 
