@@ -231,8 +231,10 @@ class Share(Dataset):
         if not hasattr(self.samples, "__getitems__"):
             return [self[index] for index in indices]
         real = [self.indices[index] for index in indices if index < len(self.indices)]
-        made = self.samples.__getitems__(real) if real else []
-        return [*made, *(self[index] for index in indices[len(real) :])]
+        made: Any = self.samples.__getitems__(real) if real else []
+        if isinstance(made, dict):  # a batch already
+            made = [dict(zip(made, rows, strict=True)) for rows in zip(*made.values(), strict=True)]
+        return [*({**sample, **self.marks} for sample in made), *(self[index] for index in indices[len(real) :])]
 
 
 def align_progress(trainer: L.Trainer) -> None:
