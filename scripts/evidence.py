@@ -24,12 +24,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 
 from conf import schema
 from conf.folders import job_folder, runs
@@ -74,20 +76,40 @@ class Running(NamedTuple):
     began: float
 
 
-def sweep(experiment: str, words: list[str]) -> list[Job]:
-    """The jobs. Raises ValueError where there is no such experiment, or a word can't be read."""
-    if not (CONF / "experiment" / f"{experiment}.yaml").exists():
-        known = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-        raise ValueError(f"experiment={experiment} is not there; there are {', '.join(known)}")
-    first = f"experiment={experiment}"
+@cache
+def params(experiment: str) -> tuple[str, dict[str, Any]]:
+    """Its name, and what its sweep is over. Raises ValueError where there is no such experiment with a sweep."""
+    known = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if "sweeper:" in path.read_text())
+    if experiment not in known:
+        there = (CONF / "experiment" / f"{experiment}.yaml").exists()
+        why = "has no sweep" if there else "is not there"
+        raise ValueError(f"experiment={experiment} {why}; there are {', '.join(known)}")
     schema.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", [first, "run_dir=none"], return_hydra_config=True)
-    params: dict[str, Any] = dict(cfg.hydra.sweeper.params or {})
+        cfg = compose("train", [f"experiment={experiment}", "run_dir=none"], return_hydra_config=True)
+    return cfg.name, dict(cfg.hydra.sweeper.params)
+
+
+def sweep(experiment: str, words: list[str]) -> list[Job]:
+    """The jobs. Raises ValueError where there is no such experiment, or a word is wrong: those of the first job are
+    composed.
+    """
+    first, (name, over) = f"experiment={experiment}", params(experiment)
     typed = {word.partition("=")[0] for word in words}
-    swept = [f"{key}={value}" for key, value in params.items() if key not in typed]
+    swept = [f"{key}={value}" for key, value in over.items() if key not in typed]
     names = [word.partition("=")[2] for word in words if word.startswith("name=")]
-    return [Job(names[-1] if names else cfg.name, (first, *job)) for job in jobs([*swept, *words])]
+    found = [Job(names[-1] if names else name, (first, *job)) for job in jobs([*swept, *words])]
+    models = dict.fromkeys(word.partition("=")[2] for job in found for word in job.words if word.startswith("model="))
+    for model in models:
+        if not (CONF / "model" / f"{model}.yaml").exists():
+            raise ValueError(f"model={model} is not there; python train.py --help lists them")
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            mine = [w for w in found[0].words if w.partition("=")[0] in typed and not w.startswith("model.")]
+            compose("train", [first, *mine, "run_dir=none"])
+    except HydraException as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    return found
 
 
 class Results:
@@ -99,7 +121,13 @@ class Results:
     def read(self) -> list[dict[str, Any]]:
         """A line that a kill has cut off is left out."""
         text = self.path.read_text() if self.path.exists() else ""
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        found = []
+        for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{self.path}, line {number}, is not the line of a result ({error.msg})") from None
+        return found
 
     def have(self) -> set[str]:
         return {row["job"] for row in self.read()}
@@ -208,6 +236,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     given = parser.parse_intermixed_args(words)
     if given.at_once < 1:
         parser.error(f"--at-once {given.at_once} must be at least 1")
+    if given.minutes is not None and given.minutes <= 0:
+        parser.error(f"--minutes {given.minutes:g} must be positive")
     return given
 
 
@@ -216,11 +246,10 @@ def main() -> None:
     path = given.results or ROOT / "docs" / "evidence" / given.experiment / "results.jsonl"
     results = Results(path, given.commit)
     try:
-        every = sweep(given.experiment, given.words)
+        every, done = sweep(given.experiment, given.words), results.have()
     except ValueError as error:
         sys.exit(f"error: {error}")
     if given.jobs:
-        done = results.have()
         print("\n".join(f"{'done' if job.key in done else '    '}  {job.label}" for job in every))
         return
     todo = list(left(every, results))

@@ -93,6 +93,20 @@ def test_a_page_is_written_from_the_results_alone(name, folder):
         assert (folder / name / "figure.svg").read_text() == picture, "drawn again, it is the same"
 
 
+def test_runs_of_other_settings_are_not_taken_for_seeds(folder, tmp_path):
+    """A quick trial with few tokens, say, in the file of the sweep."""
+    rows = [json.loads(line) for line in (folder / "mqar" / "results.jsonl").read_text().splitlines()]
+    rows.append(rows[0] | {"words": [*rows[0]["words"], "tokens=20000"]})
+    (tmp_path / "mqar").mkdir()
+    (tmp_path / "mqar" / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="16 with those of the sweep; 1 with tokens=20000"):
+        evidence.read(CLAIMS["mqar"], tmp_path)
+    with (tmp_path / "mqar" / "results.jsonl").open("a") as file:
+        file.write("{\n")
+    with pytest.raises(ValueError, match="line 18, is not the line of a result"):
+        evidence.read(CLAIMS["mqar"], tmp_path)
+
+
 def test_the_best_rate_counts_and_seeds_are_averaged(folder):
     rows = evidence.read(CLAIMS["mqar"], folder)
     table = {(row["mixer"], row["width"]): row for row in CLAIMS["mqar"].table(rows)}
@@ -147,7 +161,7 @@ def test_what_is_published_names_what_is_here():
 
 def test_without_results_it_says_what_makes_them(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["evidence.py", "mqar", "--folder", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"mqar has no results.jsonl; python scripts/evidence.py makes it"):
+    with pytest.raises(SystemExit, match=r"mqar has no results yet; python scripts/evidence.py makes them"):
         evidence.main()
     assert Results(tmp_path / "none").read() == []
 

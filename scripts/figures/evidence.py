@@ -23,20 +23,36 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.evidence import Results, sweep
+from scripts.evidence import Results, params, sweep
 from scripts.figures.claims import CLAIMS, Claim
-from scripts.figures.results import Row
+from scripts.figures.results import RATES, Row, settings
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "evidence"
 POINTS = 5.0  # percent, from which on a difference to a published number is named
 
 
 def read(claim: Claim, folder: Path) -> list[Row]:
-    """Raises ValueError where there is no result yet."""
-    found = [row for source in claim.sources for row in Results(folder / source / "results.jsonl").read()]
+    """Raises ValueError where there is no result yet, or one of settings that another has not."""
+    found = []
+    for source in claim.sources:
+        path = folder / source / "results.jsonl"
+        rows = Results(path).read()
+        kinds: dict[str, int] = {}
+        for row in rows:
+            kinds[beyond(source, row)] = kinds.get(beyond(source, row), 0) + 1
+        if len(kinds) > 1:
+            each = "; ".join(f"{count} with {kind or 'those of the sweep'}" for kind, count in kinds.items())
+            raise ValueError(f"{path} has runs of several settings, which one table can't hold: {each}")
+        found += rows
     if not found:
-        raise ValueError(f"{folder / claim.sources[0]} has no results.jsonl; python scripts/evidence.py makes it")
+        raise ValueError(f"{folder / claim.sources[0]} has no results yet; python scripts/evidence.py makes them")
     return found
+
+
+def beyond(source: str, row: Row) -> str:
+    """The settings of a run that its sweep is not over, as words."""
+    over = {"experiment", "name", "seed", *RATES, *params(source)[1]}
+    return " ".join(f"{key}={value}" for key, value in settings(row).items() if key not in over)
 
 
 @cache
@@ -95,7 +111,14 @@ def differences(claim: Claim, rows: list[Row]) -> Iterator[str]:
 def page(name: str, claim: Claim, rows: list[Row], table: list[Row], notes: str) -> str:
     """README.md."""
     jobs = {source: planned(source) for source in claim.sources}
-    commands = [f"python scripts/evidence.py {source} --at-once 8 --minutes 20" for source in claim.sources]
+    words: dict[str, set[str]] = {source: set() for source in jobs}
+    for row in rows:
+        source = row["words"][0].partition("=")[2]
+        words.setdefault(source, set()).add(beyond(source, row))
+    commands = [
+        " ".join(filter(None, [f"python scripts/evidence.py {source} --at-once 8 --minutes 20", *words[source]]))
+        for source in claim.sources
+    ]
     lines = [f"# {claim.title}", "", claim.says, "", f"![{claim.title}](figure.svg)", "", claim.shows, ""]
     lines += [*markdown(table), ""]
     if claim.published is not None:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Row = dict[str, Any]  # of a run; or of a table
+RATES = ("optimizer.lr", "optimizer.weight_decay")  # of which the best counts
 ON, LOSS_ON = "validation/accuracy_on/", "validation/nats_on/"
 MARKS = "os^Dvp*PX<>h"
 COLOURS = ["#1f5fa8", "#d1495b", "#2a9d6f", "#e09f1f", "#7b4fa3", "#3d3d3d", "#4fb3d9", "#a0522d", "#c77dba", "#6b8e23"]
@@ -59,7 +60,7 @@ def best(rows: list[Row], of: Callable[[Row], Any], measure: Callable[[Row], flo
 
     def rate(row: Row) -> str:
         found = settings(row)
-        return " ".join(f"{k}={found[k]}" for k in ("optimizer.lr", "optimizer.weight_decay") if k in found)
+        return " ".join(f"{k}={found[k]}" for k in RATES if k in found)
 
     found = {}
     for name, runs in grouped(rows, of).items():
