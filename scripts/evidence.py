@@ -71,6 +71,8 @@ class Job(NamedTuple):
 
 
 class Running(NamedTuple):
+    """A job's process, and when it began, in seconds of time.time()."""
+
     job: Job
     process: subprocess.Popen[bytes]
     began: float
