@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from models import decoding
-from models.block import Block, feed_forward
+from models.block import Block, add_and_norm, feed_forward
 from models.build import build
 from models.cache import Cache, alone
 from models.calls import documents, refuse_documents, refuse_shapes, refuse_targets, refuse_unknown
@@ -159,21 +159,21 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         """What each block is given, where every is wanted, and at last what the head is. The states become those after
         the last token, each as soon as it is there.
         """
-        each = []
+        each, y = [], None
         for i, block in enumerate(self.blocks):
             if every:
-                each.append(x)
+                each.append(x if y is None else x + y)
             if self.context is not None:
                 states[i] = self.context.receive(x)
             if self.gradient_checkpointing and self.training:
-                x, state = self._gradient_checkpointing_func(block.__call__, x, states[i], segments)
+                x, y, state = self._gradient_checkpointing_func(block.__call__, x, y, states[i], segments)
             else:
-                x, state = block(x, states[i], segments)
+                x, y, state = block(x, y, states[i], segments)
             if self.context is not None:
                 x = self.context.hand_on(x, state)
             held = torch.is_grad_enabled() or torch.compiler.is_compiling()  # the one by the graph of gradients
             states[i] = state if held else alone(state)
-        return (*each, self.norm(x))
+        return (*each, add_and_norm(x, y, self.norm)[1])
 
     def _states(self, cache: Cache | None) -> list[State | None]:
         """A list to go on with, which is nobody else's."""

@@ -31,6 +31,8 @@ OF_FOLDERS = {
     "local_linear": "attention",
     "pairs": "convolution",
     "cross_entropy": "cross-entropy",
+    "residual": "norms",
+    "read_out": "norms",
     "swiglu": "activations",
 }
 

@@ -112,15 +112,15 @@ def timed(
     def operator(x: Tensor) -> Tensor:
         with half(device):
             y = layer(x)
-        return y[0] if isinstance(y, tuple) else y
+        return y[0] + y[1] if isinstance(y, tuple) else y  # a block's residual stream, whole
 
     return Operator(operator if without is None else refused(without, operator), [x], tuple(layer.parameters()))
 
 
-def refused(kernels: ModuleType, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def refused(kernels: ModuleType, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function where these kernels say that they can't run."""
 
-    def operator(*inputs: Tensor) -> Tensor:
+    def operator(*inputs: Tensor) -> Any:
         with patch.object(kernels, "refusal", _not_asked_for):
             return function(*inputs)
 
