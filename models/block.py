@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.kernels import residual, swiglu
 from models.mixers.mixer import Mixer, State
-from models.parts.linear import is_its_weight
+from models.parts.linear import is_its_weight, read
 from models.parts.norm import RMSNorm, is_plain, unit
 from models.parts.precision import product_dtype, wide
 
@@ -30,9 +30,9 @@ class SwiGLU(nn.Module):
         self.output = nn.Linear(inner_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        ab = self.up(x)
+        ab = read(self.up, x)
         if is_its_weight(self.output) and swiglu.refusal(ab.device, ab.dtype) is None:  # less is kept, and written
-            return swiglu.gated_output(ab, self.output.weight.to(ab.dtype))
+            return swiglu.gated_output(ab, self.output.weight)
         a, b = ab.chunk(2, dim=-1)
         return self.output(F.silu(a) * b)
 
@@ -88,10 +88,11 @@ FEED_FORWARDS: dict[str, type[FeedForward]] = {"swiglu": SwiGLU, "persistent_mem
 
 
 class Block(nn.Module):
-    """One layer of the model: (x [B, T, D], y, state, segments) -> (x, y, state).
+    """One layer of the model: (x [B, T, D], y, state, segments, keep) -> (x, y, state).
 
     x is the residual stream, and y [B, T, D] what is still to be added to it, None for nothing: so each sum is made in
-    one pass with the norm of it.
+    one pass with the norm of it. keep: whether the state after the last token is wanted; else it is None, and takes
+    neither memory nor time.
     """
 
     def __init__(self, hidden_size: int, mixer: Mixer, feed_forward: FeedForward, norm_eps: float) -> None:
@@ -100,12 +101,17 @@ class Block(nn.Module):
         self.feed_forward_norm, self.feed_forward = RMSNorm(hidden_size, norm_eps), feed_forward
 
     def forward(
-        self, x: Tensor, y: Tensor | None = None, state: State | None = None, segments: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, State]:
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        state: State | None = None,
+        segments: Tensor | None = None,
+        keep: bool = True,
+    ) -> tuple[Tensor, Tensor, State | None]:
         x, n = add_and_norm(x, y, self.mixer_norm)
         y, state = self.mixer(n, state, segments)
         x, n = add_and_norm(x, y, self.feed_forward_norm)
-        return x, self.feed_forward(n), state
+        return x, self.feed_forward(n), state if keep else None
 
 
 def add_and_norm(x: Tensor, y: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:

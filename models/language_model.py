@@ -154,11 +154,12 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         return hidden, cast("list[State]", states)
 
     def _layers(
-        self, x: Tensor, segments: Tensor | None, states: list[State | None], every: bool = False
+        self, x: Tensor, segments: Tensor | None, states: list[State | None], every: bool = False, keep: bool = True
     ) -> tuple[Tensor, ...]:
         """What each block is given, where every is wanted, and at last what the head is. The states become those after
-        the last token, each as soon as it is there.
+        the last token, each as soon as it is there, where they are kept.
         """
+        keep = keep or self.context is not None
         each, y = [], None
         for i, block in enumerate(self.blocks):
             if every:
@@ -166,9 +167,11 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             if self.context is not None:
                 states[i] = self.context.receive(x)
             if self.gradient_checkpointing and self.training:
-                x, y, state = self._gradient_checkpointing_func(block.__call__, x, y, states[i], segments)
+                x, y, state = self._gradient_checkpointing_func(block.__call__, x, y, states[i], segments, keep)
             else:
-                x, y, state = block(x, y, states[i], segments)
+                x, y, state = block(x, y, states[i], segments, keep)
+            if state is None:
+                continue
             if self.context is not None:
                 x = self.context.hand_on(x, state)
             held = torch.is_grad_enabled() or torch.compiler.is_compiling()  # the one by the graph of gradients
@@ -281,7 +284,8 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         """The sum over tokens of -log p(target), the logits never all at once. targets [B, T]: the token that comes
         after each, -100 to ignore.
         """
-        return self._sum_nats(self.hidden(input_ids, segments)[0], targets)
+        (hidden,) = self._layers(self.embedding(input_ids), segments, self._states(None), keep=False)
+        return self._sum_nats(hidden, targets)
 
     def _sum_nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         hidden, targets = hidden.flatten(0, 1), targets.flatten()

@@ -25,7 +25,7 @@ from models.kernels import read_out
 from models.parts.convolution import Shift, ShortConvolution
 from models.parts.decay import Decay
 from models.parts.features import FeatureMap, Identity
-from models.parts.linear import Products, is_its_weight, one_product
+from models.parts.linear import Products, is_its_weight, one_product, read
 from models.parts.norm import RMSNorm, is_plain, sum_to_one, unit
 from models.parts.precision import product_dtype
 from models.parts.rotary import frequencies, rotate
@@ -221,7 +221,7 @@ class Mixer(nn.Module):
         o, memory = self.regressor(Tokens(seen, q, k, self._written(v, log_decay), log_decay, segments), memory)
         o = self._leave(x, o, v, gate)
         if self.output is not None:
-            o = self.output(o)
+            o = read(self.output, o)
         segment = segments[:, -1] if segments is not None else None if state is None else state.segment
         turn = None if turn is None else turn[:, -1]
         return o, State(memory, tails, positions[:, -1] + 1, segment, turn)
@@ -259,7 +259,7 @@ class Mixer(nn.Module):
         """
         layers = self.layers_of_input()
         gates = layers[1:] if all(is_its_weight(layer) for layer in layers) else ()
-        projected = one_product(x, layers) if gates else self.projection(x)
+        projected = one_product(x, layers) if gates else read(self.projection, x)
         K, V, frequency = self.key_dim, self.value_dim, None
         if self.rotary is not None:
             frequency = frequencies((self.rotary_channels or K) // 2, self.rotary, x.device)

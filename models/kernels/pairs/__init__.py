@@ -100,13 +100,18 @@ def _(given, names, *_):
 def _keep(ctx, inputs, output) -> None:
     given, *ctx.known = inputs
     ctx.save_for_backward(*given)
+    ctx.shapes, ctx.tail = [y.shape for y in output], "weight" in inputs[1].split()
+    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, gradients: list[Tensor]) -> tuple[Any, ...]:
-    given, names, recipe, gradients = list(ctx.saved_tensors), ctx.known[0], Recipe(*ctx.known[1:]), list(gradients)
-    later = recipe.gate == LATER
-    dx = gradients.pop(recipe.made).contiguous() if later else torch.empty_like(given[0])
-    others = dict(zip(LEARNED, _backward(given, *ctx.known, gradients, dx), strict=True))
+def _gradients(ctx, gradients: list[Tensor | None]) -> tuple[Any, ...]:
+    given, names, recipe = list(ctx.saved_tensors), ctx.known[0], Recipe(*ctx.known[1:])
+    found = list(gradients)
+    if ctx.tail and found[-1] is None:  # where nothing comes after, nothing comes from there
+        found.pop()
+    there = [given[0].new_zeros(shape) if x is None else x for x, shape in zip(found, ctx.shapes, strict=False)]
+    dx = there.pop(recipe.made).contiguous() if recipe.gate == LATER else torch.empty_like(given[0])
+    others = dict(zip(LEARNED, _backward(given, *ctx.known, there, dx), strict=True))
     return [dx if name == "x" else others.get(name) for name in names.split()], *[None] * len(ctx.known)
 
 

@@ -158,7 +158,9 @@ class Launch:
         return (back > self.positions[:, -1:]).unsqueeze(-1)
 
     def backward(self, gradients: list[Tensor], dx: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Fills dx; returns the gradients by what is LEARNED. gradients: those of `forward`'s, without the link's."""
+        """Fills dx; returns the gradients by what is LEARNED. gradients: those of `forward`'s, without the link's; of
+        the next call's tail there may be none.
+        """
         call = self.call
         dtail = None if self.tail is None else torch.empty_like(self.tail)
         dweight = None if self.weight is None else self._partial(BACKWARD, self.W, self.C)
@@ -179,10 +181,11 @@ class Launch:
                 *self._strides(), do.stride(0), do.stride(1), do.stride(2), dx.stride(0), dx.stride(1),
                 self.recipe.eps, **settings, **programs,
             )  # fmt: skip
+        others = gradients[len(self.parts) :]
         if self.used < dx.shape[2]:
-            dx[..., self.used :] = gradients[len(self.parts)]
-        if dweight is not None:
-            self._add_tail(gradients[-1], dx, dtail)
+            dx[..., self.used :] = others.pop(0)
+        if others:
+            self._add_tail(others[0], dx, dtail)
         made = {name: x.sum((0, 1)) for name, x in sums.items()}
         made |= {} if dtail is None else {"tail": dtail}
         made |= {} if dweight is None else {"weight": dweight.sum(0).t()}
