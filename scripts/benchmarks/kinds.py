@@ -30,6 +30,7 @@ OF_FOLDERS = {
     "attention": "attention",
     "local_linear": "attention",
     "pairs": "convolution",
+    "columns": "casts, copies, sums",
     "cross_entropy": "cross-entropy",
     "residual": "norms",
     "read_out": "norms",

@@ -24,15 +24,6 @@ class Call(NamedTuple):
 LEARNED = ("tail", "weight", "query_scale", "key_scale")  # have gradients, beside x
 
 
-def learned(call: Call) -> list[Tensor | None]:
-    return [getattr(call, name) for name in LEARNED]
-
-
-def like(x: Tensor, y: Tensor | None) -> Tensor:
-    """Room for the gradient by y: nothing, on the device of x, where there is no y."""
-    return x.new_empty(0) if y is None else y.new_empty(y.shape)
-
-
 class Recipe(NamedTuple):
     """Numbers of heads and widths, of what the row has side by side; gates: heads of the gate, as wide as values.
     convolved: qkv | k. norm: none | l2 | rms. activation: none | silu, gate: none | silu | sigmoid | later.

@@ -9,7 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from models.kernels.pairs.arguments import LATER, LEARNED, Call, Recipe, learned, like, new_link
+from models.kernels.columns import summed
+from models.kernels.pairs.arguments import LATER, LEARNED, Call, Recipe, new_link
 from models.kernels.pairs.kernels import pairs_backward, pairs_forward
 
 
@@ -25,7 +26,7 @@ class Shape(NamedTuple):
 
 
 # 16 warps on a multiprocessor of an H200, at 115 and 123 registers a thread for convolved queries and keys
-FORWARD = Shape(numbers=512, per_thread=4, tokens=64, ahead=4, unroll=4)
+FORWARD = Shape(numbers=512, per_thread=4, tokens=64, ahead=4, unroll=4, registers=128)
 BACKWARD = Shape(numbers=256, per_thread=2, tokens=64, ahead=2, unroll=2, registers=128)
 # without a convolution a thread holds little, 70 registers for queries and keys
 BACKWARD_ALONE = Shape(numbers=512, per_thread=4, tokens=64, ahead=2, unroll=2)
@@ -174,7 +175,7 @@ class Launch:
                 to_tail = None if dtail is None else dtail[..., part.channel :]
             if part.scale is not None:
                 to_scale = self._partial(shape, part.heads, part.width)
-                sums["query_scale" if part.scale is call.query_scale else "key_scale"] = to_scale
+                sums["query_scale" if part.scale is call.query_scale else "key_scale"] = to_scale.flatten(0, 1)
             do = do if do.stride(3) == 1 else do.contiguous()
             pairs_backward[self._grid(part, programs)](
                 *tensors, do, dx[..., part.first :], to_tail, to_weight, to_scale, self.T, self.C,
@@ -186,11 +187,10 @@ class Launch:
             dx[..., self.used :] = others.pop(0)
         if others:
             self._add_tail(others[0], dx, dtail)
-        made = {name: x.sum((0, 1)) for name, x in sums.items()}
-        made |= {} if dtail is None else {"tail": dtail}
-        made |= {} if dweight is None else {"weight": dweight.sum(0).t()}
-        named = zip(LEARNED, learned(call), strict=True)
-        a, b, c, d = (like(dx, None) if y is None else made[name].to(y.dtype).contiguous() for name, y in named)
+        sums |= {} if dweight is None else {"weight": dweight}
+        made = {} if dtail is None else {"tail": dtail}
+        made |= {name: summed(x, getattr(call, name)) for name, x in sums.items()}
+        a, b, c, d = (made.get(name, dx.new_empty(0)) for name in LEARNED)
         return a, b, c, d
 
     def _partial(self, shape: Shape, *sizes: int) -> Tensor:

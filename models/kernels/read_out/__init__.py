@@ -74,6 +74,7 @@ def _backward(
     o: Tensor, row: Tensor, weight: Tensor | None, dout: Tensor, first: int, gate: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by o, by the link, of which the gate's columns alone are written, and by the weight."""
+    from models.kernels.columns import summed
     from models.kernels.read_out import kernels
 
     o, dout, (B, T, H, V) = o.contiguous(), dout.contiguous(), o.shape
@@ -86,7 +87,7 @@ def _backward(
                 o, row, weight, dout, do, drow, dweight, first, row.shape[-1], B * T, eps,
                 H=H, V=V, GATE=gate, ROWS=ROWS, **tile,
             )  # fmt: skip
-    return do, drow, o.new_empty(0) if weight is None else dweight.sum(0).to(weight.dtype)
+    return do, drow, o.new_empty(0) if weight is None else summed(dweight, weight)
 
 
 @_backward.register_fake

@@ -59,6 +59,7 @@ def _backward(
     total: Tensor, inverse: Tensor, weight: Tensor, dtotal: Tensor | None, dout: Tensor, y_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by x, by y (empty where it is that by x) and by the weight."""
+    from models.kernels.columns import summed
     from models.kernels.residual import kernels
 
     D, N = total.shape[-1], inverse.numel()
@@ -72,7 +73,7 @@ def _backward(
                 total, inverse, weight, dtotal, dout, dx, dy if dy.numel() else None, dweight, N, D,
                 ROWS=ROWS, BLOCK=block, num_warps=_warps(block),
             )  # fmt: skip
-    return dx, dy, dweight.sum(0).to(weight.dtype)
+    return dx, dy, summed(dweight, weight)
 
 
 @_backward.register_fake
