@@ -52,7 +52,7 @@ def goes_on(positions, start, T, S: tl.constexpr, BLOCK: tl.constexpr, W: tl.con
 
 @triton.jit
 def forth(
-    x, tail, weight, scale, frequency, positions, out, start, T, x_t, tail_t, eps, heads,
+    x, tail, weight, scale, frequency, positions, out, start, T, x_t: tl.constexpr, tail_t: tl.constexpr, eps, heads,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, TURN: tl.constexpr, ALIGNED: tl.constexpr, W: tl.constexpr,
     ACTIVATION: tl.constexpr, NORM: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr, S: tl.constexpr,
     AHEAD: tl.constexpr, UNROLL: tl.constexpr, GOES_ON: tl.constexpr,
@@ -103,7 +103,7 @@ def forth(
 
 @triton.jit
 def pairs_forward(
-    x, tail, weight, scale, frequency, positions, out, T, x_b, x_t, tail_b, tail_t, eps,
+    x, tail, weight, scale, frequency, positions, out, T, x_b, x_t: tl.constexpr, tail_b, tail_t: tl.constexpr, eps,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, TURN: tl.constexpr, ALIGNED: tl.constexpr, W: tl.constexpr,
     ACTIVATION: tl.constexpr, NORM: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr, S: tl.constexpr,
     AHEAD: tl.constexpr, UNROLL: tl.constexpr,
@@ -184,7 +184,7 @@ def store_sums(base, sums, channels, at, inside, W: tl.constexpr):
 @triton.jit
 def back(
     x, tail, weight, scale, frequency, positions, do, dx, dtail, dweight, dscale, program, start,
-    T, CHANNELS, x_t, tail_t, do_t, do_h, dx_t, eps, heads,
+    T, CHANNELS, x_t: tl.constexpr, tail_t: tl.constexpr, do_t: tl.constexpr, do_h, dx_t: tl.constexpr, eps, heads,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, TURN: tl.constexpr, ALIGNED: tl.constexpr, W: tl.constexpr,
     ACTIVATION: tl.constexpr, NORM: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr, S: tl.constexpr,
     AHEAD: tl.constexpr, UNROLL: tl.constexpr, GOES_ON: tl.constexpr,
@@ -273,7 +273,8 @@ def back(
 @triton.jit
 def pairs_backward(
     x, tail, weight, scale, frequency, positions, do, dx, dtail, dweight, dscale,
-    T, CHANNELS, x_b, x_t, tail_b, tail_t, do_b, do_t, do_h, dx_b, dx_t, eps,
+    T, CHANNELS, x_b, x_t: tl.constexpr, tail_b, tail_t: tl.constexpr, do_b, do_t: tl.constexpr, do_h, dx_b,
+    dx_t: tl.constexpr, eps,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, TURN: tl.constexpr, ALIGNED: tl.constexpr, W: tl.constexpr,
     ACTIVATION: tl.constexpr, NORM: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr, S: tl.constexpr,
     AHEAD: tl.constexpr, UNROLL: tl.constexpr,
