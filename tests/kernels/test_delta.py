@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from models.kernels import delta, fla, momentum
 from models.parts.sizes import Sizes
 from models.regression.documents import forget_at_starts
-from models.regression.linear.delta import FIRST, Delta, recurrent_delta
+from models.regression.linear.delta import Delta, recurrent_delta
 from tests.kernels.interpreter import run_interpreted
 
 CASES = {  # what differs from one head width of 16, 100 tokens, a decay
@@ -140,8 +140,10 @@ def test_auto_takes_it_where_it_computes_the_rule(monkeypatch):
         regressor.decay_kind = decay
         return regressor.choose(torch.device("cuda"), torch.bfloat16).backend
 
-    assert taken(128, "head") == taken(128, "none") == taken(128, "none", gradient_before_decay=True) == FIRST
+    assert taken(128, "head") == taken(128, "none") == taken(128, "none", gradient_before_decay=True) == "triton"
     assert taken(256, "head") == taken(128, "head", gradient_before_decay=True) == taken(128, "channel") == "fla"
+    monkeypatch.setattr(fla, "FLASH_QLA", True)  # which is asked for by hand, and has no kernel without a decay
+    assert (taken(128, "head"), taken(128, "none")) == ("fla", "triton")
 
 
 def test_what_it_refuses(monkeypatch):
