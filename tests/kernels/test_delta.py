@@ -137,6 +137,7 @@ def test_auto_takes_it_where_it_computes_the_rule(monkeypatch):
         monkeypatch.setattr(kernels, "refusal", lambda *_, **__: None)
     for name in ("refusal_gated_delta", "refusal_leaky_delta"):
         monkeypatch.setattr(fla, name, lambda *_: None)
+    monkeypatch.setattr(delta, "faster", lambda _: True)
 
     def taken(width: int, decay: str, **settings) -> str:
         regressor = Delta(Sizes(2 * width, 2, 2, width, width), **settings)
@@ -147,6 +148,8 @@ def test_auto_takes_it_where_it_computes_the_rule(monkeypatch):
     assert taken(256, "head") == taken(128, "head", gradient_before_decay=True) == taken(128, "channel") == "fla"
     monkeypatch.setattr(fla, "FLASH_QLA", True)  # which is asked for by hand, and has no kernel without a decay
     assert (taken(128, "head"), taken(128, "none")) == ("fla", "triton")
+    monkeypatch.setattr(delta, "faster", lambda _: False)
+    assert taken(128, "none") == "fla"
 
 
 def test_what_it_refuses(monkeypatch):

@@ -46,6 +46,14 @@ def refusal(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: i
     return None
 
 
+def faster(device: torch.device) -> bool:
+    """Whether these kernels are known to be faster than fla's: on Hopper, for whose products they are laid out."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.major == 9
+
+
 def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_decay: Tensor | None, memory: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -257,9 +257,8 @@ class Delta(Memory):
             return found
         own = not early and delta.takes(dtype, self.key_dim, self.value_dim)
         found["triton"] = (delta if own else momentum).refusal(*shape)
-        if not own or (fla.FLASH_QLA and self.decay_kind == "head"):
-            return found
-        return dict(reversed(found.items()))  # ours is faster than fla's own (docs/kernels.md)
+        flash = fla.FLASH_QLA and self.decay_kind == "head"
+        return dict(reversed(found.items())) if own and delta.faster(device) and not flash else found
 
     def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         if backend != "fla":
