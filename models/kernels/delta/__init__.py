@@ -26,7 +26,7 @@ from torch import Tensor
 from models.kernels import backend
 
 WIDTHS = {2: 128, 4: 64}  # of keys and values at most, by bytes of an operand
-SHARED = 160 << 10  # bytes that a program has at most
+SHARED = {2: 130 << 10, 4: 165 << 10}  # bytes that a program has at most
 
 
 def takes(dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
@@ -42,7 +42,7 @@ def refusal(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: i
         most = WIDTHS[dtype.itemsize]
         return f"in {dtype} the kernels take keys and values up to {most} wide, not {key_dim} and {value_dim}"
     if device.type == "cuda" and torch.cuda.is_available():
-        return backend.refusal_of_gpu(device, SHARED)
+        return backend.refusal_of_gpu(device, SHARED[dtype.itemsize])
     return None
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from models.kernels.delta import tiles
-from models.kernels.delta.tiles import fading, last_of, of_state, of_tokens, place
+from models.kernels.delta.tiles import fading, of_state, of_tokens, place
 from models.kernels.momentum.tiles import dot, of_gates, of_square
 
 
@@ -65,8 +65,8 @@ def gradient(
     dsummed = tl.sum(dfading * b[None, :], 1) - b * dstep
     dstep += own
 
-    kept = tl.exp(high)
-    left = tl.exp((last_of(high, C) - high) + (last_of(low, C) - low))
+    kept = tl.load(row + tiles.KEPT * C)
+    left = tl.load(row + tiles.LEFT * C)
     written = left * b
     dkept = tl.zeros([C], tl.float32)
     dwritten = tl.zeros([C], tl.float32)
@@ -103,7 +103,8 @@ def gradient(
     if dlog_decay is not None:
         # the last token's write is in the last memory as it is, and has to leave these sums without a trace
         whole = (written * dwritten).to(tl.float64)
-        ended = tl.sum(whole, 0) + (last_of(kept, C) * tl.sum(dkept_last)).to(tl.float64)
+        kept_last = tl.load(vectors + chunk.to(tl.int64) * tiles.ROWS * C + tiles.KEPT * C + C - 1)
+        ended = tl.sum(whole, 0) + (kept_last * tl.sum(dkept_last)).to(tl.float64)
         total = (dsummed + dkept * kept).to(tl.float64) - whole + tl.where(t == C - 1, ended, 0.0)
         at, real = of_gates(dlog_decay, bh, n, T, H, C)
         tl.store(at, tl.cumsum(total, 0, reverse=True).to(tl.float32), mask=real)

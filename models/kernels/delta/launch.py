@@ -30,7 +30,7 @@ class Configuration(NamedTuple):
         return found if self.maxnreg is None else found | {"maxnreg": self.maxnreg}
 
 
-# By kernel, of 16 bits and of 32.
+# By kernel, of 16 bits and of 32. No loop with products has one stage: some of those were wrong (docs/kernels.md).
 HALF = {
     "prepare": Configuration(0, 4, 1, 168),
     "scan": Configuration(64, 4, 2),
@@ -40,9 +40,9 @@ HALF = {
 }
 SINGLE = {
     "prepare": Configuration(0, 4, 1),
-    "scan": Configuration(16, 4, 1),
-    "scan_gradient": Configuration(16, 4, 1),
-    "gradient_narrow": Configuration(16, 4, 1),
+    "scan": Configuration(16, 4, 2),
+    "scan_gradient": Configuration(16, 4, 2),
+    "gradient_narrow": Configuration(16, 4, 2),
 }
 # Scans of 16 bits and more than 64 columns where programs of 64 would not all run at once, and what they want.
 WHOLE = Configuration(128, 8, 2)

@@ -44,7 +44,7 @@ def prepare(
     tl.store(row + tiles.HIGH * C, high)
     tl.store(row + tiles.LOW * C, low)
     tl.store(row + tiles.KEPT * C, tl.exp(high))
-    tl.store(row + tiles.WRITTEN * C, tl.exp((last_of(c, C) - c).to(tl.float32)) * b)
+    tl.store(row + tiles.LEFT * C, tl.exp((last_of(c, C) - c).to(tl.float32)))
     tl.store(row + tiles.STEP * C, b)
     L = fading(high, low, C)
     at, mask = of_tokens(k, bh, n, 0, T, H, K, C, BK)
@@ -58,6 +58,13 @@ def prepare(
         tl.store(of_square(system, chunk, C), similar.to(keys.dtype))
     inverse = system_inverse(similar * b[None, :], C, PRECISION)
     tl.store(of_square(R, chunk, C), tl.where(below, inverse, 0.0).to(keys.dtype))
+
+
+@triton.jit
+def leave(tile, pointer, bh, n, first, real, T, H: tl.constexpr, X: tl.constexpr, C: tl.constexpr, BX: tl.constexpr):
+    """Stores a chunk's tile [BX, C] as rows of [B, T, H, X], if it is real."""
+    at, mask = of_tokens(pointer, bh, n, first, T, H, X, C, BX)
+    tl.store(at, tl.trans(tile.to(pointer.dtype.element_ty)), mask=mask & real)
 
 
 @triton.jit
@@ -83,8 +90,18 @@ def scan(
     at, inside = of_memory(first, bh, rows, columns, V, K)
     memory = tl.load(at, mask=inside, other=0.0)
     one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(k.dtype.element_ty)
+    error_before, output_before = tl.zeros([BV, C], tl.float32), tl.zeros([BV, C], tl.float32)
     for n in tl.range(N, disable_licm=True):
         chunk = bh * N + n
+        # what the chunk before has found is stored while this one's tiles are on their way
+        leave(output_before, o, bh, n - 1, first_v, n > 0, T, H, V, C, BV)
+        if errors is not None:
+            at_u, inside_u = of_state(errors, chunk - 1, rows, t, V, C)
+            tl.store(at_u, error_before.to(k.dtype.element_ty), mask=inside_u & (n > 0))
+        operand = memory.to(k.dtype.element_ty)
+        if states is not None:
+            at_states, inside = of_state(states, chunk, rows, columns, V, K)
+            tl.store(at_states, operand, mask=inside)
         at_k, mask_k = of_tokens(k, bh, n, 0, T, H, K, C, BK)
         keys = tl.load(at_k, mask=mask_k, other=0.0)
         at_q, mask_k = of_tokens(q, bh, n, 0, T, H, K, C, BK)
@@ -95,24 +112,21 @@ def scan(
         similar = tl.load(of_square(attend, chunk, C))
         row = vectors + chunk.to(tl.int64) * tiles.ROWS * C
         kept = tl.load(row + tiles.KEPT * C + t)[None, :]
-        written = tl.load(row + tiles.WRITTEN * C + t)[None, :]
+        left = tl.load(row + tiles.LEFT * C + t)[None, :]
         step = tl.load(row + tiles.STEP * C + t)[None, :]
         kept_last = tl.load(row + tiles.KEPT * C + C - 1)
 
-        operand = memory.to(keys.dtype)
         error = dot(tl.trans(values), one, PRECISION) - kept * dot(operand, tl.trans(keys), PRECISION)
         output = kept * dot(operand, tl.trans(queries), PRECISION)
-        if states is not None:
-            at_states, inside = of_state(states, chunk, rows, columns, V, K)
-            tl.store(at_states, operand, mask=inside)
         error += dot(error.to(keys.dtype), tl.trans(inverse), PRECISION)
-        memory = memory * kept_last + dot((written * error).to(keys.dtype), keys, PRECISION)
-        output += dot((step * error).to(keys.dtype), tl.trans(similar), PRECISION)
-        at_o, mask_v = of_tokens(o, bh, n, first_v, T, H, V, C, BV)
-        tl.store(at_o, tl.trans(output.to(keys.dtype)), mask=mask_v)
-        if errors is not None:
-            at_u, inside_u = of_state(errors, chunk, rows, t, V, C)
-            tl.store(at_u, error.to(keys.dtype), mask=inside_u)
+        write = step * error
+        memory = memory * kept_last + dot((left * write).to(keys.dtype), keys, PRECISION)
+        output += dot(write.to(keys.dtype), tl.trans(similar), PRECISION)
+        error_before, output_before = error, output
+    leave(output_before, o, bh, N - 1, first_v, True, T, H, V, C, BV)
+    if errors is not None:
+        at_u, inside_u = of_state(errors, bh * N + N - 1, rows, t, V, C)
+        tl.store(at_u, error_before.to(k.dtype.element_ty), mask=inside_u)
     at, inside = of_memory(last, bh, rows, columns, V, K)
     tl.store(at, memory, mask=inside)
 
@@ -141,9 +155,14 @@ def scan_gradient(
         at, inside = of_memory(dlast, bh, rows, columns, V, K)
         dmemory = tl.load(at, mask=inside, other=0.0)
     one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(k.dtype.element_ty)
+    derror_before = tl.zeros([BV, C], tl.float32)
     for i in tl.range(N, disable_licm=True):
         n = N - 1 - i
         chunk = bh * N + n
+        leave(derror_before, dv, bh, n + 1, first_v, i > 0, T, H, V, C, BV)
+        operand = dmemory.to(k.dtype.element_ty)
+        at_states, inside = of_state(dstates, chunk, rows, columns, V, K)
+        tl.store(at_states, operand, mask=inside)
         at_k, mask_k = of_tokens(k, bh, n, 0, T, H, K, C, BK)
         keys = tl.load(at_k, mask=mask_k, other=0.0)
         at_q, mask_k = of_tokens(q, bh, n, 0, T, H, K, C, BK)
@@ -154,21 +173,18 @@ def scan_gradient(
         similar = tl.load(of_square(attend, chunk, C))
         row = vectors + chunk.to(tl.int64) * tiles.ROWS * C
         kept = tl.load(row + tiles.KEPT * C + t)[None, :]
-        written = tl.load(row + tiles.WRITTEN * C + t)[None, :]
+        left = tl.load(row + tiles.LEFT * C + t)[None, :]
         step = tl.load(row + tiles.STEP * C + t)[None, :]
         kept_last = tl.load(row + tiles.KEPT * C + C - 1)
 
-        operand = dmemory.to(keys.dtype)
-        derror = written * dot(operand, tl.trans(keys), PRECISION)
-        at_states, inside = of_state(dstates, chunk, rows, columns, V, K)
-        tl.store(at_states, operand, mask=inside)
+        dwrite = left * dot(operand, tl.trans(keys), PRECISION)
         doutput = tl.trans(doutput)
-        derror += step * dot(doutput, similar, PRECISION)
+        derror = step * (dwrite + dot(doutput, similar, PRECISION))
         derror += dot(derror.to(keys.dtype), inverse, PRECISION)
         dmemory *= kept_last
         dmemory += dot((kept * dot(doutput, one, PRECISION)).to(keys.dtype), queries, PRECISION)
-        dmemory -= dot((kept * derror).to(keys.dtype), keys, PRECISION)
-        at_e, mask_v = of_tokens(dv, bh, n, first_v, T, H, V, C, BV)
-        tl.store(at_e, tl.trans(derror.to(keys.dtype)), mask=mask_v)
+        dmemory += dot((-kept * derror).to(keys.dtype), keys, PRECISION)
+        derror_before = derror
+    leave(derror_before, dv, bh, 0, first_v, True, T, H, V, C, BV)
     at, inside = of_memory(dfirst, bh, rows, columns, V, K)
     tl.store(at, dmemory, mask=inside)

@@ -13,7 +13,7 @@ from models.kernels.momentum.tiles import dot
 
 # Rows of a chunk's vectors [ROWS, C]:
 KEPT = tl.constexpr(0)  # what is left after token t of the memory that the chunk began with, e^{c_t}
-WRITTEN = tl.constexpr(1)  # how much of the error of token t is in the memory that it ends with, b_t e^{c_C - c_t}
+LEFT = tl.constexpr(1)  # what is left of the write of token t in the memory that it ends with, e^{c_C - c_t}
 STEP = tl.constexpr(2)  # b, and 0 after the last token
 HIGH = tl.constexpr(3)  # c, the log decays summed from the chunk's beginning,
 LOW = tl.constexpr(4)  # and what float32 left out of it
