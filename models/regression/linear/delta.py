@@ -151,9 +151,6 @@ def _decayed_share(s: Tensor) -> Tensor:
     return torch.where(small, series.masked_fill(~small, 0.0), -torch.expm1(-large) / large)
 
 
-# The backend that `auto` asks first where models/kernels/delta can run: the faster one (docs/kernels.md).
-FIRST = "fla"
-
 # The step's share of b, from b and |k|^2; None: all of it.
 STEPS: dict[str, Any] = {
     "gradient": None,
@@ -260,7 +257,8 @@ class Delta(Memory):
             return found
         own = not early and delta.takes(dtype, self.key_dim, self.value_dim)
         found["triton"] = (delta if own else momentum).refusal(*shape)
-        return {name: found[name] for name in (FIRST, *found)} if own else found
+        flash = fla.FLASH_QLA and self.decay_kind == "head"
+        return dict(reversed(found.items())) if own and delta.faster(device) and not flash else found
 
     def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         if backend != "fla":
