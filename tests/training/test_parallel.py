@@ -1,0 +1,150 @@
+"""A run is the same under every strategy: losses, and what goes on from a checkpoint under another one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from data.batch import batch_arithmetic
+from data.module import DataModule
+from data.synthetic import AssociativeRecall
+from models.training.module import Training
+from models.training.optimizer import adamw
+from models.training.parallel import DDP, PIECE, Sharded, pieces
+from models.training.schedule import warmup_stable_decay
+from tests.test_language_model import model
+
+EACH = 2  # steps under each strategy, one after the other
+SEQUENCES = 8
+STRATEGIES = {
+    2: {"ddp": lambda: DDP(), "fsdp": lambda: Sharded(), "ddp, at the end": lambda: AtTheEnd()},
+    4: {
+        "fsdp, step": lambda: Sharded(whole_for="step"),
+        "hsdp": lambda: Sharded(replicas=2),
+        "ddp": lambda: DDP(),
+        "hsdp, step": lambda: Sharded(replicas=2, whole_for="step"),
+    },
+}
+HALF = {"ddp, bfloat16": lambda: DDP(reduction="bfloat16"), "fsdp, bfloat16": lambda: Sharded(reduction="bfloat16")}
+STEPS = EACH * (2 + max(map(len, STRATEGIES.values())))
+
+
+class AtTheEnd(DDP):
+    """As where micro-batches are CUDA graphs."""
+
+    def configure_ddp(self) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("models.training.parallel.refusal", lambda *_: None)
+            super().configure_ddp()
+        assert self.at_the_end
+
+
+class Losses(L.Callback):
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        if not trainer.fit_loop._should_accumulate():
+            self.found.append(module.loss)
+
+
+def fit(folder: Path, strategy: Any, world: int, until: int, begin: Path | None = None) -> list[float]:
+    """The losses of the steps that were computed; a checkpoint is left in the folder. Two micro-batches a step."""
+    L.seed_everything(0, verbose=False)
+    task = AssociativeRecall(seq_len=16, num_pairs=2, vocab_size=23, validation_size=4)
+    batch = batch_arithmetic(16 * SEQUENCES, 16, SEQUENCES // world // 2, world, 16 * SEQUENCES * STEPS)
+    settings: dict[str, Any] = {"num_steps": STEPS, "clip_norm": 1.0, "targets_per_token": task.targets_per_token}
+    m = model("gated_delta", num_layers=2).float()
+    module = Training(m, lambda m: adamw(m, lr=1e-2), warmup_stable_decay, **settings)
+    module.cuda_graph = isinstance(strategy, AtTheEnd)
+    losses = Losses()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=strategy,
+        max_steps=until,
+        max_epochs=-1,
+        accumulate_grad_batches=batch.accumulation,
+        limit_val_batches=0,
+        logger=False,
+        callbacks=[losses],
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = DataModule(task, batch, validation_tokens=64, seed=0)
+    trainer.fit(module, data, ckpt_path=begin and begin / "saved.ckpt", weights_only=True)
+    trainer.save_checkpoint(folder / "saved.ckpt")
+    return losses.found
+
+
+def process(rank: int, world: int, folder: Path, port: int) -> None:
+    """One strategy after the other, from the checkpoint of one device; and from there with half the precision."""
+    try:
+        torch.set_num_threads(1)
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": 0}
+        each = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank}
+        os.environ |= {name: str(x) for name, x in (common | each).items()}
+        found, begin, until = {}, folder / "first", EACH
+        for name, make in STRATEGIES[world].items():
+            until += EACH
+            found[name] = fit(folder / name, make(), world, until, begin)
+            begin = folder / name
+        for name, make in HALF.items() if world == 2 else ():
+            found[name] = fit(folder / "half", make(), world, 2 * EACH, folder / "first")
+        if rank == 0:
+            torch.save(found, folder / "found.pt")
+    except BaseException:
+        Path(folder, f"error-{rank}").write_text(traceback.format_exc())
+        raise
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_strategy_is_the_same_run(world, tmp_path):
+    """One device begins, each strategy takes over from the one before, and one device ends: as if it had been alone.
+
+    How an optimizer's state names parameters: https://github.com/pytorch/pytorch/issues/113673
+    """
+    expected = fit(tmp_path / "alone", "auto", 1, STEPS)
+    assert fit(tmp_path / "first", "auto", 1, EACH) == expected[:EACH]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=process, args=(rank, world, tmp_path, port)) for rank in range(world)]
+    for each in processes:
+        each.start()
+    for each in processes:
+        each.join(120)
+    errors = [path.read_text() for path in sorted(tmp_path.glob("error-*"))]
+    assert [each.exitcode for each in processes] == [0] * world, errors[0] if errors else "not done in time"
+    found = torch.load(tmp_path / "found.pt")
+    for i, name in enumerate(STRATEGIES[world], 1):
+        assert found[name] == pytest.approx(expected[EACH * i : EACH * (i + 1)], rel=1e-5), name
+    rest = expected[EACH * (i + 1) :]
+    assert fit(tmp_path / "last", "auto", 1, STEPS, tmp_path / name) == pytest.approx(rest, rel=1e-5)
+    for name in HALF if world == 2 else ():
+        assert found[name] != expected[EACH : 2 * EACH]
+        assert found[name] == pytest.approx(expected[EACH : 2 * EACH], rel=5e-3), name
+
+
+def test_gradients_in_pieces():
+    tensors = [torch.empty(n, device="meta") for n in (3, PIECE, PIECE - 3, 3, 1)]
+    assert [[len(x) for x in part] for part in pieces(tensors)] == [[3], [PIECE], [PIECE - 3, 3], [1]]
+
+
+def test_a_wrong_setting_is_told():
+    with pytest.raises(ValueError, match=r"trainer.strategy.reduction=half is not one of float32, bfloat16"):
+        DDP(reduction="half")
+    with pytest.raises(ValueError, match=r"trainer.strategy.whole_for=ever is not one of block, pass, step"):
+        Sharded(whole_for="ever")
