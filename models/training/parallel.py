@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from models.training.background import ShardedFiles
 from models.training.captured import refusal
+from models.training.shards import SHARDED, parts, parts_of, read_parts
 
 PIECE = 2**26  # gradients that are averaged by one call: 256 MiB in float32
 REDUCTIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -92,9 +95,16 @@ class Sharded(ModelParallelStrategy):
     whole_for: how long a device holds parameters whole that it has gathered. `block`: one block's pass, forward, and
         again backward (ZeRO-3). `pass`: a micro-batch, forward and backward. `step`: all micro-batches of a step, and
         gradients whole as well, which are then divided once; this takes 8 bytes a parameter, and sends least.
+    checkpoint: `whole`, one file that the first rank writes while training waits; or `sharded` (background.py).
     """
 
-    def __init__(self, reduction: str = "float32", whole_for: str = "block", replicas: int = 1) -> None:
+    files: ShardedFiles | None = None
+
+    def __init__(
+        self, reduction: str = "float32", whole_for: str = "block", replicas: int = 1, checkpoint: str = "whole"
+    ) -> None:
+        one_of("trainer.strategy.checkpoint", checkpoint, {"whole": False, "sharded": True})
+        self.sharded_files = checkpoint == "sharded"
         super().__init__(data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False)
         self.dtype = one_of("trainer.strategy.reduction", reduction, REDUCTIONS)
         one_of("trainer.strategy.whole_for", whole_for, {name: name for name in WHOLE_FOR})
@@ -105,6 +115,8 @@ class Sharded(ModelParallelStrategy):
         if self.replicas < 1 or world % self.replicas:
             raise ValueError(f"trainer.strategy.replicas={self.replicas} does not divide the {world} device(s)")
         super().setup_environment()
+        if self.sharded_files and self.files is None:
+            self.files = ShardedFiles()
 
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module], methods: Sequence[str]) -> None:
         """methods: those of the model by which it is called, beside forward.
@@ -134,12 +146,40 @@ class Sharded(ModelParallelStrategy):
         in the model. They are places in the optimizer's groups.)"""
         checkpoint = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=True)
         assert self.model is not None
+        if SHARDED in checkpoint:
+            return self._load_shards(checkpoint, Path(checkpoint_path))
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
         names = {id(p): name for name, p in self.model.named_parameters()}
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             set_optimizer_state_dict(self.model, optimizer, by_name(state, optimizer, names), options=options)
         return checkpoint
+
+    def _load_shards(self, checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+        assert self.model is not None
+        read_parts(checkpoint, path, self.model)
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
+        return checkpoint
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self.files is None:
+            return super().save_checkpoint(checkpoint, filepath, storage_options)
+        return self.files.save_checkpoint(checkpoint, filepath)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        assert self.model is not None
+        return parts(self.model) if self.files else self.whole_state_dict()
+
+    def whole_state_dict(self) -> dict[str, Any]:
+        """On the first rank, but all take part."""
+        return super().lightning_module_state_dict()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        assert self.model is not None
+        inner = getattr(optimizer, "optimizer", optimizer)  # Lightning's has torch's in it
+        return parts_of(inner, self.model) if self.files else super().optimizer_state(optimizer)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:

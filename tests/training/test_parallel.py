@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from pathlib import Path
@@ -16,10 +17,12 @@ import torch
 from data.batch import batch_arithmetic
 from data.module import DataModule
 from data.synthetic import AssociativeRecall
+from models.training.checkpoint import WholeFiles, read, remove, what_is_wrong
 from models.training.module import Training
 from models.training.optimizer import adamw
 from models.training.parallel import DDP, PIECE, Sharded, pieces
 from models.training.schedule import warmup_stable_decay
+from models.training.shards import shards_of
 from tests.test_language_model import model
 
 EACH = 2  # steps under each strategy, one after the other
@@ -29,8 +32,9 @@ STRATEGIES = {
     4: {
         "fsdp, step": lambda: Sharded(whole_for="step"),
         "hsdp": lambda: Sharded(replicas=2),
+        "fsdp, shards": lambda: Sharded(checkpoint="sharded"),
         "ddp": lambda: DDP(),
-        "hsdp, step": lambda: Sharded(replicas=2, whole_for="step"),
+        "hsdp, shards": lambda: Sharded(replicas=2, whole_for="step", checkpoint="sharded"),
     },
 }
 HALF = {"ddp, bfloat16": lambda: DDP(reduction="bfloat16"), "fsdp, bfloat16": lambda: Sharded(reduction="bfloat16")}
@@ -82,8 +86,12 @@ def fit(folder: Path, strategy: Any, world: int, until: int, begin: Path | None 
         enable_model_summary=False,
     )
     data = DataModule(task, batch, validation_tokens=64, seed=0)
+    if begin:
+        trainer.strategy.checkpoint_io = WholeFiles()
     trainer.fit(module, data, ckpt_path=begin and begin / "saved.ckpt", weights_only=True)
+    trainer.strategy.checkpoint_io = getattr(trainer.strategy, "files", None) or WholeFiles()
     trainer.save_checkpoint(folder / "saved.ckpt")
+    assert not trainer.strategy.checkpoint_io.finish()
     return losses.found
 
 
@@ -133,9 +141,33 @@ def test_every_strategy_is_the_same_run(world, tmp_path):
         assert found[name] == pytest.approx(expected[EACH * i : EACH * (i + 1)], rel=1e-5), name
     rest = expected[EACH * (i + 1) :]
     assert fit(tmp_path / "last", "auto", 1, STEPS, tmp_path / name) == pytest.approx(rest, rel=1e-5)
+    if world == 4:
+        whole_or_not(tmp_path / name / "saved.ckpt")
     for name in HALF if world == 2 else ():
         assert found[name] != expected[EACH : 2 * EACH]
         assert found[name] == pytest.approx(expected[EACH : 2 * EACH], rel=5e-3), name
+
+
+def whole_or_not(path: Path) -> None:
+    """Of a checkpoint with shards every file counts; and torch would run what its .metadata names."""
+    shards = sorted(shards_of(path).iterdir())
+    assert [file.name for file in shards] == [".metadata", *(f"__{i}_0.distcp" for i in range(4))]
+    assert not what_is_wrong(path)
+    for file in shards:
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert f"of saved.shards/{file.name} do not have the checksum" in what_is_wrong(path)
+        file.unlink()
+        assert f"{file.name} is missing" in what_is_wrong(path)
+        file.write_bytes(content)
+    shards[0].write_bytes(pickle.dumps(os.getcwd))
+    with pytest.raises(pickle.UnpicklingError, match=r"asks for posix.getcwd, which has no place in it"):
+        read(path)
+    remove(path.parent, lambda step: True)  # not of a step's name
+    path.rename(path.with_name("step-000000007.ckpt"))
+    shards_of(path).rename(path.with_name("step-000000007.shards"))
+    remove(path.parent, lambda step: True)
+    assert not list(path.parent.glob("step*"))
 
 
 def test_gradients_in_pieces():
