@@ -124,10 +124,10 @@ class Sharded(ModelParallelStrategy):
         Parameters are gathered in float32 and cast by autocast, product by product: bf16-mixed then means the same
         under every strategy.
         """
-        settings: dict[str, Any] = {"mesh": self.mesh(), "reshard_after_forward": self.whole_for == "block"}
-        settings["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=self.dtype)
+        settings: dict[str, Any] = {"mesh": self.mesh(), "mp_policy": MixedPrecisionPolicy(reduce_dtype=self.dtype)}
+        at_once = (blocks[-1], model)  # the last block, embedding and head are needed again at once
         for module in (*blocks, model):
-            fully_shard(module, **settings)
+            fully_shard(module, reshard_after_forward=self.whole_for == "block" and module not in at_once, **settings)
         for block, after in pairwise(blocks):  # gathered while the one before is computed
             cast("FSDPModule", block).set_modules_to_forward_prefetch([cast("FSDPModule", after)])
         for method in methods:
