@@ -7,12 +7,14 @@ import os
 import pickle
 import socket
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 
 from data.batch import batch_arithmetic
 from data.module import DataModule
@@ -23,6 +25,7 @@ from models.training.optimizer import adamw
 from models.training.parallel import DDP, PIECE, Sharded, pieces
 from models.training.schedule import warmup_stable_decay
 from models.training.shards import shards_of
+from scripts.planning.scaling import Parameters, Placing, sent
 from tests.test_language_model import model
 
 EACH = 2  # steps under each strategy, one after the other
@@ -49,6 +52,33 @@ class AtTheEnd(DDP):
             patch.setattr("models.training.parallel.refusal", lambda *_: None)
             super().configure_ddp()
         assert self.at_the_end
+
+
+class Counting:
+    """Bytes that a device of a ring sends for what is gathered, divided and added up, while it is on. What is smaller
+    than a block's gradients is none of these."""
+
+    def __init__(self) -> None:
+        self.sent = 0.0
+
+    def __enter__(self) -> Counting:
+        self.patch = pytest.MonkeyPatch()
+        names = ["all_gather_single", "reduce_scatter_single"]
+        if not hasattr(dist, names[0]):  # torch before 2.13
+            names = ["all_gather_into_tensor", "reduce_scatter_tensor"]
+        for name in (*names, "all_reduce"):
+            self.patch.setattr(dist, name, partial(self.count, getattr(dist, name), name))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.patch.undo()
+
+    def count(self, function: Any, name: str, *tensors: Any, group: Any = None, **others: Any) -> Any:
+        given = [*tensors, *(x for x in others.values() if isinstance(x, torch.Tensor))]
+        size, world = max(x.numel() * x.element_size() for x in given), dist.get_world_size(group)
+        if size > 4000:
+            self.sent += (2 if name == "all_reduce" else 1) * (world - 1) / world * size
+        return function(*tensors, group=group, **others)
 
 
 class Losses(L.Callback):
@@ -105,8 +135,9 @@ def process(rank: int, world: int, folder: Path, port: int) -> None:
         found, begin, until = {}, folder / "first", EACH
         for name, make in STRATEGIES[world].items():
             until += EACH
-            found[name] = fit(folder / name, make(), world, until, begin)
-            begin = folder / name
+            with Counting() as counting:
+                found[name] = fit(folder / name, make(), world, until, begin)
+            found[f"{name}, sent"], begin = counting.sent, folder / name
         for name, make in HALF.items() if world == 2 else ():
             found[name] = fit(folder / "half", make(), world, 2 * EACH, folder / "first")
         if rank == 0:
@@ -139,6 +170,8 @@ def test_every_strategy_is_the_same_run(world, tmp_path):
     found = torch.load(tmp_path / "found.pt")
     for i, name in enumerate(STRATEGIES[world], 1):
         assert found[name] == pytest.approx(expected[EACH * i : EACH * (i + 1)], rel=1e-5), name
+        if name not in ("ddp", "ddp, bfloat16"):  # in which torch sends by itself
+            assert found[f"{name}, sent"] == pytest.approx(EACH * by_formula(name, world), rel=0.03), name
     rest = expected[EACH * (i + 1) :]
     assert fit(tmp_path / "last", "auto", 1, STEPS, tmp_path / name) == pytest.approx(rest, rel=1e-5)
     if world == 4:
@@ -146,6 +179,16 @@ def test_every_strategy_is_the_same_run(world, tmp_path):
     for name in HALF if world == 2 else ():
         assert found[name] != expected[EACH : 2 * EACH]
         assert found[name] == pytest.approx(expected[EACH : 2 * EACH], rel=5e-3), name
+
+
+def by_formula(name: str, world: int) -> float:
+    """Bytes that a device sends in a step of two micro-batches, as docs/scaling.md has it."""
+    m = model("gated_delta", num_layers=2)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in m.blocks]
+    n = Parameters(m.num_parameters(), blocks[-1], m.num_parameters() - sum(blocks))
+    strategy, _, rest = name.partition(", ")
+    whole_for = "step" if rest in ("step", "shards") and name != "fsdp, shards" else "block"
+    return sum(sent(n, Placing(strategy, world, 2 if strategy == "hsdp" else 1, whole_for), accumulation=2))
 
 
 def whole_or_not(path: Path) -> None:
