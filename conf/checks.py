@@ -48,6 +48,9 @@ def mistakes(cfg: DictConfig) -> list[str]:
             num_steps = batch_arithmetic(*sizes, world, config["tokens"], config["context_parallel"]).num_steps
         except ValueError as error:
             found += [sentence for sentence in str(error).splitlines() if sentence not in found]
+        found += replicas(config["trainer"], world)
+    if clear("trainer.strategy") and isinstance(config["trainer"]["strategy"], dict):
+        found += refused(lambda: build(config["trainer"]["strategy"]))
     if clear("context_parallel"):
         found += sharing(config)
     if clear("model", "trainer.precision", "trainer.accelerator"):
@@ -76,6 +79,18 @@ def sharing(config: dict[str, Any]) -> Iterator[str]:
         yield f"context_parallel={size} needs strategy=ddp, in which each device has all the parameters"
 
 
+def replicas(trainer: dict[str, Any], devices: int) -> Iterator[str]:
+    """Of strategy=hsdp."""
+    strategy: Any = trainer.get("strategy")
+    count = strategy.get("replicas", 1) if isinstance(strategy, dict) else 1
+    if not isinstance(count, int) or count < 1 or devices % count:
+        allowed = [n for n in range(1, devices + 1) if devices % n == 0]
+        yield (
+            f"trainer.strategy.replicas={count} does not divide the {devices} device(s); "
+            f"allowed: {', '.join(map(str, allowed))}"
+        )
+
+
 def machine(trainer: dict[str, Any]) -> Iterator[str]:
     """What this machine, or Lightning, has not."""
     if trainer.get("use_distributed_sampler"):
@@ -92,7 +107,7 @@ def machine(trainer: dict[str, Any]) -> Iterator[str]:
     elif str(precision) in ("16", "16-mixed") and device(trainer).type == "cpu":
         yield f"trainer.precision={precision} can't run on a CPU; bf16-mixed can"
     if isinstance(strategy, str) and strategy != "auto" and strategy not in StrategyRegistry.available_strategies():
-        yield f"trainer.strategy={strategy} is not a strategy; strategy=single, ddp and fsdp are those of conf/strategy"
+        yield f"trainer.strategy={strategy} is not a strategy; strategy= takes single, ddp, fsdp or hsdp"
     yield from devices(trainer)
 
 

@@ -61,8 +61,8 @@ def plan(config: dict[str, Any], batch: Batch) -> tuple[list[str], str]:
     model, where = planned.model, device(trainer)
     if first is not None:
         weights.refuse_another(model.state_dict(), weights.read(first), source, any_vocabulary=True)
-    sharded = "ModelParallel" in str(trainer["strategy"])
-    shards = batch.world_size if sharded else 1
+    sharded = "Sharded" in str(trainer["strategy"])
+    shards = batch.world_size // trainer["strategy"].get("replicas", 1) if sharded else 1
     memory = planned.memory(config["optimizer"], batch, shards)
     tokens = batch.num_steps * batch.tokens
     total, six = 3 * model.flops_per_token(batch.seq_len) * tokens, six_n(model)
