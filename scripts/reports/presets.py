@@ -34,10 +34,11 @@ def mixers(model: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def nearest(mixer: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The name of the preset with the same classes and the fewest other settings, and these, by their path. Where no
-    preset has the mixer's regressor, the name of the regressor's class, and all settings."""
+    preset has the mixer's regressor, the name of the regressor's class, and all settings. A baseline has none, and is
+    known by its own class."""
     classes = {path: value for path, value in leaves(mixer) if path.endswith("_target_")}
     alike = {name: len(classes.items() ^ of.items()) for name, of in all_classes().items()}
-    own = {path: value for path, value in classes.items() if "regressor" in path}
+    own = {path: value for path, value in classes.items() if "regressor" in path} or classes
     alike = {name: count for name, count in alike.items() if own.items() <= all_classes()[name].items()}
     if not alike:
         name = classes.get("regressor._target_", mixer.get("_target_", "a mixer without a class"))
@@ -70,7 +71,14 @@ def leaves(node: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
 @cache
 def all_classes() -> dict[str, dict[str, str]]:
     """Of every preset, the class of each of its parts, like {'regressor._target_': 'models. ...'}."""
-    return {path.stem: dict(_classes("mixer", path.stem)) for path in sorted((CONF / "mixer").glob("*.yaml"))}
+    return {
+        path.stem: dict(_classes(_group(path.stem), path.stem)) for path in sorted((CONF / "mixer").rglob("*.yaml"))
+    }
+
+
+def _group(name: str) -> str:
+    """Of a preset."""
+    return "mixer" if (CONF / "mixer" / f"{name}.yaml").exists() else "mixer/baseline"
 
 
 def _classes(group: str, name: str, before: str = "") -> Iterator[tuple[str, str]]:
@@ -95,5 +103,7 @@ def composed(name: str) -> dict[str, Any]:
     """The preset as Hydra composes it, with what it takes from the model left open."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        found: Any = OmegaConf.to_container(compose(f"mixer/{name}"))
-    return found["mixer"]
+        found: Any = OmegaConf.to_container(compose(f"{_group(name)}/{name}"))
+    for key in _group(name).split("/"):
+        found = found[key]
+    return found
