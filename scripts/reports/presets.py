@@ -33,9 +33,9 @@ def mixers(model: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def nearest(mixer: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name of the preset with the same classes and the fewest other settings, and these, by their path. Where no
-    preset has the mixer's regressor, the name of the regressor's class, and all settings. A baseline has none, and is
-    known by its own class."""
+    """The name of the preset with the same classes and the fewest other settings, and these, by their path; among
+    equals that of which the mixer lacks the fewest settings. Where no preset has the mixer's regressor, the name of the
+    regressor's class, and all settings. A baseline has none, and is known by its own class."""
     classes = {path: value for path, value in leaves(mixer) if path.endswith("_target_")}
     alike = {name: len(classes.items() ^ of.items()) for name, of in all_classes().items()}
     own = {path: value for path, value in classes.items() if "regressor" in path} or classes
@@ -45,7 +45,9 @@ def nearest(mixer: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         return str(name).rpartition(".")[2], dict(leaves(mixer))
     candidates = sorted(name for name, count in alike.items() if count == min(alike.values()))
     others = {name: _others(mixer, composed(name)) for name in candidates}
-    best = min(candidates, key=lambda name: len(others[name]))
+    own_keys = dict(leaves(mixer)).keys()
+    lacks = {name: len(dict(leaves(composed(name))).keys() - own_keys) for name in candidates}
+    best = min(candidates, key=lambda name: (len(others[name]), lacks[name]))
     return best, others[best]
 
 
@@ -85,6 +87,8 @@ def _classes(group: str, name: str, before: str = "") -> Iterator[tuple[str, str
     """By the lists of defaults alone: to compose all presets takes seconds."""
     node = _file(group, name)
     for entry in node.get("defaults", []):
+        if isinstance(entry, str) and entry != "_self_":  # another file of the group, which this one adds to
+            yield from _classes(group, entry, before)
         for key, option in entry.items() if isinstance(entry, dict) else ():
             part, _, package = key.lstrip("/").partition("@")
             yield from _classes(part, option, f"{before}{package}.")
