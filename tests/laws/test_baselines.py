@@ -29,7 +29,7 @@ every_baseline = pytest.mark.parametrize("name", BASELINES)
 @cache
 def recipes() -> dict[str, dict[str, Any]]:
     schema.register()
-    chosen = [f"+mixer/baseline@model.mixers.{name}={name}" for name in BASELINES]
+    chosen = [f"+mixer@model.mixers.{name}=baseline/{name}" for name in BASELINES]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         mixers = compose("train", ["name=law", "run_dir=none", *chosen]).model.mixers
     return {name: OmegaConf.to_container(mixers[name], resolve=True) for name in BASELINES}
