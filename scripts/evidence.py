@@ -226,8 +226,7 @@ def summary(row: dict[str, Any]) -> str:
     points = [x for name, x in row.items() if name.startswith("validation/accuracy_on/") and name.count("/") == 2]
     parts = [f"accuracy {row['validation/accuracy']:.3f}"] if "validation/accuracy" in row else []
     parts += [f"at test points {' '.join(f'{x:.2f}' for x in points)}"] if points else []
-    if "validation/bits_per_byte" in row:
-        parts.append(f"{row['validation/bits_per_byte']:.3f} bits per byte")
+    parts += [f"{row['validation/bits_per_byte']:.4f} bits per byte"] if "validation/bits_per_byte" in row else []
     return ", ".join(parts or [f"{row['validation/nats']:.4f} nats per token"])
 
 
