@@ -32,6 +32,7 @@ from models.parts.convolution import ShortConvolution
 from models.parts.precision import wide
 from models.regression.deep.slots import scan
 
+MANY = 1 << 26  # 256 MiB in float32, of which the scan keeps a handful
 STEPS = (1e-3, 1e-1)  # at the start, drawn evenly in their logarithm: section 3.6
 
 
@@ -82,8 +83,8 @@ class Mamba(Baseline):
     chunk: tokens of a chunk.
     piece: tokens of a piece, a multiple of it; None takes 16 chunks on a GPU, and one on a CPU, where several at once
         gain nothing.
-    remat: pieces computed again together in the backward pass; 0: never; None: 1 on a GPU, 0 on a CPU. Like chunk and
-        piece a choice of memory and speed.
+    remat: pieces computed again together in the backward pass; 0: never; None: 1 for calls with more than MANY numbers
+        in the states of all tokens, else 0. Like chunk and piece a choice of memory and speed.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class Mamba(Baseline):
 
         tokens = self.piece or self.chunk * (16 if h.is_cuda else 1)
         pieces = list(zip(*(y.split(tokens, dim=1) for y in given), strict=True))
-        remat = (1 if h.is_cuda else 0) if self.remat is None else self.remat
+        remat = int(given[0].numel() * self.state_dim > MANY) if self.remat is None else self.remat
         outputs, h = scan(steps, h, pieces, remat)
         return torch.cat(outputs, dim=1), h
 
