@@ -192,7 +192,10 @@ def no_option(file: str, options: list[str], said: str, typed: list[Word]) -> st
     for word in typed:
         if file.startswith(f"{word.group}/"):
             name = file.removeprefix(f"{word.group}/")
-            return f"{word.key}={name} is not there; {hint(Path(name).stem, options, f'{word.key}=')}"
+            options = known(typed, word.key).options(word.group) or options
+            asked = name if "/" in name else Path(name).stem
+            meant = next((option for option in options if option.endswith(f"/{asked}")), asked)  # baseline/mamba
+            return f"{word.key}={name} is not there; {hint(meant, options, f'{word.key}=')}"
     group, _, name = file.rpartition("/")
     return f"{group}={name}, {inside(said)}, is not there; {hint(name, options, f'{group}=')}"
 

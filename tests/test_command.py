@@ -34,6 +34,8 @@ GROUPS = {
     "size=340": "size=340 is not there; did you mean size=340m?",
     "experiment=nope": "experiment=nope is not there; there are mad, mqar, ",
     "mixer@model.mixers.main=delat": "=delat is not there; did you mean mixer@model.mixers.main=deltanet?",
+    "mixer@model.mixers.main=mamba": "=mamba is not there; did you mean mixer@model.mixers.main=baseline/mamba?",
+    "mixer@model.mixers.main=baseline/lstn": "did you mean mixer@model.mixers.main=baseline/lstm?",
     f"decay@{MAIN}.decay=scaler": f"=scaler is not there; did you mean decay@{MAIN}.decay=scalar?",
     "+mixer@model.mixers.two=softmx": "=softmx is not there; did you mean mixer@model.mixers.two=softmax?",
     # a group that is not there
@@ -175,7 +177,7 @@ def test_help_has_a_line_for_every_choice(monkeypatch, tmp_path, capsys):
         assert line in told, line
     shown = {line.split()[line[2] == "*"] for line in lines if line.startswith(("    ", "  * "))}
     files = list((ROOT / "conf").glob("*/*.yaml"))
-    assert {path.stem for path in files} <= shown and max(map(len, lines)) <= 100
+    assert {path.stem for path in files} | {"baseline/lstm"} <= shown and max(map(len, lines)) <= 100
     assert lines.index("data=") < lines.index("model=") < lines.index("size=") < lines.index("mixer@model.mixers.main=")
     assert all(map(first_line, files))
 

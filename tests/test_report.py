@@ -215,6 +215,8 @@ def test_a_mixer_that_no_preset_is(tmp_path):
     name, others = presets.nearest(own)
     assert name == "Mine" and others["regressor.size"] == 3
     assert presets.nearest(presets.composed("titans_mag")) == ("titans_mag", {})
+    assert presets.nearest(presets.composed("moneta")) == ("moneta", {})
+    assert presets.nearest(presets.composed("lstm") | {"width": 8}) == ("lstm", {"width": 8})
     # another decay than its preset's is a setting
     assert presets.nearest(mixer("titans", decay={"_target_": "own.Decay"})) == (
         "titans",

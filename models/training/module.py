@@ -20,6 +20,7 @@ from data.mixture import Source, by_source, together
 from models.context import Context
 from models.language_model import LanguageModel
 from models.loss import IGNORED
+from models.mixers.baselines import Baseline
 from models.mixers.mixer import Mixer
 from models.regression.regressor import Regressor
 from models.training import points
@@ -219,6 +220,7 @@ class Training(L.LightningModule):
         return {
             f"{name}/layer_{i}": value
             for i, block in enumerate(self.model.blocks)
+            if not isinstance(block.mixer, Baseline)
             for name, value in block.mixer.regressor.diagnostics().items()
         }
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.language_model import LanguageModel
+from models.mixers.baselines import Baseline
 from models.mixers.mixer import Mixer
 from models.parts.orthogonal import orthogonal
 from models.regression.regressor import Regressor
@@ -30,6 +31,7 @@ def parameter_groups(model: LanguageModel, weight_decay: float) -> list[dict[str
     decayed = {
         id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) not in spared
     }
+    decayed |= {id(p): p for m in model.modules() if isinstance(m, Baseline) for p in m.matrices()}
     rest = {id(p): p for p in model.parameters() if id(p) not in decayed}
     everything = {id(p) for p in model.parameters() if p.requires_grad}
     assert decayed.keys() | rest.keys() == everything, "a parameter is in no group"
