@@ -40,6 +40,12 @@ def longer(accuracy: float, chance: float, **settings: Any) -> dict[str, Any]:
     return result("state_tracking", found, **settings, **words)
 
 
+def text_run(experiment: str, loss: float, model: str, seed: int, rate: float) -> dict[str, Any]:
+    at = {f"validation/nats_at/{a}": loss + i for i, a in enumerate(("0-15", "16-31", "32-2047"))}
+    found = {"validation/nats": loss, "validation/bits_per_byte": loss / 3, "tokens_per_second": 1e6} | at
+    return result(experiment, found, model=model, seed=seed, optimizer__lr=rate)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Results of every experiment: two rates, two seeds, a few mixers."""
@@ -69,6 +75,15 @@ def folder(tmp_path_factory) -> Path:
     ]
     every["state_tracking_others"] = [longer(0.5, 0.5, data="parity", model="softmax", seed=1)]
     every["word_problems"] = [longer(1.0, 1 / 6, data="s3", model="delta_product", seed=1, negative="true")]
+    losses = {"mesa": 3.0, "softmax": 3.1, "titans": 2.9}
+    for name, rates in (("ablation", (1e-3,)), ("ablation_170m", (1e-3,)), ("ablation_rates", (1e-3, 2e-3))):
+        each = product(losses, (1, 2), rates)
+        every[name] = [
+            text_run(name, losses[model] + rate + 0.01 * seed, model, seed, rate) for model, seed, rate in each
+        ]
+    window = text_run("ablation_windows", 4.0, "softmax", 1, 1e-3)
+    window["words"].append("model.mixers.main.regressor.window=64")
+    every["ablation_windows"] = [window]
     for name, rows in every.items():
         (folder / name).mkdir()
         lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -124,6 +139,25 @@ def test_of_losses_the_smallest_is_the_best(folder):
     table = {row["mixer"]: row for row in CLAIMS["regression"].table(rows)}
     assert table["mesa"]["linear"] == pytest.approx(1 - 0.915) and table["mesa"]["seeds"] == 2
     assert curve(rows[0], "longer") == {7.5: 0.5}
+
+
+def test_the_ablation_has_places_beside_the_published_ones(folder):
+    """Among the mixers that both have; seeds are averaged, and a window is a mixer of its own."""
+    table = CLAIMS["ablation"].table(evidence.read(CLAIMS["ablation"], folder))
+    assert [row["mixer"] for row in table] == ["titans", "mesa", "softmax", "softmax 64"]
+    assert [(row["place"], row["their place"]) for row in table] == [(None, None), (1, 1), (2, 2), (3, 3)]
+    assert table[1]["seeds"] == 2 and table[1]["spread"] == pytest.approx(0.01 / 3)
+    rates = {
+        row["mixer"]: row for row in CLAIMS["ablation_rates"].table(evidence.read(CLAIMS["ablation_rates"], folder))
+    }
+    assert rates["mesa"]["best"] == "0.001" and rates["mesa"]["0.002"] == pytest.approx(3.017)
+    assert "--rates ablation_rates --times 0.75" in evidence.page(
+        "ablation", CLAIMS["ablation"], *[[window_row()]] * 2, ""
+    )
+
+
+def window_row() -> dict[str, Any]:
+    return text_run("ablation", 4.0, "softmax", 1, 1e-3)
 
 
 def test_scaled_accuracy_and_curves(folder):
