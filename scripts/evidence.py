@@ -141,12 +141,14 @@ class Results:
         row = {"job": job.key, "words": list(job.words), "date": datetime.now(UTC).date().isoformat(), **result}
         row["command"] = shlex.join(["python", "train.py", "-m", *job.words])
         row["commit"] = row.get("commit") or self.commit
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = [*self.read(), row]
-        draft = self.path.with_name(f".{self.path.name}.draft")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in whole))
-        draft.replace(self.path)
+        self.write([*self.read(), row])
         return row
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_name(f".{self.path.name}.draft")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        draft.replace(self.path)
 
 
 def with_rates(every: list[Job], found: list[dict[str, Any]], times: float) -> list[Job]:

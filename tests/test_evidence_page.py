@@ -43,6 +43,8 @@ def longer(accuracy: float, chance: float, **settings: Any) -> dict[str, Any]:
 def text_run(experiment: str, loss: float, model: str, seed: int, rate: float) -> dict[str, Any]:
     at = {f"validation/nats_at/{a}": loss + i for i, a in enumerate(("0-15", "16-31", "32-2047"))}
     found = {"validation/nats": loss, "validation/bits_per_byte": loss / 3, "tokens_per_second": 1e6} | at
+    found |= {"memory/copied/0": 2.0, "memory/copied/64": 1.0, "memory/seen": loss - 1, "memory/new": loss + 1}
+    found |= {"memory/before/0-15": 1.0, "memory/before/16-31": 0.5}
     return result(experiment, found, model=model, seed=seed, optimizer__lr=rate)
 
 

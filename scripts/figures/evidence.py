@@ -127,7 +127,16 @@ def page(name: str, claim: Claim, rows: list[Row], table: list[Row], notes: str)
         if far := list(differences(claim, table)):
             lines += [f"Further apart than {POINTS:.0f} points:", "", *far, ""]
     lines += [notes.strip(), ""] if notes.strip() else []
-    lines += ["## How it was made", "", "```text", *commands, f"python scripts/figures/evidence.py {name}", "```", ""]
+    lines += [
+        "## How it was made",
+        "",
+        "```text",
+        *commands,
+        *filter(None, [claim.then]),
+        f"python scripts/figures/evidence.py {name}",
+        "```",
+        "",
+    ]
     lines += [*made(rows, jobs)]
     return "\n".join(lines) + "\n"
 

@@ -99,6 +99,48 @@ def rates_figure(rows: list[Row], figure: Figure) -> None:
     legend(figure)
 
 
+COPIED, BEFORE = "memory/copied/", "memory/before/"
+
+
+def looked_into(rows: list[Row]) -> list[Row]:
+    """Those that scripts/memory.py has seen, at each mixer's best rate; in the order of their loss."""
+    seen = [row for row in rows if "memory/seen" in row]
+    if not seen:
+        raise ValueError("no run has been looked into; python scripts/memory.py ablation does it, where the runs are")
+    return sorted((runs[0] for runs in best(seen, label, better).values()), key=better, reverse=True)
+
+
+def memory_of_text_table(rows: list[Row]) -> list[Row]:
+    found = []
+    for run in looked_into(rows):
+        row: Row = {"mixer": label(run), "state": run["state_size"], "nats per token": run["validation/nats"]}
+        row |= {f"copied, {name[len(COPIED) :]}": x for name, x in run.items() if name.startswith(COPIED)}
+        row |= {"pair seen": run["memory/seen"], "pair new": run["memory/new"]}
+        along = [x for name, x in run.items() if name.startswith(BEFORE)]
+        found.append(row | {"inner loss, first": along[0], "inner loss, last": along[-1]} if along else row)
+    return found
+
+
+def memory_of_text_figure(rows: list[Row], figure: Figure) -> None:
+    """What is left of a stretch by its distance; the loss of pairs that are new and seen; the inner loss."""
+    left, middle, right = figure.subplots(1, 3)
+    for i, run in enumerate(looked_into(rows)):
+        look: Row = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 4}
+        at = {int(name[len(COPIED) :]): x for name, x in run.items() if name.startswith(COPIED)}
+        left.plot(list(at), list(at.values()), linewidth=1.3, label=label(run), **look)
+        middle.plot(run["memory/new"], run["memory/seen"], linestyle="none", **look)
+        ranges = {name[len(BEFORE) :]: x for name, x in run.items() if name.startswith(BEFORE)}
+        middles = [sum(map(int, name.split("-"))) / 2 for name in ranges]
+        right.plot(middles, list(ranges.values()), linewidth=1.3, **look)
+    left.set(xscale="symlog", xlabel="tokens between", ylabel="nats per token saved", title="a stretch shown again")
+    middle.set(xlabel="pair new, nats", ylabel="pair seen, nats", title="rare pairs of tokens")
+    right.set(xscale="log", yscale="log", xlabel="position, tokens", title="inner loss before the write")
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    legend(figure)
+
+
 SHOWS = (
     "Loss on text of packages that are not in training. Spread: between seeds. State: numbers after 2,048 tokens. "
     "Places: among what MesaNet's table 10 (400M) has too."
@@ -134,5 +176,18 @@ CLAIMS = {
         rates_table,
         rates_figure,
         options="--at-once 3 --minutes 9",
+    ),
+    "ablation_memory": Claim(
+        "What the models of the ablation remember of a text",
+        ("ablation",),
+        "A key-value cache keeps what it has seen at any distance, and a memory of fixed size forgets. Recall and the "
+        "loss go together, and the inner loss falls along the sequence.",
+        "Nats a token saved by a stretch of 64 tokens shown so many tokens before; loss on rare pairs of tokens, seen "
+        "in the row or new; inner loss at the row's beginning and end.",
+        better,
+        memory_of_text_table,
+        memory_of_text_figure,
+        options="--rates ablation_rates --times 0.75 --minutes 9",
+        then="python scripts/memory.py ablation",
     ),
 }

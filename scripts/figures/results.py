@@ -24,7 +24,7 @@ COLOURS += ["#8c1c5a", "#7a8b99"]
 class Claim(NamedTuple):
     """sources: the experiments whose results it is made of.  says: the claim.  shows: what the table holds.  measure:
     of a row, what is the better the higher, by which a rate is chosen.
-    options: of scripts/evidence.py, as the page has its command."""
+    options: of scripts/evidence.py, as the page has its command.  then: a command behind those."""
 
     title: str
     sources: tuple[str, ...]
@@ -35,6 +35,7 @@ class Claim(NamedTuple):
     draw: Callable[[list[Row], Figure], None]
     published: published.Source | None = None
     options: str = "--at-once 8 --minutes 20"
+    then: str = ""
 
 
 def settings(row: Row) -> dict[str, str]:
