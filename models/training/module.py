@@ -255,7 +255,11 @@ class Training(L.LightningModule):
         kept = labels != IGNORED
         sums = torch.stack([nats.double().sum(0), kept.double().sum(0)])  # [2, T]
         if self.bytes_per_token is None and not labels.is_floating_point():  # a task with right answers: how often
-            sums = torch.cat([sums, ((predictions == labels) & kept).double().sum(0, keepdim=True)])
+            right = predictions == labels
+            if (answers := batch.get("right")) is not None:  # several, as bits (data/made.py)
+                answers = answers if self.context is None else self.context.share(answers)
+                right = (answers >> predictions & 1).bool()
+            sums = torch.cat([sums, (right & kept).double().sum(0, keepdim=True)])
         if self.context is not None:
             sums = self.context.among_all(sums)
         key = dataloader_idx, int(batch.get("part", 0))

@@ -7,28 +7,11 @@ papers; the table says which.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from scripts.figures import published, tiny
-from scripts.figures.results import Row, about, best, curve, grouped, label, legend, line, mean, points, settings
-
-
-class Claim(NamedTuple):
-    """sources: the experiments whose results it is made of.  says: the claim.  shows: what the table holds.  measure:
-    of a row, what is the better the higher, by which a rate is chosen."""
-
-    title: str
-    sources: tuple[str, ...]
-    says: str
-    shows: str
-    measure: Callable[[Row], float]
-    table: Callable[[list[Row]], list[Row]]
-    draw: Callable[[list[Row], Figure], None]
-    published: published.Source | None = None
-
+from scripts.figures import language, published, tiny
+from scripts.figures.results import Claim, Row, about, best, curve, grouped, label, legend, line, mean, points, settings
 
 # recall against the size of the memory
 
@@ -306,4 +289,5 @@ CLAIMS = {
         regression_table,
         regression_figure,
     ),
+    **language.CLAIMS,
 }

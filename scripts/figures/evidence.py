@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.evidence import Results, params, sweep
-from scripts.figures.claims import CLAIMS, Claim
-from scripts.figures.results import RATES, Row, settings
+from scripts.figures.claims import CLAIMS
+from scripts.figures.results import RATES, Claim, Row, settings
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "evidence"
 POINTS = 5.0  # percent, from which on a difference to a published number is named
@@ -117,7 +117,7 @@ def page(name: str, claim: Claim, rows: list[Row], table: list[Row], notes: str)
         source = row["words"][0].partition("=")[2]
         words.setdefault(source, set()).add(beyond(source, row))
     commands = [
-        " ".join(filter(None, [f"python scripts/evidence.py {source} --at-once 8 --minutes 20", *words[source]]))
+        " ".join(filter(None, [f"python scripts/evidence.py {source} {claim.options}", *words[source]]))
         for source in claim.sources
     ]
     lines = [f"# {claim.title}", "", claim.says, "", f"![{claim.title}](figure.svg)", "", claim.shows, ""]
@@ -128,7 +128,16 @@ def page(name: str, claim: Claim, rows: list[Row], table: list[Row], notes: str)
         if far := list(differences(claim, table)):
             lines += [f"Further apart than {POINTS:.0f} points:", "", *far, ""]
     lines += [notes.strip(), ""] if notes.strip() else []
-    lines += ["## How it was made", "", "```text", *commands, f"python scripts/figures/evidence.py {name}", "```", ""]
+    lines += [
+        "## How it was made",
+        "",
+        "```text",
+        *commands,
+        *filter(None, [claim.then]),
+        f"python scripts/figures/evidence.py {name}",
+        "```",
+        "",
+    ]
     lines += [*made(rows, jobs)]
     return "\n".join(lines) + "\n"
 
