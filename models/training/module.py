@@ -26,6 +26,7 @@ from models.regression.regressor import Regressor
 from models.training import points
 from models.training.captured import Captured, refusal
 from models.training.guards import Guard
+from models.training.optimizer import clip
 from models.training.parallel import DDP, Sharded
 from models.training.preemption import Preemption
 from models.training.recompute import Recompute
@@ -187,7 +188,7 @@ class Training(L.LightningModule):
         self.preemption.agree(votes)
         step, self.loss = self.trainer.global_step + 1, nats / max(count, 1)
         if self.guard.accepts(step, self.loss, length, self.model.named_parameters()):
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+            clip(parameters, self.clip_norm, norm, length)
         else:
             optimizer.zero_grad()  # and an optimizer passes over what has no gradient
         if step % self.trainer.log_every_n_steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,13 @@ def parameter_groups(model: LanguageModel, weight_decay: float) -> list[dict[str
         {"params": list(decayed.values()), "weight_decay": weight_decay},
         {"params": list(rest.values()), "weight_decay": 0.0},
     ]
+
+
+def clip(parameters: list[nn.Parameter], most: float, norm: Tensor, length: float) -> None:
+    """Shortens gradients of this norm to `most`, as torch does, by min(1, most / (norm + 1e-6)). length: the norm, as
+    the host knows it. Where that leaves the gradients as they are, nothing passes over them."""
+    if length + 2e-6 > most * (1 - 1e-6) or not math.isfinite(length):  # a float32 may round the factor to less than 1
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
 
 
 def adamw(

@@ -57,6 +57,7 @@ def forth(
     ACTIVATION: tl.constexpr, NORM: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr, S: tl.constexpr,
     AHEAD: tl.constexpr, UNROLL: tl.constexpr, GOES_ON: tl.constexpr,
 ):  # fmt: skip
+    """A program of pairs_forward. GOES_ON: as above, known."""
     COUNTS: tl.constexpr = (W > 1 and not GOES_ON) or TURN > 0
     first, second, in_first, in_second = columns(WIDTH, TURN, ALIGNED, BH)
     at, inside = places(heads, first, in_first, WIDTH, HEADS, BG)
@@ -128,7 +129,7 @@ def pairs_forward(
     else:
         forth(
             x, tail, weight, scale, frequency, positions, out, start, T, x_t, tail_t, eps, heads,
-            HEADS, WIDTH, TURN, ALIGNED, W, ACTIVATION, NORM, BG, BH, S, AHEAD, UNROLL, False,
+            HEADS, WIDTH, TURN, ALIGNED, W, ACTIVATION, NORM, BG, BH, S, AHEAD, 1, False,
         )  # fmt: skip
 
 
@@ -189,6 +190,7 @@ def back(
     ACTIVATION: tl.constexpr, NORM: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr, S: tl.constexpr,
     AHEAD: tl.constexpr, UNROLL: tl.constexpr, GOES_ON: tl.constexpr,
 ):  # fmt: skip
+    """A program of pairs_backward. GOES_ON: as above, known."""
     REACH: tl.constexpr = W - 1
     COUNTS: tl.constexpr = (W > 1 and not GOES_ON) or TURN > 0
     first, second, in_first, in_second = columns(WIDTH, TURN, ALIGNED, BH)
@@ -304,5 +306,5 @@ def pairs_backward(
         back(
             x, tail, weight, scale, frequency, positions, do, dx, dtail, dweight, dscale, program, start,
             T, CHANNELS, x_t, tail_t, do_t, do_h, dx_t, eps, heads,
-            HEADS, WIDTH, TURN, ALIGNED, W, ACTIVATION, NORM, BG, BH, S, AHEAD, UNROLL, False,
+            HEADS, WIDTH, TURN, ALIGNED, W, ACTIVATION, NORM, BG, BH, S, AHEAD, 1, False,
         )  # fmt: skip
