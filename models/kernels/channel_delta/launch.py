@@ -115,6 +115,6 @@ class Launch:
         dsteps = step_size.new_empty(triton.cdiv(self.K, BK), *step_size.shape)
         gradient[self.B * self.H * self.N, len(dsteps)](
             *self.given, self.ones, do, errors, dv, states, dstates, dq, dk, dsteps, dlog_decay,
-            0, *self.sizes, **self.common, LOG_C=LOG_CHUNK, BK=BK, BV=self.BV, **configuration.options,
+            *self.sizes, **self.common, LOG_C=LOG_CHUNK, BK=BK, BV=self.BV, **configuration.options,
         )  # fmt: skip
         return [dq, dk, dv, dsteps.sum(0), dlog_decay, dfirst]

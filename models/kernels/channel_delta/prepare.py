@@ -5,7 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.kernels.channel_delta.tiles import AFTER, LEAST, UP_TO, partners, parts, sums
+from models.kernels.channel_delta.tiles import (
+    AFTER,
+    LEAST,
+    UP_TO,
+    near,
+    near_factors,
+    neighbours,
+    partners,
+    parts,
+    sums,
+)
 from models.kernels.delta.tiles import place, system_inverse
 from models.kernels.momentum.tiles import dot, of_gates, of_square, of_tokens
 
@@ -55,13 +65,20 @@ def prepare(
         tl.store(at, tl.exp(tl.sum(gates, 0)), mask=channels < K)
         if R is not None:
             own += tl.sum(queries.to(tl.float32) * keys, 1)
-            for halving in range(LOG_C):
+            of_near = near(gates, LOG_C, keys.dtype)
+            summed = sums(ones, of_near, high, low, C, PRECISION)
+            reading, writing = near_factors(summed, of_near, keys.dtype, C)
+            writer = tl.trans((keys * writing).to(keys.dtype))
+            chosen = neighbours(of_near, True, C)
+            system += tl.where(chosen, dot((keys * reading).to(keys.dtype), writer, PRECISION), 0.0)
+            similar += tl.where(chosen, dot((queries * reading).to(keys.dtype), writer, PRECISION), 0.0)
+            for halving in range(of_near + 1, LOG_C):
                 left = tl.exp(sums(ones, halving, high, low, C, PRECISION))
                 key = (keys * left).to(keys.dtype)
                 query = (queries * left).to(keys.dtype)
-                of_halving = partners(halving, True, C)
-                system += tl.where(of_halving, dot(key, tl.trans(key), PRECISION), 0.0)
-                similar += tl.where(of_halving, dot(query, tl.trans(key), PRECISION), 0.0)
+                chosen = partners(halving, True, C)
+                system += tl.where(chosen, dot(key, tl.trans(key), PRECISION), 0.0)
+                similar += tl.where(chosen, dot(query, tl.trans(key), PRECISION), 0.0)
     if R is not None:
         similar = tl.where(t[:, None] == t[None, :], own[:, None], similar) * b[None, :]
         tl.store(of_square(attend, chunk, C), similar.to(attend.dtype.element_ty))

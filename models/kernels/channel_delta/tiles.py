@@ -72,8 +72,38 @@ def sums(ones, which, high, low, C: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def near(gates, LOG_C: tl.constexpr, TYPE: tl.constexpr):
+    """The halving up to whose pairs of blocks tokens are near: the gates of one block add up to FAR at least."""
+    FAR: tl.constexpr = 6.0 if TYPE.is_fp16() else 40.0  # of e^FAR operands of 16 bits still have all their digits
+    largest = -tl.min(tl.min(gates, 1), 0)
+    halving = 0
+    for i in tl.static_range(1, LOG_C):
+        halving += (largest * (1 << i) <= FAR).to(tl.int32)
+    return halving
+
+
+@triton.jit
+def near_factors(summed, halving, TYPE: tl.constexpr, C: tl.constexpr):
+    """[C, BK]: by what queries and keys of near tokens are multiplied to read, and keys to write. `summed` is the
+    halving's. What is not used, where tokens are not near, is cut off."""
+    FAR: tl.constexpr = 6.0 if TYPE.is_fp16() else 40.0
+    reads = ((tl.arange(0, C) >> halving) & 1 == 1)[:, None]
+    back = tl.minimum(-summed, FAR)
+    return tl.exp(tl.where(reads, summed, back)), tl.exp(tl.where(reads, back, summed))
+
+
+@triton.jit
 def partners(halving, READERS: tl.constexpr, C: tl.constexpr):
     """[C, C]: whether two tokens are of this halving, in either order, or with a reader in its row."""
     block = tl.arange(0, C) >> halving
     partner = tl.where(block & 1 == 1, block - 1, -1) if READERS else block ^ 1
     return partner[:, None] == block[None, :]
+
+
+@triton.jit
+def neighbours(halving, READERS: tl.constexpr, C: tl.constexpr):
+    """[C, C]: whether two tokens are of the same pair of blocks, the reader in its row, or the writer."""
+    t = tl.arange(0, C)
+    pair = t >> (halving + 1)
+    ordered = t[:, None] > t[None, :] if READERS else t[:, None] < t[None, :]
+    return (pair[:, None] == pair[None, :]) & ordered
