@@ -27,6 +27,7 @@ CASES = {  # what differs from one head width of 16, 100 tokens, gates around 0.
     "short": {"T": 3},
 }
 INTERPRETED = ["gates of any size", "aligned keys", "ragged", "short"]
+LOG_DECAY = 6  # in what errors() returns
 WIDE = {
     "wide": {"K": 128, "V": 128, "T": 300, "documents": 130},
     "wide, gates of any size": {"K": 128, "V": 128, "T": 300, "decay": 0.0, "spread": 20.0},
@@ -101,7 +102,9 @@ def test_on_a_gpu(name, dtype, tolerance):
     if why := channel_delta.refusal(torch.device("cuda"), dtype, case["K"], case["V"]):
         pytest.skip(f"refused: {why}")
     found = errors("cuda", dtype, **case)
-    assert max(found) < tolerance, found
+    # a gate's gradient is a difference, of what is read and what is written after it, and has the rounding of both
+    assert max(found) < (2 * tolerance if dtype is torch.bfloat16 else tolerance), found
+    assert max(x for i, x in enumerate(found) if i != LOG_DECAY) < tolerance, found
 
 
 @pytest.mark.gpu
@@ -129,10 +132,10 @@ def test_the_same_bits_in_every_run_and_in_a_graph():
         assert all(torch.equal(x, y) for x, y in zip(first, found, strict=True))
 
 
-def test_auto_asks_fla_first(monkeypatch):
+def test_auto_takes_it_where_it_can_run(monkeypatch):
     regressor = Delta(Sizes(256, 2, 2, 128, 128))
     regressor.decay_kind = "channel"
-    monkeypatch.setattr(channel_delta, "refusal", lambda *_, **__: None)
-    for refused, taken in ((None, "fla"), ("not installed", "triton")):
-        monkeypatch.setattr(fla, "refusal_gated_delta", lambda *_, refused=refused: refused)
+    monkeypatch.setattr(fla, "refusal_gated_delta", lambda *_: None)
+    for refused, taken in ((None, "triton"), ("no room", "fla")):
+        monkeypatch.setattr(channel_delta, "refusal", lambda *_, refused=refused: refused)
         assert regressor.choose(torch.device("cuda"), torch.bfloat16).backend == taken

@@ -141,7 +141,7 @@ def test_auto_takes_it_where_it_computes_the_rule(monkeypatch):
         return regressor.choose(torch.device("cuda"), torch.bfloat16).backend
 
     assert taken(128, "head") == taken(128, "none") == taken(128, "none", gradient_before_decay=True) == FIRST
-    assert taken(256, "head") == taken(128, "head", gradient_before_decay=True) == taken(128, "channel") == "fla"
+    assert taken(256, "head") == taken(128, "head", gradient_before_decay=True) == "fla"
 
 
 def test_what_it_refuses(monkeypatch):

@@ -1,10 +1,11 @@
 """The delta rule with a decay per channel by kernels of our own: models/regression/linear/delta.py's map in Triton.
 
-    prepare     faded queries and keys, the inverse R of I + A, and what queries find in the keys of their chunk
+    fade        queries and keys as the chunk's first and last memory meet them
+    scores      the inverse R of I + A, and what queries find in the keys of their chunk
     scan        U = R (V - K' S), O = Q' S + attend U, and S from chunk to chunk
-backward, after the first again, without the tiles, which are kept,
+backward, after fade again,
     scan_gradient   dV and the gradients by S, from chunk to chunk
-    gradient        all others, all chunks at once
+    scores_gradient, within, gradient   all others, all chunks at once
 
 It is models/kernels/delta's plan, with its limits and its host code's parts. Products between tokens that fade channel
 by channel are made from borders between them: tiles.py. Kept between the passes are q, k, the gates, R and `attend`,
@@ -18,7 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.kernels.delta import refusal, takes  # noqa: F401
+from models.kernels import backend, delta
+
+SHARED = 168 << 10  # bytes that a program has at most
+
+
+def refusal(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
+    """Why these kernels can't run here, or None if they can: for what models/kernels/delta says, which takes memories
+    of the same shapes, or for want of shared memory. dtype is that of q, k and v."""
+    reason = delta.refusal(device, dtype, key_dim, value_dim)
+    if reason is None and device.type == "cuda" and torch.cuda.is_available():
+        reason = backend.refusal_of_gpu(device, SHARED)
+    return reason
 
 
 def delta_rule(

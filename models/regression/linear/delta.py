@@ -261,7 +261,7 @@ class Delta(Memory):
         early = self.gradient_before_decay and self.decay_kind != "none"
         found = {"fla": (fla.refusal_leaky_delta if early else fla.refusal_gated_delta)(*shape)}
         if self.decay_kind == "channel":
-            return found | {"triton": channel_delta.refusal(*shape)}
+            return {"triton": channel_delta.refusal(*shape), **found}  # the faster one first (docs/kernels.md)
         own = not early and delta.takes(dtype, self.key_dim, self.value_dim)
         found["triton"] = (delta if own else momentum).refusal(*shape)
         return {name: found[name] for name in (FIRST, *found)} if own else found
