@@ -43,7 +43,7 @@ def mistakes(cfg: DictConfig) -> list[str]:
     parts = "batch_tokens", "seq_len", "micro_batch", "tokens", "context_parallel"
     if clear(*parts, "trainer.devices", "trainer.num_nodes"):
         world = schema.world_size(config["trainer"]["devices"], config["trainer"]["num_nodes"])
-        sizes = config["batch_tokens"], config["seq_len"], config["micro_batch"]
+        sizes = config["batch_tokens"], config["seq_len"], schema.at_first(config["micro_batch"])
         try:
             num_steps = batch_arithmetic(*sizes, world, config["tokens"], config["context_parallel"]).num_steps
         except ValueError as error:
@@ -51,7 +51,7 @@ def mistakes(cfg: DictConfig) -> list[str]:
         found += replicas(config["trainer"], world)
     if clear("trainer.strategy") and isinstance(config["trainer"]["strategy"], dict):
         found += refused(lambda: build(config["trainer"]["strategy"]))
-    if clear("context_parallel"):
+    if clear("context_parallel", "micro_batch"):
         found += sharing(config)
     if clear("model", "trainer.precision", "trainer.accelerator"):
         found += model_mistakes(config)
@@ -75,6 +75,8 @@ def refused(construct: Callable[[], Any], where: str = "") -> list[str]:
 
 def sharing(config: dict[str, Any]) -> Iterator[str]:
     """What can't be where devices share their sequences."""
+    if config["micro_batch"] == "auto" and "Sharded" in str(config["trainer"]["strategy"]):
+        yield "micro_batch=auto needs strategy=single or ddp: it is tried on one device, with all the parameters"
     if (size := config["context_parallel"]) > 1 and "DDP" not in str(config["trainer"]["strategy"]):
         yield f"context_parallel={size} needs strategy=ddp, in which each device has all the parameters"
 

@@ -9,6 +9,7 @@ from data.batch import batch_arithmetic
 from models.language_model import LanguageModelConfig
 from models.training.speed import PEAK_FLOPS
 from scripts import renting
+from scripts.planning import dry_run
 from scripts.planning.dry_run import SHARE, span
 from scripts.planning.memory import Planned
 from scripts.planning.scaling import INFINIBAND, NVLINK, Parameters, Placing, bandwidth, hire, memory, more_tokens
@@ -28,9 +29,12 @@ def test_memory_is_what_a_dry_run_tells():
     for place in (Placing("ddp", 8), Placing("fsdp", 8), Placing("hsdp", 8, 4)):
         told = planned.memory(config["optimizer"], batch, place.shards)
         gathered = 8 * n.block if place.shards > 1 else 0
-        counted = told.weights + told.gradients + told.optimizer + gathered
-        assert memory(n, place) == pytest.approx(counted, rel=1e-4)
-        assert memory(n, place._replace(whole_for="step")) - memory(n, place) == (8 * n.all - gathered) * (gathered > 0)
+        counted = told.weights + told.gradients + told.optimizer
+        assert memory(n, place) == pytest.approx(counted + gathered, rel=1e-4)
+        for whole_for in ("pass", "step") if place.shards > 1 else ():
+            more = dry_run.gathered(told, place.shards, whole_for)
+            counted = more.weights + more.gradients + more.optimizer
+            assert memory(n, place._replace(whole_for=whole_for)) == pytest.approx(counted, rel=1e-4)
 
 
 def test_time_is_what_a_dry_run_tells():

@@ -7,11 +7,11 @@ import signal
 
 import pytest
 
-from scripts.scaled.faults import ROUNDING, Checks
+from scripts import scaling
+from scripts.scaled.faults import STEPS, Checks
 from scripts.scaled.launch import Scratch, side_by_side
 from scripts.scaled.speed import cases
 from scripts.scaling import ITEMS
-from tests.started import Started
 
 
 def test_every_item_has_cases():
@@ -26,27 +26,20 @@ def test_every_item_has_cases():
 
 
 @pytest.mark.slow
-def test_rows_are_timed(tmp_path, cache):
-    path = tmp_path / "found.json"
-    words = ["--toy", "--only", "one", "--steps", "1", "--scratch", f"{tmp_path}/runs", "--json", str(path)]
-    started = Started(tmp_path, words, {"TTR_CACHE": str(cache)}, "scripts.scaling")
-    said = started.end(170)
-    assert started.returncode == 0, said
-    rows = json.loads(path.read_text())["rows"]
-    assert [row["name"] for row in rows] == ["one", "one, no graph"]
-    for row in rows:
-        assert not row["reason"] and row["tokens_per_second"] > 0 and row["name"] in said
-        assert row["losses"][:2] == rows[0]["losses"][:2]
-
-
-@pytest.mark.slow
-def test_a_killed_run_is_checked(tmp_path, monkeypatch, cache):
-    """Of one process, twice, and what is told of it."""
+def test_rows_are_timed_and_kills_checked(tmp_path, monkeypatch, cache, capsys):
+    """One process, timed, and killed twice: what is printed, written and told of it."""
     monkeypatch.setenv("TTR_CACHE", str(cache))
+    path = tmp_path / "found.json"
+    words = ["--toy", "--only", "one", "--devices", "1", "--steps", "1", "--scratch", f"{tmp_path}/runs"]
+    monkeypatch.setattr("sys.argv", ["scaling.py", *words, "--json", str(path)])
+    scaling.main()
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["name"] == "one" and not row["reason"] and row["tokens_per_second"] > 0 and len(row["losses"]) > 1
+    assert f"{row['tokens_per_second']:,.0f}" in capsys.readouterr().out
     checks = Checks(1, Scratch(str(tmp_path)), toy=True, fork=True)
-    tasks = {"one": checks.runs()["one"], "killed": checks.killed("killed", [], signal.SIGTERM)}
-    checks.like = {"killed": ("one", ROUNDING["float32"]), "lost": ("one", 0.0), "left out": ("one", 0.0)}
-    assert not side_by_side(tasks, 170)
+    assert not side_by_side({"killed": checks.killed("killed", [], signal.SIGTERM)}, 170)
+    checks.losses["one"] = [loss * 1.01 for loss in checks.losses["killed"]]
+    checks.like = {"killed": ("one", 0.0), "lost": ("one", 0.0), "left out": ("one", 0.0)}
     killed, lost, left_out = checks.told({"lost": "a reason"})
-    assert killed["difference"] == 0  # one device, twice the same
+    assert len(checks.losses["killed"]) == STEPS and killed["difference"] == pytest.approx(0.01, rel=0.02)
     assert (lost["reason"], left_out["reason"]) == ("a reason", "not run")

@@ -64,6 +64,9 @@ def plan(config: dict[str, Any], batch: Batch) -> tuple[list[str], str]:
     sharded = "Sharded" in str(trainer["strategy"])
     shards = batch.world_size // trainer["strategy"].get("replicas", 1) if sharded else 1
     memory = planned.memory(config["optimizer"], batch, shards)
+    on_disk = shards * (memory.weights + memory.optimizer)
+    if sharded:
+        memory = gathered(memory, shards, trainer["strategy"].get("whole_for", "block"))
     tokens = batch.num_steps * batch.tokens
     total, six = 3 * model.flops_per_token(batch.seq_len) * tokens, six_n(model)
     took = times(total, batch.world_size, where)
@@ -75,7 +78,7 @@ def plan(config: dict[str, Any], batch: Batch) -> tuple[list[str], str]:
         summary(model, batch.seq_len, where, dtype(trainer["precision"])),
         f"parts     {parts(model)}",
         *memory_lines(memory, batch, trainer["precision"], sharded),
-        f"disk      {disk(config, batch, shards * (memory.weights + memory.optimizer))}",
+        f"disk      {disk(config, batch, on_disk)}",
         f"compute   {total:.3g} FLOPs in all; by 6 N, {six:,} a token, {six * tokens:.3g}",
         f"compile   {compiled(config, model)}",
         f"time      {took}",
@@ -147,6 +150,13 @@ def memory_lines(memory: Memory, batch: Batch, precision: Any, sharded: bool) ->
         f"memory    {least(memory)}{gib(memory.total)} on each device{shared}: {', '.join(told)}",
         f"          (activations: {about})",
     ]
+
+
+def gathered(memory: Memory, shards: int, whole_for: str) -> Memory:
+    """With the parameters, and gradients, that a device of strategy=fsdp holds whole for a pass or a step."""
+    times = {"block": (0, 0), "pass": (shards, 0), "step": (shards, shards)}[whole_for]
+    weights, gradients = (x * (1 + n) for x, n in zip((memory.weights, memory.gradients), times, strict=True))
+    return memory._replace(weights=weights, gradients=gradients)
 
 
 def least(memory: Memory) -> str:

@@ -25,7 +25,8 @@ def strategies(devices: int) -> dict[str, list[str]]:
         return {}
     replicas = "trainer.strategy.replicas=2"
     return {"ddp": ["strategy=ddp"], "fsdp": ["strategy=fsdp"], "hsdp": ["strategy=hsdp", replicas],
-            "fsdp, whole for a step": ["strategy=fsdp", "trainer.strategy.whole_for=step"]}  # fmt: skip
+            "fsdp, step": ["strategy=fsdp", "trainer.strategy.whole_for=step"],
+            "fsdp, shards": ["strategy=fsdp", "trainer.strategy.checkpoint=sharded"]}  # fmt: skip
 
 
 class Checks:
