@@ -33,8 +33,9 @@ def mixers(model: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def nearest(mixer: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name of the preset with the same classes and the fewest other settings, and these, by their path. Where no
-    preset has the mixer's regressor, the name of the regressor's class, and all settings."""
+    """The name of the preset with the same classes and the fewest other settings, and these, by their path; of two such
+    the one that has less beside them. Where no preset has the mixer's regressor, the name of the regressor's class, and
+    all settings."""
     classes = {path: value for path, value in leaves(mixer) if path.endswith("_target_")}
     alike = {name: len(classes.items() ^ of.items()) for name, of in all_classes().items()}
     own = {path: value for path, value in classes.items() if "regressor" in path}
@@ -44,7 +45,7 @@ def nearest(mixer: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         return str(name).rpartition(".")[2], dict(leaves(mixer))
     candidates = sorted(name for name, count in alike.items() if count == min(alike.values()))
     others = {name: _others(mixer, composed(name)) for name in candidates}
-    best = min(candidates, key=lambda name: len(others[name]))
+    best = min(candidates, key=lambda name: (len(others[name]), len(_others(composed(name), mixer))))
     return best, others[best]
 
 
@@ -77,7 +78,10 @@ def _classes(group: str, name: str, before: str = "") -> Iterator[tuple[str, str
     """By the lists of defaults alone: to compose all presets takes seconds."""
     node = _file(group, name)
     for entry in node.get("defaults", []):
-        for key, option in entry.items() if isinstance(entry, dict) else ():
+        if isinstance(entry, str):  # another of its group that it begins with
+            yield from _classes(group, entry, before) if entry != "_self_" else ()
+            continue
+        for key, option in entry.items():
             part, _, package = key.lstrip("/").partition("@")
             yield from _classes(part, option, f"{before}{package}.")
     if "_target_" in node:
