@@ -38,6 +38,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
 from conf import schema
+from conf.command import said
 from conf.folders import job_folder, runs
 from scripts.array_job import CONF, jobs
 
@@ -290,8 +291,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     if given.jobs:
-        print("\n".join(f"{'done' if job.key in done else '    '}  {job.label}" for job in every))
-        return
+        return said("\n".join(f"{'done' if job.key in done else '    '}  {job.label}" for job in every))
     todo = list(left(every, results))
     print(f"{len(every)} jobs, {len(every) - len(todo)} have a result; results are in {results.path}", flush=True)
     until = time.time() + given.minutes * 60 if given.minutes else float("inf")

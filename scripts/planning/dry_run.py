@@ -105,15 +105,18 @@ def standing(config: dict[str, Any]) -> str:
 def vocabulary(config: dict[str, Any], batch: Batch) -> tuple[int, list[str]]:
     """How many ids there are, and lines about the data, of which none are prepared."""
     task = build(config["data"], tokenizer=build(config["tokenizer"]), seq_len=batch.seq_len)
-    texts = list(task.parts.values()) if isinstance(task, Mixture) else [task] if isinstance(task, Text) else []
-    missing = [text for text in texts if not (text.folder / "meta.json").exists()]
+    texts = task.parts if isinstance(task, Mixture) else {"": task} if isinstance(task, Text) else {}
+    missing = {name: text for name, text in texts.items() if not (text.folder / "meta.json").exists()}
     if missing:
         learnt: Any = task.tokenizer if isinstance(task.tokenizer, Trainable) else None
         size = task.tokenizer.vocab_size if learnt is None else learnt.max_vocab_size
         most = "" if learnt is None else "at most "
         ids = f"{most}{size:,} ids"
         return size, [
-            *(f"{text.name}: to be prepared, into {text.folder}; {ids}" for text in missing),
+            *(
+                f"{f'{part}: ' if part else ''}{text.name}: to be prepared, into {text.folder}; {ids}"
+                for part, text in missing.items()
+            ),
             *(task.passes(batch) if isinstance(task, Mixture) else []),
         ]
     task.prepare()
