@@ -15,7 +15,8 @@ seeds. What is reported is (accuracy - chance) / (1 - chance).
 
 Word problems (Merrill, Petty and Sabharwal 2024, arXiv 2404.08819; Siems et al. 2025, arXiv 2502.10297): elements g_1,
 g_2, ... of a group of permutations, and at every position their product so far, p_t = g_t after p_(t-1). S3, S5 and A5
-have 6, 120 and 60 elements, each a token; they are numbered in lexicographic order.
+have 6, 120 and 60 elements, each a token; they are numbered in lexicographic order. As published, a token of its own
+stands before the first element: what it writes is what the elements then turn. A length counts it.
 """
 
 from __future__ import annotations
@@ -225,13 +226,11 @@ LANGUAGES: dict[str, Callable[[np.ndarray, tuple[int, int], int], Made]] = {
 class WordProblem(StateTracking):
     """group: S or A and a number up to 5. Sequences of seq_len tokens in training, of test_length in the test."""
 
-    targets_per_token = 1.0
-
     def __init__(
         self,
         seq_len: int,
         group: str,
-        test_length: int = 512,
+        test_length: int = 513,
         train_size: int = 100_000,
         validation_size: int = 1_024,
         test_size: int = 1_024,
@@ -240,22 +239,30 @@ class WordProblem(StateTracking):
     ):
         if group not in (known := [f"{kind}{n}" for kind in "SA" for n in range(3, 6)]):
             raise ValueError(f"data.group={group} is not one of {', '.join(known)}")
+        if min(seq_len, test_length) < 2:
+            raise ValueError(f"seq_len={seq_len} and data.test_length={test_length} must be at least 2")
         self.group, self.products = group, multiplication(group)
         size = len(self.products)
-        super().__init__(seq_len, size, size, train_size, validation_size, test_size, test_length, seed, group=group)
+        self.targets_per_token = 1 - 1 / seq_len
+        super().__init__(
+            seq_len, size + 1, size, train_size, validation_size, test_size, test_length, seed, group=group
+        )
 
     def describe(self) -> list[str]:
         return [
-            f"the word problem of {self.group}, which has {self.vocab_size} elements: their product so far",
-            f"tokens: {self.seq_len} in training, {self.test_length} in the test",
+            f"the word problem of {self.group}, which has {len(self.products)} elements: their product so far",
+            f"tokens, with the one at the beginning: {self.seq_len} in training, {self.test_length} in the test",
             f"accuracy of a guess: {self.chance:.3g}",
             f"train: {self.train_size:,} sequences; validation: {self.validation_size:,}; test: {self.test_size:,}",
         ]
 
     def make(self, split: str, length: int, indices: np.ndarray) -> Made:
-        input_ids = whole(uniform(self.seed, f"{split} {length}", indices, length), self.vocab_size)
+        size = len(self.products)
+        input_ids = whole(uniform(self.seed, f"{split} {length}", indices, length), size)
+        input_ids[:, 0] = size
         steps = input_ids.T.copy()  # [length, N]: a position's elements lie side by side
-        for t in range(1, length):
+        steps[0] = IGNORE
+        for t in range(2, length):
             steps[t] = self.products[steps[t], steps[t - 1]]
         return input_ids, np.ascontiguousarray(steps.T)
 

@@ -284,9 +284,10 @@ def regressor_of(preset: str, shape: tuple[int, int, int, int], device: str) -> 
     torch.manual_seed(0)
     sizes = f"model.num_heads={H}", f"model.hidden_size={H * K}"
     mixer, given = mixer_of(composed(preset, *sizes)).to(device), []
-    mixer.regressor.register_forward_pre_hook(lambda module, inputs: given.extend(inputs[0][:5]))
+    x = torch.randn(B, T, H * K, device=device)  # itself, where the mixer gives the regressor its products alone
+    mixer.regressor.register_forward_pre_hook(lambda module, inputs: given.extend((x, *inputs[0][1:5])))
     with torch.no_grad(), half(device):
-        mixer(torch.randn(B, T, H * K, device=device))
+        mixer(x)
     inputs = [x if x is None else x.detach().clone().requires_grad_() for x in given]
 
     def function(*inputs: Tensor) -> Tensor:

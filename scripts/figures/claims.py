@@ -241,7 +241,7 @@ CLAIMS = {
         ("word_problems",),
         "One layer tracks the product of permutations of three things with two writes a token and eigenvalues down "
         "to -1, and not with one write or without negative eigenvalues.",
-        "Accuracy at all positions of 512 tokens after training on 128, scaled so that a guess is 0: the best of the "
+        "Accuracy at all of 512 elements after training on 128, scaled so that a guess is 0: the best of the "
         "seeds and the mean.",
         scaled,
         tracking_table,

@@ -75,10 +75,12 @@ def test_a_group_is_a_group(group):
     assert (table[0] == range(size)).all() and (table[:, 0] == range(size)).all()
     abc = [np.random.default_rng(0).integers(size, size=200) for _ in range(3)]
     assert (table[table[abc[0], abc[1]], abc[2]] == table[abc[0], table[abc[1], abc[2]]]).all()
-    sample = WordProblem(16, group).train_samples()[4]
+    task = WordProblem(16, group)
+    inputs, answers = (task.train_samples()[4][name].tolist() for name in ("input_ids", "labels"))
+    assert (inputs[0], answers[0], task.vocab_size) == (size, IGNORE, size + 1) and max(inputs[1:]) < size
     if group[0] == "S":
         elements, state = list(permutations(range(n))), tuple(range(n))
-        for g, answer in zip(sample["input_ids"].tolist(), sample["labels"].tolist(), strict=True):
+        for g, answer in zip(inputs[1:], answers[1:], strict=True):
             state = tuple(elements[g][x] for x in state)
             assert state == elements[answer]
     assert size == {"S3": 6, "A4": 12, "A5": 60}[group]
@@ -86,7 +88,7 @@ def test_a_group_is_a_group(group):
 
 def test_sequences_depend_on_seed_split_and_index_alone():
     task = WordProblem(16, "S3", test_length=64)
-    assert task.targets_per_token == 1 and task.by_position and task.chance == 1 / 6
+    assert task.targets_per_token == 15 / 16 and task.by_position and task.chance == 1 / 6
     (name, longer), train = *task.test_points().items(), task.train_samples()
     assert name == "longer" and longer[0]["labels"].shape == (64,) and train[0]["labels"].shape == (16,)
     others = [train[6], task.validation_samples()[5], WordProblem(16, "S3", seed=1).train_samples()[5]]
@@ -105,6 +107,7 @@ def test_sequences_depend_on_seed_split_and_index_alone():
         (lambda: FormalLanguage(40, "parity", test_lengths=(9, 8)), r"data.test_lengths=\[9, 8\] must be the shortest"),
         (lambda: FormalLanguage(40, "modular_arithmetic", modulus=1), "data.modulus=1 must be at least 2"),
         (lambda: WordProblem(16, "S6"), "data.group=S6 is not one of S3, S4, S5, A3, A4, A5"),
+        (lambda: WordProblem(1, "S3"), "seq_len=1 and data.test_length=513 must be at least 2"),
         (lambda: WordProblem(16, "S3", train_size=0), "data.train_size=0 must be a whole number"),
     ],
 )
