@@ -123,8 +123,7 @@ def look(folder: Path, num_rows: int = ROWS) -> dict[str, float]:
     """All of it, for the run of this folder."""
     trained = open_trained(folder)
     cfg = OmegaConf.load(folder / "config.yaml")
-    tokenizer = trained.tokenizer()
-    task: Any = build(cfg.data, tokenizer=tokenizer, seq_len=cfg.seq_len)
+    task: Any = build(cfg.data, tokenizer=build(cfg.tokenizer), seq_len=cfg.seq_len)  # prepared by the run already
     if not isinstance(task, Text):
         raise ValueError(f"{folder} was trained on data={cfg.data.get('name')}, which is no text of one corpus")
     task.prepare()

@@ -54,7 +54,7 @@ def test_a_sweep_is_that_of_the_experiment_and_its_words():
     assert one.folder.parent.name == "mine" and "seed=4" in one.words and "data=s3" in two.words
     (same,) = evidence.sweep("mqar", ["model=mesa", "seed=1", "model.hidden_size=32", "compile=false"])
     assert same.key == evidence.sweep("mqar", ["model=mesa", "seed=1", "model.hidden_size=32"])[0].key
-    with pytest.raises(ValueError, match="experiment=none is not there; there are mad, mqar, "):
+    with pytest.raises(ValueError, match="experiment=none is not there; there are ablation, "):
         evidence.sweep("none", [])
     with pytest.raises(ValueError, match=r"Error parsing|mismatched|no viable"):
         evidence.sweep("mqar", ["seed=[1,"])

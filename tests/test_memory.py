@@ -82,7 +82,8 @@ def test_runs_of_a_sweep_are_looked_into_once(tmp_path, monkeypatch, cache, caps
     monkeypatch.setattr("sys.argv", ["memory.py", "ablation", "--results", str(path)])
     memory.main()
     said, (line,) = capsys.readouterr().out, memory.Results(path).read()
-    assert said.startswith("ablation/x {") and line["validation/nats"] == 5.0
+    assert said.startswith("ablation/x {"), "nothing is prepared again"
+    assert line["validation/nats"] == 5.0
     assert abs(line["memory/copied/0"]) < 1 and "memory/copied/64" not in line
     assert 0 < line["memory/seen"] < 7 and 0 < line["memory/new"] < 7 and 0 <= line["memory/share"] < 1
     memory.main()

@@ -39,7 +39,11 @@ def test_prose_is_kept_with_its_heading_and_nothing_else():
     assert read("./usr/share/doc/a/index.html", page) == [f"Reading\n{(SENTENCE * 3).strip()}"]
     notes = (SENTENCE * 3).strip()
     assert read("./usr/share/doc/a/notes.txt.gz", f"Use\n\n{notes}\n\nx = 3; y = 4;\n") == [f"Use\n\n{notes}"]
-    assert english(SENTENCE) and not english(GERMAN) and not english("int main(void) { return a + b - c; } // the end")
+    assert (
+        english(SENTENCE)
+        and not english(GERMAN)
+        and not english("for (i = 0; i < n; i++) { x[i] += a * b; } /* the sum */")
+    )
     assert read("./usr/share/doc/a/short.txt", SENTENCE) == [] and read("./usr/bin/a", SENTENCE * 9) == []
     assert read("./usr/share/doc/a/_sources/index.rst.txt", SENTENCE * 9) == [], "of a page, which is read"
     assert list(documents("./broken.txt.gz", b"no gzip")) == []
