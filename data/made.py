@@ -26,7 +26,9 @@ from torch.utils.data import Dataset
 from data.text import IGNORE
 
 GAMMA, FIRST, SECOND = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-Made = tuple[np.ndarray, np.ndarray]  # input_ids and labels, int64 [N, L] each; or vectors [N, L, C] and numbers
+# input_ids and labels, int64 [N, L] each, or vectors [N, L, C] and numbers; and where several answers are right, these
+# as the bits of a number, int64 [N, L]
+Made = tuple[np.ndarray, np.ndarray] | tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def uniform(seed: int, split: str, indices: np.ndarray, count: int) -> np.ndarray:
@@ -72,7 +74,8 @@ def weighted(u: np.ndarray, probabilities: np.ndarray, n: int) -> np.ndarray:
 class Sequences(Dataset):
     """make(indices [N]) -> input_ids and labels [N, L], padded at their ends to length: with 0, which has no label.
 
-    A sample is input_ids, labels and segments, int64 [length]; segments are all 0, a sequence being one document.
+    A sample is input_ids, labels and segments, int64 [length]; segments are all 0, a sequence being one document. And
+    `right`, where the task says which other answers are.
     """
 
     def __init__(self, make: Callable[[np.ndarray], Made], size: int, length: int) -> None:
@@ -84,18 +87,17 @@ class Sequences(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < self.size:
             raise IndexError(index)
-        return self.__getitems__([index])[0]
+        return {name: rows[0] for name, rows in self.__getitems__([index]).items()}
 
-    def __getitems__(self, indices: Iterable[int]) -> list[dict[str, Tensor]]:
-        """What torch's loader asks for where it is there: a whole batch."""
+    def __getitems__(self, indices: Iterable[int]) -> dict[str, Tensor]:
+        """A whole batch, [B, length] each, which is what torch's loader asks for: to cut it into samples and stack
+        these again takes as long as to make it."""
         made = self.make(np.array(list(indices)))
         missing = self.length - made[0].shape[1]
         padding = [[(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)] for x in made]
-        each = zip((0, IGNORE), made, padding, strict=True)
-        input_ids, labels = (torch.from_numpy(np.pad(x, pad, constant_values=fill)) for fill, x, pad in each)
-        segments = torch.zeros(labels.shape, dtype=torch.int64)
-        rows = zip(input_ids, labels, segments, strict=True)
-        return [dict(zip(("input_ids", "labels", "segments"), row, strict=True)) for row in rows]
+        each = zip(("input_ids", "labels", "right"), (0, IGNORE, 0), made, padding, strict=False)
+        found = {name: torch.from_numpy(np.pad(x, pad, constant_values=fill)) for name, fill, x, pad in each}
+        return {**found, "segments": torch.zeros(found["labels"].shape, dtype=torch.int64)}
 
 
 class Kinds(Dataset):
@@ -113,14 +115,19 @@ class Kinds(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self.__getitems__([index])[0]
+        return {name: rows[0] for name, rows in self.__getitems__([index]).items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        found: dict[int, dict[str, Tensor]] = {}
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """A batch, in order, of kinds of the same length."""
+        where, parts = [], []
         for kind, begin, end in zip(self.kinds, self.begins, self.begins[1:], strict=False):
-            if mine := [index for index in indices if begin <= index < end]:
-                found |= zip(mine, kind.__getitems__([index - begin for index in mine]), strict=True)
-        return [found[index] for index in indices]
+            if mine := [i for i, index in enumerate(indices) if begin <= index < end]:
+                where += mine
+                parts.append(kind.__getitems__([indices[i] - begin for i in mine]))
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.tensor(where).argsort()
+        return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
 
 
 class Task:

@@ -226,15 +226,15 @@ class Share(Dataset):
         sample = self.samples[0]
         return {**sample, "labels": torch.full_like(sample["labels"], IGNORE), **self.marks}
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]] | dict[str, Any]:
         """A batch, in order, at once where the samples are made so."""
         if not hasattr(self.samples, "__getitems__"):
             return [self[index] for index in indices]
         real = [self.indices[index] for index in indices if index < len(self.indices)]
-        made: Any = self.samples.__getitems__(real) if real else []
-        if isinstance(made, dict):  # a batch already
-            made = [dict(zip(made, rows, strict=True)) for rows in zip(*made.values(), strict=True)]
-        return [*({**sample, **self.marks} for sample in made), *(self[index] for index in indices[len(real) :])]
+        batch: dict[str, Any] = dict(self.samples.__getitems__([*real, *[0] * (len(indices) - len(real))]))
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][len(real) :] = IGNORE
+        return batch | {name: torch.full((len(indices),), mark) for name, mark in self.marks.items()}
 
 
 def align_progress(trainer: L.Trainer) -> None:

@@ -3,20 +3,24 @@
     python scripts/evidence.py mqar --jobs                           # the jobs, and which of them have a result
     python scripts/evidence.py mqar --at-once 8 --minutes 20         # runs them; the same line again goes on
     python scripts/evidence.py mqar --at-once 8 seed=1,2,3 optimizer.lr=1e-3,3.2e-3     # other points of the sweep
+    python scripts/evidence.py ablation --rates ablation_rates --times 0.75          # each mixer's best rate there
 
 Small models leave most of a GPU idle: several of them, each in a process of its own, share it. The sweep is that of
 conf/experiment/NAME.yaml (hydra.sweeper.params); words behind the name replace or add settings, as with `train.py -m`,
 which has the same jobs in the same folders. A job that is not finished when the time is up is asked to save, and goes
 on with the next call. A result is a line of docs/evidence/NAME/results.jsonl: the job, its words, the command, the
 commit, the device, the seconds, the validation. A job that has a line there is done, whatever is left of its folder; so
-this file is all that has to travel between machines. scripts/figures/evidence.py draws from it.
+this file is all that has to travel between machines. scripts/figures/evidence.py draws from it. Models of a package of
+your own are found by "hydra.searchpath=[file:///your/conf]" and TTR_PACKAGES, as by train.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -34,6 +38,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
 from conf import schema
+from conf.command import said
 from conf.folders import job_folder, runs
 from scripts.array_job import CONF, jobs
 
@@ -50,7 +55,7 @@ class Job(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        return Path(runs(), self.name, job_folder(self.name, self.words))
+        return Path(runs(), self.name, job_folder(self.name, [w for w in self.words if not w.startswith("hydra.")]))
 
     @property
     def log(self) -> Path:
@@ -67,7 +72,7 @@ class Job(NamedTuple):
 
     @property
     def label(self) -> str:
-        return " ".join(self.words[1:])
+        return " ".join(word for word in self.words[1:] if not word.startswith("hydra."))
 
 
 class Running(NamedTuple):
@@ -102,8 +107,9 @@ def sweep(experiment: str, words: list[str]) -> list[Job]:
     names = [word.partition("=")[2] for word in words if word.startswith("name=")]
     found = [Job(names[-1] if names else name, (first, *job)) for job in jobs([*swept, *words])]
     models = dict.fromkeys(word.partition("=")[2] for job in found for word in job.words if word.startswith("model="))
+    searched = [CONF, *(Path(folder) for word in words for folder in re.findall(r"file://([^,\]]+)", word))]
     for model in models:
-        if not (CONF / "model" / f"{model}.yaml").exists():
+        if not any((folder / "model" / f"{model}.yaml").exists() for folder in searched):
             raise ValueError(f"model={model} is not there; python train.py --help lists them")
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -139,12 +145,38 @@ class Results:
         row = {"job": job.key, "words": list(job.words), "date": datetime.now(UTC).date().isoformat(), **result}
         row["command"] = shlex.join(["python", "train.py", "-m", *job.words])
         row["commit"] = row.get("commit") or self.commit
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = [*self.read(), row]
-        draft = self.path.with_name(f".{self.path.name}.draft")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in whole))
-        draft.replace(self.path)
+        self.write([*self.read(), row])
         return row
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_name(f".{self.path.name}.draft")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        draft.replace(self.path)
+
+
+def with_rates(every: list[Job], found: list[dict[str, Any]], times: float) -> list[Job]:
+    """The jobs, each at the rate that was best for its mixer among these results, by the mean over seeds of the last
+    validation loss, times this. Raises ValueError where a mixer has no result.
+    """
+    losses: dict[str, dict[float, list[float]]] = {}
+    for row in found:
+        words = dict(word.split("=", 1) for word in row["words"])
+        of_rate = losses.setdefault(words["model"], {}).setdefault(float(words["optimizer.lr"]), [])
+        of_rate.append(row["validation/nats"] if math.isfinite(row["validation/nats"]) else math.inf)
+
+    def rated(job: Job) -> Job:
+        model = dict(word.split("=", 1) for word in job.words)["model"]
+        if model not in losses:
+            raise ValueError(f"--rates has no result of model={model}, but of {', '.join(sorted(losses)) or 'none'}")
+        best = min(losses[model], key=lambda rate: sum(losses[model][rate]) / len(losses[model][rate]))
+        return Job(job.name, (*job.words, f"optimizer.lr={best * times:.4g}"))
+
+    return [rated(job) for job in every]
+
+
+def results_of(experiment: str) -> Path:
+    return ROOT / "docs" / "evidence" / experiment / "results.jsonl"
 
 
 def left(every: Iterable[Job], results: Results) -> Iterator[Job]:
@@ -223,6 +255,7 @@ def summary(row: dict[str, Any]) -> str:
     points = [x for name, x in row.items() if name.startswith("validation/accuracy_on/") and name.count("/") == 2]
     parts = [f"accuracy {row['validation/accuracy']:.3f}"] if "validation/accuracy" in row else []
     parts += [f"at test points {' '.join(f'{x:.2f}' for x in points)}"] if points else []
+    parts += [f"{row['validation/bits_per_byte']:.4f} bits per byte"] if "validation/bits_per_byte" in row else []
     return ", ".join(parts or [f"{row['validation/nats']:.4f} nats per token"])
 
 
@@ -233,11 +266,15 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--at-once", type=int, default=1, help="processes at a time (default: 1)")
     parser.add_argument("--minutes", type=float, help="after which runs are asked to save (default: no limit)")
     parser.add_argument("--results", type=Path, help="(default: docs/evidence/EXPERIMENT/results.jsonl)")
+    parser.add_argument("--rates", metavar="EXPERIMENT", help="whose results say which rate is best; or such a file")
+    parser.add_argument("--times", type=float, default=1.0, help="by which that rate is multiplied (default: 1)")
     parser.add_argument("--commit", help="of these files, where they are a copy without git")
     parser.add_argument("--jobs", action="store_true", help="print the jobs, and run none")
     given = parser.parse_intermixed_args(words)
     if given.at_once < 1:
         parser.error(f"--at-once {given.at_once} must be at least 1")
+    if given.times <= 0 or (given.times != 1 and not given.rates):
+        parser.error(f"--times {given.times:g} must be positive, and multiplies the rates of --rates")
     if given.minutes is not None and given.minutes <= 0:
         parser.error(f"--minutes {given.minutes:g} must be positive")
     return given
@@ -245,15 +282,16 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
-    path = given.results or ROOT / "docs" / "evidence" / given.experiment / "results.jsonl"
-    results = Results(path, given.commit)
+    results = Results(given.results or results_of(given.experiment), given.commit)
     try:
         every, done = sweep(given.experiment, given.words), results.have()
+        if given.rates:
+            source = Path(given.rates) if given.rates.endswith(".jsonl") else results_of(given.rates)
+            every = with_rates(every, Results(source).read(), given.times)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if given.jobs:
-        print("\n".join(f"{'done' if job.key in done else '    '}  {job.label}" for job in every))
-        return
+        return said("\n".join(f"{'done' if job.key in done else '    '}  {job.label}" for job in every))
     todo = list(left(every, results))
     print(f"{len(every)} jobs, {len(every) - len(todo)} have a result; results are in {results.path}", flush=True)
     until = time.time() + given.minutes * 60 if given.minutes else float("inf")

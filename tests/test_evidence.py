@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,7 +54,7 @@ def test_a_sweep_is_that_of_the_experiment_and_its_words():
     assert one.folder.parent.name == "mine" and "seed=4" in one.words and "data=s3" in two.words
     (same,) = evidence.sweep("mqar", ["model=mesa", "seed=1", "model.hidden_size=32", "compile=false"])
     assert same.key == evidence.sweep("mqar", ["model=mesa", "seed=1", "model.hidden_size=32"])[0].key
-    with pytest.raises(ValueError, match="experiment=none is not there; there are mad, mqar, "):
+    with pytest.raises(ValueError, match="experiment=none is not there; there are ablation, "):
         evidence.sweep("none", [])
     with pytest.raises(ValueError, match=r"Error parsing|mismatched|no viable"):
         evidence.sweep("mqar", ["seed=[1,"])
@@ -135,3 +137,27 @@ def test_the_command_line(capsys):
     with pytest.raises(SystemExit):
         evidence.arguments(["mqar", "--at-once", "0"])
     assert "--at-once 0 must be at least 1" in capsys.readouterr().err
+
+
+def test_a_job_takes_the_rate_that_was_best_for_its_mixer():
+    """By the mean over seeds, and no rate at which a run has lost all numbers."""
+
+    def row(model: str, rate: str, nats: float, seed: int = 1) -> dict[str, Any]:
+        return {
+            "words": ["experiment=x", f"model={model}", f"optimizer.lr={rate}", f"seed={seed}"],
+            "validation/nats": nats,
+        }
+
+    found = [
+        row("mesa", "2e-3", 3.0),
+        row("mesa", "2e-3", 3.4, 2),
+        row("mesa", "1e-3", 3.1),
+        row("mesa", "8e-3", math.nan),
+    ]
+    jobs = evidence.sweep("ablation", ["model=mesa", "seed=1,2"])
+    rated = evidence.with_rates(jobs, found, 0.75)
+    assert [job.words[-1] for job in rated] == ["optimizer.lr=0.00075"] * 2 and rated[0].key != jobs[0].key
+    with pytest.raises(ValueError, match="--rates has no result of model=titans, but of mesa"):
+        evidence.with_rates(evidence.sweep("ablation", ["model=titans"]), found, 1.0)
+    with pytest.raises(SystemExit):
+        evidence.arguments(["ablation", "--times", "0.5"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from scripts.evidence import Results
+from scripts.evidence import Results, sweep
 from scripts.figures import evidence
 from scripts.figures.claims import CLAIMS, scaled
 from scripts.figures.published import MAD, STATE_TRACKING
@@ -38,6 +38,14 @@ def longer(accuracy: float, chance: float, **settings: Any) -> dict[str, Any]:
     found = {"validation/chance": chance, f"{ON}longer": accuracy, f"{ON}longer/48-63": 1.0, f"{ON}longer/240-255": 0.5}
     words = {NEGATIVE: settings.pop("negative")} if "negative" in settings else {}
     return result("state_tracking", found, **settings, **words)
+
+
+def text_run(experiment: str, loss: float, model: str, seed: int, rate: float) -> dict[str, Any]:
+    at = {f"validation/nats_at/{a}": loss + i for i, a in enumerate(("0-15", "16-31", "32-2047"))}
+    found = {"validation/nats": loss, "validation/bits_per_byte": loss / 3, "tokens_per_second": 1e6} | at
+    found |= {"memory/copied/0": 2.0, "memory/copied/64": 1.0, "memory/seen": loss - 1, "memory/new": loss + 1}
+    found |= {"memory/before/0-15": 1.0, "memory/before/16-31": 0.5}
+    return result(experiment, found, model=model, seed=seed, optimizer__lr=rate)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +77,20 @@ def folder(tmp_path_factory) -> Path:
     ]
     every["state_tracking_others"] = [longer(0.5, 0.5, data="parity", model="softmax", seed=1)]
     every["word_problems"] = [longer(1.0, 1 / 6, data="s3", model="delta_product", seed=1, negative="true")]
+    text = {"mesa": 1.85, "titans_mag": 1.75, "lstm": 2.25, "mine": 1.95}
+    every["tiny_table"] = [
+        result("tiny_table", {"validation/bits_per_byte": x + seed / 100}, model=name, seed=seed)
+        for (name, x), seed in product(text.items(), (1, 2))
+    ]
+    losses = {"mesa": 3.0, "softmax": 3.1, "titans": 2.9}
+    for name, rates in (("ablation", (1e-3,)), ("ablation_170m", (1e-3,)), ("ablation_rates", (1e-3, 2e-3))):
+        each = product(losses, (1, 2), rates)
+        every[name] = [
+            text_run(name, losses[model] + rate + 0.01 * seed, model, seed, rate) for model, seed, rate in each
+        ]
+    window = text_run("ablation_windows", 4.0, "softmax", 1, 1e-3)
+    window["words"].append("model.mixers.main.regressor.window=64")
+    every["ablation_windows"] = [window]
     for name, rows in every.items():
         (folder / name).mkdir()
         lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -126,6 +148,39 @@ def test_of_losses_the_smallest_is_the_best(folder):
     assert curve(rows[0], "longer") == {7.5: 0.5}
 
 
+def test_all_presets_are_in_one_table_and_its_sweep(folder):
+    """The best first, and each with its branch."""
+    table = CLAIMS["tiny_table"].table(evidence.read(CLAIMS["tiny_table"], folder))
+    assert [(row["mixer"], row["branch"]) for row in table] == [
+        ("titans_mag", "linear"),
+        ("mesa", "least_squares"),
+        ("mine", "other"),
+        ("lstm", "no regression"),
+    ]
+    assert table[0]["bits per byte"] == "1.765" and table[0]["between seeds"] == "0.010" and table[0]["seeds"] == 2
+    models = {word.partition("=")[2] for job in sweep("tiny_table", []) for word in job.words if "model=" in word}
+    assert models == {path.stem for path in (ROOT / "conf" / "mixer").rglob("*.yaml")}
+
+
+def test_the_ablation_has_places_beside_the_published_ones(folder):
+    """Among the mixers that both have; seeds are averaged, and a window is a mixer of its own."""
+    table = CLAIMS["ablation"].table(evidence.read(CLAIMS["ablation"], folder))
+    assert [row["mixer"] for row in table] == ["titans", "mesa", "softmax", "softmax 64"]
+    assert [(row["place"], row["their place"]) for row in table] == [(None, None), (1, 1), (2, 2), (3, 3)]
+    assert table[1]["seeds"] == 2 and table[1]["spread"] == pytest.approx(0.01 / 3)
+    rates = {
+        row["mixer"]: row for row in CLAIMS["ablation_rates"].table(evidence.read(CLAIMS["ablation_rates"], folder))
+    }
+    assert rates["mesa"]["best"] == "0.001" and rates["mesa"]["0.002"] == pytest.approx(3.017)
+    assert "--rates ablation_rates --times 0.75" in evidence.page(
+        "ablation", CLAIMS["ablation"], *[[window_row()]] * 2, ""
+    )
+
+
+def window_row() -> dict[str, Any]:
+    return text_run("ablation", 4.0, "softmax", 1, 1e-3)
+
+
 def test_scaled_accuracy_and_curves(folder):
     rows = evidence.read(CLAIMS["state_tracking"], folder)
     assert [label(row) for row in rows[::2]] == ["deltanet [-1, 1]", "deltanet [0, 1]", "deltanet [-1, 1]"]
@@ -151,9 +206,8 @@ def test_what_is_published_names_what_is_here():
     models = {path.stem for path in (ROOT / "conf/model").glob("*.yaml")}
     assert set(MAD.of) <= models and {name.partition(" [")[0] for name in STATE_TRACKING.of} <= models
     for name, claim in CLAIMS.items():
-        assert name in claim.sources and all(
-            (ROOT / f"conf/experiment/{source}.yaml").exists() for source in claim.sources
-        )
+        assert any(name.startswith(source) for source in claim.sources)
+        assert all((ROOT / f"conf/experiment/{source}.yaml").exists() for source in claim.sources)
         if claim.published:
             assert all(len(of) == len(claim.published.columns) for of in claim.published.of.values())
             assert all((ROOT / f"conf/data/{task}.yaml").exists() for task in claim.published.columns)

@@ -12,6 +12,7 @@ whether it is done, for example); then nothing is recorded, and the reason is pr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
-WARM_UP = 3  # micro-batches before one is recorded: they compile kernels and choose among them
+WARM_UP = 3  # micro-batches of a kind before one is recorded: they compile kernels and choose among them
 
 Batch = dict[str, Any]
 
@@ -33,12 +34,14 @@ class Graph(NamedTuple):
     pool: Any = None
 
 
-def refusal(trainer: L.Trainer) -> str | None:
+def refusal(trainer: L.Trainer, context_parallel: int = 1) -> str | None:
     """Why nothing is recorded in this run, or None."""
     if (device := trainer.strategy.root_device).type != "cuda":
         return f"CUDA graphs need a GPU, this is {device.type}"
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        return "with strategy=ddp or fsdp processes meet during the backward pass, which a graph can't hold"
+    if context_parallel > 1:
+        return f"with context_parallel={context_parallel} processes meet in each block, which a graph can't hold"
+    if not isinstance(trainer.strategy, SingleDeviceStrategy) and not getattr(trainer.strategy, "averages", False):
+        return "with strategy=fsdp or hsdp processes meet in each block, which a graph can't hold"
     if trainer.precision == "16-mixed":
         return "trainer.precision=16-mixed scales each loss by another number"
     return None
@@ -47,8 +50,9 @@ def refusal(trainer: L.Trainer) -> str | None:
 class Captured:
     """forward(batch) -> (loss, outputs), and the gradients of loss added to those of the parameters.
 
-    `self(batch)` does it and returns outputs, whose tensors hold until the next call. The first WARM_UP calls go kernel
-    by kernel. A batch of other shapes is recorded anew, in place of the old one. context: of the forward pass, that of
+    `self(batch)` does it and returns outputs, whose tensors hold until the next call. The first WARM_UP calls of a kind
+    of batch (its shapes, and whether it has documents) go kernel by kernel: to compile for it while it is recorded is
+    an error. A batch of another kind is recorded anew, in place of the old one. context: of the forward pass, that of
     autocast.
     """
 
@@ -60,7 +64,7 @@ class Captured:
     ) -> None:
         self.forward, self.context = forward, context
         self.parameters = list(parameters)
-        self.calls = 0
+        self._ran: Counter[Any] = Counter()  # micro-batches of a kind that were not replayed
         self.reason: str | None = None  # why it can't be recorded
         self._batch: Batch = {}
         self._first: Graph | None = None
@@ -73,9 +77,11 @@ class Captured:
         return self._first is not None
 
     def __call__(self, batch: Batch) -> Any:
-        self.calls += 1
-        if self.reason is None and self.calls > WARM_UP and not self._fits(batch):
-            self._record(batch)
+        if not self._fits(batch):
+            kind = tuple((name, _kind(x)) for name, x in batch.items())
+            self._ran[kind] += 1
+            if self.reason is None and self._ran[kind] > WARM_UP:
+                self._record(batch)
         if self._first is None or not self._fits(batch):
             return self._run(batch)
         for name, place in self._batch.items():

@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.evidence import Results, params, sweep
-from scripts.figures.claims import CLAIMS, Claim
-from scripts.figures.results import RATES, Row, settings
+from scripts.figures.claims import CLAIMS
+from scripts.figures.results import RATES, Claim, Row, settings
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "evidence"
 POINTS = 5.0  # percent, from which on a difference to a published number is named
@@ -52,7 +52,8 @@ def read(claim: Claim, folder: Path) -> list[Row]:
 def beyond(source: str, row: Row) -> str:
     """The settings of a run that its sweep is not over, as words."""
     over = {"experiment", "name", "seed", *RATES, *params(source)[1]}
-    return " ".join(f"{key}={value}" for key, value in settings(row).items() if key not in over)
+    words = (f"{key}={value}" for key, value in settings(row).items() if key not in over)
+    return " ".join(word for word in words if not word.startswith("hydra."))
 
 
 @cache
@@ -116,7 +117,7 @@ def page(name: str, claim: Claim, rows: list[Row], table: list[Row], notes: str)
         source = row["words"][0].partition("=")[2]
         words.setdefault(source, set()).add(beyond(source, row))
     commands = [
-        " ".join(filter(None, [f"python scripts/evidence.py {source} --at-once 8 --minutes 20", *words[source]]))
+        " ".join(filter(None, [f"python scripts/evidence.py {source} {claim.options}", *words[source]]))
         for source in claim.sources
     ]
     lines = [f"# {claim.title}", "", claim.says, "", f"![{claim.title}](figure.svg)", "", claim.shows, ""]
@@ -127,7 +128,16 @@ def page(name: str, claim: Claim, rows: list[Row], table: list[Row], notes: str)
         if far := list(differences(claim, table)):
             lines += [f"Further apart than {POINTS:.0f} points:", "", *far, ""]
     lines += [notes.strip(), ""] if notes.strip() else []
-    lines += ["## How it was made", "", "```text", *commands, f"python scripts/figures/evidence.py {name}", "```", ""]
+    lines += [
+        "## How it was made",
+        "",
+        "```text",
+        *commands,
+        *filter(None, [claim.then]),
+        f"python scripts/figures/evidence.py {name}",
+        "```",
+        "",
+    ]
     lines += [*made(rows, jobs)]
     return "\n".join(lines) + "\n"
 

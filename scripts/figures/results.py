@@ -5,17 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from scripts.figures import published
+
 Row = dict[str, Any]  # of a run; or of a table
 RATES = ("optimizer.lr", "optimizer.weight_decay")  # of which the best counts
 ON, LOSS_ON = "validation/accuracy_on/", "validation/nats_on/"
+LOSS_AT = "validation/nats_at/"
 MARKS = "os^Dvp*PX<>h"
 COLOURS = ["#1f5fa8", "#d1495b", "#2a9d6f", "#e09f1f", "#7b4fa3", "#3d3d3d", "#4fb3d9", "#a0522d", "#c77dba", "#6b8e23"]
 COLOURS += ["#8c1c5a", "#7a8b99"]
+
+
+class Claim(NamedTuple):
+    """sources: the experiments whose results it is made of.  says: the claim.  shows: what the table holds.  measure:
+    of a row, what is the better the higher, by which a rate is chosen.
+    options: of scripts/evidence.py, as the page has its command.  then: a command behind those."""
+
+    title: str
+    sources: tuple[str, ...]
+    says: str
+    shows: str
+    measure: Callable[[Row], float]
+    table: Callable[[list[Row]], list[Row]]
+    draw: Callable[[list[Row], Figure], None]
+    published: published.Source | None = None
+    options: str = "--at-once 8 --minutes 20"
+    then: str = ""
 
 
 def settings(row: Row) -> dict[str, str]:
@@ -24,11 +44,12 @@ def settings(row: Row) -> dict[str, str]:
 
 
 def label(row: Row) -> str:
-    """The mixer, with the range of its eigenvalues where a sweep has both."""
+    """The mixer, with the range of its eigenvalues or the window where a sweep has several."""
     found = settings(row)
     negative = found.get("model.mixers.main.regressor.negative_eigenvalues")
     ranges = {None: "", "false": " [0, 1]", "true": " [-1, 1]"}
-    return found["model"] + ranges[None if negative is None else negative.lower()]
+    window = found.get("model.mixers.main.regressor.window")
+    return found["model"] + ranges[None if negative is None else negative.lower()] + (f" {window}" if window else "")
 
 
 def points(row: Row) -> dict[str, float]:
@@ -44,6 +65,12 @@ def curve(row: Row, point: str) -> dict[float, float]:
             first, last = map(int, name.rpartition("/")[2].split("-"))
             found[(first + last) / 2] = value
     return found
+
+
+def by_position(row: Row) -> dict[float, float]:
+    """Validation loss by position, in the middle of each range."""
+    at = ((name.rpartition("/")[2].split("-"), x) for name, x in row.items() if name.startswith(LOSS_AT))
+    return {(int(first) + int(last)) / 2: x for (first, last), x in at}
 
 
 def mean(values: Iterable[float]) -> float:

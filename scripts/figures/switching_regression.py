@@ -30,7 +30,7 @@ from models.regression.local.pairs import View, in_blocks
 from models.regression.local.polynomial import local_polynomial, monomials
 
 WIDTH, SWITCH, RIDGE = 8, 0.25, 1e-2
-BANDWIDTHS = [0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
+BANDWIDTHS = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
 SHOWN = 1.0  # the bandwidth of the curves over time
 COLOURS = {
     "linear attention / t": "tab:gray",

@@ -22,8 +22,8 @@ def test_every_text_says_what_is_asked_for(task):
     ]
     rows.append((2048, needles.test_points()["2048"].__getitems__([3, 4])))
     for length, samples in rows:
-        for sample in samples:
-            ids, labels = sample["input_ids"].tolist(), sample["labels"].tolist()
+        for row in zip(samples["input_ids"], samples["labels"], strict=True):
+            ids, labels = (x.tolist() for x in row)
             assert len(ids) == length
             text = bytes([*ids, labels[-1]]).decode()
             (key, value), *more = re.findall(rf"magic numbers for (\w+) is: ({VALUE[task]})[.] ", text)
@@ -43,7 +43,7 @@ def test_every_text_says_what_is_asked_for(task):
 
 def test_texts_depend_on_seed_split_and_index_alone():
     one = Needles(400, "s2").train_samples()
-    assert one[7]["input_ids"].equal(one.__getitems__([3, 7])[1]["input_ids"])
+    assert one[7]["input_ids"].equal(one.__getitems__([3, 7])["input_ids"][1])
     others = [one[8], Needles(400, "s2").validation_samples()[7], Needles(400, "s2", seed=1).train_samples()[7]]
     assert not any(one[7]["input_ids"].equal(other["input_ids"]) for other in others)
     assert "a needle in a haystack" in Needles(400, "s2").describe()[0]

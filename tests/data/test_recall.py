@@ -89,10 +89,10 @@ def test_every_sequence_is_as_described(filler):
         assert len(queries) == pairs and all(t % 2 == 0 and 2 * pairs <= t < length for t in queries)
         assert sorted(ids[t] for t in queries) == sorted(stored) and all(labels[t] == stored[ids[t]] for t in queries)
         assert filler or not any(ids[t] for t in range(2 * pairs, length) if t not in queries)
-    alone, batch = samples[41], samples.__getitems__([45, 41])[1]
-    assert all(alone[name].equal(batch[name]) for name in alone)
-    mixed = samples.__getitems__([3, 41])
-    assert mixed[0]["input_ids"].equal(samples[3]["input_ids"])
+    alone, batch = samples[41], samples.__getitems__([45, 41])
+    assert all(alone[name].equal(batch[name][1]) for name in alone)
+    mixed = samples.__getitems__([41, 3, 45])
+    assert all(mixed["input_ids"][i].equal(samples[n]["input_ids"]) for i, n in enumerate((41, 3, 45))), "in order"
 
 
 def test_a_batch_is_of_one_kind_whoever_asks_and_an_epoch_has_each():
@@ -118,9 +118,9 @@ def test_a_share_of_a_test_point_is_made_a_batch_at_a_time():
     share = Share(points, 5, 4, rank=0, world=1)
     assert len(share) == 8
     batch = share.__getitems__([4, 5, 6, 7])
-    assert all(batch[0][name].equal(points[4][name]) for name in batch[0])
-    assert all((row["labels"] == IGNORE).all() for row in batch[1:])
-    assert all(a["labels"].equal(share[i]["labels"]) for i, a in enumerate(share.__getitems__([0, 1, 2, 3])))
+    assert all(batch[name][0].equal(points[4][name]) for name in batch)
+    assert (batch["labels"][1:] == IGNORE).all() and len(batch["labels"]) == 4
+    assert all(labels.equal(share[i]["labels"]) for i, labels in enumerate(share.__getitems__([0, 1, 2, 3])["labels"]))
     with pytest.raises(IndexError):
         mixture().train_samples()[84]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from data.regression import FUNCTIONS, InContextRegression, normal
 from data.text import IGNORE
@@ -15,8 +14,7 @@ D, PAIRS = 4, 20
 def drawn(function: str, count: int = 400, **settings) -> tuple[np.ndarray, np.ndarray]:
     """x [N, n, D] and y [N, n] of training, out of the tokens."""
     samples = InContextRegression(2 * PAIRS, function, D, **settings).train_samples().__getitems__(range(count))
-    tokens = torch.stack([sample["input_ids"] for sample in samples]).numpy()
-    labels = torch.stack([sample["labels"] for sample in samples]).numpy()
+    tokens, labels = samples["input_ids"].numpy(), samples["labels"].numpy()
     assert tokens.dtype == labels.dtype == np.float32 and tokens.shape == (count, 2 * PAIRS, 1 + D)
     assert not tokens[:, 0::2, 0].any() and not tokens[:, 1::2, 1:].any() and (labels[:, 1::2] == IGNORE).all()
     assert (labels[:, 0::2] == tokens[:, 1::2, 0]).all(), "the answer is the token behind"
@@ -50,7 +48,7 @@ def test_functions_are_what_they_say(function):
 def test_sequences_depend_on_seed_split_and_index_alone():
     task = InContextRegression(16, "linear", D, noise=0.1, test_length=32)
     one = task.train_samples()
-    assert one[7]["labels"].equal(one.__getitems__([2, 7])[1]["labels"])
+    assert one[7]["labels"].equal(one.__getitems__([2, 7])["labels"][1])
     others = [one[8], task.validation_samples()[7], InContextRegression(16, "linear", D, seed=1).train_samples()[7]]
     assert not any(one[7]["labels"].equal(other["labels"]) for other in others)
     assert task.test_points()["longer"][0]["input_ids"].shape == (32, 1 + D) and task.chance is None

@@ -52,15 +52,16 @@ def test_answers_are_right(language):
     filler = 12 - 1 if brackets else 0
     shown = "01234+-*()=" if brackets else " +-*=01234"
     for name, samples in (("train", task.train_samples()), ("longer", task.test_points()["longer"])):
-        for sample in samples.__getitems__(range(200)):
-            *tokens, answer = whole(sample["input_ids"].numpy(), sample["labels"].numpy(), filler)
+        batch = samples.__getitems__(range(200))
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            *tokens, answer = whole(ids.numpy(), labels.numpy(), filler)
             lengths[name].add(len(tokens) + 1)
             if language == "parity":
                 assert set(tokens) <= {1, 2} and answer == 1 + tokens.count(2) % 2
             else:
                 text = "".join(shown[t] for t in tokens)
                 assert text.endswith("=") and shown[answer] == str(eval(text[:-1]) % 5), text
-        assert max(int(sample["input_ids"].max()) for sample in samples.__getitems__(range(50))) < task.vocab_size
+        assert int(batch["input_ids"].max()) < task.vocab_size
     assert 3 <= min(lengths["train"]) <= 5 and max(lengths["train"]) in (38, 39, 40)
     assert 39 <= min(lengths["longer"]) < 45 and 250 < max(lengths["longer"]) <= 256
 
@@ -92,7 +93,7 @@ def test_sequences_depend_on_seed_split_and_index_alone():
     assert name == "longer" and longer[0]["labels"].shape == (64,) and train[0]["labels"].shape == (16,)
     others = [train[6], task.validation_samples()[5], WordProblem(16, "S3", seed=1).train_samples()[5]]
     assert not any(train[5]["input_ids"].equal(other["input_ids"]) for other in others)
-    assert train[5]["input_ids"].equal(train.__getitems__([9, 5])[1]["input_ids"])
+    assert train[5]["input_ids"].equal(train.__getitems__([9, 5])["input_ids"][1])
     assert FormalLanguage(40, "parity").fingerprint != FormalLanguage(40, "modular_arithmetic").fingerprint
     assert FormalLanguage(40, "parity").targets_per_token == 1 / 40
     assert FormalLanguage(40, "parity").validation_samples(80)[0]["labels"].shape == (80,)

@@ -132,10 +132,10 @@ def test_the_same_bits_in_every_run_and_in_a_graph():
         assert all(torch.equal(x, y) for x, y in zip(first, found, strict=True))
 
 
-def test_auto_takes_it_where_it_can_run(monkeypatch):
+def test_auto_takes_it_where_fla_cannot_run(monkeypatch):
     regressor = Delta(Sizes(256, 2, 2, 128, 128))
     regressor.decay_kind = "channel"
-    monkeypatch.setattr(fla, "refusal_gated_delta", lambda *_: None)
-    for refused, taken in ((None, "triton"), ("no room", "fla")):
-        monkeypatch.setattr(channel_delta, "refusal", lambda *_, refused=refused: refused)
+    monkeypatch.setattr(channel_delta, "refusal", lambda *_: None)
+    for refused, taken in ((None, "fla"), ("no room", "triton")):
+        monkeypatch.setattr(fla, "refusal_gated_delta", lambda *_, refused=refused: refused)
         assert regressor.choose(torch.device("cuda"), torch.bfloat16).backend == taken

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training import captured
 from models.training.captured import WARM_UP, Captured, Graph
+from models.training.parallel import DDP, Sharded
 from tests.laws.presets import recipe
 from tests.training.test_interruptions import Fit, fit, one_thread  # noqa: F401
 
@@ -113,11 +114,35 @@ def test_what_waits_for_the_gpu_is_not_recorded(capsys, monkeypatch):
     assert said.count("a micro-batch is not one CUDA graph") == 1 and "not permitted when stream" in said
 
 
+def test_a_batch_of_another_kind_is_compiled_before_it_is_recorded():
+    """Short rows of long documents have `segments` now and then. What compiles while it is recorded waits for the GPU,
+    which was taken for a reason never to record. https://github.com/pytorch/pytorch/issues/185074"""
+    layer, compiled = nn.Linear(2, 1), set()
+
+    class Compiles(StandIn):
+        def _without_waiting(self) -> None:
+            if captured._kind(self._batch["segments"]) not in compiled:
+                raise RuntimeError("backend='inductor' raised: called a synchronizing CUDA operation")
+
+    def forward(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        compiled.add(captured._kind(batch["segments"]))
+        return layer(batch["x"]).sum(), batch["x"].sum()
+
+    call, documents = Compiles(forward, layer.parameters(), nullcontext), torch.zeros(3, dtype=torch.int64)
+    for segments in [None] * (WARM_UP + 1) + [documents] * WARM_UP:
+        call({"x": torch.ones(3, 2), "segments": segments})
+    assert call.recorded and call.reason is None and call._batch["segments"] is None
+    for segments in (documents, None, documents):  # the next one is recorded, and one without documents fits it
+        call({"x": torch.ones(3, 2), "segments": segments})
+    assert call.recorded and call.reason is None and call._batch["segments"].equal(documents)
+    assert torch.equal(layer.weight.grad, torch.full((1, 2), 3.0 * (2 * WARM_UP + 4)))
+
+
 def test_a_run_with_recorded_micro_batches_is_the_same(tmp_path, monkeypatch):
     """All of it, with Lightning's own order of gradients and steps: losses, norms and weights, bit for bit."""
     plain = fit(tmp_path / "plain")
     monkeypatch.setattr("models.training.module.Captured", StandIn)
-    monkeypatch.setattr("models.training.module.refusal", lambda trainer: None)
+    monkeypatch.setattr("models.training.module.refusal", lambda *_: None)
     graphs = Fit(tmp_path / "graphs")
     graphs.module.cuda_graph = True
     graphs.run()
@@ -130,13 +155,15 @@ def test_a_run_with_recorded_micro_batches_is_the_same(tmp_path, monkeypatch):
 
 
 def test_refusals_say_why():
-    def said(kind: type, device: str, precision: str) -> str | None:
+    def said(kind: type, device: str, precision: str, context_parallel: int = 1) -> str | None:
         strategy = kind.__new__(kind)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kind, "root_device", torch.device(device))
-            return captured.refusal(SimpleNamespace(strategy=strategy, precision=precision))
+            return captured.refusal(SimpleNamespace(strategy=strategy, precision=precision), context_parallel)
 
     assert said(SingleDeviceStrategy, "cuda", "bf16-mixed") is None
     assert "this is cpu" in str(said(SingleDeviceStrategy, "cpu", "32-true"))
-    assert "strategy=ddp" in str(said(DDPStrategy, "cuda", "bf16-mixed"))
+    assert said(DDP, "cuda", "bf16-mixed") is None
+    assert "context_parallel=2" in str(said(DDP, "cuda", "bf16-mixed", 2))
+    assert "strategy=fsdp" in str(said(Sharded, "cuda", "bf16-mixed"))
     assert "16-mixed" in str(said(SingleDeviceStrategy, "cuda", "16-mixed"))

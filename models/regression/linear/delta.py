@@ -155,9 +155,6 @@ def _decayed_share(s: Tensor) -> Tensor:
     return torch.where(small, series.masked_fill(~small, 0.0), -torch.expm1(-large) / large)
 
 
-# The backend that `auto` asks first where models/kernels/delta can run: the faster one (docs/kernels.md).
-FIRST = "fla"
-
 # The step's share of b, from b and |k|^2; None: all of it.
 STEPS: dict[str, Any] = {
     "gradient": None,
@@ -261,10 +258,11 @@ class Delta(Memory):
         early = self.gradient_before_decay and self.decay_kind != "none"
         found = {"fla": (fla.refusal_leaky_delta if early else fla.refusal_gated_delta)(*shape)}
         if self.decay_kind == "channel":
-            return {"triton": channel_delta.refusal(*shape), **found}  # the faster one first (docs/kernels.md)
+            return found | {"triton": channel_delta.refusal(*shape)}
         own = not early and delta.takes(dtype, self.key_dim, self.value_dim)
         found["triton"] = (delta if own else momentum).refusal(*shape)
-        return {name: found[name] for name in (FIRST, *found)} if own else found
+        flash = fla.FLASH_QLA and self.decay_kind == "head"
+        return dict(reversed(found.items())) if own and delta.faster(device) and not flash else found
 
     def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         if backend != "fla":

@@ -1,0 +1,193 @@
+"""The ablation of language models: its tables and figures."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from scripts.figures import published
+from scripts.figures.results import (
+    COLOURS,
+    MARKS,
+    Claim,
+    Row,
+    best,
+    by_position,
+    grouped,
+    label,
+    legend,
+    mean,
+    settings,
+)
+
+BESIDE = "softmax"  # whose loss is taken from the others'
+SHOWN = 10  # mixers in the figure: more lines than that can't be told apart
+
+
+def better(row: Row) -> float:
+    return -row["validation/nats"]
+
+
+def ablation_table(rows: list[Row]) -> list[Row]:
+    """In the order of the loss. place: among those that the published table has too, where all of them were run."""
+    found = []
+    for name, runs in best(rows, label, better).items():
+        bits = [run["validation/bits_per_byte"] for run in runs]
+        row: Row = {"mixer": name, "bits per byte": mean(bits), "spread": max(bits) - min(bits), "seeds": len(runs)}
+        row |= {"nats per token": mean(run["validation/nats"] for run in runs)}
+        row |= {"rate": settings(runs[0]).get("optimizer.lr", "default"), "parameters": runs[0]["parameters"]}
+        speeds = [run["tokens_per_second"] for run in runs if run.get("tokens_per_second")]
+        row |= {"state": runs[0]["state_size"], "tokens/s": round(max(speeds)) if speeds else None}
+        found.append(row)
+    found.sort(key=lambda row: row["bits per byte"])
+    places = [row["mixer"] for row in found if row["mixer"] in published.ABLATION.of]
+    known = {name: row for name, row in published.ABLATION.of.items() if name in places}
+    theirs = sorted(known, key=lambda name: known[name][0] or 0)
+    return [row | {"place": places.index(row["mixer"]) + 1 if row["mixer"] in places else None,
+                   "their place": theirs.index(row["mixer"]) + 1 if row["mixer"] in places else None}
+            for row in found]  # fmt: skip
+
+
+def ablation_figure(rows: list[Row], figure: Figure) -> None:
+    """Left: loss by position, that of softmax taken away. Right: loss against the size of the state."""
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    chosen = best(rows, label, better)
+    order = [row["mixer"] for row in ablation_table(rows)]
+    look = {name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)]} for i, name in enumerate(order)}
+    if BESIDE in chosen:
+        base = mean_by_position(chosen[BESIDE])
+        for name in [name for name in order if name != BESIDE][:SHOWN]:
+            at = {position: x - base[position] for position, x in mean_by_position(chosen[name]).items()}
+            left.plot(list(at), list(at.values()), label=name, markersize=4, linewidth=1.3, **look[name])
+        left.axhline(0.0, color="0.5", linewidth=1)
+    left.set(xscale="log", xlabel="position in the row, tokens", ylabel=f"nats per token, less those of {BESIDE}")
+    for row in ablation_table(rows):
+        right.plot(row["state"], row["bits per byte"], linestyle="none", markersize=5, **look[row["mixer"]])
+        right.annotate(row["mixer"], (row["state"], row["bits per byte"]), fontsize=6, xytext=(3, 2),
+                       textcoords="offset points")  # fmt: skip
+    right.set(xscale="log", xlabel="state, numbers a sequence", ylabel="validation, bits per byte")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    legend(figure)
+
+
+def mean_by_position(runs: list[Row]) -> dict[float, float]:
+    each = [by_position(run) for run in runs]
+    return {position: mean(of[position] for of in each) for position in each[0]}
+
+
+def rates_table(rows: list[Row]) -> list[Row]:
+    """A row for each mixer: the loss at every rate, and the rate of the least."""
+    rates = sorted({settings(row)["optimizer.lr"] for row in rows}, key=float)
+    found = []
+    for name, runs in grouped(rows, label).items():
+        of = {rate: mean(-better(run) for run in runs if settings(run)["optimizer.lr"] == rate) for rate in rates}
+        tried = {rate: x for rate, x in of.items() if x == x}
+        found.append({"mixer": name} | of | {"best": min(tried, key=lambda rate: tried[rate]) if tried else None})
+    return found
+
+
+def rates_figure(rows: list[Row], figure: Figure) -> None:
+    axes = figure.subplots()
+    for i, row in enumerate(rates_table(rows)):
+        at = {float(rate): x for rate, x in row.items() if rate not in ("mixer", "best")}
+        look: Row = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 4}
+        axes.plot(list(at), list(at.values()), linewidth=1.3, label=row["mixer"], **look)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="validation, nats per token")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    legend(figure)
+
+
+COPIED, BEFORE = "memory/copied/", "memory/before/"
+
+
+def looked_into(rows: list[Row]) -> list[Row]:
+    """Those that scripts/memory.py has seen, at each mixer's best rate; in the order of their loss."""
+    seen = [row for row in rows if "memory/seen" in row]
+    if not seen:
+        raise ValueError("no run has been looked into; python scripts/memory.py ablation does it, where the runs are")
+    return sorted((runs[0] for runs in best(seen, label, better).values()), key=better, reverse=True)
+
+
+def memory_of_text_table(rows: list[Row]) -> list[Row]:
+    found = []
+    for run in looked_into(rows):
+        row: Row = {"mixer": label(run), "state": run["state_size"], "nats per token": run["validation/nats"]}
+        row |= {f"copied, {name[len(COPIED) :]}": x for name, x in run.items() if name.startswith(COPIED)}
+        row |= {"pair seen": run["memory/seen"], "pair new": run["memory/new"]}
+        along = [x for name, x in run.items() if name.startswith(BEFORE)]
+        found.append(row | {"inner loss, first": along[0], "inner loss, last": along[-1]} if along else row)
+    return found
+
+
+def memory_of_text_figure(rows: list[Row], figure: Figure) -> None:
+    """What is left of a stretch by its distance; the loss of pairs that are new and seen; the inner loss."""
+    left, middle, right = figure.subplots(1, 3)
+    for i, run in enumerate(looked_into(rows)):
+        look: Row = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 4}
+        at = {int(name[len(COPIED) :]): x for name, x in run.items() if name.startswith(COPIED)}
+        left.plot(list(at), list(at.values()), linewidth=1.3, label=label(run), **look)
+        middle.plot(run["memory/new"], run["memory/seen"], linestyle="none", **look)
+        ranges = {name[len(BEFORE) :]: x for name, x in run.items() if name.startswith(BEFORE)}
+        middles = [sum(map(int, name.split("-"))) / 2 for name in ranges]
+        right.plot(middles, list(ranges.values()), linewidth=1.3, **look)
+    left.set(xscale="symlog", xlabel="tokens between", ylabel="nats per token saved", title="a stretch shown again")
+    middle.set(xlabel="pair new, nats", ylabel="pair seen, nats", title="rare pairs of tokens")
+    right.set(xscale="log", yscale="log", xlabel="position, tokens", title="inner loss before the write")
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    legend(figure)
+
+
+SHOWS = (
+    "Loss on text of packages that are not in training. Spread: between seeds. State: numbers after 2,048 tokens. "
+    "Places: among what MesaNet's table 10 (400M) has too."
+)
+CLAIMS = {
+    "ablation": Claim(
+        "The language-model ablation, near 50 million parameters",
+        ("ablation", "ablation_windows"),
+        "At equal parameters, tokens, data and order, what a mixer can keep of a text shows in the loss, and most "
+        "where the text is long.",
+        SHOWS,
+        better,
+        ablation_table,
+        ablation_figure,
+        options="--rates ablation_rates --times 0.75 --minutes 9",
+    ),
+    "ablation_170m": Claim(
+        "The language-model ablation, near 170 million parameters",
+        ("ablation_170m",),
+        "The order of the best mixers holds at three times the size.",
+        SHOWS,
+        better,
+        ablation_table,
+        ablation_figure,
+        options="--rates ablation_rates --times 0.5 --minutes 9",
+    ),
+    "ablation_rates": Claim(
+        "Learning rates for the ablation",
+        ("ablation_rates",),
+        "Mixers differ in the rate that suits them, so that one rate for all would measure the rate.",
+        "Validation loss in nats per token of models of 384 x 6 layers after 26 million tokens, at each rate.",
+        better,
+        rates_table,
+        rates_figure,
+        options="--at-once 3 --minutes 9",
+    ),
+    "ablation_memory": Claim(
+        "What the models of the ablation remember of a text",
+        ("ablation",),
+        "A key-value cache keeps what it has seen at any distance, and a memory of fixed size forgets. Recall and the "
+        "loss go together, and the inner loss falls along the sequence.",
+        "Nats a token saved by a stretch of 64 tokens shown so many tokens before; loss on rare pairs of tokens, seen "
+        "in the row or new; inner loss at the row's beginning and end.",
+        better,
+        memory_of_text_table,
+        memory_of_text_figure,
+        options="--rates ablation_rates --times 0.75 --minutes 9",
+        then="python scripts/memory.py ablation",
+    ),
+}
