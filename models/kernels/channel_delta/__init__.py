@@ -1,11 +1,10 @@
 """The delta rule with a decay per channel by kernels of our own: models/regression/linear/delta.py's map in Triton.
 
-    fade        queries and keys as the chunk's first and last memory meet them
-    scores      the inverse R of I + A, and what queries find in the keys of their chunk
+    prepare     faded queries and keys, the inverse R of I + A, and what queries find in the keys of their chunk
     scan        U = R (V - K' S), O = Q' S + attend U, and S from chunk to chunk
-backward, after fade again,
+backward, after the first again, without the tiles, which are kept,
     scan_gradient   dV and the gradients by S, from chunk to chunk
-    scores_gradient, within, gradient   all others, all chunks at once
+    gradient        all others, all chunks at once
 
 It is models/kernels/delta's plan, with its limits and its host code's parts. Products between tokens that fade channel
 by channel are made from borders between them: tiles.py. Kept between the passes are q, k, the gates, R and `attend`,
