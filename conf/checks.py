@@ -43,12 +43,15 @@ def mistakes(cfg: DictConfig) -> list[str]:
     parts = "batch_tokens", "seq_len", "micro_batch", "tokens", "context_parallel"
     if clear(*parts, "trainer.devices", "trainer.num_nodes"):
         world = schema.world_size(config["trainer"]["devices"], config["trainer"]["num_nodes"])
-        sizes = config["batch_tokens"], config["seq_len"], config["micro_batch"]
+        sizes = config["batch_tokens"], config["seq_len"], schema.at_first(config["micro_batch"])
         try:
             num_steps = batch_arithmetic(*sizes, world, config["tokens"], config["context_parallel"]).num_steps
         except ValueError as error:
             found += [sentence for sentence in str(error).splitlines() if sentence not in found]
-    if clear("context_parallel"):
+        found += replicas(config["trainer"], world)
+    if clear("trainer.strategy") and isinstance(config["trainer"]["strategy"], dict):
+        found += refused(lambda: build(config["trainer"]["strategy"]))
+    if clear("context_parallel", "micro_batch"):
         found += sharing(config)
     if clear("model", "trainer.precision", "trainer.accelerator"):
         found += model_mistakes(config)
@@ -72,8 +75,22 @@ def refused(construct: Callable[[], Any], where: str = "") -> list[str]:
 
 def sharing(config: dict[str, Any]) -> Iterator[str]:
     """What can't be where devices share their sequences."""
+    if config["micro_batch"] == "auto" and "Sharded" in str(config["trainer"]["strategy"]):
+        yield "micro_batch=auto needs strategy=single or ddp: it is tried on one device, with all the parameters"
     if (size := config["context_parallel"]) > 1 and "DDP" not in str(config["trainer"]["strategy"]):
         yield f"context_parallel={size} needs strategy=ddp, in which each device has all the parameters"
+
+
+def replicas(trainer: dict[str, Any], devices: int) -> Iterator[str]:
+    """Of strategy=hsdp."""
+    strategy: Any = trainer.get("strategy")
+    count = strategy.get("replicas", 1) if isinstance(strategy, dict) else 1
+    if not isinstance(count, int) or count < 1 or devices % count:
+        allowed = [n for n in range(1, devices + 1) if devices % n == 0]
+        yield (
+            f"trainer.strategy.replicas={count} does not divide the {devices} device(s); "
+            f"allowed: {', '.join(map(str, allowed))}"
+        )
 
 
 def machine(trainer: dict[str, Any]) -> Iterator[str]:
@@ -92,7 +109,7 @@ def machine(trainer: dict[str, Any]) -> Iterator[str]:
     elif str(precision) in ("16", "16-mixed") and device(trainer).type == "cpu":
         yield f"trainer.precision={precision} can't run on a CPU; bf16-mixed can"
     if isinstance(strategy, str) and strategy != "auto" and strategy not in StrategyRegistry.available_strategies():
-        yield f"trainer.strategy={strategy} is not a strategy; strategy=single, ddp and fsdp are those of conf/strategy"
+        yield f"trainer.strategy={strategy} is not a strategy; strategy= takes single, ddp, fsdp or hsdp"
     yield from devices(trainer)
 
 

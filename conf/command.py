@@ -13,15 +13,18 @@ import inspect
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from traceback import walk_tb
+from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser  # the flags that hydra.main takes; it has no public name
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from conf.known import Word, choices, known, read
@@ -50,15 +53,36 @@ def one_sentence(main: Callable[[], None]) -> Callable[[], None]:
         sys.argv[1:] = words = named(words)
         os.environ[HYDRAS_OWN] = "1"
         try:
-            return main()
+            try:
+                return main()
+            finally:
+                if not isinstance(sys.exc_info()[1], Exception):
+                    sys.stdout.flush()  # here, and not at the exit, a pipe may break
         except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
             if any(frame.f_code is job for frame, _ in walk_tb(error.__traceback__)):
                 raise  # the job's own
+            if isinstance(error, BrokenPipeError):
+                enough()
             sys.exit(f"error: {sentence(error, words)}")
         finally:
             os.environ.pop(HYDRAS_OWN, None)
 
     return told
+
+
+def enough() -> NoReturn:
+    """The reader of the output has seen enough, as `head` has: an end without a traceback, with the shell's exit code
+    for it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written at the exit
+    sys.exit(128 + signal.SIGPIPE)
+
+
+def said(text: str) -> None:
+    """Prints a long text, or as much of it as is read."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        enough()
 
 
 def named(words: list[str]) -> list[str]:
@@ -192,7 +216,10 @@ def no_option(file: str, options: list[str], said: str, typed: list[Word]) -> st
     for word in typed:
         if file.startswith(f"{word.group}/"):
             name = file.removeprefix(f"{word.group}/")
-            return f"{word.key}={name} is not there; {hint(Path(name).stem, options, f'{word.key}=')}"
+            options = known(typed, word.key).options(word.group) or options
+            asked = name if "/" in name else Path(name).stem
+            meant = next((option for option in options if option.endswith(f"/{asked}")), asked)  # baseline/mamba
+            return f"{word.key}={name} is not there; {hint(meant, options, f'{word.key}=')}"
     group, _, name = file.rpartition("/")
     return f"{group}={name}, {inside(said)}, is not there; {hint(name, options, f'{group}=')}"
 
@@ -256,10 +283,15 @@ def refused(word: Word, said: str, typed: list[Word]) -> str:
         if thousands:
             return f"{several}; a number has no commas: {key}={value.replace(',', '')}"
         return f"{several}; a list is {key}=[{value}]" if "." in key and "Ambiguous" in said else several
+    if "Error merging" in said and isinstance(OmegaConf.select(known(typed, key).config, key), DictConfig):
+        first = value.strip("[]").partition(",")[0]
+        return f"{word.typed}: {key} has a setting for each name; +{key}.NAME={first} adds one"
     if "Multiple values" in said or "force-add" in said or "Could not append" in said:
         return f"{word.typed}: the config has one already; write {bare}"
     if "Did you mean to override" in said:
         packages = re.findall(r"[\w/]+@[\w.]+", said.partition("Did you mean to override")[2].splitlines()[0])
+        if "@" in key and not near(key, packages):
+            return f"{bare} is not written in the config; a + before it adds it: +{bare}"
         return f"{bare} is not a setting; {hint(key, packages, behind=f'={value}')}"
     if "does not exist" in said or "No match" in said or "looks like a config group" in said:
         right = known(typed, key)

@@ -48,13 +48,16 @@ def _lines(runtime: DictConfig, width: int) -> Iterator[str]:
 
 
 def files(runtime: DictConfig) -> dict[str, dict[str, Path]]:
-    """By group and choice, of this repository and of other folders (hydra.searchpath); Hydra's own are left out."""
+    """By group and choice, of this repository and of other folders (hydra.searchpath); Hydra's own are left out.
+    Choices in a folder of their own have its name: baseline/mamba."""
     found: dict[str, dict[str, Path]] = {}
     for source in runtime.config_sources:
         for folder in folders(source.schema, source.path) if source.provider != "hydra" else ():
-            for path in [*folder.glob("*/*.yaml"), *folder.glob("hydra/*/*.yaml")]:
-                group = path.parent.relative_to(folder).as_posix()
-                found.setdefault(group, {}).setdefault(path.stem, path)
+            for path in [*folder.glob("*/*.yaml"), *folder.glob("*/*/*.yaml")]:
+                group, _, option = path.relative_to(folder).with_suffix("").as_posix().partition("/")
+                if group == "hydra":
+                    group, option = f"hydra/{option.partition('/')[0]}", path.stem
+                found.setdefault(group, {}).setdefault(option, path)
     return found
 
 

@@ -71,6 +71,13 @@ class Known:
         return [f"{folder}/{group}" for group in self.loader.list_groups(folder)]
 
     def options(self, group: str) -> list[str]:
+        """Those in a folder of the group with its name: baseline/mamba."""
+        inside = [] if group == "hydra" else self.loader.list_groups(group)
+        each = {"": group} | {f"{folder}/": f"{group}/{folder}" for folder in inside}
+        found = ((name, self._options(of)) for name, of in each.items())
+        return [f"{name}{option}" for name, options in found for option in options]
+
+    def _options(self, group: str) -> list[str]:
         return self.loader.get_group_options(group, config_name="train", overrides=self.words)
 
     def keys(self, path: str) -> list[str]:

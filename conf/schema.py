@@ -77,7 +77,7 @@ class Config:
 
     seq_len: Whole = MISSING  # tokens
     batch_tokens: Whole = MISSING  # tokens in one optimizer step, all devices together
-    micro_batch: Whole = MISSING  # sequences that one device holds at a time
+    micro_batch: Any = MISSING  # sequences that one device holds at a time; or auto (models/training/fitting.py)
     context_parallel: Whole = 1  # devices that share each sequence
     tokens: Whole = MISSING  # tokens to train on
     validation_tokens: Whole = MISSING
@@ -140,6 +140,11 @@ def can_compile() -> bool:
     import torch
 
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
+
+def at_first(micro_batch: int | str) -> int:
+    """What stands for micro_batch=auto until it is settled."""
+    return 1 if micro_batch == "auto" else int(micro_batch)
 
 
 def world_size(devices: int | str | list[int], num_nodes: int = 1) -> int:

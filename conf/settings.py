@@ -94,6 +94,11 @@ NUMBERS = {
     "model.mixers.*.regressor.base_lr": POSITIVE._replace(optional=True),
     "model.mixers.*.regressor.remat": WHOLE._replace(optional=True),
     "model.mixers.*.segment": COUNT,
+    "model.mixers.*.state_dim": COUNT,
+    "model.mixers.*.expand": COUNT,
+    "model.mixers.*.step_rank": COUNT_OR_NULL,
+    "model.mixers.*.piece": COUNT_OR_NULL,
+    "model.mixers.*.length": COUNT,
     "model.mixers.*.decay.step_range[[]*": POSITIVE,
     "optimizer.lr": POSITIVE,
     "optimizer.eps": POSITIVE,
@@ -250,6 +255,8 @@ def numbers(config: dict[str, Any], written: dict[str, Any]) -> Iterator[str]:
     for path, value in leaves(config):
         if str(written.get(path)).startswith("${"):
             continue  # said where it comes from
+        if (path, value) == ("micro_batch", "auto"):
+            continue
         bound = bound_of(path)
         shown = f"{path}={'null' if value is None else value}"
         if any(fnmatchcase(path, pattern) for pattern in PAIRS):
@@ -278,6 +285,7 @@ def figures(value: Any) -> str | None:
 def batch(config: dict[str, Any]) -> list[str]:
     """Whether the sizes divide, where all are numbers. Devices that are "auto" conf/checks.py counts, with torch."""
     sizes = [config.get(name) for name in ("batch_tokens", "seq_len", "micro_batch", "tokens", "context_parallel")]
+    sizes = [1 if size == "auto" else size for size in sizes]  # of micro_batch, which any number may be
     devices, nodes = (config.get("trainer", {}).get(name) for name in ("devices", "num_nodes"))
     counts = [*sizes, len(devices) if isinstance(devices, list) else devices, nodes]
     if any(not isinstance(n, int | float) or not math.isfinite(n) or n < 1 or n != int(n) for n in counts):

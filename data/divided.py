@@ -52,9 +52,10 @@ def prepare_part(
 
     Raises ValueError where the corpus can't be divided so.
     """
-    whole = isinstance(part, int) and isinstance(parts, int)
-    if not whole or not 0 <= part < parts:
-        raise ValueError(f"part={part} of parts={parts} is not one: it must be a whole number from 0 to {parts} - 1")
+    if not isinstance(parts, int) or parts < 1:
+        raise ValueError(f"parts={parts} must be a whole number, at least 1: into how many parts the corpus is divided")
+    if not isinstance(part, int) or not 0 <= part < parts:
+        raise ValueError(f"part={part} of parts={parts} must be a whole number from 0 to {parts - 1}")
     if drop_duplicates:
         raise ValueError(
             "data.drop_duplicates=true compares all documents, of which a part sees only its own; docs/data.md says "

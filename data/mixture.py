@@ -224,10 +224,13 @@ def _check(parts: Any, weights: Any) -> None:
         raise ValueError(
             f"data.parts={parts} names no corpus; +data@data.parts.NAME=fineweb_edu adds one, under a name of yours"
         )
-    if not isinstance(weights, dict) or set(weights) != set(parts):
+    known = weights if isinstance(weights, dict) else {}
+    missing, others = [part for part in parts if part not in known], [name for name in known if name not in parts]
+    if missing or others:
+        mend = f"+data.weights.{missing[0]}=1 sets one" if missing else f"~data.weights.{others[0]} takes one away"
         raise ValueError(
             f"data.weights={weights} must have a number for each of data.parts ({', '.join(parts)}) and for nothing "
-            f"else; +data.weights.{next(iter(parts))}=1 sets one"
+            f"else; {mend}"
         )
     for name, weight in weights.items():
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -243,6 +246,11 @@ def _check(parts: Any, weights: Any) -> None:
 def _built(part: str, node: Any, tokenizer: Tokenizer, seq_len: int) -> Text:
     if not isinstance(node, dict) or "_target_" not in node:
         raise ValueError(f"data.parts.{part}={node} is no corpus; +data@data.parts.{part}=fineweb_edu chooses one, say")
+    if node["_target_"] == f"{Mixture.__module__}.{Mixture.__name__}":
+        raise ValueError(
+            f"data.parts.{part} is a mixture, and a part is one corpus; name the corpora of that mixture in data.parts "
+            f"instead, each with its share of data.weights.{part}"
+        )
     task = _named(part, lambda: build(node, tokenizer=tokenizer, seq_len=seq_len))
     if not isinstance(task, Text):
         raise ValueError(f"data.parts.{part} is {node['_target_']}, and a mixture is of texts: data.text.Text")

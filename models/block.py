@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.kernels import swiglu
+from models.kernels import residual, swiglu
 from models.mixers.mixer import Mixer, State
-from models.parts.linear import is_its_weight
-from models.parts.norm import RMSNorm, unit
-from models.parts.precision import wide
+from models.parts.linear import is_its_weight, read
+from models.parts.norm import RMSNorm, is_plain, unit
+from models.parts.precision import product_dtype, wide
 
 
 class SwiGLU(nn.Module):
@@ -30,9 +30,9 @@ class SwiGLU(nn.Module):
         self.output = nn.Linear(inner_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        ab = self.up(x)
+        ab = read(self.up, x)
         if is_its_weight(self.output) and swiglu.refusal(ab.device, ab.dtype) is None:  # less is kept, and written
-            return swiglu.gated_output(ab, self.output.weight.to(ab.dtype))
+            return swiglu.gated_output(ab, self.output.weight)
         a, b = ab.chunk(2, dim=-1)
         return self.output(F.silu(a) * b)
 
@@ -88,17 +88,40 @@ FEED_FORWARDS: dict[str, type[FeedForward]] = {"swiglu": SwiGLU, "persistent_mem
 
 
 class Block(nn.Module):
-    """One layer of the model."""
+    """One layer of the model: (x [B, T, D], y, state, segments, keep) -> (x, y, state).
+
+    x is the residual stream, and y [B, T, D] what is still to be added to it, None for nothing: so each sum is made in
+    one pass with the norm of it. keep: whether the state after the last token is wanted; else it is None, and takes
+    neither memory nor time.
+    """
 
     def __init__(self, hidden_size: int, mixer: Mixer, feed_forward: FeedForward, norm_eps: float) -> None:
         super().__init__()
         self.mixer_norm, self.mixer = RMSNorm(hidden_size, norm_eps), mixer
         self.feed_forward_norm, self.feed_forward = RMSNorm(hidden_size, norm_eps), feed_forward
 
-    def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> tuple[Tensor, State]:
-        y, state = self.mixer(self.mixer_norm(x), state, segments)
-        x = x + y
-        return x + self.feed_forward(self.feed_forward_norm(x)), state
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        state: State | None = None,
+        segments: Tensor | None = None,
+        keep: bool = True,
+    ) -> tuple[Tensor, Tensor, State | None]:
+        x, n = add_and_norm(x, y, self.mixer_norm)
+        y, state = self.mixer(n, state, segments)
+        x, n = add_and_norm(x, y, self.feed_forward_norm)
+        return x, self.feed_forward(n), state if keep else None
+
+
+def add_and_norm(x: Tensor, y: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """x + y, and its norm: by a kernel where one can, in the dtype of the products to come."""
+    if y is None:
+        return x, norm(x)
+    if is_plain(norm) and norm.eps is not None and residual.refusal(x.device, x.dtype, x.shape[-1]) is None:
+        return residual.add_and_norm(x, y, norm.weight, norm.eps, product_dtype(x))
+    x = x + y
+    return x, norm(x)
 
 
 def feed_forward(kind: str, hidden_size: int, mixer: Mixer, inner_size: int | None = None) -> FeedForward:

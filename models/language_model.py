@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from models import decoding
-from models.block import Block, feed_forward
+from models.block import Block, add_and_norm, feed_forward
 from models.build import build
 from models.cache import Cache, alone
 from models.calls import documents, refuse_documents, refuse_shapes, refuse_targets, refuse_unknown
@@ -154,26 +154,29 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         return hidden, cast("list[State]", states)
 
     def _layers(
-        self, x: Tensor, segments: Tensor | None, states: list[State | None], every: bool = False
+        self, x: Tensor, segments: Tensor | None, states: list[State | None], every: bool = False, keep: bool = True
     ) -> tuple[Tensor, ...]:
         """What each block is given, where every is wanted, and at last what the head is. The states become those after
-        the last token, each as soon as it is there.
+        the last token, each as soon as it is there, where they are kept.
         """
-        each = []
+        keep = keep or self.context is not None
+        each, y = [], None
         for i, block in enumerate(self.blocks):
             if every:
-                each.append(x)
+                each.append(x if y is None else x + y)
             if self.context is not None:
                 states[i] = self.context.receive(x)
             if self.gradient_checkpointing and self.training:
-                x, state = self._gradient_checkpointing_func(block.__call__, x, states[i], segments)
+                x, y, state = self._gradient_checkpointing_func(block.__call__, x, y, states[i], segments, keep)
             else:
-                x, state = block(x, states[i], segments)
+                x, y, state = block(x, y, states[i], segments, keep)
+            if state is None:
+                continue
             if self.context is not None:
                 x = self.context.hand_on(x, state)
             held = torch.is_grad_enabled() or torch.compiler.is_compiling()  # the one by the graph of gradients
             states[i] = state if held else alone(state)
-        return (*each, self.norm(x))
+        return (*each, add_and_norm(x, y, self.norm)[1])
 
     def _states(self, cache: Cache | None) -> list[State | None]:
         """A list to go on with, which is nobody else's."""
@@ -281,7 +284,8 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         """The sum over tokens of -log p(target), the logits never all at once. targets [B, T]: the token that comes
         after each, -100 to ignore.
         """
-        return self._sum_nats(self.hidden(input_ids, segments)[0], targets)
+        (hidden,) = self._layers(self.embedding(input_ids), segments, self._states(None), keep=False)
+        return self._sum_nats(hidden, targets)
 
     def _sum_nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         hidden, targets = hidden.flatten(0, 1), targets.flatten()

@@ -10,7 +10,8 @@ conf/experiment/NAME.yaml (hydra.sweeper.params); words behind the name replace 
 which has the same jobs in the same folders. A job that is not finished when the time is up is asked to save, and goes
 on with the next call. A result is a line of docs/evidence/NAME/results.jsonl: the job, its words, the command, the
 commit, the device, the seconds, the validation. A job that has a line there is done, whatever is left of its folder; so
-this file is all that has to travel between machines. scripts/figures/evidence.py draws from it.
+this file is all that has to travel between machines. scripts/figures/evidence.py draws from it. Models of a package of
+your own are found by "hydra.searchpath=[file:///your/conf]" and TTR_PACKAGES, as by train.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -36,6 +38,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
 from conf import schema
+from conf.command import said
 from conf.folders import job_folder, runs
 from scripts.array_job import CONF, jobs
 
@@ -52,7 +55,7 @@ class Job(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        return Path(runs(), self.name, job_folder(self.name, self.words))
+        return Path(runs(), self.name, job_folder(self.name, [w for w in self.words if not w.startswith("hydra.")]))
 
     @property
     def log(self) -> Path:
@@ -69,7 +72,7 @@ class Job(NamedTuple):
 
     @property
     def label(self) -> str:
-        return " ".join(self.words[1:])
+        return " ".join(word for word in self.words[1:] if not word.startswith("hydra."))
 
 
 class Running(NamedTuple):
@@ -104,8 +107,9 @@ def sweep(experiment: str, words: list[str]) -> list[Job]:
     names = [word.partition("=")[2] for word in words if word.startswith("name=")]
     found = [Job(names[-1] if names else name, (first, *job)) for job in jobs([*swept, *words])]
     models = dict.fromkeys(word.partition("=")[2] for job in found for word in job.words if word.startswith("model="))
+    searched = [CONF, *(Path(folder) for word in words for folder in re.findall(r"file://([^,\]]+)", word))]
     for model in models:
-        if not (CONF / "model" / f"{model}.yaml").exists():
+        if not any((folder / "model" / f"{model}.yaml").exists() for folder in searched):
             raise ValueError(f"model={model} is not there; python train.py --help lists them")
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -287,8 +291,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     if given.jobs:
-        print("\n".join(f"{'done' if job.key in done else '    '}  {job.label}" for job in every))
-        return
+        return said("\n".join(f"{'done' if job.key in done else '    '}  {job.label}" for job in every))
     todo = list(left(every, results))
     print(f"{len(every)} jobs, {len(every) - len(todo)} have a result; results are in {results.path}", flush=True)
     until = time.time() + given.minutes * 60 if given.minutes else float("inf")

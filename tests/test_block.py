@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.block import FEED_FORWARDS, PersistentMemory, feed_forward
+from models.block import FEED_FORWARDS, Block, PersistentMemory, feed_forward
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training.optimizer import parameter_groups
 from tests.laws.presets import HIDDEN, inputs, mixer, recipe
@@ -59,3 +59,15 @@ def test_a_model_of_two_memories_trains_and_is_saved(tmp_path):
     assert parameter_groups(m, 0.1)
     m.save_pretrained(tmp_path)
     assert torch.equal(LanguageModel.from_pretrained(tmp_path)(ids).logits, m(ids).logits)
+
+
+def test_a_block_adds_what_is_still_to_be_added():
+    """Before anything else; and keeps no state that nobody wants."""
+    torch.manual_seed(0)
+    block = Block(HIDDEN, m := mixer("gated_delta"), feed_forward("swiglu", HIDDEN, m), 1e-6).double()
+    x, y = inputs(2, 9), inputs(2, 9).flip(1)
+    *found, state = block(x, y)
+    *expected, _ = block(x + y)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and state is not None
+    *found, state = block(x, y, keep=False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and state is None

@@ -34,6 +34,8 @@ GROUPS = {
     "size=340": "size=340 is not there; did you mean size=340m?",
     "experiment=nope": "experiment=nope is not there; there are mad, mqar, ",
     "mixer@model.mixers.main=delat": "=delat is not there; did you mean mixer@model.mixers.main=deltanet?",
+    "mixer@model.mixers.main=mamba": "=mamba is not there; did you mean mixer@model.mixers.main=baseline/mamba?",
+    "mixer@model.mixers.main=baseline/lstn": "did you mean mixer@model.mixers.main=baseline/lstm?",
     f"decay@{MAIN}.decay=scaler": f"=scaler is not there; did you mean decay@{MAIN}.decay=scalar?",
     "+mixer@model.mixers.two=softmx": "=softmx is not there; did you mean mixer@model.mixers.two=softmax?",
     # a group that is not there
@@ -54,6 +56,8 @@ KEYS = {
     f"{MAIN}.num_kv_head=1": f"is not a setting; did you mean {MAIN}.num_kv_heads?",
     f"{MAIN}.key_dim=32": f"{MAIN}.key_dim=32 is not written in the config; a + before it adds it: +{MAIN}.key_dim=32",
     "data=mixture data.weights.web=3": "web=3 is not written in the config; a + before it adds it: +data.weights.web=3",
+    "data=mixture data@data.parts.a=wikitext": "is not written in the config; a + before it adds it: +data@data.parts",
+    "data=mixture +data.weights=[3,1]": "data.weights has a setting for each name; +data.weights.NAME=3 adds one",
     "hidden_size=128": "hidden_size=128 is not a setting; did you mean model.hidden_size?",
     "lr=0.1": "lr=0.1 is not a setting; did you mean optimizer.lr?",
     "trainer.max_epochs=3": "trainer.max_epochs=3 would have no effect: set tokens",
@@ -175,9 +179,20 @@ def test_help_has_a_line_for_every_choice(monkeypatch, tmp_path, capsys):
         assert line in told, line
     shown = {line.split()[line[2] == "*"] for line in lines if line.startswith(("    ", "  * "))}
     files = list((ROOT / "conf").glob("*/*.yaml"))
-    assert {path.stem for path in files} <= shown and max(map(len, lines)) <= 100
+    assert {path.stem for path in files} | {"baseline/lstm"} <= shown and max(map(len, lines)) <= 100
     assert lines.index("data=") < lines.index("model=") < lines.index("size=") < lines.index("mixer@model.mixers.main=")
     assert all(map(first_line, files))
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback():
+    """train.py --help | head -1, and scripts/evidence.py mqar --jobs | head -1."""
+    for words in (["train.py", "--help"], ["scripts/evidence.py", "mqar", "--jobs"]):
+        with subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            process.stdout.close()
+            assert (process.wait(120), process.stderr.read()) == (141, "")
 
 
 @pytest.mark.parametrize("words", ["--help", "-m seed=1,2", "--cfg job --resolve", "-c job -p model", "-i", "-sc"])

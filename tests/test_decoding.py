@@ -25,7 +25,19 @@ GPU = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 )
 # for the host, in one token's step
-WAITS = ("mesa", "moneta", "nystrom", "titans_mac", "titans_mlp", "ttt_linear", "ttt_mlp", "yaad")
+WAITS = (
+    "atlas",
+    "memora",
+    "mesa",
+    "moneta",
+    "nystrom",
+    "tnt",
+    "titans_mac",
+    "titans_mlp",
+    "ttt_linear",
+    "ttt_mlp",
+    "yaad",
+)
 
 
 class Waits(TorchDispatchMode):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from scripts.evidence import Results
+from scripts.evidence import Results, sweep
 from scripts.figures import evidence
 from scripts.figures.claims import CLAIMS, scaled
 from scripts.figures.published import MAD, STATE_TRACKING
@@ -77,6 +77,11 @@ def folder(tmp_path_factory) -> Path:
     ]
     every["state_tracking_others"] = [longer(0.5, 0.5, data="parity", model="softmax", seed=1)]
     every["word_problems"] = [longer(1.0, 1 / 6, data="s3", model="delta_product", seed=1, negative="true")]
+    text = {"mesa": 1.85, "titans_mag": 1.75, "lstm": 2.25, "mine": 1.95}
+    every["tiny_table"] = [
+        result("tiny_table", {"validation/bits_per_byte": x + seed / 100}, model=name, seed=seed)
+        for (name, x), seed in product(text.items(), (1, 2))
+    ]
     losses = {"mesa": 3.0, "softmax": 3.1, "titans": 2.9}
     for name, rates in (("ablation", (1e-3,)), ("ablation_170m", (1e-3,)), ("ablation_rates", (1e-3, 2e-3))):
         each = product(losses, (1, 2), rates)
@@ -141,6 +146,20 @@ def test_of_losses_the_smallest_is_the_best(folder):
     table = {row["mixer"]: row for row in CLAIMS["regression"].table(rows)}
     assert table["mesa"]["linear"] == pytest.approx(1 - 0.915) and table["mesa"]["seeds"] == 2
     assert curve(rows[0], "longer") == {7.5: 0.5}
+
+
+def test_all_presets_are_in_one_table_and_its_sweep(folder):
+    """The best first, and each with its branch."""
+    table = CLAIMS["tiny_table"].table(evidence.read(CLAIMS["tiny_table"], folder))
+    assert [(row["mixer"], row["branch"]) for row in table] == [
+        ("titans_mag", "linear"),
+        ("mesa", "least_squares"),
+        ("mine", "other"),
+        ("lstm", "no regression"),
+    ]
+    assert table[0]["bits per byte"] == "1.765" and table[0]["between seeds"] == "0.010" and table[0]["seeds"] == 2
+    models = {word.partition("=")[2] for job in sweep("tiny_table", []) for word in job.words if "model=" in word}
+    assert models == {path.stem for path in (ROOT / "conf" / "mixer").rglob("*.yaml")}
 
 
 def test_the_ablation_has_places_beside_the_published_ones(folder):

@@ -131,6 +131,14 @@ def test_what_is_another_function_is_refused(mixers, settings, message, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_a_published_shell_is_told_in_words_that_its_user_knows(tmp_path):
+    node = change(copy.deepcopy(recipe("gla")), qk_norm="none", conv_size=4)
+    m = model({"main": node | {"_target_": "models.mixers.PublishedMixer"}}, 1)
+    said = "is Linear with ChannelDecay with Identity with what its published layer has around it, which only KDA's"
+    with pytest.raises(ValueError, match=f"^--to fla: .*main {said}"):
+        export(source(m, tmp_path), "fla")
+
+
 def test_fla_is_for_those_who_ask(tmp_path):
     assert choose(source(mended("gla"), tmp_path), None)[0] == "code"
 

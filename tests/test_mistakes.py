@@ -163,6 +163,8 @@ CONFIGS = {
     "trainer.devices=two": "trainer.devices=two is not a number of devices",
     "trainer.devices=[]": "trainer.devices=[] is not a number of devices",
     "trainer.devices=[0,0]": "trainer.devices=[0, 0] names a device twice",
+    "strategy=hsdp trainer.devices=4 trainer.strategy.replicas=3": "replicas=3 does not divide the 4 device(s)",
+    "strategy=ddp trainer.devices=1 trainer.strategy.reduction=half": "reduction=half is not one of float32, bfloat16",
     "trainer.accelerator=cuda": "trainer.accelerator=cuda is not there: torch sees no CUDA device",
     "trainer.accelerator=gpu": "trainer.accelerator=gpu is not there: torch sees no GPU",
     "trainer.accelerator=tpuu": "trainer.accelerator=tpuu is not one of auto, cpu",

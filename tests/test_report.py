@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from models.training.sweep import Outcome
 from scripts import report
 from scripts.reports import evaluations, figures, inner, intervals, presets, runs, tables, variants
+from tests.laws.presets import recipes
 
 MODEL = {"hidden_size": 96, "num_layers": 4, "num_heads": 3, "pattern": ["main"], "feed_forward": "swiglu"}
 CONFIG = {
@@ -215,11 +216,22 @@ def test_a_mixer_that_no_preset_is(tmp_path):
     name, others = presets.nearest(own)
     assert name == "Mine" and others["regressor.size"] == 3
     assert presets.nearest(presets.composed("titans_mag")) == ("titans_mag", {})
+    assert presets.nearest(presets.composed("moneta")) == ("moneta", {})
+    assert presets.nearest(presets.composed("lstm") | {"width": 8}) == ("lstm", {"width": 8})
     # another decay than its preset's is a setting
     assert presets.nearest(mixer("titans", decay={"_target_": "own.Decay"})) == (
         "titans",
         {"decay._target_": "own.Decay"},
     )
+
+
+def test_the_classes_of_every_preset_are_those_that_hydra_composes():
+    """Read from the lists of defaults alone, also where a part begins with another of its group, as efla does."""
+    for name, recipe in recipes().items():
+        composed = {path: value for path, value in presets.leaves(recipe) if path.endswith("_target_")}
+        assert presets.all_classes()[name] == composed, name
+    for name in ("efla", "yaad", "gated_softmax"):
+        assert presets.nearest(presets.composed(name)) == (name, {})
 
 
 # the page

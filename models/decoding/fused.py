@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.block import SwiGLU
+from models.block import SwiGLU, add_and_norm
 from models.kernels import step as kernels
 from models.mixers.mixer import ACTIVATIONS, GATES, Mixer, State
 from models.parts.decay import NoDecay, ScalarDecay
 from models.parts.features import Identity
 from models.parts.linear import is_its_weight
-from models.parts.norm import RMSNorm
 from models.regression.linear.delta import STEPS, Delta
 from models.regression.linear.momentum import Momentum
 from models.regression.linear.references import State as Matrices
@@ -108,16 +107,9 @@ class FusedBlock:
     def __call__(self, x: Tensor, y: Tensor | None, state: State) -> tuple[Tensor, Tensor, State]:
         """(x, y, state) -> (x, y, state), x [B, 1, D] the residual stream and y what is still to be added to it."""
         block, layer = self.block, self.block.feed_forward
-        x, h = self.added(x, y, block.mixer_norm)
+        x, h = add_and_norm(x, y, block.mixer_norm)
         y, state = self.mixer(h, state)
-        x, h = self.added(x, y, block.feed_forward_norm)
+        x, h = add_and_norm(x, y, block.feed_forward_norm)
         if not self.swiglu:
             return x, layer(h), state
         return x, projected(layer.output, kernels.swiglu(projected(layer.up, h[:, 0]))).unsqueeze(1), state
-
-    def added(self, x: Tensor, y: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-        """x + y, and its norm."""
-        if self.refusal is None and y is not None and type(norm) is RMSNorm and norm.eps is not None:
-            return kernels.add_and_norm(x, y, norm.weight, norm.eps, self.dtype)
-        x = x if y is None else x + y
-        return x, norm(x)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from models.block import add_and_norm
 from models.cache import Cache
 from models.decoding.fused import FusedBlock
 from models.decoding.held import Buffers, Held, signature
@@ -202,7 +203,7 @@ class _OneToken(nn.Module):
         for block, state in zip(self.blocks, states, strict=True):
             x, y, state = block(x, y, state)
             after.append(state)
-        return self.model.head(self.blocks[-1].added(x, y, self.model.norm)[1]), after
+        return self.model.head(add_and_norm(x, y, self.model.norm)[1]), after
 
 
 def autocast_dtype(like: Tensor) -> torch.dtype | None:

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.kernels import pairs as kernels
+from models.kernels import read_out
 from models.parts.convolution import Shift, ShortConvolution
 from models.parts.decay import Decay
 from models.parts.features import FeatureMap, Identity
-from models.parts.linear import Products, is_its_weight, one_product
-from models.parts.norm import RMSNorm, sum_to_one, unit
+from models.parts.linear import Products, is_its_weight, one_product, read
+from models.parts.norm import RMSNorm, is_plain, sum_to_one, unit
 from models.parts.precision import product_dtype
 from models.parts.rotary import frequencies, rotate
 from models.parts.sizes import Sizes
@@ -41,6 +42,7 @@ BACKENDS = ("auto", "triton", "torch")
 
 
 Tails = tuple[Tensor | None, ...]
+Gate = Tensor | read_out.Gate  # made, or left to what reads it
 
 
 class State(NamedTuple):
@@ -172,8 +174,8 @@ class Mixer(nn.Module):
         self.k_norm = RMSNorm(K, norm_eps) if qk_norm == "rms" else to_unit
         same = feature_norm == qk_norm and isinstance(self.features, Identity)  # it is that long already
         self.feature_norm = None if same else FEATURE_NORMS[feature_norm]
-        read_eps = norm_eps if output_norm_eps is None else output_norm_eps * self.features.width
-        self.output_norm = RMSNorm(V, read_eps) if output_norm else None
+        self.read_eps = norm_eps if output_norm_eps is None else output_norm_eps * self.features.width
+        self.output_norm = RMSNorm(V, self.read_eps) if output_norm else None
         self.output = nn.Linear(H * V, hidden_size, bias=False) if output_projection else None
 
     def _build_along(self, conv_size: int, conv_on: str) -> None:
@@ -219,14 +221,14 @@ class Mixer(nn.Module):
         o, memory = self.regressor(Tokens(seen, q, k, self._written(v, log_decay), log_decay, segments), memory)
         o = self._leave(x, o, v, gate)
         if self.output is not None:
-            o = self.output(o)
+            o = read(self.output, o)
         segment = segments[:, -1] if segments is not None else None if state is None else state.segment
         turn = None if turn is None else turn[:, -1]
         return o, State(memory, tails, positions[:, -1] + 1, segment, turn)
 
     def _pairs(
         self, x: Tensor, positions: Tensor, tails: Tails, segments: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tails, Any]:
+    ) -> tuple[Tensor, Tensor, Tensor, Gate | None, Tails, Any]:
         """What is made of a product with x: q [B, T, H, K], k [B, T n, G, K], v [B, T n, G, V], at their norms and
         turned; the gate [B, T, H V]; what the next call needs to go on; x, or what stands for it (Products).
         """
@@ -251,13 +253,13 @@ class Mixer(nn.Module):
 
     def _accelerated(
         self, x: Tensor, positions: Tensor, tails: Tails
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tails, Any]:
+    ) -> tuple[Tensor, Tensor, Tensor, Gate | None, Tails, Any]:
         """`_pairs` by the kernels, and one product for everything that is linear in x: thin ones cost as much as wide
         ones, for each reads x, and adds to its gradient.
         """
         layers = self.layers_of_input()
         gates = layers[1:] if all(is_its_weight(layer) for layer in layers) else ()
-        projected = one_product(x, layers) if gates else self.projection(x)
+        projected = one_product(x, layers) if gates else read(self.projection, x)
         K, V, frequency = self.key_dim, self.value_dim, None
         if self.rotary is not None:
             frequency = frequencies((self.rotary_channels or K) // 2, self.rotary, x.device)
@@ -265,14 +267,23 @@ class Mixer(nn.Module):
         q_scale, k_scale = (norm.weight if isinstance(norm, RMSNorm) else None for norm in (self.q_norm, self.k_norm))
         call = kernels.Call(projected, positions, tails[0], weight, q_scale, k_scale, frequency)
         heads = (self.sizes[0] // K, self.sizes[1] // K, self.sizes[2] // V, 0 if self.gate is None else self.num_heads)
-        made = kernels.pairs(call, kernels.Recipe(*heads, K, V, self.conv_on, *self.words, self.norm_eps))
-        (q, k, v), rest = made[:3], made[3:]
-        gate = None if self.gate is None else rest.pop(0).flatten(-2)
-        seen = Products(gates, rest.pop(0)) if gates else x
+        activation, gating, norm = self.words
+        later = self.gate is not None and self._reads_gate(projected)
+        words = (activation, kernels.LATER if later else gating, norm)
+        made = kernels.pairs(call, kernels.Recipe(*heads, K, V, self.conv_on, *words, self.norm_eps))
+        (q, k, v), after, gate, tail = made[:3], 3, None, None
+        if self.gate is not None:
+            given, after = made[after], after + 1
+            gate = read_out.Gate(projected, given, sum(self.sizes), gating) if later else given.flatten(-2)
+        seen: Any = x
+        if gates:
+            seen, after = Products(gates, made[after]), after + 1
+        if self.convolution is not None:
+            tail = made[after]
         if self.values_per_key > 1:
             q, k = (y.repeat_interleave(self.values_per_key, dim=2) for y in (q, k))
         k, v = (y.unflatten(2, (self.regressor.pairs_per_token, -1)).flatten(1, 2) for y in (k, v))
-        return q, k, v, gate, (rest[0] if rest else None, None), seen
+        return q, k, v, gate, (tail, None), seen
 
     def layers_of_input(self) -> tuple[nn.Linear, ...]:
         """The projection, and the layers of decay and memory that act on x, as far as they are named (`reads`)."""
@@ -328,8 +339,18 @@ class Mixer(nn.Module):
         """Values as the memory gets them, [B, T n, H, V]."""
         return v
 
-    def _leave(self, x: Tensor, o: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
+    def _reads_gate(self, row: Tensor) -> bool:
+        """Whether the kernels of the read-out make the gate of a row."""
+        if any(getattr(type(self), name) is not getattr(Mixer, name) for name in ("_leave", "_read_out")):
+            return False
+        plain = self.output_norm is None or is_plain(self.output_norm)
+        return plain and read_out.refusal(row.device, row.dtype, self.value_dim) is None
+
+    def _leave(self, x: Tensor, o: Tensor, v: Tensor, gate: Gate | None) -> Tensor:
         """What was read, [B, T, H, V], at its norm and gated, [B, T, H V]."""
+        if isinstance(gate, read_out.Gate):
+            weight = None if self.output_norm is None else self.output_norm.weight
+            return read_out.read_out(o, gate, weight, self.read_eps)
         o = self._read_out(o).to(x.dtype)
         return o if gate is None else o * gate
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.mixers.mixer import GATES, Mixer, Tails, check_choice
+from models.mixers.mixer import GATES, Gate, Mixer, Tails, check_choice
 from models.parts.convolution import ShortConvolution
 from models.parts.decay import ScalarDecay
 from models.parts.norm import RMSNorm
@@ -102,12 +102,12 @@ class PublishedReadOut(Mixer):
         assert log_decay is not None and isinstance(self.decay, ScalarDecay)
         return (v * self.decay.steps(log_decay).unsqueeze(-1)).to(v.dtype)
 
-    def _leave(self, x: Tensor, o: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
+    def _leave(self, x: Tensor, o: Tensor, v: Tensor, gate: Gate | None) -> Tensor:
         if self.skip is not None:
             o = o + self.skip.unsqueeze(-1) * v
         if self.own_gate is not None and self.gate_projection is not None:
             gate = self.own_gate(self.gate_projection(x))
-        if gate is not None and self.gate_first:
+        if isinstance(gate, Tensor) and self.gate_first:
             return self._read_out(o * gate.unflatten(-1, (self.num_heads, -1))).to(x.dtype)
         return super()._leave(x, o, v, gate)
 

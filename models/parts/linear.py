@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.parts.product import product, widens
+
 ROWS = 16  # a product has a multiple of so many outputs: matrix units and wide loads want it
 
 
@@ -33,12 +35,13 @@ class Products(NamedTuple):
 def read(layer: nn.Linear, x: Any) -> Tensor:
     """layer(x). x: a tensor, or the Products that stand for it."""
     if not isinstance(x, Products):
-        return layer(x)
+        plain = layer.bias is None and is_its_weight(layer) and widens(x, [layer.weight])
+        return product(x, [layer.weight]) if plain else layer(x)
     start = 0
     for known in x.layers:
         if known is layer:
-            product = x.products[..., start : start + layer.out_features]
-            return product if layer.bias is None else product + layer.bias.to(product.dtype)
+            found = x.products[..., start : start + layer.out_features]
+            return found if layer.bias is None else found + layer.bias.to(found.dtype)
         start += known.out_features
     raise ValueError(f"{layer} is not among the layers whose products are known; its owner's `reads` must name it")
 
@@ -46,6 +49,8 @@ def read(layer: nn.Linear, x: Any) -> Tensor:
 def one_product(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
     """[B, T, N]: the products of x with all these layers side by side, without biases; zeros fill N up to ROWS."""
     weights = [layer.weight for layer in layers]
+    if widens(x, weights):
+        return product(x, weights, rows=-(-sum(map(len, weights)) // ROWS) * ROWS)
     if missing := -sum(map(len, weights)) % ROWS:
         weights.append(weights[0].new_zeros(missing, weights[0].shape[1]))
     return F.linear(x, torch.cat(weights))

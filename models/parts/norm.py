@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,12 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def is_plain(norm: nn.Module) -> TypeGuard[RMSNorm]:
+    """Whether it is RMSNorm and no more: no hook, and a weight that lies here as a whole."""
+    changed = norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__
+    return type(norm) is RMSNorm and type(norm.weight) in (nn.Parameter, Tensor) and not changed
 
 
 def unit(x: Tensor, eps: float) -> Tensor:

@@ -34,12 +34,14 @@ class Graph(NamedTuple):
     pool: Any = None
 
 
-def refusal(trainer: L.Trainer) -> str | None:
+def refusal(trainer: L.Trainer, context_parallel: int = 1) -> str | None:
     """Why nothing is recorded in this run, or None."""
     if (device := trainer.strategy.root_device).type != "cuda":
         return f"CUDA graphs need a GPU, this is {device.type}"
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        return "with strategy=ddp or fsdp processes meet during the backward pass, which a graph can't hold"
+    if context_parallel > 1:
+        return f"with context_parallel={context_parallel} processes meet in each block, which a graph can't hold"
+    if not isinstance(trainer.strategy, SingleDeviceStrategy) and not getattr(trainer.strategy, "averages", False):
+        return "with strategy=fsdp or hsdp processes meet in each block, which a graph can't hold"
     if trainer.precision == "16-mixed":
         return "trainer.precision=16-mixed scales each loss by another number"
     return None

@@ -3,28 +3,30 @@
 checkpoints/step-000000020.ckpt         weights, optimizer, schedule, counters, random state; torch.load reads it
             step-000000020.ckpt.sha256  its checksum, as `sha256sum --check` reads it
             step-000000020.keep         an empty file: this one is never deleted
+            step-000000020.shards/      where the strategy has it so: the tensors, a file a device (shards.py)
 
 A checkpoint is written under another name, synced to the disk and renamed, its checksum before it; what has the name is
-whole, but for a failing disk, and that the checksum finds. keep.py says which ones stay. Under every strategy it is the
-one file that the first rank writes.
+whole, but for a failing disk, and that the checksum finds. keep.py says which ones stay. It is the one file that the
+first rank writes, unless the strategy has shards, which are written while training goes on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import random
+import shutil
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
 from models.training.preemption import Preemption, Stopped
+from models.training.random_state import random_state, set_random_state
 from models.training.run import RunError
+from models.training.shards import SHARDED, read_whole
 
 
 class Checkpoint(Callback):
@@ -54,10 +56,12 @@ class Checkpoint(Callback):
         self.folder, self.every, self.validate_every = Path(folder), every, validate_every
         self.preemption, self.newest, self.kept, self.plateau = preemption, newest, kept, plateau
         self.finished = self.saved = 0  # the last step that is over, and that is in a file
+        self.begun: int | None = None  # the step of a checkpoint that is being written
         self.files = WholeFiles()
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         self.trainer = trainer
+        self.files = getattr(trainer.strategy, "files", None) or self.files
         trainer.strategy.checkpoint_io = self.files
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -89,22 +93,32 @@ class Checkpoint(Callback):
         if self.finished == trainer.max_steps:  # then comes on_train_end
             return
         if self.preemption.agreed or self.finished % self.every == 0 or self._stays(self.finished):
-            self._save(trainer)
+            self._save(trainer, wait=self.preemption.agreed)
         if self.preemption.agreed:
             raise Stopped(self.preemption, f"after step {self.finished:,}; saved is step {self.saved:,}")
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.interrupted or trainer.global_step == self.saved:
+        if trainer.interrupted:
             return
-        if error := self._save(trainer):
+        self._settle(trainer)
+        if trainer.global_step == self.saved:
+            return
+        if error := self._save(trainer, wait=True):
             raise RunError(f"{error}. Make room, and give the same command again: it goes on from step {self.saved:,}")
 
-    def _save(self, trainer: L.Trainer) -> str:
-        """Says what went wrong, if anything did. Every rank takes part."""
-        step = trainer.global_step
-        path = self.folder / f"step-{step:09d}.ckpt"
-        trainer.save_checkpoint(path)
-        error = trainer.strategy.broadcast(self.files.error)
+    def _save(self, trainer: L.Trainer, wait: bool) -> str:
+        """Every rank takes part. wait: until it is written. Says what went wrong with it, where that is known."""
+        self._settle(trainer)
+        self.begun = trainer.global_step
+        trainer.save_checkpoint(self.folder / f"step-{self.begun:09d}.ckpt")
+        return self._settle(trainer) if wait or not self.files.background else ""
+
+    def _settle(self, trainer: L.Trainer) -> str:
+        """Waits until what was begun is written. Says what went wrong, if anything did. Every rank takes part."""
+        if self.begun is None:
+            return ""
+        step, self.begun = self.begun, None
+        error = trainer.strategy.broadcast(self.files.finish())
         if error:
             error = f"the checkpoint of step {step:,} could not be written to {self.folder} ({error})"
             if trainer.is_global_zero:
@@ -113,7 +127,7 @@ class Checkpoint(Callback):
         self.saved = step
         if trainer.is_global_zero:
             if step in self.kept:
-                mark(path)
+                mark(self.folder / f"step-{step:09d}.ckpt")
             newest = sorted(self.folder.glob("step-[0-9]*.ckpt"))[-self.newest :]
             marked = {step_of(path) for path in self.folder.glob("step-[0-9]*.keep")}
             remove(self.folder, lambda step: step < step_of(newest[0]) and not self._stays(step) and step not in marked)
@@ -156,8 +170,14 @@ class WholeFiles(TorchCheckpointIO):
     """
 
     error = ""
+    background = False  # whether a write goes on after save_checkpoint has returned
+
+    def finish(self) -> str:
+        """Waits for the last write, and says what went wrong with it."""
+        return self.error
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """storage_options: the checksums of files beside it, by their names from here."""
         path, self.error = Path(path), ""
         checksum = checksum_of(path)
         drafts = [final.with_suffix(".partial") for final in (path, checksum)]
@@ -171,7 +191,8 @@ class WholeFiles(TorchCheckpointIO):
                     raise hashing.error or error from None
                 sync(file)
             with drafts[1].open("wb") as file:
-                file.write(f"{hashing.digest.hexdigest()}  {path.name}\n".encode())
+                digests = {path.name: hashing.digest.hexdigest(), **(storage_options or {})}
+                file.write("".join(f"{digest}  {name}\n" for name, digest in digests.items()).encode())
                 sync(file)
             drafts[1].replace(checksum)
             drafts[0].replace(path)
@@ -182,8 +203,14 @@ class WholeFiles(TorchCheckpointIO):
                 draft.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        """Weights only, whatever Lightning thinks: what is in a checkpoint can't run code."""
-        return torch.load(path, map_location=map_location, weights_only=True)
+        """Weights only, whatever Lightning thinks."""
+        return read(path)
+
+
+def read(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint with whole tensors, on the CPU. Weights only, so that what is in it can't run code."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    return read_whole(checkpoint, Path(path)) if SHARDED in checkpoint else checkpoint
 
 
 class HashingFile:
@@ -224,6 +251,11 @@ def checksum_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def mark(path: Path) -> None:
     """As one that stays, whatever `keep` says later. A full disk is a warning: it stays under this `keep`."""
     try:
@@ -242,20 +274,25 @@ def remove(folder: Path, condition: Any) -> None:
     does."""
     for path in sorted(folder.glob("step-[0-9]*")):
         if condition(step_of(path)) or path.suffix == ".partial":
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def what_is_wrong(path: Path) -> str:
     """With a checkpoint, in a few words; "" if it is whole. Reads all of it, at one to two GB/s."""
     try:
-        expected = checksum_of(path).read_bytes()[:64]
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest().encode()
-    except FileNotFoundError:
-        return "its checksum is missing"
-    except OSError as error:
-        return error.strerror or str(error)
-    return "" if found == expected else f"its {path.stat().st_size:,} bytes do not have the checksum they had"
+        expected = [line.split(maxsplit=1) for line in checksum_of(path).read_text().splitlines()]
+        files = {name: (path.parent / name, digest) for digest, name in expected}
+        if path.name not in files:
+            return "its checksum is missing"
+        for name, (file, digest) in files.items():
+            if sha256(file) != digest:
+                which = "" if file == path else f" of {name}"
+                return f"its {file.stat().st_size:,} bytes{which} do not have the checksum they had"
+    except FileNotFoundError as error:
+        return "its checksum is missing" if error.filename == str(checksum_of(path)) else f"{error.filename} is missing"
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return ""
 
 
 def newest_whole(folder: Path, until: int | None = None) -> tuple[Path | None, list[str]]:
@@ -273,20 +310,3 @@ def newest_whole(folder: Path, until: int | None = None) -> tuple[Path | None, l
             "\n       ".join([*torn, "No checkpoint is whole. To begin anew: overwrite=true, or another name="])
         )
     return None, []
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """Python's, NumPy's, torch's and the device's generator, as what torch.load takes with weights_only."""
-    legacy: Any = np.random.get_state()  # a tuple here; numpy says that it may be a dict
-    name, keys, *rest = legacy
-    state = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)

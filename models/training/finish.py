@@ -12,6 +12,7 @@ from data.module import DataModule
 from models.training import origin
 from models.training.logger import Tolerant
 from models.training.module import Training
+from models.training.parallel import Sharded
 from models.training.run import Run, describe
 from models.training.speed import Throughput
 from models.training.summary import say
@@ -41,7 +42,8 @@ def ending(trainer: L.Trainer, run: Run) -> Iterator[None]:
 def finish(trainer: L.Trainer, module: Training, datamodule: DataModule, run: Run) -> None:
     """Every rank takes part. A run that is killed in here does all of it again."""
     trainer.validate(module, datamodule, verbose=False)
-    weights = trainer.strategy.lightning_module_state_dict()  # every rank takes part where it is sharded
+    strategy = trainer.strategy
+    weights = strategy.whole_state_dict() if isinstance(strategy, Sharded) else strategy.lightning_module_state_dict()
     if not trainer.is_global_zero:
         return
     weights = {name.removeprefix("model."): value for name, value in weights.items()}

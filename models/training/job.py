@@ -17,7 +17,7 @@ from models.build import build
 from models.continuous import Continuous
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.reconstruction import Reconstruction
-from models.training import weights
+from models.training import fitting, weights
 from models.training.branch import branch
 from models.training.checkpoint import Checkpoint, newest_whole, step_of
 from models.training.finish import ending, finish
@@ -41,6 +41,8 @@ def train(cfg: DictConfig) -> Result:
     with Preemption() as preemption:
         try:
             preemption.overwrites = cfg.overwrite
+            settings.whole_numbers(cfg)
+            fitting.settle(cfg, kind_of)
             trainer, module, datamodule, run, overview = assemble(cfg, preemption)
             checkpoint, torn = newest_whole(run.checkpoints, run.branch)
             begin = not (checkpoint or run.result)
@@ -85,8 +87,8 @@ def checked(cfg: DictConfig) -> tuple[dict[str, Any], Batch]:
         raise ValueError("\n       ".join(found))
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     world_size = schema.world_size(cfg.trainer.devices, cfg.trainer.num_nodes)
-    sizes = cfg.batch_tokens, cfg.seq_len, cfg.micro_batch, world_size, cfg.tokens, cfg.context_parallel
-    return plain, batch_arithmetic(*sizes)
+    sizes = cfg.batch_tokens, cfg.seq_len, schema.at_first(cfg.micro_batch), world_size
+    return plain, batch_arithmetic(*sizes, cfg.tokens, cfg.context_parallel)
 
 
 def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Training, DataModule, Run, str]:

@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -21,11 +20,14 @@ from data.mixture import Source, by_source, together
 from models.context import Context
 from models.language_model import LanguageModel
 from models.loss import IGNORED
+from models.mixers.baselines import Baseline
 from models.mixers.mixer import Mixer
 from models.regression.regressor import Regressor
 from models.training import points
 from models.training.captured import Captured, refusal
 from models.training.guards import Guard
+from models.training.optimizer import clip
+from models.training.parallel import DDP, Sharded
 from models.training.preemption import Preemption
 from models.training.recompute import Recompute
 from models.training.summary import say
@@ -91,9 +93,7 @@ class Training(L.LightningModule):
         self._told: dict[str, Tensor] = {}  # by the regressors, in the captured pass
 
     def configure_model(self) -> None:
-        """Shards the parameters where the strategy has a device mesh (strategy=fsdp). Lightning calls this before fit
-        and before validate.
-        """
+        """Shards the parameters under strategy=fsdp and hsdp. Lightning calls this before fit and before validate."""
         if self._sharded:
             return
         if self.compile_blocks:
@@ -104,13 +104,7 @@ class Training(L.LightningModule):
                 # rows are not padded to multiples of 128 bytes: a copy would take that off before each of our kernels
                 block.compile(options={"comprehensive_padding": False})
         if self.device_mesh is not None:
-            # Parameters are gathered in float32 and cast by autocast, product by product: bf16-mixed then means the
-            # same under every strategy.
-            mesh = self.device_mesh["data_parallel"]
-            for module in (*self.model.blocks, self.model):
-                fully_shard(module, mesh=mesh)
-            for method in ("sum_nats", "score"):
-                register_fsdp_forward_method(self.model, method)
+            cast("Sharded", self.trainer.strategy).shard(self.model, self.model.blocks, ("sum_nats", "score"))
         self._sharded = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -184,6 +178,8 @@ class Training(L.LightningModule):
         and whether one of them was asked to stop.
         """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if isinstance(self.trainer.strategy, DDP):
+            self.trainer.strategy.average([p.grad for p in parameters if p.grad is not None])
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         window, self._window = torch.stack(self._window).sum(0), []
         sums = _sum_over_ranks(torch.cat([window, window.new_tensor(self.preemption.votes())]))
@@ -192,7 +188,7 @@ class Training(L.LightningModule):
         self.preemption.agree(votes)
         step, self.loss = self.trainer.global_step + 1, nats / max(count, 1)
         if self.guard.accepts(step, self.loss, length, self.model.named_parameters()):
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+            clip(parameters, self.clip_norm, norm, length)
         else:
             optimizer.zero_grad()  # and an optimizer passes over what has no gradient
         if step % self.trainer.log_every_n_steps:
@@ -225,6 +221,7 @@ class Training(L.LightningModule):
         return {
             f"{name}/layer_{i}": value
             for i, block in enumerate(self.model.blocks)
+            if not isinstance(block.mixer, Baseline)
             for name, value in block.mixer.regressor.diagnostics().items()
         }
 
@@ -239,7 +236,7 @@ class Training(L.LightningModule):
         """The rate is what the schedule says: the checkpoint may be of a run of another length (branch.py)."""
         self.first_step, self.began = self.trainer.global_step, time.time()
         scheduler: Any = self.lr_schedulers()
-        if self.cuda_graph and (why := refusal(self.trainer)) is None:
+        if self.cuda_graph and (why := refusal(self.trainer, self.context_parallel)) is None:
             self.captured = self._captured()
         elif self.cuda_graph and self.device.type == "cuda":
             say(f"cuda_graph has no effect here: {why}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.language_model import LanguageModel
+from models.mixers.baselines import Baseline
 from models.mixers.mixer import Mixer
 from models.parts.orthogonal import orthogonal
 from models.regression.regressor import Regressor
@@ -30,6 +32,7 @@ def parameter_groups(model: LanguageModel, weight_decay: float) -> list[dict[str
     decayed = {
         id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) not in spared
     }
+    decayed |= {id(p): p for m in model.modules() if isinstance(m, Baseline) for p in m.matrices()}
     rest = {id(p): p for p in model.parameters() if id(p) not in decayed}
     everything = {id(p) for p in model.parameters() if p.requires_grad}
     assert decayed.keys() | rest.keys() == everything, "a parameter is in no group"
@@ -38,6 +41,13 @@ def parameter_groups(model: LanguageModel, weight_decay: float) -> list[dict[str
         {"params": list(decayed.values()), "weight_decay": weight_decay},
         {"params": list(rest.values()), "weight_decay": 0.0},
     ]
+
+
+def clip(parameters: list[nn.Parameter], most: float, norm: Tensor, length: float) -> None:
+    """Shortens gradients of this norm to `most`, as torch does, by min(1, most / (norm + 1e-6)). length: the norm, as
+    the host knows it. Where that leaves the gradients as they are, nothing passes over them."""
+    if length + 2e-6 > most * (1 - 1e-6) or not math.isfinite(length):  # a float32 may round the factor to less than 1
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
 
 
 def adamw(

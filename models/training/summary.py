@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from models.language_model import LanguageModel
+from models.mixers.baselines import Baseline
 from models.mixers.mixer import Mixer
 
 
@@ -29,18 +30,19 @@ def summary(model: LanguageModel, seq_len: int, device: torch.device, dtype: tor
         indices = list(group)
         block = model.blocks[indices[0]]
         mixer = block.mixer
-        choice = mixer.regressor.choose(device, dtype)
+        who = mixer if isinstance(mixer, Baseline) else mixer.regressor
+        choice = who.choose(device, dtype)
         layers = f"{indices[0]}" if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
         inner = block.feed_forward.inner_size
         lines.append(
-            f"{layers:<10}{key:<14}{type(mixer.regressor).__name__:<12}{mixer.num_params:>12,}{inner:>14,}"
+            f"{layers:<10}{key:<14}{type(who).__name__:<12}{mixer.num_params:>12,}{inner:>14,}"
             f"{mixer.state_size(seq_len):>12,}  {choice.backend}{f' ({choice.reason})' if choice.reason else ''}"
         )
         for each in (part for part in mixer.modules() if isinstance(part, Mixer)):
             if device.type == "cuda" or each.pairs_backend != "auto":
                 by = each.choose(device, dtype)
                 made.append(f"{key}: {by.backend}{f' ({by.reason})' if by.reason else ''}")
-        if mixer.features.width != mixer.key_dim:
+        if not isinstance(mixer, Baseline) and mixer.features.width != mixer.key_dim:
             widened.append(f"{key}: {type(mixer.features).__name__}, {mixer.features.width:,} of {mixer.key_dim}")
     if widened:
         lines.append(f"(features of keys: {'; '.join(dict.fromkeys(widened))})")

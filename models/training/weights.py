@@ -17,7 +17,7 @@ from data.tokenizer import HuggingFace, Tokenizer, Trainable
 from data.vocabulary import shared
 from models.build import build, current
 from models.language_model import LanguageModel, LanguageModelConfig
-from models.training import published
+from models.training import checkpoint, published
 from models.training.checkpoint import newest_whole, step_of, what_is_wrong
 from models.training.run import difference
 
@@ -134,7 +134,7 @@ def read(path: Path) -> dict[str, Tensor]:
     """The weights of an exported folder or of a checkpoint, by the names that LanguageModel has for them."""
     if path.is_dir():
         return _exported(path).state_dict()
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    saved = checkpoint.read(path, mmap=True)["state_dict"]
     return {name.removeprefix("model."): value for name, value in saved.items()}
 
 

@@ -30,7 +30,10 @@ OF_FOLDERS = {
     "attention": "attention",
     "local_linear": "attention",
     "pairs": "convolution",
+    "columns": "casts, copies, sums",
     "cross_entropy": "cross-entropy",
+    "residual": "norms",
+    "read_out": "norms",
     "swiglu": "activations",
 }
 

@@ -32,7 +32,8 @@ from scripts.benchmarks.intervals import softmax_over_intervals
 from scripts.benchmarks.pairs import pairs
 from scripts.benchmarks.parts import half
 from scripts.benchmarks.timing import Case, Operator, graphed, same
-from scripts.recipes import PRESETS, composed, mixer_of
+from scripts.recipes import composed, mixer_of
+from scripts.reports.presets import all_classes
 
 if TYPE_CHECKING:
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
@@ -263,10 +264,8 @@ class Layer(nn.Module):
 
 def memories(B: int, T: int, H: int, K: int, device: str) -> dict[str, Callable[[], Case]]:
     """Every preset with a memory of fixed size, beside the gated delta rule; on a GPU also fla's own operator."""
-    every = [f"+mixer@model.mixers.{name}={name}" for name in PRESETS]  # at once, since Hydra is slow
-    recipes = composed("gated_delta", *every).model.mixers
-    own = {name: recipes[name].regressor for name in PRESETS if "regressor" in recipes[name]}  # not one that is inside
-    found = [name for name, node in own.items() if issubclass(get_class(node._target_), Memory)]
+    own = {name: classes.get("regressor._target_") for name, classes in all_classes().items()}  # not one that is inside
+    found = [name for name, target in own.items() if target and issubclass(get_class(target), Memory)]
     return {f"memory {name} B{B} T{T} H{H} K{K}": partial(memory, name, (B, T, H, K), device) for name in found}
 
 
@@ -283,7 +282,7 @@ def regressor_of(preset: str, shape: tuple[int, int, int, int], device: str) -> 
     B, T, H, K = shape
     torch.manual_seed(0)
     sizes = f"model.num_heads={H}", f"model.hidden_size={H * K}"
-    mixer, given = mixer_of(composed(preset, *sizes)).to(device), []
+    mixer, given = mixer_of(composed(preset, *sizes)).to(device), list[Tensor | None]()
     x = torch.randn(B, T, H * K, device=device)  # itself, where the mixer gives the regressor its products alone
     mixer.regressor.register_forward_pre_hook(lambda module, inputs: given.extend((x, *inputs[0][1:5])))
     with torch.no_grad(), half(device):

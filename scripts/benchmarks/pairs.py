@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from models.kernels import read_out
 from scripts.benchmarks import peers
+from scripts.benchmarks.parts import refused
 from scripts.benchmarks.timing import Case, Operator
 from scripts.recipes import composed, mixer_of
 
@@ -26,12 +28,12 @@ def pairs(preset: str, B: int, T: int, H: int, K: int) -> Case:
     parts = [mixer.convolution, mixer.q_norm, mixer.k_norm]
     learned = tuple(p for part in parts if isinstance(part, nn.Module) for p in part.parameters())
 
-    def by(backend: str) -> Callable[[Tensor], Heads]:
+    def by(backend: str) -> Callable[..., Heads]:
         def operator(row: Tensor) -> Heads:
             mixer.pairs_backend = backend
-            return tuple(y for y in mixer._pairs(row, positions, (None, None), None)[:4] if y is not None)
+            return tuple(y for y in mixer._pairs(row, positions, (None, None), None)[:4] if isinstance(y, Tensor))
 
-        return operator
+        return refused(read_out, operator)  # the gate is made with the others, and not where it is read
 
     operators = {
         "ours, Triton": Operator(by("triton"), [row], learned),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.block import Block, SwiGLU, feed_forward
-from models.kernels import cross_entropy, swiglu
+from models.kernels import cross_entropy, read_out, residual, swiglu
 from models.loss import sum_nats
 from scripts.benchmarks import peers
 from scripts.benchmarks.timing import Case, Operator, same
@@ -90,20 +90,19 @@ def gated(B: int, T: int, D: int, inner_size: int, device: str) -> Case:
 
 
 def block(B: int, T: int, D: int, num_heads: int) -> Case:
-    """A block of gated_delta and of softmax, compiled; `--kernels` says what its norms and residuals take."""
+    """A block of gated_delta and of softmax, compiled; `--kernels` says what its norms and residuals take. By PyTorch
+    these, SwiGLU and the read-out are torch.compile's."""
     torch.manual_seed(0)
     x, operators = torch.randn(B, T, D, device="cuda").requires_grad_(), {}
     for preset in ("gated_delta", "softmax"):
-        for form, refusing in (("PyTorch", swiglu), ("Triton", None)):
+        for form, refusing in (("PyTorch", (swiglu, residual, read_out)), ("Triton", ())):
             mixer = mixer_of(composed(preset, f"model.num_heads={num_heads}", f"model.hidden_size={D}"))
             layer = Block(D, mixer, feed_forward("swiglu", D, mixer), 1e-6)
-            operators[f"{preset}, SwiGLU by {form}"] = timed(layer, x, "cuda", refusing, compiled=True)
+            operators[f"{preset}, by {form}"] = timed(layer, x, "cuda", *refusing, compiled=True)
     return Case(operators, alike=False)
 
 
-def timed(
-    layer: nn.Module, x: Tensor, device: str, without: ModuleType | None = None, compiled: bool = False
-) -> Operator:
+def timed(layer: nn.Module, x: Tensor, device: str, *without: ModuleType, compiled: bool = False) -> Operator:
     """By bf16 products on a GPU, without the state that a block returns. without: kernels that are not taken."""
     layer = layer.to(device)
     if compiled:
@@ -112,15 +111,17 @@ def timed(
     def operator(x: Tensor) -> Tensor:
         with half(device):
             y = layer(x)
-        return y[0] if isinstance(y, tuple) else y
+        return y[0] + y[1] if isinstance(y, tuple) else y  # a block's residual stream, whole
 
-    return Operator(operator if without is None else refused(without, operator), [x], tuple(layer.parameters()))
+    for kernels in without:
+        operator = refused(kernels, operator)
+    return Operator(operator, [x], tuple(layer.parameters()))
 
 
-def refused(kernels: ModuleType, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def refused(kernels: ModuleType, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function where these kernels say that they can't run."""
 
-    def operator(*inputs: Tensor) -> Tensor:
+    def operator(*inputs: Tensor) -> Any:
         with patch.object(kernels, "refusal", _not_asked_for):
             return function(*inputs)
 

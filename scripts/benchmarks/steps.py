@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from models.training import captured
+from models.training.optimizer import clip
 from models.training.speed import peak_flops
 from scripts.benchmarks.contenders import Contender, Sizes, batch_of, contender, half
 from scripts.benchmarks.kinds import Kind, by_kind
@@ -126,8 +127,8 @@ def step_of(model: Contender, taken: captured.Captured) -> Callable[[dict[str, A
     def step(batch: dict[str, Any]) -> float:
         loss = taken(batch)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        value, _ = torch.stack([loss.float(), norm.float()]).tolist()
-        torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+        value, length = torch.stack([loss.float(), norm.float()]).tolist()
+        clip(parameters, 1.0, norm, length)
         model.optimizer.step()
         model.optimizer.zero_grad(set_to_none=True)
         return value

@@ -152,8 +152,14 @@ def refusal(model: LanguageModel) -> str | None:
 def _another(mixer: Any) -> str:
     if type(mixer) is Mixer and type(mixer.regressor) is Linear and type(mixer.decay) is ScalarDecay:
         return MAMBA2
-    parts = (mixer.regressor, mixer.decay, mixer.features) if type(mixer) is Mixer else (mixer,)
+    parts = (mixer.regressor, mixer.decay, mixer.features) if isinstance(mixer, Mixer) else (mixer,)
     names = " with ".join(type(part).__name__ for part in parts)
+    if isinstance(mixer, PublishedReadOut):
+        kinds = [k.name for k in KINDS.values() if k.made != "KDA"]
+        return (
+            f"is {names} with what its published layer has around it, which only KDA's export knows; the model without "
+            f"_published in its name may be one of fla's {', '.join(kinds)}"
+        )
     return f"is {names}: a model of fla can be {', '.join(k.name for k in KINDS.values())}"
 
 

@@ -52,7 +52,8 @@ def read(claim: Claim, folder: Path) -> list[Row]:
 def beyond(source: str, row: Row) -> str:
     """The settings of a run that its sweep is not over, as words."""
     over = {"experiment", "name", "seed", *RATES, *params(source)[1]}
-    return " ".join(f"{key}={value}" for key, value in settings(row).items() if key not in over)
+    words = (f"{key}={value}" for key, value in settings(row).items() if key not in over)
+    return " ".join(word for word in words if not word.startswith("hydra."))
 
 
 @cache

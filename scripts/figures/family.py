@@ -34,6 +34,7 @@ DECAYS = {
     "fixed": "#fefcbf",
     "scalar": "#bee3f8",
     "channel": "#d6bcfa",
+    "slow_channel": "#d6bcfa",
     "channel_rate": "#e9d8fd",
     "signed": "#fed7d7",
 }

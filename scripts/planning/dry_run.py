@@ -61,9 +61,12 @@ def plan(config: dict[str, Any], batch: Batch) -> tuple[list[str], str]:
     model, where = planned.model, device(trainer)
     if first is not None:
         weights.refuse_another(model.state_dict(), weights.read(first), source, any_vocabulary=True)
-    sharded = "ModelParallel" in str(trainer["strategy"])
-    shards = batch.world_size if sharded else 1
+    sharded = "Sharded" in str(trainer["strategy"])
+    shards = batch.world_size // trainer["strategy"].get("replicas", 1) if sharded else 1
     memory = planned.memory(config["optimizer"], batch, shards)
+    on_disk = shards * (memory.weights + memory.optimizer)
+    if sharded:
+        memory = gathered(memory, shards, trainer["strategy"].get("whole_for", "block"))
     tokens = batch.num_steps * batch.tokens
     total, six = 3 * model.flops_per_token(batch.seq_len) * tokens, six_n(model)
     took = times(total, batch.world_size, where)
@@ -75,7 +78,7 @@ def plan(config: dict[str, Any], batch: Batch) -> tuple[list[str], str]:
         summary(model, batch.seq_len, where, dtype(trainer["precision"])),
         f"parts     {parts(model)}",
         *memory_lines(memory, batch, trainer["precision"], sharded),
-        f"disk      {disk(config, batch, shards * (memory.weights + memory.optimizer))}",
+        f"disk      {disk(config, batch, on_disk)}",
         f"compute   {total:.3g} FLOPs in all; by 6 N, {six:,} a token, {six * tokens:.3g}",
         f"compile   {compiled(config, model)}",
         f"time      {took}",
@@ -102,15 +105,18 @@ def standing(config: dict[str, Any]) -> str:
 def vocabulary(config: dict[str, Any], batch: Batch) -> tuple[int, list[str]]:
     """How many ids there are, and lines about the data, of which none are prepared."""
     task = build(config["data"], tokenizer=build(config["tokenizer"]), seq_len=batch.seq_len)
-    texts = list(task.parts.values()) if isinstance(task, Mixture) else [task] if isinstance(task, Text) else []
-    missing = [text for text in texts if not (text.folder / "meta.json").exists()]
+    texts = task.parts if isinstance(task, Mixture) else {"": task} if isinstance(task, Text) else {}
+    missing = {name: text for name, text in texts.items() if not (text.folder / "meta.json").exists()}
     if missing:
         learnt: Any = task.tokenizer if isinstance(task.tokenizer, Trainable) else None
         size = task.tokenizer.vocab_size if learnt is None else learnt.max_vocab_size
         most = "" if learnt is None else "at most "
         ids = f"{most}{size:,} ids"
         return size, [
-            *(f"{text.name}: to be prepared, into {text.folder}; {ids}" for text in missing),
+            *(
+                f"{f'{part}: ' if part else ''}{text.name}: to be prepared, into {text.folder}; {ids}"
+                for part, text in missing.items()
+            ),
             *(task.passes(batch) if isinstance(task, Mixture) else []),
         ]
     task.prepare()
@@ -147,6 +153,13 @@ def memory_lines(memory: Memory, batch: Batch, precision: Any, sharded: bool) ->
         f"memory    {least(memory)}{gib(memory.total)} on each device{shared}: {', '.join(told)}",
         f"          (activations: {about})",
     ]
+
+
+def gathered(memory: Memory, shards: int, whole_for: str) -> Memory:
+    """With the parameters, and gradients, that a device of strategy=fsdp holds whole for a pass or a step."""
+    times = {"block": (0, 0), "pass": (shards, 0), "step": (shards, shards)}[whole_for]
+    weights, gradients = (x * (1 + n) for x, n in zip((memory.weights, memory.gradients), times, strict=True))
+    return memory._replace(weights=weights, gradients=gradients)
 
 
 def least(memory: Memory) -> str:

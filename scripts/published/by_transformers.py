@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scripts.exporting.qwen_layers import Heads, attention_from_qwen, delta_from_qwen
 from scripts.published.plain import Layer, in_float64, varied
-from scripts.published.weights import Weights, from_kimi, from_mamba2, from_olmo
+from scripts.published.weights import Weights, from_kimi, from_mamba, from_mamba2, from_olmo
 
 D, H, K, V = 32, 2, 8, 16
 LINEAR = {
@@ -71,6 +71,13 @@ PEERS = {
         {"linear_head_dim": D // H, "linear_num_heads": H, "layer_types": ["linear_attention"]},
         {},
         from_kimi,
+    ),
+    "mamba": Peer(
+        "mamba",
+        ("MambaConfig", "MambaMixer"),
+        {"state_size": K, "time_step_rank": 3},
+        {"state_dim": K, "step_rank": 3},
+        from_mamba,
     ),
     "mamba2": Peer(
         "mamba2",

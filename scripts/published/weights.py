@@ -95,3 +95,20 @@ def from_mamba2(theirs: Weights, ours: Any) -> Weights:
         "read_norm.weight": theirs["norm.weight"],
         "output.weight": theirs["out_proj.weight"],
     }
+
+
+def from_mamba(theirs: Weights, ours: Any) -> Weights:
+    """Of transformers' MambaMixer."""
+    names = {
+        "in_proj.weight": "projection.weight",
+        "conv1d.bias": "conv_bias",
+        "x_proj.weight": "selection.weight",
+        "dt_proj.weight": "step_weight",
+        "dt_proj.bias": "step_bias",
+        "A_log": "log_rate",
+        "D": "skip",
+        "out_proj.weight": "output.weight",
+    }
+    rest = dict(theirs)
+    found = {"convolution.weight": rest.pop("conv1d.weight").squeeze(1)}
+    return found | {names[key]: value for key, value in rest.items()}

@@ -33,18 +33,21 @@ def mixers(model: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def nearest(mixer: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name of the preset with the same classes and the fewest other settings, and these, by their path. Where no
-    preset has the mixer's regressor, the name of the regressor's class, and all settings."""
+    """The name of the preset with the same classes and the fewest other settings, and these, by their path; among
+    equals that of which the mixer lacks the fewest settings. Where no preset has the mixer's regressor, the name of the
+    regressor's class, and all settings. A baseline has none, and is known by its own class."""
     classes = {path: value for path, value in leaves(mixer) if path.endswith("_target_")}
     alike = {name: len(classes.items() ^ of.items()) for name, of in all_classes().items()}
-    own = {path: value for path, value in classes.items() if "regressor" in path}
+    own = {path: value for path, value in classes.items() if "regressor" in path} or classes
     alike = {name: count for name, count in alike.items() if own.items() <= all_classes()[name].items()}
     if not alike:
         name = classes.get("regressor._target_", mixer.get("_target_", "a mixer without a class"))
         return str(name).rpartition(".")[2], dict(leaves(mixer))
     candidates = sorted(name for name, count in alike.items() if count == min(alike.values()))
     others = {name: _others(mixer, composed(name)) for name in candidates}
-    best = min(candidates, key=lambda name: len(others[name]))
+    own_keys = dict(leaves(mixer)).keys()
+    lacks = {name: len(dict(leaves(composed(name))).keys() - own_keys) for name in candidates}
+    best = min(candidates, key=lambda name: (len(others[name]), lacks[name]))
     return best, others[best]
 
 
@@ -70,13 +73,22 @@ def leaves(node: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
 @cache
 def all_classes() -> dict[str, dict[str, str]]:
     """Of every preset, the class of each of its parts, like {'regressor._target_': 'models. ...'}."""
-    return {path.stem: dict(_classes("mixer", path.stem)) for path in sorted((CONF / "mixer").glob("*.yaml"))}
+    return {
+        path.stem: dict(_classes(_group(path.stem), path.stem)) for path in sorted((CONF / "mixer").rglob("*.yaml"))
+    }
+
+
+def _group(name: str) -> str:
+    """Of a preset."""
+    return "mixer" if (CONF / "mixer" / f"{name}.yaml").exists() else "mixer/baseline"
 
 
 def _classes(group: str, name: str, before: str = "") -> Iterator[tuple[str, str]]:
     """By the lists of defaults alone: to compose all presets takes seconds."""
     node = _file(group, name)
     for entry in node.get("defaults", []):
+        if isinstance(entry, str) and entry != "_self_":  # another file of the group, which this one adds to
+            yield from _classes(group, entry, before)
         for key, option in entry.items() if isinstance(entry, dict) else ():
             part, _, package = key.lstrip("/").partition("@")
             yield from _classes(part, option, f"{before}{package}.")
@@ -95,5 +107,7 @@ def composed(name: str) -> dict[str, Any]:
     """The preset as Hydra composes it, with what it takes from the model left open."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        found: Any = OmegaConf.to_container(compose(f"mixer/{name}"))
-    return found["mixer"]
+        found: Any = OmegaConf.to_container(compose(f"{_group(name)}/{name}"))
+    for key in _group(name).split("/"):
+        found = found[key]
+    return found

@@ -123,8 +123,10 @@ def test_parts_have_about_as_many_bytes(tmp_path):
 
 def test_mistakes_are_told(files, tmp_path):
     corpus, whole = TextFiles(**files), tmp_path / "whole"
-    with pytest.raises(ValueError, match=r"part=2 of parts=2 is not one: it must be a whole number from 0 to 2 - 1"):
+    with pytest.raises(ValueError, match=r"^part=2 of parts=2 must be a whole number from 0 to 1$"):
         prepare_part(corpus, Bytes(), whole, 2, 2)
+    with pytest.raises(ValueError, match=r"^parts=0 must be a whole number, at least 1: into how many parts"):
+        prepare_part(corpus, Bytes(), whole, 1, 0)
     with pytest.raises(ValueError, match=r"parts=8 is more than the 7 files of"):
         prepare_part(corpus, Bytes(), whole, 0, 8)
     with pytest.raises(ValueError, match=r"data.drop_duplicates=true compares all documents, of which a part sees"):

@@ -214,6 +214,13 @@ def test_mistakes_name_the_setting(parts):
         made({}, {})
     with pytest.raises(ValueError, match=r"data.weights=\{'wob': 1\} must .* \(web\) .*; \+data.weights.web=1 "):
         made(web, {"wob": 1})
+    two = web | {"code": parts["code"]}
+    with pytest.raises(ValueError, match=r"data.weights=\{'web': 3\} must .* \(web, code\) .*; \+data.weights.code=1 "):
+        made(two, {"web": 3})
+    with pytest.raises(ValueError, match=r"\(web\) and for nothing else; ~data.weights.code takes one away"):
+        made(web, {"web": 3, "code": 1})
+    with pytest.raises(ValueError, match=r"data.parts.web is a mixture, and a part is one corpus; "):
+        made({"web": {"_target_": "data.mixture.Mixture", "parts": {}, "weights": {}}}, {"web": 1})
     with pytest.raises(ValueError, match=r"data.weights.web=0 must be a positive number"):
         made(web, {"web": 0})
     with pytest.raises(ValueError, match=r"data.parts.a.b is a part of metrics' names: letters"):

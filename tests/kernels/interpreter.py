@@ -6,8 +6,11 @@ The interpreter runs plain kernels. Two things stand between it and fla's:
     all it gets.
   * Kernels convert loop counters, `i.to(tl.int64)`, and an interpreted loop counts in Python integers. So fla's kernel
     modules get a `range` whose integers have a `to` that returns them.
-And one thing makes it slow: it replaces what is in `triton.language` anew at every call of a device function, 40,000
-times in 70 tokens of a deep memory, which takes half of the time. Once is enough where nothing but kernels runs.
+Two things make it slow. It replaces what is in `triton.language` anew at every call of a device function, 40,000 times
+in 70 tokens of a deep memory: once is enough where nothing but kernels runs. And for every value of a kernel it finds
+anew what its type is in numpy and what its shape is, of which a kernel has a few dozen, and computes every sum of
+integers a second time, to look for an overflow that is told in debug mode alone: without both, it takes less than half
+of the time again.
 TRITON_INTERPRET must be set before Triton is imported, hence child processes. They are forked from one that has
 imported PyTorch and Triton and has composed the presets, seven seconds of a core that each would take otherwise.
 """
@@ -16,8 +19,10 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import dataclasses
 import gc
 import json
+import math
 import os
 import signal
 import subprocess
@@ -27,6 +32,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,6 +138,7 @@ def _integer(bound: object) -> int:
 def prepare(fla: bool) -> None:
     """Applies the changes, once, before any kernel runs."""
     _patch_the_language_once()
+    _know_types_by_their_names()
     if fla:
         _prepare_fla()
 
@@ -151,6 +158,41 @@ def _patch_the_language_once() -> None:
         return interpreter._LangPatchScope()  # that has nothing to restore after a launch
 
     interpreter._patch_lang = patch_what_is_new
+
+
+@cache
+def _know_types_by_their_names() -> None:
+    """A name has the kind and the shape: `fp32`, `pointer<fp32>`, `<['16', '32'], fp32>`. Shapes are never changed."""
+    import triton.language.core as tl
+    from triton.runtime import interpreter
+
+    in_numpy, new_block = interpreter._get_np_dtype, tl.block_type.__init__
+    known: dict[str, Any] = {}
+    blocks: dict[Any, Any] = {}
+    shapes: dict[str, Any] = {}
+
+    def dtype_of(type: Any) -> Any:
+        if type.name not in known:
+            known[type.name] = in_numpy(type)
+        return known[type.name]
+
+    def make_block(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *[getattr(size, "value", size) for size in shape])
+        if key not in blocks:
+            new_block(self, element_ty, shape)
+            blocks[key] = vars(self).copy()
+        vars(self).update(blocks[key])
+
+    def make_tensor(self: Any, handle: Any, type: Any) -> None:
+        if type.name not in shapes:
+            sizes = type.shape if type.is_block() else ()
+            shapes[type.name] = tl.constexpr(math.prod(sizes)), tl.tuple([tl.constexpr(size) for size in sizes])
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = shapes[type.name]
+
+    interpreter._get_np_dtype, tl.block_type.__init__, tl.tensor.__init__ = dtype_of, make_block, make_tensor
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 @cache

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from models.kernels import delta, fla, momentum
 from models.parts.sizes import Sizes
 from models.regression.documents import forget_at_starts
-from models.regression.linear.delta import FIRST, Delta, recurrent_delta
+from models.regression.linear.delta import Delta, recurrent_delta
 from tests.kernels.interpreter import run_interpreted
 
 CASES = {  # what differs from one head width of 16, 100 tokens, a decay
@@ -29,6 +29,7 @@ CASES = {  # what differs from one head width of 16, 100 tokens, a decay
 }
 WIDE = {
     "wide": {"K": 128, "V": 128, "T": 300, "documents": 130},
+    "wide, many heads": {"K": 128, "V": 128, "T": 130, "rows": 40},  # one program of the scans for all values
     "wide, no decay": {"K": 128, "V": 128, "T": 300, "decay": None},
     "64": {"K": 64, "V": 64, "T": 300},
     "wide, ragged": {"K": 96, "V": 80, "T": 130},
@@ -119,14 +120,16 @@ def test_the_same_bits_in_every_run_and_in_a_graph():
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         first, second = call(), call()
+        with torch.no_grad():
+            alone = delta.delta_rule(*given)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         third = call()
     graph.replay()
     torch.cuda.synchronize()
-    for found in (second, third):
-        assert all(torch.equal(x, y) for x, y in zip(first, found, strict=True))
+    for found in (second, third, alone):
+        assert all(torch.equal(x, y) for x, y in zip(first, found, strict=found is not alone))
 
 
 def test_auto_takes_it_where_it_computes_the_rule(monkeypatch):
@@ -134,25 +137,29 @@ def test_auto_takes_it_where_it_computes_the_rule(monkeypatch):
         monkeypatch.setattr(kernels, "refusal", lambda *_, **__: None)
     for name in ("refusal_gated_delta", "refusal_leaky_delta"):
         monkeypatch.setattr(fla, name, lambda *_: None)
+    monkeypatch.setattr(delta, "faster", lambda _: True)
 
     def taken(width: int, decay: str, **settings) -> str:
         regressor = Delta(Sizes(2 * width, 2, 2, width, width), **settings)
         regressor.decay_kind = decay
         return regressor.choose(torch.device("cuda"), torch.bfloat16).backend
 
-    assert taken(128, "head") == taken(128, "none") == taken(128, "none", gradient_before_decay=True) == FIRST
+    assert taken(128, "head") == taken(128, "none") == taken(128, "none", gradient_before_decay=True) == "triton"
     assert taken(256, "head") == taken(128, "head", gradient_before_decay=True) == taken(128, "channel") == "fla"
+    monkeypatch.setattr(fla, "FLASH_QLA", True)  # which is asked for by hand, and has no kernel without a decay
+    assert (taken(128, "head"), taken(128, "none")) == ("fla", "triton")
+    monkeypatch.setattr(delta, "faster", lambda _: False)
+    assert taken(128, "none") == "fla"
 
 
 def test_what_it_refuses(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "Triton" in delta.refusal(torch.device("cpu"), torch.float32, 64, 64)
-    assert delta.takes(torch.bfloat16, 128, 80)
-    assert not any(delta.takes(torch.bfloat16, 128, value_dim) for value_dim in (64, 256))
+    assert delta.takes(torch.bfloat16, 128, 16) and not delta.takes(torch.bfloat16, 128, 256)
     assert delta.takes(torch.float32, 64, 64) and not delta.takes(torch.float32, 128, 64)
     assert not delta.takes(torch.float64, 16, 16)
     if importlib.util.find_spec("triton") is not None:
         cuda = torch.device("cuda")
         assert delta.refusal(cuda, torch.bfloat16, 128, 128) is None
-        assert "1 to 64 wide, not 128 and 64" in delta.refusal(cuda, torch.float32, 128, 64)
+        assert "up to 64 wide, not 128 and 64" in delta.refusal(cuda, torch.float32, 128, 64)
         assert "float64" in delta.refusal(cuda, torch.float64, 64, 64)

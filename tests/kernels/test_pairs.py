@@ -58,6 +58,8 @@ def outcomes(
     given = [tail if tail is None else tail * (torch.arange(-tail.shape[1], 0, device=device) >= -far).view(-1, 1)
              for tail in tails]  # fmt: skip
     q, k, v, gate, after, _ = m._pairs(x, positions, tuple(given), segments)
+    if gate is not None:  # as it is read, by ones
+        gate = m._leave(x, v.new_ones(B, T, m.num_heads, m.value_dim), v, gate)
     made = {"q": q, "k": k, "v": v, "gate": gate, "tail": after[0]}
     made = {name: y for name, y in made.items() if y is not None}
     upstream = [torch.randn(y.shape, generator=torch.Generator().manual_seed(i)) for i, y in enumerate(made.values())]

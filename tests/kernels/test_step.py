@@ -34,11 +34,12 @@ def errors(case: str, device: str, dtype: torch.dtype = torch.float32, tokens: i
     block = Block(HIDDEN, m, SwiGLU(HIDDEN, 24), 1e-6).to(device, dtype)
     x = inputs(2, 9 + tokens, torch.float32).to(device, dtype)
     with torch.no_grad():
-        _, state = block(x[:, :9])
+        *_, state = block(x[:, :9])
         fused, ours = FusedBlock(block, x.device, dtype), map_tensors(state, torch.clone)
         assert isinstance(fused.mixer, FusedMixer), fused.refusal
         for t in range(9, 9 + tokens):
-            wanted, state = block(x[:, t : t + 1], state)
+            *x_and_y, state = block(x[:, t : t + 1], None, state)
+            wanted = sum(x_and_y)
             x_and_y = fused(x[:, t : t + 1], None, ours)
             found, after = sum(x_and_y[:2]), x_and_y[2]
             assert all(a is b for a, b in zip(tensors(after), tensors(ours), strict=True))

@@ -77,6 +77,8 @@ def recipes() -> dict[str, dict[str, Any]]:
             for preset in some:
                 if "segment" in mixers[preset]:
                     mixers[preset].segment = CHUNK
+                if "key_dim" in mixers[preset]:
+                    mixers[preset].key_dim = 4  # of many features
             found |= OmegaConf.to_container(mixers, resolve=True)
     return {preset: found[preset] for preset in PRESETS}
 
@@ -122,9 +124,12 @@ def built(preset: str, backend: str, dtype: torch.dtype, settings: dict[str, Any
     for each in parts(node):
         own = backend if plain or each is parts(node)[0] else "torch"  # of a memory and attention, the memory's
         chunked = issubclass(locate(each["regressor"]["_target_"]), Memory)
-        large = each["regressor"].get("grad_batch", 1) > 2 * CHUNK
+        late = each["regressor"].get("mass") is not None  # what is read comes from earlier mini-batches alone
+        large = each["regressor"].get("grad_batch", 1) > (CHUNK if late else 2 * CHUNK)
         change(each, regressor__backend=own, **({"regressor__chunk": CHUNK} if chunked else {}))
         change(each, **({"regressor__grad_batch": CHUNK} if large else {}))
+        if "shard" in each["regressor"]:
+            change(each, regressor__shard=CHUNK - 2, regressor__local_batches=[CHUNK // 2])
     torch.manual_seed(1)
     return build(change(node, **settings), hidden_size=HIDDEN, layer_index=0).to(dtype)
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training import captured
 from models.training.captured import WARM_UP, Captured, Graph
+from models.training.parallel import DDP, Sharded
 from tests.laws.presets import recipe
 from tests.training.test_interruptions import Fit, fit, one_thread  # noqa: F401
 
@@ -141,7 +142,7 @@ def test_a_run_with_recorded_micro_batches_is_the_same(tmp_path, monkeypatch):
     """All of it, with Lightning's own order of gradients and steps: losses, norms and weights, bit for bit."""
     plain = fit(tmp_path / "plain")
     monkeypatch.setattr("models.training.module.Captured", StandIn)
-    monkeypatch.setattr("models.training.module.refusal", lambda trainer: None)
+    monkeypatch.setattr("models.training.module.refusal", lambda *_: None)
     graphs = Fit(tmp_path / "graphs")
     graphs.module.cuda_graph = True
     graphs.run()
@@ -154,13 +155,15 @@ def test_a_run_with_recorded_micro_batches_is_the_same(tmp_path, monkeypatch):
 
 
 def test_refusals_say_why():
-    def said(kind: type, device: str, precision: str) -> str | None:
+    def said(kind: type, device: str, precision: str, context_parallel: int = 1) -> str | None:
         strategy = kind.__new__(kind)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kind, "root_device", torch.device(device))
-            return captured.refusal(SimpleNamespace(strategy=strategy, precision=precision))
+            return captured.refusal(SimpleNamespace(strategy=strategy, precision=precision), context_parallel)
 
     assert said(SingleDeviceStrategy, "cuda", "bf16-mixed") is None
     assert "this is cpu" in str(said(SingleDeviceStrategy, "cpu", "32-true"))
-    assert "strategy=ddp" in str(said(DDPStrategy, "cuda", "bf16-mixed"))
+    assert said(DDP, "cuda", "bf16-mixed") is None
+    assert "context_parallel=2" in str(said(DDP, "cuda", "bf16-mixed", 2))
+    assert "strategy=fsdp" in str(said(Sharded, "cuda", "bf16-mixed"))
     assert "16-mixed" in str(said(SingleDeviceStrategy, "cuda", "16-mixed"))

@@ -14,7 +14,7 @@ from data.tokenizer import Bytes
 from models.training import callbacks
 from models.training.logger import CsvLogger, read_metrics
 from models.training.module import Training, position_ranges
-from models.training.optimizer import adamw, muon, orthogonal, parameter_groups
+from models.training.optimizer import adamw, clip, muon, orthogonal, parameter_groups
 from models.training.run import difference
 from models.training.schedule import warmup_cosine, warmup_stable_decay
 from models.training.speed import peak_flops
@@ -159,3 +159,20 @@ def test_the_sample_ends_where_the_model_ends_it(tmp_path, monkeypatch):
     monkeypatch.setattr(callbacks, "_finite", lambda *_: certain.index_fill(1, torch.tensor([next(letters)]), 0.0))
     callbacks.Sample(num_tokens=8).on_fit_end(trainer, module)
     assert (tmp_path / "sample.txt").read_text() == "one !?\n"
+
+
+@pytest.mark.parametrize("length", [0.3, 1 - 2e-6, 1 - 5e-7, 1.0, 1.5, float("inf"), float("nan")])
+def test_clipping_is_torchs_bit_by_bit(length):
+    """Also where it leaves out what would change nothing."""
+    gradient = torch.randn(100, generator=torch.manual_seed(0))
+    ours, theirs = torch.nn.Parameter(torch.zeros(100)), torch.nn.Parameter(torch.zeros(100))
+    ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+    norm = torch.tensor(length)
+    clip([ours], 1.0, norm, norm.item())
+    torch.nn.utils.clip_grads_with_norm_([theirs], 1.0, norm)
+    assert torch.equal(ours.grad.view(torch.int32), theirs.grad.view(torch.int32))
+
+
+def test_short_gradients_are_passed_over(monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", None)
+    clip([], 1.0, torch.tensor(0.9), 0.9)

@@ -9,6 +9,7 @@ import pytest
 
 from models.training.logger import CsvLogger, read_metrics
 from tests.laws.presets import PRESETS
+from tests.laws.test_baselines import BASELINES
 from tests.test_config import said_by_main
 
 SMALL = (
@@ -37,7 +38,7 @@ def losses(folder, number: int) -> list[float]:
 def test_every_preset_trains(half, train):
     """Three steps, a validation, a text and an exported model each, in a sweep of half of them. That twenty steps lower
     every preset's loss is told in tests/golden. An iterative solver tells its steps."""
-    presets = PRESETS[half::2]
+    presets = [*PRESETS, *BASELINES][half::2]
     done = train("-m", "name=presets", f"model={','.join(presets)}", *SMALL, *steps(3), timeout=900)
     assert done.returncode == 0, done.said[-6000:]
     for preset in presets:

@@ -6,90 +6,93 @@ import triton
 import triton.language as tl
 
 from models.kernels.delta import tiles
-from models.kernels.delta.tiles import fading, last_of, of_matrix, of_tokens, place
-from models.kernels.momentum.tiles import dot, of_gates
+from models.kernels.delta.tiles import fading, of_state, of_tokens, place
+from models.kernels.momentum.tiles import dot, of_gates, of_square
 
 
 @triton.jit
 def gradient(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
-    step_size,  # [B, T, H]
+    attend,  # [B H N, C, C]
+    system,  # [B H N, C, C]
     vectors,  # [B H N, ROWS, C]
     do,  # [B, T, H, V]
-    errors,  # [B, T, H, V]
+    errors,  # [B H N, V, C]
     dv,  # [B, T, H, V]
-    states,  # [B H N, K, V]
-    dstates,  # [B H N, K, V]
+    states,  # [B H N, V, K]
+    dstates,  # [B H N, V, K]
     dq,  # out, [B, T, H, K]
     dk,  # out, [B, T, H, K]
     dstep_size,  # out, [B, T, H]
     dlog_decay,  # out, [B, T, H], or None
-    T, N, H, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr,
+    T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr,
     BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """With W = dO U^T, X = -dV U^T below the diagonal, P = W * G, M = X * G and dS by the memory the chunk ends with,
         dQ = diag(e^c) dO S^T + P K ,    dK = P^T Q + (M + M^T) K - diag(e^c) dV S^T + diag(b e^{c_C - c}) U dS^T ,
-    and by G  W * Q K^T + X * K K^T. Channels of the keys come by BK, so that sums over values are whole products.
+    and by G = L diag(b)  W * Q K^T + X * K K^T. Channels of the keys come by BK, so that sums over values are whole
+    products.
     """
     bh, n = place(tl.program_id(0), N, H)
     chunk = bh * N + n
     t = tl.arange(0, C)
     at, mask_v = of_tokens(do, bh, n, 0, T, H, V, C, BV)
     doutput = tl.load(at, mask=mask_v, other=0.0)
-    at, mask_v = of_tokens(errors, bh, n, 0, T, H, V, C, BV)
-    error = tl.load(at, mask=mask_v, other=0.0)
+    rows = tl.arange(0, BV)
+    at, mask_v = of_state(errors, chunk, rows, t, V, C, BV, C)
+    error = tl.load(at, mask=mask_v, other=0.0)  # turned around
     at, mask_v = of_tokens(dv, bh, n, 0, T, H, V, C, BV)
     dright = tl.load(at, mask=mask_v, other=0.0)
-    below = t[:, None] > t[None, :]
+    similar = tl.load(of_square(attend, chunk, C))
+    alike = tl.load(of_square(system, chunk, C))
     row = vectors + chunk.to(tl.int64) * tiles.ROWS * C + t
     high = tl.load(row + tiles.HIGH * C)
     low = tl.load(row + tiles.LOW * C)
-    L = fading(high, low, C)
-    at_gates, real = of_gates(step_size, bh, n, T, H, C)
-    b = tl.load(at_gates, mask=real, other=0.0)
-    dfading = dot(doutput, tl.trans(error), PRECISION) * L
-    dattend = (dfading * b[None, :]).to(error.dtype)
-    at, mask = of_tokens(k, bh, n, 0, T, H, K, C, WIDTH)
-    every_key = tl.load(at, mask=mask, other=0.0)
-    at, mask = of_tokens(q, bh, n, 0, T, H, K, C, WIDTH)
-    every_query = tl.load(at, mask=mask, other=0.0)
-    dfading *= dot(every_query, tl.trans(every_key), PRECISION)
-    dsystem = tl.where(below, -dot(dright, tl.trans(error), PRECISION) * L, 0.0)
-    dfading += dsystem * dot(every_key, tl.trans(every_key), PRECISION)
-    dsystem *= b[None, :]
-    dsystem = (dsystem + tl.trans(dsystem)).to(error.dtype)
-    dstep = tl.sum(dfading, 0)
-    dfading = tl.where(below, dfading * b[None, :], 0.0)
-    dsummed = tl.sum(dfading, 1) - tl.sum(dfading, 0)
+    b = tl.load(row + tiles.STEP * C)
+    below = t[:, None] > t[None, :]
+    G = fading(high, low, C) * b[None, :]
+    dattend = dot(doutput, error, PRECISION)
+    dfading = dattend * similar.to(tl.float32)
+    dattend = (dattend * G).to(error.dtype)
+    dsystem = dot(dright, error, PRECISION)
+    dfading -= dsystem * alike.to(tl.float32)
+    dsystem = tl.where(below, -dsystem * G, 0.0).to(error.dtype)
+    dsystem += tl.trans(dsystem)  # of which one is always 0
+    same = t[:, None] == t[None, :]
+    own = tl.sum(tl.where(same, dfading, 0.0), 1)
+    dfading = tl.where(below, dfading, 0.0)
+    # by rows of the tile, of which a thread has two, and not by its columns, of which it has sixteen
+    dstep = tl.sum(tl.where(same, tl.sum(dfading, 0)[None, :], 0.0), 1)
+    dsummed = tl.sum(dfading * b[None, :], 1) - b * dstep
+    dstep += own
 
-    kept = tl.exp(high)
-    left = tl.exp((last_of(high, C) - high) + (last_of(low, C) - low))
+    kept = tl.load(row + tiles.KEPT * C)
+    left = tl.load(row + tiles.LEFT * C)
     written = left * b
     dkept = tl.zeros([C], tl.float32)
     dwritten = tl.zeros([C], tl.float32)
-    dkept_last = tl.zeros([BK], tl.float32)
-    columns = tl.arange(0, BV)
+    dkept_last = tl.zeros([BV], tl.float32)
     for first in range(0, K, BK):
         at_k, mask_k = of_tokens(k, bh, n, first, T, H, K, C, BK)
         keys = tl.load(at_k, mask=mask_k, other=0.0)
         at_k, mask_k = of_tokens(q, bh, n, first, T, H, K, C, BK)
         queries = tl.load(at_k, mask=mask_k, other=0.0)
-        rows = first + tl.arange(0, BK)
-        at_s, inside = of_matrix(states, chunk, rows, columns, K, V)
+        columns = first + tl.arange(0, BK)
+        at_s, inside = of_state(states, chunk, rows, columns, V, K, BV, BK)
         memory = tl.load(at_s, mask=inside, other=0.0)
-        at_s, inside = of_matrix(dstates, chunk, rows, columns, K, V)
+        at_s, inside = of_state(dstates, chunk, rows, columns, V, K, BV, BK)
         dmemory = tl.load(at_s, mask=inside, other=0.0)
         dkept_last += tl.sum(dmemory.to(tl.float32) * memory, 1)
-        product = dot(doutput, tl.trans(memory), PRECISION)
+        product = dot(doutput, memory, PRECISION)
         dkept += tl.sum(product * queries, 1)
         dquery = kept[:, None] * product + dot(dattend, keys, PRECISION)
         at_k, mask_k = of_tokens(dq, bh, n, first, T, H, K, C, BK)
         tl.store(at_k, dquery.to(keys.dtype), mask=mask_k)
-        product = dot(dright, tl.trans(memory), PRECISION)
+        product = dot(dright, memory, PRECISION)
         dkept -= tl.sum(product * keys, 1)
         dkey = -kept[:, None] * product
-        product = dot(error, tl.trans(dmemory), PRECISION)
+        product = dot(tl.trans(error), dmemory, PRECISION)
         dwritten += tl.sum(product * keys, 1)
         dkey += written[:, None] * product
         dkey += dot(tl.trans(dattend), queries, PRECISION)
@@ -102,7 +105,8 @@ def gradient(
     if dlog_decay is not None:
         # the last token's write is in the last memory as it is, and has to leave these sums without a trace
         whole = (written * dwritten).to(tl.float64)
-        ended = tl.sum(whole, 0) + (last_of(kept, C) * tl.sum(dkept_last)).to(tl.float64)
+        kept_last = tl.load(vectors + chunk.to(tl.int64) * tiles.ROWS * C + tiles.KEPT * C + C - 1)
+        ended = tl.sum(whole, 0) + (kept_last * tl.sum(dkept_last)).to(tl.float64)
         total = (dsummed + dkept * kept).to(tl.float64) - whole + tl.where(t == C - 1, ended, 0.0)
         at, real = of_gates(dlog_decay, bh, n, T, H, C)
         tl.store(at, tl.cumsum(total, 0, reverse=True).to(tl.float32), mask=real)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,73 +17,77 @@ CHUNK = 64
 
 class Configuration(NamedTuple):
     """block: columns of the values that a scan's program has, or channels of the keys that the gradient takes at a
-    time, 0 for a kernel without; warps and stages as Triton's."""
+    time, 0 for a kernel without; warps and stages as Triton's; the most registers of a thread, or None."""
 
     block: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return found if self.maxnreg is None else found | {"maxnreg": self.maxnreg}
 
 
-# By kernel, of 16 bits and of 32.
+# By kernel, of 16 bits and of 32. No loop with products has one stage: some of those were wrong (docs/kernels.md).
 HALF = {
-    "prepare": Configuration(0, 4, 1),
-    "scan": Configuration(32, 4, 2),
-    "scan_states": Configuration(32, 4, 2),
+    "prepare": Configuration(0, 4, 1, 168),
+    "scan": Configuration(64, 4, 2),
     "scan_gradient": Configuration(64, 4, 2),
     "gradient": Configuration(32, 4, 3),
+    "gradient_narrow": Configuration(64, 4, 2),
 }
 SINGLE = {
     "prepare": Configuration(0, 4, 1),
-    "scan": Configuration(16, 4, 1),
-    "scan_states": Configuration(16, 4, 1),
-    "scan_gradient": Configuration(16, 4, 1),
-    "gradient": Configuration(16, 4, 1),
+    "scan": Configuration(16, 4, 2),
+    "scan_gradient": Configuration(16, 4, 2),
+    "gradient_narrow": Configuration(16, 4, 2),
 }
+# Scans of 16 bits and more than 64 columns where programs of 64 would not all run at once, and what they want.
+WHOLE = Configuration(128, 8, 2)
+WHOLE_SHARED = 170 << 10
 
 
-class System(NamedTuple):
-    """What the two passes share, of gates, queries and keys alone; scans.py's prepare says what is what."""
+class Kept(NamedTuple):
+    """What is kept between the passes; scans.py says what is what. Without gradients the last three are empty."""
 
     R: Tensor  # [B H N, C, C]
     attend: Tensor  # [B H N, C, C]
     vectors: Tensor  # [B H N, ROWS, C]
+    system: Tensor  # [B H N, C, C]
+    errors: Tensor  # [B H N, V, C]
+    states: Tensor  # [B H N, V, K]
 
 
-def new_system(q: Tensor) -> System:
-    B, T, H, _ = q.shape
+def new_kept(q: Tensor, v: Tensor, keep: bool) -> Kept:
+    B, T, H, K = q.shape
     chunks = B * H * -(-T // CHUNK)
     R, attend = (q.new_empty(chunks, CHUNK, CHUNK) for _ in range(2))
-    return System(R, attend, q.new_empty(chunks, ROWS, CHUNK, dtype=torch.float32))
+    vectors = q.new_empty(chunks, ROWS, CHUNK, dtype=torch.float32)
+    V = v.shape[-1]
+    shapes = ((chunks, CHUNK, CHUNK), (chunks, V, CHUNK), (chunks, V, K)) if keep else [(0,)] * 3
+    return Kept(R, attend, vectors, *(q.new_empty(shape) for shape in shapes))
 
 
 class Launch:
     """One call: its tensors, contiguous, and what its kernels have in common."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_decay: Tensor | None) -> None:
-        self.q, self.k, self.v, self.step_size = (x.contiguous() for x in (q, k, v, step_size))
-        self.log_decay = None if log_decay is None else log_decay.contiguous()
-        (self.B, self.T, self.H, self.K), self.V = q.shape, v.shape[-1]
+    def __init__(self, q: Tensor, k: Tensor, value_dim: int) -> None:
+        self.q, self.k, self.V = q.contiguous(), k.contiguous(), value_dim
+        self.B, self.T, self.H, self.K = q.shape
         self.N = triton.cdiv(self.T, CHUNK)
-        self.BK, self.BV = (max(16, triton.next_power_of_2(width)) for width in (self.K, self.V))
-        half = v.dtype != torch.float32
+        half = q.dtype != torch.float32
+        least = 64 if half else 16  # products of 16 bits with fewer columns may be wrong: docs/kernels.md
+        self.BK, self.BV = (max(least, triton.next_power_of_2(width)) for width in (self.K, self.V))
         self.configurations = HALF if half else SINGLE
         self.common = {"C": CHUNK, "PRECISION": "tf32" if half else "tf32x3"}
         self.sizes = (self.T, self.N, self.H, self.K, self.V)
 
-    def prepare(self) -> System:
-        system = new_system(self.q)
-        prepare[(self.B * self.H * self.N,)](
-            self.q, self.k, self.step_size, self.log_decay, *system, *self.sizes[:4], **self.common,
-            BK=self.BK, **self.configurations["prepare"].options,
-        )  # fmt: skip
-        return system
-
     def scan(self, name: str, kernel, *tensors: Tensor | None) -> None:
         configuration = self.configurations[name]
+        if self.BV > configuration.block >= 64 and self.many():
+            configuration = WHOLE
         BV = min(configuration.block, self.BV)
         kernel[triton.cdiv(self.V, BV), self.B * self.H](
             *tensors,
@@ -94,25 +98,44 @@ class Launch:
             **configuration.options,
         )
 
-    def forward(self, first: Tensor) -> tuple[Tensor, Tensor, System]:
-        system, o, last = self.prepare(), torch.empty_like(self.v), torch.empty_like(first)
-        R, attend, vectors = system
-        self.scan("scan", scan, self.q, self.k, self.v, R, attend, vectors, first, o, None, None, last)
-        return o, last, system
+    def many(self) -> bool:
+        """Whether there are more programs of a scan by halves than multiprocessors, of which each has one at a time,
+        and room for one of the whole."""
+        if not self.q.is_cuda:
+            return False
+        gpu: Any = torch.cuda.get_device_properties(self.q.device)
+        halves = 2 * self.B * self.H
+        return halves > gpu.multi_processor_count and gpu.shared_memory_per_block_optin >= WHOLE_SHARED
 
-    def backward(self, first: Tensor, system: System, do: Tensor, dlast: Tensor | None) -> list[Tensor]:
-        """The gradients by q, k, v, the step sizes, the log decays if there are any, and the first memory."""
-        R, attend, vectors = system
-        states = self.v.new_empty(self.B * self.H * self.N, self.K, self.V)
-        errors, dv, dstates, dfirst = (torch.empty_like(x) for x in (self.v, self.v, states, first))
-        self.scan("scan_states", scan, self.q, self.k, self.v, R, attend, vectors, first, None, errors, states, None)
-        self.scan("scan_gradient", scan_gradient, self.q, self.k, R, attend, vectors, do, dlast, dv, dstates, dfirst)
-        dq, dk, dstep_size = (torch.empty_like(x) for x in (self.q, self.k, self.step_size))
-        dlog_decay = None if self.log_decay is None else torch.empty_like(self.log_decay)
-        configuration = self.configurations["gradient"]
-        gradient[(self.B * self.H * self.N,)](
-            self.q, self.k, self.step_size, vectors, do, errors, dv, states, dstates, dq, dk, dstep_size, dlog_decay,
-            *self.sizes, **self.common, BK=min(configuration.block, self.BK), WIDTH=self.BK, BV=self.BV,
-            **configuration.options,
+    def forward(
+        self, v: Tensor, step_size: Tensor, log_decay: Tensor | None, first: Tensor, keep: bool
+    ) -> tuple[Tensor, Tensor, Kept]:
+        """The outputs, the last memory, and what is kept."""
+        v, step_size, first = v.contiguous(), step_size.contiguous(), first.contiguous()
+        log_decay = None if log_decay is None else log_decay.contiguous()
+        kept, o, last = new_kept(self.q, v, keep), torch.empty_like(v), torch.empty_like(first)
+        R, attend, vectors, *further = kept
+        system, errors, states = further if keep else (None, None, None)
+        prepare[(self.B * self.H * self.N,)](
+            self.q, self.k, step_size, log_decay, R, attend, system, vectors, *self.sizes[:4], **self.common,
+            BK=self.BK, **self.configurations["prepare"].options,
         )  # fmt: skip
-        return [x for x in (dq, dk, dv, dstep_size, dlog_decay, dfirst) if x is not None]
+        self.scan("scan", scan, self.q, self.k, v, R, attend, vectors, first, o, last, errors, states)
+        return o, last, kept
+
+    def backward(self, kept: Kept, do: Tensor, dlast: Tensor | None, decayed: bool) -> list[Tensor]:
+        """The gradients by q, k, v, the step sizes, the log decays if there are any, and the first memory."""
+        R, attend, vectors, system, errors, states = kept
+        do, dlast = do.contiguous(), None if dlast is None else dlast.contiguous()
+        dv, dstates = torch.empty_like(do), torch.empty_like(states)
+        dfirst = vectors.new_empty(self.B, self.H, self.K, self.V)
+        self.scan("scan_gradient", scan_gradient, self.q, self.k, R, attend, vectors, do, dlast, dv, dstates, dfirst)
+        dq, dk = (torch.empty_like(x) for x in (self.q, self.k))
+        dstep_size, dlog_decay = (vectors.new_empty(self.q.shape[:3]) for _ in range(2))
+        configuration = self.configurations["gradient" if self.BK > 64 else "gradient_narrow"]
+        gradient[(self.B * self.H * self.N,)](
+            self.q, self.k, attend, system, vectors, do, errors, dv, states, dstates, dq, dk, dstep_size,
+            dlog_decay if decayed else None, *self.sizes, **self.common, BK=min(configuration.block, self.BK),
+            WIDTH=self.BK, BV=self.BV, **configuration.options,
+        )  # fmt: skip
+        return [dq, dk, dv, dstep_size, *([dlog_decay] if decayed else []), dfirst]

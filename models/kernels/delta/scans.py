@@ -1,8 +1,10 @@
 """The kernels over a chunk's tokens and over chunks: the system of every chunk, and the two scans, forward for the
 memory and backward for its gradient, the only steps that wait for one another.
 
-A scan's program has some columns of the values, for which the memory is [K, BV] in its registers. The memory is
-multiplied first and stored then: momentum/scans.py says why.
+A scan's program has some columns of the values, for which the memory is in its registers, turned around, [BV, K], as
+are its errors, [BV, C]: a product of warp groups takes its left operand from the registers in which it was summed up,
+and only what was loaded comes from shared memory. The memory is multiplied first and stored then: momentum/scans.py
+says why.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import triton
 import triton.language as tl
 
 from models.kernels.delta import tiles
-from models.kernels.delta.tiles import fading, last_of, of_matrix, of_tokens, place, system_inverse
+from models.kernels.delta.tiles import fading, last_of, of_memory, of_state, of_tokens, place, system_inverse
 from models.kernels.momentum.tiles import dot, of_gates, of_square
 
 
@@ -21,10 +23,11 @@ def prepare(
     k,  # [B, T, H, K]
     step_size,  # [B, T, H]
     log_decay,  # [B, T, H], or None
-    R,  # out, [B H N, C, C]: (I + K K^T * G)^-1, without its ones; G = L diag(b)
-    attend,  # out, [B H N, C, C]: Q K^T * G
+    R,  # out, [B H N, C, C]: (I + A diag(b))^-1, without its ones
+    attend,  # out, [B H N, C, C]: Q K^T * L
+    system,  # out, [B H N, C, C]: A, K K^T * L below the diagonal, or None
     vectors,  # out, [B H N, ROWS, C]
-    T, N, H, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    T, N, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     bh, n = place(tl.program_id(0), N, H)
     chunk = bh * N + n
@@ -41,17 +44,27 @@ def prepare(
     tl.store(row + tiles.HIGH * C, high)
     tl.store(row + tiles.LOW * C, low)
     tl.store(row + tiles.KEPT * C, tl.exp(high))
-    tl.store(row + tiles.WRITTEN * C, tl.exp((last_of(c, C) - c).to(tl.float32)) * b)
-    G = fading(high, low, C) * b[None, :]
+    tl.store(row + tiles.LEFT * C, tl.exp((last_of(c, C) - c).to(tl.float32)))
+    tl.store(row + tiles.STEP * C, b)
+    L = fading(high, low, C)
     at, mask = of_tokens(k, bh, n, 0, T, H, K, C, BK)
     keys = tl.load(at, mask=mask, other=0.0)
     at, mask = of_tokens(q, bh, n, 0, T, H, K, C, BK)
     queries = tl.load(at, mask=mask, other=0.0)
-    tl.store(of_square(attend, chunk, C), (dot(queries, tl.trans(keys), PRECISION) * G).to(keys.dtype))
+    tl.store(of_square(attend, chunk, C), (dot(queries, tl.trans(keys), PRECISION) * L).to(keys.dtype))
     below = t[:, None] > t[None, :]
-    system = tl.where(below, dot(keys, tl.trans(keys), PRECISION) * G, 0.0)
-    inverse = system_inverse(system, C, PRECISION)
+    similar = tl.where(below, dot(keys, tl.trans(keys), PRECISION) * L, 0.0)
+    if system is not None:
+        tl.store(of_square(system, chunk, C), similar.to(keys.dtype))
+    inverse = system_inverse(similar * b[None, :], C, PRECISION)
     tl.store(of_square(R, chunk, C), tl.where(below, inverse, 0.0).to(keys.dtype))
+
+
+@triton.jit
+def leave(tile, pointer, bh, n, first, real, T, H: tl.constexpr, X: tl.constexpr, C: tl.constexpr, BX: tl.constexpr):
+    """Stores a chunk's tile [BX, C] as rows of [B, T, H, X], if it is real."""
+    at, mask = of_tokens(pointer, bh, n, first, T, H, X, C, BX)
+    tl.store(at, tl.trans(tile.to(pointer.dtype.element_ty)), mask=mask & real)
 
 
 @triton.jit
@@ -63,53 +76,59 @@ def scan(
     attend,  # [B H N, C, C]
     vectors,  # [B H N, ROWS, C]
     first,  # [B, H, K, V]
-    o,  # out, [B, T, H, V], or None
-    errors,  # out, [B, T, H, V], or None
-    states,  # out, [B H N, K, V], what every chunk begins with, or None
-    last,  # out, [B, H, K, V], or None
-    T, N, H, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    o,  # out, [B, T, H, V]
+    last,  # out, [B, H, K, V]
+    errors,  # out, [B H N, V, C], or None
+    states,  # out, [B H N, V, K], what every chunk begins with, or None
+    T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """U = R (V - diag(e^c) K S), O = diag(e^c) Q S + (Q K^T * G) U, and the memory S after them."""
+    """U = R (V - diag(e^c) K S), O = diag(e^c) Q S + (Q K^T * L) diag(b) U, and the memory S after them."""
     first_v, bh = tl.program_id(0) * BV, tl.program_id(1)
     t = tl.arange(0, C)
-    rows, columns = tl.arange(0, BK), first_v + tl.arange(0, BV)
-    at, inside = of_matrix(first, bh, rows, columns, K, V)
+    rows, columns = first_v + tl.arange(0, BV), tl.arange(0, BK)
+    at, inside = of_memory(first, bh, rows, columns, V, K, BV, BK)
     memory = tl.load(at, mask=inside, other=0.0)
-    for n in range(N):
+    one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(k.dtype.element_ty)
+    error_before, output_before = tl.zeros([BV, C], tl.float32), tl.zeros([BV, C], tl.float32)
+    for n in tl.range(N, disable_licm=True):
         chunk = bh * N + n
+        # what the chunk before has found is stored while this one's tiles are on their way
+        leave(output_before, o, bh, n - 1, first_v, n > 0, T, H, V, C, BV)
+        if errors is not None:
+            at_u, inside_u = of_state(errors, chunk - 1, rows, t, V, C, BV, C)
+            tl.store(at_u, error_before.to(k.dtype.element_ty), mask=inside_u & (n > 0))
+        operand = memory.to(k.dtype.element_ty)
+        if states is not None:
+            at_states, inside = of_state(states, chunk, rows, columns, V, K, BV, BK)
+            tl.store(at_states, operand, mask=inside)
         at_k, mask_k = of_tokens(k, bh, n, 0, T, H, K, C, BK)
         keys = tl.load(at_k, mask=mask_k, other=0.0)
+        at_q, mask_k = of_tokens(q, bh, n, 0, T, H, K, C, BK)
+        queries = tl.load(at_q, mask=mask_k, other=0.0)
         at_v, mask_v = of_tokens(v, bh, n, first_v, T, H, V, C, BV)
-        error = tl.load(at_v, mask=mask_v, other=0.0).to(tl.float32)
+        values = tl.load(at_v, mask=mask_v, other=0.0)
         inverse = tl.load(of_square(R, chunk, C))
+        similar = tl.load(of_square(attend, chunk, C))
         row = vectors + chunk.to(tl.int64) * tiles.ROWS * C
-        kept = tl.load(row + tiles.KEPT * C + t)
-        written = tl.load(row + tiles.WRITTEN * C + t)
+        kept = tl.load(row + tiles.KEPT * C + t)[None, :]
+        left = tl.load(row + tiles.LEFT * C + t)[None, :]
+        step = tl.load(row + tiles.STEP * C + t)[None, :]
         kept_last = tl.load(row + tiles.KEPT * C + C - 1)
 
-        operand = memory.to(keys.dtype)
-        error -= kept[:, None] * dot(keys, operand, PRECISION)
-        if o is not None:
-            at_q, mask_k = of_tokens(q, bh, n, 0, T, H, K, C, BK)
-            queries = tl.load(at_q, mask=mask_k, other=0.0)
-            output = kept[:, None] * dot(queries, operand, PRECISION)
-        if states is not None:
-            at_states, inside_states = of_matrix(states, chunk, rows, columns, K, V)
-            tl.store(at_states, operand, mask=inside_states)
-        error += dot(inverse, error.to(keys.dtype), PRECISION)
-        rounded = error.to(keys.dtype)
-        memory = memory * kept_last + dot(tl.trans(keys), (written[:, None] * error).to(keys.dtype), PRECISION)
-        if o is not None:
-            output += dot(tl.load(of_square(attend, chunk, C)), rounded, PRECISION)
-            at_o, mask_v = of_tokens(o, bh, n, first_v, T, H, V, C, BV)
-            tl.store(at_o, output.to(keys.dtype), mask=mask_v)
-        if errors is not None:
-            at_u, mask_v = of_tokens(errors, bh, n, first_v, T, H, V, C, BV)
-            tl.store(at_u, rounded, mask=mask_v)
-    if last is not None:
-        at, inside = of_matrix(last, bh, rows, columns, K, V)
-        tl.store(at, memory, mask=inside)
+        error = dot(tl.trans(values), one, PRECISION) - kept * dot(operand, tl.trans(keys), PRECISION)
+        output = kept * dot(operand, tl.trans(queries), PRECISION)
+        error += dot(error.to(keys.dtype), tl.trans(inverse), PRECISION)
+        write = step * error
+        memory = memory * kept_last + dot((left * write).to(keys.dtype), keys, PRECISION)
+        output += dot(write.to(keys.dtype), tl.trans(similar), PRECISION)
+        error_before, output_before = error, output
+    leave(output_before, o, bh, N - 1, first_v, True, T, H, V, C, BV)
+    if errors is not None:
+        at_u, inside_u = of_state(errors, bh * N + N - 1, rows, t, V, C, BV, C)
+        tl.store(at_u, error_before.to(k.dtype.element_ty), mask=inside_u)
+    at, inside = of_memory(last, bh, rows, columns, V, K, BV, BK)
+    tl.store(at, memory, mask=inside)
 
 
 @triton.jit
@@ -122,22 +141,28 @@ def scan_gradient(
     do,  # [B, T, H, V]
     dlast,  # [B, H, K, V], or None
     dv,  # out, [B, T, H, V]
-    dstates,  # out, [B H N, K, V]: by what every chunk ends with
+    dstates,  # out, [B H N, V, K]: by what every chunk ends with
     dfirst,  # out, [B, H, K, V]
-    T, N, H, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each line is the transpose of one of scan's. The gradient by the right-hand side of a system is that by v."""
     first_v, bh = tl.program_id(0) * BV, tl.program_id(1)
     t = tl.arange(0, C)
-    rows, columns = tl.arange(0, BK), first_v + tl.arange(0, BV)
-    dmemory = tl.zeros([BK, BV], tl.float32)
+    rows, columns = first_v + tl.arange(0, BV), tl.arange(0, BK)
+    dmemory = tl.zeros([BV, BK], tl.float32)
     if dlast is not None:
-        at, inside = of_matrix(dlast, bh, rows, columns, K, V)
+        at, inside = of_memory(dlast, bh, rows, columns, V, K, BV, BK)
         dmemory = tl.load(at, mask=inside, other=0.0)
-    for i in range(N):
+    one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(k.dtype.element_ty)
+    derror_before = tl.zeros([BV, C], tl.float32)
+    for i in tl.range(N, disable_licm=True):
         n = N - 1 - i
         chunk = bh * N + n
+        leave(derror_before, dv, bh, n + 1, first_v, i > 0, T, H, V, C, BV)
+        operand = dmemory.to(k.dtype.element_ty)
+        at_states, inside = of_state(dstates, chunk, rows, columns, V, K, BV, BK)
+        tl.store(at_states, operand, mask=inside)
         at_k, mask_k = of_tokens(k, bh, n, 0, T, H, K, C, BK)
         keys = tl.load(at_k, mask=mask_k, other=0.0)
         at_q, mask_k = of_tokens(q, bh, n, 0, T, H, K, C, BK)
@@ -147,20 +172,19 @@ def scan_gradient(
         inverse = tl.load(of_square(R, chunk, C))
         similar = tl.load(of_square(attend, chunk, C))
         row = vectors + chunk.to(tl.int64) * tiles.ROWS * C
-        kept = tl.load(row + tiles.KEPT * C + t)
-        written = tl.load(row + tiles.WRITTEN * C + t)
+        kept = tl.load(row + tiles.KEPT * C + t)[None, :]
+        left = tl.load(row + tiles.LEFT * C + t)[None, :]
+        step = tl.load(row + tiles.STEP * C + t)[None, :]
         kept_last = tl.load(row + tiles.KEPT * C + C - 1)
 
-        operand = dmemory.to(keys.dtype)
-        derror = written[:, None] * dot(keys, operand, PRECISION)
-        at_states, inside = of_matrix(dstates, chunk, rows, columns, K, V)
-        tl.store(at_states, operand, mask=inside)
-        derror += dot(tl.trans(similar), doutput, PRECISION)
-        derror += dot(tl.trans(inverse), derror.to(keys.dtype), PRECISION)
+        dwrite = left * dot(operand, tl.trans(keys), PRECISION)
+        doutput = tl.trans(doutput)
+        derror = step * (dwrite + dot(doutput, similar, PRECISION))
+        derror += dot(derror.to(keys.dtype), inverse, PRECISION)
         dmemory *= kept_last
-        dmemory += dot(tl.trans(queries), (kept[:, None] * doutput.to(tl.float32)).to(keys.dtype), PRECISION)
-        dmemory -= dot(tl.trans(keys), (kept[:, None] * derror).to(keys.dtype), PRECISION)
-        at_e, mask_v = of_tokens(dv, bh, n, first_v, T, H, V, C, BV)
-        tl.store(at_e, derror.to(keys.dtype), mask=mask_v)
-    at, inside = of_matrix(dfirst, bh, rows, columns, K, V)
+        dmemory += dot((kept * dot(doutput, one, PRECISION)).to(keys.dtype), queries, PRECISION)
+        dmemory += dot((-kept * derror).to(keys.dtype), keys, PRECISION)
+        derror_before = derror
+    leave(derror_before, dv, bh, 0, first_v, True, T, H, V, C, BV)
+    at, inside = of_memory(dfirst, bh, rows, columns, V, K, BV, BK)
     tl.store(at, dmemory, mask=inside)

@@ -13,10 +13,11 @@ from models.kernels.momentum.tiles import dot
 
 # Rows of a chunk's vectors [ROWS, C]:
 KEPT = tl.constexpr(0)  # what is left after token t of the memory that the chunk began with, e^{c_t}
-WRITTEN = tl.constexpr(1)  # how much of the error of token t is in the memory that it ends with, b_t e^{c_C - c_t}
-HIGH = tl.constexpr(2)  # c, the log decays summed from the chunk's beginning,
-LOW = tl.constexpr(3)  # and what float32 left out of it
-ROWS = 4
+LEFT = tl.constexpr(1)  # what is left of the write of token t in the memory that it ends with, e^{c_C - c_t}
+STEP = tl.constexpr(2)  # b, and 0 after the last token
+HIGH = tl.constexpr(3)  # c, the log decays summed from the chunk's beginning,
+LOW = tl.constexpr(4)  # and what float32 left out of it
+ROWS = 5
 
 
 @triton.jit
@@ -28,21 +29,38 @@ def place(program, N, H):
 
 
 @triton.jit
-def of_tokens(pointer, bh, n, first, T, H, X: tl.constexpr, C: tl.constexpr, BX: tl.constexpr):
-    """Addresses and mask [C, BX] of a chunk's rows of [B, T, H, X], from column `first`."""
-    t = n * C + tl.arange(0, C)
-    x = first + tl.arange(0, BX)
-    row = ((bh // H).to(tl.int64) * T + t) * H + bh % H
-    mask = (t < T)[:, None]
+def of_tokens(pointer, bh, n, first, T, H: tl.constexpr, X: tl.constexpr, C: tl.constexpr, BX: tl.constexpr):
+    """Addresses and mask [C, BX] of a chunk's rows of [B, T, H, X], from column `first`. Only where a tile begins is
+    worked out in 64 bits, and once for all its numbers."""
+    i, x = tl.arange(0, C), tl.arange(0, BX)
+    begin = (((bh // H).to(tl.int64) * T + n * C) * H + bh % H) * X + first
+    mask = (i < T - n * C)[:, None]
     if X % BX != 0:
-        mask = mask & (x < X)[None, :]
-    return pointer + row[:, None] * X + x[None, :], mask
+        mask = mask & (x < X - first)[None, :]
+    return pointer + begin + (i[:, None] * (H * X) + x[None, :]), mask
 
 
 @triton.jit
-def of_matrix(pointer, index, k, v, K: tl.constexpr, V: tl.constexpr):
-    """Addresses and mask of rows k and columns v of matrix `index` of [*, K, V]."""
-    return pointer + index.to(tl.int64) * K * V + k[:, None] * V + v[None, :], (k < K)[:, None] & (v < V)[None, :]
+def within(v, k, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+    """Mask of rows v and columns k, which the compiler leaves out where whole tiles [BV, BK] fill both."""
+    mask = tl.full([BV, BK], True, tl.int1)
+    if V % BV != 0:
+        mask = mask & (v < V)[:, None]
+    if K % BK != 0:
+        mask = mask & (k < K)[None, :]
+    return mask
+
+
+@triton.jit
+def of_state(pointer, index, v, k, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+    """Addresses and mask of rows v and columns k of matrix `index` of [*, V, K]."""
+    return pointer + index.to(tl.int64) * K * V + (v[:, None] * K + k[None, :]), within(v, k, V, K, BV, BK)
+
+
+@triton.jit
+def of_memory(pointer, index, v, k, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+    """The same of [*, K, V]: a tile of the matrix turned around."""
+    return pointer + index.to(tl.int64) * K * V + (k[None, :] * V + v[:, None]), within(v, k, V, K, BV, BK)
 
 
 @triton.jit

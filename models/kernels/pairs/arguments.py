@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+LATER = "later"  # a gate that is not made here
+
 
 class Call(NamedTuple):
     """Tensors of a call. None where there is none."""
@@ -19,9 +21,12 @@ class Call(NamedTuple):
     frequency: Tensor | None = None  # [channels that turn / 2], float32, radians a token
 
 
+LEARNED = ("tail", "weight", "query_scale", "key_scale")  # have gradients, beside x
+
+
 class Recipe(NamedTuple):
     """Numbers of heads and widths, of what the row has side by side; gates: heads of the gate, as wide as values.
-    convolved: qkv | k. norm: none | l2 | rms. activation: none | silu, gate: none | silu | sigmoid.
+    convolved: qkv | k. norm: none | l2 | rms. activation: none | silu, gate: none | silu | sigmoid | later.
     """
 
     queries: int
@@ -35,3 +40,14 @@ class Recipe(NamedTuple):
     gate: str
     norm: str
     eps: float
+
+    @property
+    def made(self) -> int:
+        """How many of queries, keys, values and gates the kernels make: where the outputs have the link."""
+        counts = (self.queries, self.keys, self.values, 0 if self.gate == LATER else self.gates)
+        return sum(count > 0 for count in counts)
+
+
+def new_link(x: Tensor) -> Tensor:
+    """x's shape and dtype, and no memory."""
+    return x.new_empty(1).expand(x.shape)

@@ -9,7 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from models.kernels.pairs.arguments import Call, Recipe
+from models.kernels.columns import summed
+from models.kernels.pairs.arguments import LATER, LEARNED, Call, Recipe, new_link
 from models.kernels.pairs.kernels import pairs_backward, pairs_forward
 
 
@@ -24,7 +25,7 @@ class Shape(NamedTuple):
     registers: int | None = None  # of a thread, at most
 
 
-# 16 warps on a multiprocessor of an H200, at 115 and 123 registers a thread for convolved queries and keys
+# 16 warps on a multiprocessor of an H200, at 125 registers a thread for convolved queries and keys
 FORWARD = Shape(numbers=512, per_thread=4, tokens=64, ahead=4, unroll=4)
 BACKWARD = Shape(numbers=256, per_thread=2, tokens=64, ahead=2, unroll=2, registers=128)
 # without a convolution a thread holds little, 70 registers for queries and keys
@@ -63,7 +64,9 @@ class Launch:
         self.weight = None if call.weight is None else call.weight.contiguous()
         self.C, self.W = (0, 1) if self.weight is None else self.weight.shape
         self.parts = list(self._parts())
-        self.used = sum(part.heads * part.width for part in self.parts)  # of a row; the rest goes through
+        self.later = recipe.gate == LATER
+        heads = recipe.queries + recipe.keys, recipe.values + recipe.gates
+        self.used = heads[0] * recipe.key_dim + heads[1] * recipe.value_dim  # of a row; the rest goes through
 
     def _parts(self) -> Iterator[Part]:
         r, (*_, query_scale, key_scale, frequency) = self.recipe, self.call
@@ -72,7 +75,7 @@ class Launch:
             (r.queries, r.key_dim, (*address, query_scale)),
             (r.keys, r.key_dim, (*address, key_scale)),
             (r.values, r.value_dim, (r.activation,)),
-            (r.gates, r.value_dim, (r.gate,)),
+            (0 if r.gate == LATER else r.gates, r.value_dim, (r.gate,)),
         )
         begin = r.queries * r.key_dim if r.convolved == "k" else 0
         first = 0
@@ -133,6 +136,7 @@ class Launch:
                 *tensors, out, self.T, *self._strides(), self.recipe.eps, **settings, **programs
             )
             found.append(out)
+        found += [new_link(self.call.x)] if self.later else []
         found += [self.call.x[..., self.used :].contiguous()] if self.used < self.call.x.shape[2] else []
         return found if self.weight is None else [*found, self._tail()]
 
@@ -154,12 +158,14 @@ class Launch:
         back = torch.arange(self.W - 2, -1, -1, device=self.positions.device)
         return (back > self.positions[:, -1:]).unsqueeze(-1)
 
-    def backward(self, gradients: list[Tensor]) -> list[Tensor]:
+    def backward(self, gradients: list[Tensor], dx: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Fills dx; returns the gradients by what is LEARNED. gradients: those of `forward`'s, without the link's; of
+        the next call's tail there may be none.
+        """
         call = self.call
-        dx = torch.empty_like(call.x, memory_format=torch.contiguous_format)
         dtail = None if self.tail is None else torch.empty_like(self.tail)
         dweight = None if self.weight is None else self._partial(BACKWARD, self.W, self.C)
-        dscales = []
+        sums: dict[str, Tensor] = {}
         for part, do in zip(self.parts, gradients[: len(self.parts)], strict=True):
             shape = BACKWARD_ALONE if part.channel is None else BACKWARD
             (tensors, settings), programs = self._arguments(part), self._programs(part, shape)
@@ -169,21 +175,23 @@ class Launch:
                 to_tail = None if dtail is None else dtail[..., part.channel :]
             if part.scale is not None:
                 to_scale = self._partial(shape, part.heads, part.width)
-                dscales.append((to_scale, part.scale.dtype))
+                sums["query_scale" if part.scale is call.query_scale else "key_scale"] = to_scale.flatten(0, 1)
             do = do if do.stride(3) == 1 else do.contiguous()
             pairs_backward[self._grid(part, programs)](
                 *tensors, do, dx[..., part.first :], to_tail, to_weight, to_scale, self.T, self.C,
                 *self._strides(), do.stride(0), do.stride(1), do.stride(2), dx.stride(0), dx.stride(1),
                 self.recipe.eps, **settings, **programs,
             )  # fmt: skip
+        others = gradients[len(self.parts) :]
         if self.used < dx.shape[2]:
-            dx[..., self.used :] = gradients[len(self.parts)]
-        found = [dx]
-        if dweight is not None and self.weight is not None:
-            self._add_tail(gradients[-1], dx, dtail)
-            found += [] if dtail is None else [dtail]
-            found.append(dweight.sum(0).t().contiguous().to(self.weight.dtype))
-        return [*found, *(sums.sum((0, 1)).to(dtype) for sums, dtype in dscales)]
+            dx[..., self.used :] = others.pop(0)
+        if others:
+            self._add_tail(others[0], dx, dtail)
+        sums |= {} if dweight is None else {"weight": dweight}
+        made = {} if dtail is None else {"tail": dtail}
+        made |= {name: summed(x, getattr(call, name)) for name, x in sums.items()}
+        a, b, c, d = (made.get(name, dx.new_empty(0)) for name in LEARNED)
+        return a, b, c, d
 
     def _partial(self, shape: Shape, *sizes: int) -> Tensor:
         """For the sums over every span of tokens."""

@@ -73,8 +73,10 @@ def window_before(x, tail, t, T, position, x_t, tail_t, at, inside, W: tl.conste
 
 
 @triton.jit
-def of_document(window, position):
+def of_document(window, position, GOES_ON: tl.constexpr):
     """The window of a token: nothing, if the token is the first of its document."""
+    if GOES_ON:
+        return window
     return (
         tl.where(position > 0, window[0], 0.0),
         tl.where(position > 0, window[1], 0.0),

@@ -8,8 +8,8 @@ a mixer is three kernels beside its two products with weights,
                       and written once
     read_out          the norm of each head and the output gate
 
-and a residual with the norm after it is one, add_and_norm. A product of few tokens with a weight reads the weight as
-fast as the memory brings it, which tiles made for many tokens don't.
+beside a residual with the norm after it, which is one too (models/kernels/residual). A product of few tokens with a
+weight reads the weight as fast as the memory brings it, which tiles made for many tokens don't.
 
 The formulas are those of models/mixers/mixer.py, delta.py and momentum.py for T = 1, which stay the definition. There
 are no gradients.
@@ -122,17 +122,6 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
         x.contiguous(), weight.contiguous(), out, N, D, ROWS=rows, BLOCK=min(1024, _power(D)), num_warps=4
     )
     return out
-
-
-def add_and_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x + y in the dtype of x, and its RMS norm times the weight [D] in dtype. x and y [B, 1, D]."""
-    from models.kernels.step import kernels
-
-    (B, _, D), x = x.shape, x.contiguous()
-    out, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
-    block = _power(D)
-    kernels.add_and_norm[(B,)](x, y, weight, out, normed, eps, D, BLOCK=block, num_warps=min(8, max(1, block // 256)))
-    return out, normed
 
 
 def swiglu(x: Tensor) -> Tensor:

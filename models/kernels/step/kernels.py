@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from models.kernels.residual.kernels import rounded
+
 
 @triton.jit
 def softplus(x):
@@ -18,11 +20,6 @@ def softplus(x):
     u = 1.0 + y
     small = tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
     return tl.where(x > 20.0, x, small)
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    return x.to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -143,21 +140,6 @@ def read_out(
             sigmoid *= gate
         y *= rounded(sigmoid, TYPE)
     tl.store(out + (row * H + head) * V + value, y.to(TYPE), mask=real)
-
-
-@triton.jit
-def add_and_norm(x, y, weight, out, normed, eps, D, BLOCK: tl.constexpr):
-    """out [B, D] = x + y; normed [B, D]."""
-    row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    real = channel < D
-    TYPE: tl.constexpr = out.dtype.element_ty
-    a = tl.load(x + row * D + channel, mask=real, other=0.0).to(tl.float32)
-    b = tl.load(y + row * D + channel, mask=real, other=0.0).to(tl.float32)
-    w = rounded(tl.load(weight + channel, mask=real, other=0.0), TYPE)
-    a = rounded(a + b, TYPE)
-    tl.store(out + row * D + channel, a.to(TYPE), mask=real)
-    a = rounded(a * tl.rsqrt(tl.sum(a * a, 0) / D + eps) * w, TYPE)
-    tl.store(normed + row * D + channel, a.to(normed.dtype.element_ty), mask=real)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels import backend
+from models.parts.product import weight_gradient
 
 BLOCK, NUM_WARPS = 1024, 4  # columns that a program has of a row
 
@@ -28,49 +29,52 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def gated_output(ab: Tensor, weight: Tensor) -> Tensor:
-    """ab [..., 2 F] and weight [D, F], of one dtype -> y [..., D]."""
-    return _forward(ab, weight)
+    """ab [..., 2 F] and weight [D, F] -> y [..., D] in the dtype of ab. The weight's gradient is rounded to its own."""
+    return _forward(ab, weight.detach().to(ab.dtype), weight)
 
 
 @torch.library.custom_op("test_time_regression::gated_output", mutates_args=())
-def _forward(ab: Tensor, weight: Tensor) -> Tensor:
+def _forward(ab: Tensor, rounded: Tensor, weight: Tensor) -> Tensor:
+    """rounded: the weight in the dtype of ab. It itself is here for its gradient alone."""
     from models.kernels.swiglu.kernels import gate
 
     ab = ab.contiguous()
     h = ab.new_empty(*ab.shape[:-1], ab.shape[-1] // 2)
     _launch(gate, h, ab, h)
-    return F.linear(h, weight)
+    return F.linear(h, rounded)
 
 
 @_forward.register_fake
-def _(ab, weight):
+def _(ab, rounded, weight):
     return ab.new_empty(*ab.shape[:-1], len(weight))
 
 
 @torch.library.custom_op("test_time_regression::gated_output_backward", mutates_args=())
-def _backward(dy: Tensor, ab: Tensor, weight: Tensor, weight_too: bool) -> tuple[Tensor, Tensor]:
-    """The gradients by ab and, where it is wanted, by weight; else nothing in its place."""
+def _backward(dy: Tensor, ab: Tensor, rounded: Tensor, dtype: torch.dtype, weight_too: bool) -> tuple[Tensor, Tensor]:
+    """The gradients by ab and, where it is wanted, by the weight, of this dtype; else nothing in its place."""
     from models.kernels.swiglu.kernels import gate_gradient
 
     dy, ab = dy.flatten(0, -2), ab.contiguous()
-    dh, dab = dy @ weight, ab.new_empty(ab.shape)
+    dh, dab = dy @ rounded, ab.new_empty(ab.shape)
     _launch(gate_gradient, dh, ab, dh, dab)  # h takes the place of its gradient
-    return dab, dy.T @ dh if weight_too else weight.new_empty(0)
+    return dab, weight_gradient(dy, dh, dtype) if weight_too else rounded.new_empty(0, dtype=dtype)
 
 
 @_backward.register_fake
-def _(dy, ab, weight, weight_too):
-    return ab.new_empty(ab.shape), weight.new_empty(weight.shape if weight_too else 0)
+def _(dy, ab, rounded, dtype, weight_too):
+    return ab.new_empty(ab.shape), rounded.new_empty(rounded.shape if weight_too else 0, dtype=dtype)
 
 
 def _keep(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    *kept, weight = inputs
+    ctx.save_for_backward(*kept)
+    ctx.dtype = weight.dtype
 
 
 def _gradients(ctx, dy):
-    wanted = ctx.needs_input_grad[1]
-    dab, dweight = _backward(dy.contiguous(), *ctx.saved_tensors, wanted)
-    return dab, dweight if wanted else None
+    wanted = ctx.needs_input_grad[2]
+    dab, dweight = _backward(dy.contiguous(), *ctx.saved_tensors, ctx.dtype, wanted)
+    return dab, None, dweight if wanted else None
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)

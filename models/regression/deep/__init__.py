@@ -9,12 +9,15 @@ Recipe.     A network (layers, activation, biases, layer norm, residual), a loss
                 Online     W_t = W_0 + a_t (W_{t-1} - W_0) + S_t ,  S_t = eta_t S_{t-1} + D_t
                 Averaged   W_t = R + c_p sum_{j<=t} D_j , c_p the reader's
                 AtEnd      W_t = R, and a step of any optimiser (sign, Adam, Shampoo, Muon) at the mini-batch's end
-Members.    mlp.py             Titans, an MLP: Online, or whatever else its settings say; Yaad and Moneta of Miras
+Members.    mlp.py             Titans, an MLP: Online, or whatever else its settings say; Yaad, Moneta and Memora of
+                               Miras; Atlas, AtEnd by Muon
             ttt.py             TTT-Linear and TTT-MLP: Averaged, with layer norm, biases and residual
+            tnt.py             TNT: one of Titans for all of a document, and others that begin anew in every shard
             lact.py            LaCT, a SwiGLU network: AtEnd by Muon, beside attention in a window
 Recipes.    network.py         networks and the gradients of their losses, written out
             rules.py           the rules, token by token and in their dual form
-            retention.py       Online with weights divided by their norm
+            retention.py       Online with weights divided by their norm, or of one mass
+            windows.py         writes of several pairs by each token, for any rule but Averaged
             optimizers.py      the inner optimisers
             memory.py          what all members share
 Forms.      forms.py           a call, by the definition or the dual form
@@ -24,6 +27,7 @@ Forms.      forms.py           a call, by the definition or the dual form
 
 from models.regression.deep.lact import LaCT
 from models.regression.deep.mlp import DeepMemory
+from models.regression.deep.tnt import TNT
 from models.regression.deep.ttt import TTT
 
-__all__ = ["TTT", "DeepMemory", "LaCT"]
+__all__ = ["TNT", "TTT", "DeepMemory", "LaCT"]

@@ -17,14 +17,18 @@ from models.parts.precision import working_dtype
 from models.regression.chunks import from_chunks, into_chunks, short
 from models.regression.deep.rules import Chunk, Fitted, Fixed, Flag, Gates, Rule, Start, each, where
 from models.regression.deep.slots import in_turn, lay_out, positions, scan
+from models.regression.deep.windows import in_slots
 from models.regression.linear.mixtures import product
 
 
 class State(NamedTuple):
-    """fitted: [B, H, *, *]. phase [B]: how many tokens the mini-batch has, 0 where the next token begins one."""
+    """fitted: [B, H, *, *]. phase [B]: how many tokens the mini-batch has, 0 where the next token begins one. pairs:
+    keys and values of a window (windows.py), [B, c - 1, H, *].
+    """
 
     fitted: Fitted
     phase: Tensor
+    pairs: tuple[Tensor, ...] = ()
 
 
 class Call(NamedTuple):
@@ -69,13 +73,19 @@ def deep_memory(
     with torch.autocast(q.device.type, enabled=False):
         pairs = [into_chunks(slots.fill(x), size, products) for x in (q, k, v)]
         told = rule.tokens(gates, positions(k, phase, segments)[0] % grad_batch)
-        given = tuple(None if x is None else into_chunks(slots.fill(x), size, dtype) for x in told)
+        given: Any = tuple(None if x is None else into_chunks(slots.fill(x), size, dtype) for x in told)
+        tails: tuple[Tensor, ...] = ()
         fixed = of_rows(rule, start, B, dtype)
         fitted = fixed.first if state is None else each(lambda x: x.to(dtype).flatten(0, 1), state.fitted)
         steps: Any = partial(in_turn, partial(advance, rule, dual))
         if dual:
             given, steps = rule.weigh(*given), compiled_steps(rule) if compiled else steps
             fitted, fixed = rule.enter(fitted, fixed.base), Fixed(rule.enter(fixed.first, fixed.base), *fixed[1:])
+        if gates.window is not None:
+            seen = () if state is None else state.pairs
+            before, band, tails = in_slots(slots, k, v, gates.window, seen, segments, (products, dtype))
+            pairs[1:] = [torch.cat(x, dim=1) for x in zip(before, pairs[1:], strict=True)]
+            given = rule.of_window(band, given, dual)
         # a chunk as long as a mini-batch begins one, but for the first of a call
         opens = slots.batch if rule.refers or size < grad_batch or state is not None else None
         flags = (slots.document, opens, slots.ends if rule.closes or not dual else None)
@@ -84,14 +94,14 @@ def deep_memory(
         outputs, fitted = scan(steps, fitted, list(inputs), remat, rule.at_once)
         fitted = rule.leave(fitted, fixed.base) if dual else fitted
     o = from_chunks(torch.cat(outputs), (B, T if slots.place is None else slots.num * size, H))
-    return slots.empty(o).to(v.dtype), State(each(lambda x: x.unflatten(0, (B, H)), fitted), slots.phase)
+    return slots.empty(o).to(v.dtype), State(each(lambda x: x.unflatten(0, (B, H)), fitted), slots.phase, tails)
 
 
 def of_rows(rule: Rule, start: Start, B: int, dtype: torch.dtype) -> Fixed:
     """For the rows of B sequences."""
     base, norm = (tuple(x.to(dtype).repeat(B, 1, 1) for x in part) for part in (start.weights, start.norm))
     first = each(lambda x: x.flatten(0, 1), rule.begin(start, B, dtype))
-    return Fixed(first, () if start.fades else base, norm)
+    return Fixed(first, () if start.fades else rule.kept(base), norm)
 
 
 def advance(

@@ -16,7 +16,7 @@ from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
 from models.regression.deep.accelerated import kernel_averaged, kernel_online
 from models.regression.deep.forms import Call, State, compiles, deep_memory
-from models.regression.deep.retention import Normed
+from models.regression.deep.retention import Entropic, Normed
 from models.regression.deep.rules import AtEnd, Averaged, Gates, Online, Rule, Start, each
 from models.regression.memory import Memory
 from models.regression.regressor import Tokens
@@ -42,6 +42,7 @@ class NetworkMemory(Memory):
     """
 
     rule: Rule
+    window: int = 1  # c
     weighs_values: ClassVar[bool] = False
 
     def __init__(self, sizes: Sizes, backend: str, chunk: int | None, grad_batch: int, remat: int | None) -> None:
@@ -103,8 +104,8 @@ class NetworkMemory(Memory):
         return 2 * sum(w.numel() for w in self.begin().weights)
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-        if isinstance(self.rule, Normed) or self.rule.network.loss == "switch":
-            return {}  # Moneta and Yaad have none, of whatever size
+        if isinstance(self.rule, Normed | Entropic) or self.rule.network.loss == "switch" or self.window > 1:
+            return {}  # Miras and Atlas have none, of whatever size
         if type(self.rule) not in KERNELS:
             return {"triton": "the kernels take regressor.inner_optimizer=momentum, sgd or average"}
         kernels, start, (first, *others) = KERNELS[type(self.rule)][0], self.begin(), self.matrices()
@@ -118,16 +119,19 @@ class NetworkMemory(Memory):
 
     def forget(self, state: Any, rows: Tensor) -> Any:
         """The memories of the given rows back at the start, and their mini-batches ended."""
-        first = State(self.rule.begin(self.begin(), len(rows), state.fitted.weights[0].dtype), 0 * state.phase)
+        fitted = self.rule.begin(self.begin(), len(rows), state.fitted.weights[0].dtype)
+        first = State(fitted, 0 * state.phase, tuple(torch.zeros_like(x) for x in state.pairs))
         return each(lambda new, now: torch.where(rows.view(-1, *[1] * (now.ndim - 1)), new, now), first, state)
 
     def flops_per_token(self, seq_len: int) -> int:
         """With every weight three products (predict, write, read), with all but the first layer's one more (errors
-        back); the projections of the gates; and the optimiser's products at the end of each mini-batch.
+        back), but for the read of every pair of a window; the projections of the gates; and the optimiser's products at
+        the end of each mini-batch.
         """
         weights = sum(w[0].numel() for w in self.begin().weights)
         back = sum(n * m for n, m in list(self.matrices())[1:])
-        return self.num_heads * (6 * weights + 2 * back) + self.gate_flops() + self.step_flops(seq_len)
+        pairs = self.window * (2 * (1 + self.rule.copies) * weights + 2 * back)
+        return self.num_heads * (pairs + 2 * weights) + self.gate_flops() + self.step_flops(seq_len)
 
     def gate_flops(self) -> int:
         """Of the projections of the gates, for a token."""
@@ -149,7 +153,7 @@ class NetworkMemory(Memory):
             return x
 
         each(count, self.rule.begin(self.begin(), 1, torch.float32))
-        return found
+        return found + (self.window - 1) * self.num_heads * (self.key_dim + self.value_dim)
 
 
 def shares(offset: Tensor) -> Tensor:

@@ -20,11 +20,15 @@ Stability.  Momentum sums a constant gradient to theta / (1 - eta) of it, so the
             matrix with keys of length one would make of it. Nothing diverges then, whatever the gates; with three
             layers and more, b = 1 and theta' = 1, reads have been seen to overshoot fifteenfold for a while.
 Exactness.  The dual form equals the recurrence up to rounding, whatever the chunk, gradients included.
-Miras.      Two recipes of Behrouz et al. 2025 (arXiv 2504.13173), without momentum: Yaad, whose errors count by their
-            sign where they are long (`inner_loss: switch`), and Moneta, with |e|^3 and weights divided by a power of
-            their fourth norm (`inner_loss: lp`, `retention: 4`, retention.py). There |e| is compared with a
+Miras.      Three recipes of Behrouz et al. 2025 (arXiv 2504.13173), without momentum: Yaad, whose errors count by
+            their sign where they are long (`inner_loss: switch`); Moneta, with |e|^3 and weights divided by a power of
+            their fourth norm (`inner_loss: lp`, `retention: 4`, retention.py); Memora, whose weights share a mass
+            (`mass`). There |e| is compared with a
             threshold delta from the data, gates are per channel, and the network is x + LN(gelu MLP); here the root
             mean square of e is compared with a number delta, and gates are per head.
+Atlas.      Behrouz et al. 2025 (arXiv 2505.23735, equations 32 and 33): a window of pairs (windows.py), polynomial
+            features, Muon. There Muon steps at every token, for which a chunk holds the S_t of all its tokens as
+            matrices; here once a mini-batch. Their network is a gated MLP or x + LN(gelu MLP), and all of it fades.
 Others.     titans-pytorch sums the gradients of a chunk, with gates pooled over it, at weights that it holds for every
             chunk; by default all at M_0, so that no gradient of chunk 3 knows of chunk 1. fla 0.6.0 has no deep memory.
 
@@ -45,8 +49,9 @@ from models.parts.sizes import Sizes
 from models.regression.deep.memory import NetworkMemory, Parameters, shares
 from models.regression.deep.network import ACTIVATIONS, LOSSES, Network
 from models.regression.deep.optimizers import INNER_OPTIMIZERS
-from models.regression.deep.retention import Normed
+from models.regression.deep.retention import Entropic, Normed
 from models.regression.deep.rules import AtEnd, Averaged, Gates, Online, Start
+from models.regression.linear.omega import shares_of
 
 OPTIMIZERS = ("momentum", "sgd", "average", *INNER_OPTIMIZERS)
 FORGET_TO = ("start", "zero")
@@ -71,12 +76,14 @@ class DeepMemory(NetworkMemory):
         and no decay | sign | adam | shampoo | muon, which step at the end of a mini-batch, by the mean of its theta';
         muon has the mean of eta for a momentum (rules.py has all).
     retention: q of retention.py, for momentum and sgd; 2: the weights are not divided by anything.
+    mass: u of retention.py's entropy, for sgd, in units of the start's deviations; null: no such thing.
+    window: c of windows.py, the pairs that a token writes, by the weights of linear/omega.py.
     grad_batch: b, a part of the model.  forget_to: start | zero.  limit_steps: false leaves steps as long as they are,
         as in the paper (network.py).  remat: of NetworkMemory.
     """
 
     accepts_decay: tuple[str, ...] = ("none", "head")
-    reads = ("step_size", "momentum")
+    reads = ("step_size", "momentum", "weights")
 
     def __init__(
         self,
@@ -98,6 +105,8 @@ class DeepMemory(NetworkMemory):
         bias: bool = False,
         limit_steps: bool = True,
         retention: float = 2.0,
+        window: int = 1,
+        mass: float | None = None,
     ) -> None:
         super().__init__(sizes, backend, chunk, grad_batch, remat)
         for name, value, allowed in (
@@ -119,6 +128,8 @@ class DeepMemory(NetworkMemory):
             ("p", p, p >= 1, "at least 1"),
             ("delta", delta, delta > 0, "positive"),
             ("retention", retention, retention >= 2, "at least 2, which divides by nothing"),
+            ("window", window, window >= 1, "a number of pairs, at least 1"),
+            ("mass", mass, mass is None or mass > 0, "positive, or null for none"),
         ):
             if not holds:
                 raise ValueError(f"regressor.{name}={number} must be {says}")
@@ -130,6 +141,8 @@ class DeepMemory(NetworkMemory):
             raise ValueError(
                 f"regressor.retention={retention} goes with inner_optimizer=momentum or sgd, and forget_to=start"
             )
+        if mass is not None and (inner_optimizer != "sgd" or self.fades or retention != 2):
+            raise ValueError(f"regressor.mass={mass} goes with inner_optimizer=sgd, forget_to=start and retention=2")
         self.step_size, momentum = nn.Linear(D, H), nn.Linear(D, H)  # both drawn: M_0 has the seed's numbers anyway
         if optimizer is not None:
             self.rule, has_momentum = AtEnd(network, optimizer), optimizer.has_momentum
@@ -143,9 +156,18 @@ class DeepMemory(NetworkMemory):
             self.rule, self.fit = Online(network, has_momentum), "gradient step" + ", momentum" * has_momentum
             if retention != 2:
                 self.rule, self.fit = Normed(network, has_momentum, retention), f"{self.fit}, L{retention:g} retention"
+            if mass is not None:
+                units = (mass, *[mass * inner**-0.5] * (depth - 1))
+                self.rule, self.fit = Entropic(network, False, units), "multiplicative step, entropic retention"
         self.momentum = momentum if has_momentum else None
+        if window > 1 and (bias or layer_norm or inner_optimizer == "average"):
+            raise ValueError(
+                f"regressor.window={window} goes with bias=false and layer_norm=false, so that no pair writes "
+                "nothing, and with any inner_optimizer but average"
+            )
+        self.window, self.weights = window, nn.Linear(D, H * window) if window > 1 else None
         widths, scales = [K, *[inner] * (depth - 1), V], [1.0, *[inner**-0.5] * (depth - 1)]
-        scales[-1] *= isinstance(self.rule, AtEnd)
+        scales[-1] *= isinstance(self.rule, AtEnd | Entropic)  # whose first mini-batch reads it as it is
         drawn = (s * torch.randn(H, n, m) for s, (n, m) in zip(scales, pairwise(widths), strict=True))
         self.start = Parameters(F.pad(w, (0, 0, 0, int(bias))) for w in drawn)
         self.norm = Parameters([torch.ones(H, 1, V), torch.zeros(H, 1, V)] if layer_norm else [])
@@ -157,21 +179,24 @@ class DeepMemory(NetworkMemory):
 
     def gates(self, x: Tensor, log_decay: Tensor | None = None) -> Gates:
         """1 - eta is the sigmoid of the negative, log eta logsigmoid: neither loses digits where eta is near 1 or 0."""
-        rate, b = wide(read(self.step_size, x)).sigmoid(), self.grad_batch
+        rate, b, window = wide(read(self.step_size, x)).sigmoid(), self.grad_batch, None
+        if self.weights is not None:
+            window = shares_of(wide(read(self.weights, x)).unflatten(-1, (-1, self.window)))
         logit = None if self.momentum is None else wide(read(self.momentum, x))
         if isinstance(self.rule, AtEnd):
             nothing = torch.zeros_like(rate)
             eta = nothing if logit is None else logit.sigmoid() / b
             sums = torch.stack([nothing if log_decay is None else log_decay, rate / b, eta], dim=-1)
-            return Gates(rate / b, sums=sums)
+            return Gates(rate / b, sums=sums, window=window)
         if isinstance(self.rule, Averaged):
             return Gates(rate, share=shares(self.token_offset))
         if logit is None:
-            return Gates(rate / b, log_decay=log_decay)
-        return Gates((-logit).sigmoid() * rate / b, F.logsigmoid(logit), log_decay)
+            return Gates(rate / b, log_decay=log_decay, window=window)
+        return Gates((-logit).sigmoid() * rate / b, F.logsigmoid(logit), log_decay, window=window)
 
     def tokens_at_once(self, v: Tensor) -> int:
         return self.chunk or (self.grad_batch if isinstance(self.rule, AtEnd) else super().tokens_at_once(v))
 
     def gate_flops(self) -> int:
-        return 2 * self.num_heads * self.hidden_size * (1 if self.momentum is None else 2)
+        gates = 1 + (self.momentum is not None) + (self.window if self.window > 1 else 0)
+        return 2 * self.num_heads * self.hidden_size * gates

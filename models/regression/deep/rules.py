@@ -59,7 +59,8 @@ class Gates(NamedTuple):
     """What the tokens of a call say of their steps. step_size: theta [B, T, H], or one for each layer [B, T, H, n].
     log_momentum, log_decay: natural logs of eta and a [B, T, H], <= 0; None for eta = 0 and for a = 1. share: c [b].
     sums [B, T, H, 3]: what an optimiser takes, the log decay, the rate and the momentum of a token, each summed over
-    its mini-batch.
+    its mini-batch. window [B, T, H, c]: the weights of the pairs that a token writes (windows.py), the newest first;
+    None for its own alone.
     """
 
     step_size: Tensor
@@ -67,6 +68,7 @@ class Gates(NamedTuple):
     log_decay: Tensor | None = None
     share: Tensor | Any = None
     sums: Tensor | None = None
+    window: Tensor | None = None
 
 
 class Fitted(NamedTuple):
@@ -112,12 +114,17 @@ class Rule:
     network: Network | SwiGLU
     refers: ClassVar[bool] = False  # whether it keeps R; else its weights are R
     closes: ClassVar[bool] = False  # whether anything happens where a mini-batch ends that coefficients can't tell
+    copies: ClassVar[int] = 1  # numbers that are kept and written for each weight
     at_once: ClassVar[int] = 4  # chunks of a compiled call, which takes as long to begin as several small kernels take
 
     def begin(self, start: Start, B: int, dtype: torch.dtype) -> Fitted:
         """What a document begins with, [B, H, *, *]."""
         weights = tuple(w.to(dtype).expand(B, -1, -1, -1) for w in start.weights)
         return Fitted(weights, _zeros(weights))
+
+    def kept(self, weights: Weights) -> Weights:
+        """What is kept of the weights of a start."""
+        return weights
 
     def held(self, weights: Weights, references: Weights, first: Weights) -> Weights:
         """The weights that are read, of those that are kept; first: M_0."""
@@ -142,6 +149,10 @@ class Rule:
         zero where there is no token.
         """
         return given
+
+    def of_window(self, band: Tensor, given: tuple[Any, ...], dual: bool) -> tuple[Any, ...]:
+        """What `learn`, or in the dual form `products` and `carry`, are given of the C + c - 1 pairs of windows.py."""
+        raise NotImplementedError
 
     def enter(self, fitted: Fitted, base: Weights) -> Fitted:
         """As chunks have it."""
@@ -190,6 +201,13 @@ class Online(Rule):
         """A mixture for what tokens read, another for what the chunk carries on."""
         read, carry = of_gates(*given)
         return (*read, *carry)
+
+    def of_window(self, band: Tensor, given: tuple[Any, ...], dual: bool) -> tuple[Any, ...]:
+        if dual:
+            read, writes, states, carried = given
+            return read, product(writes, band), states, product(carried, band)
+        ones, theta, *gates = given
+        return ones, product(band.mT, theta), *gates
 
     def enter(self, fitted: Fitted, base: Weights) -> Fitted:
         fading = tuple(m - w for m, w in zip(fitted.weights, base, strict=True)) if base else fitted.weights
@@ -306,6 +324,10 @@ class AtEnd(Summed):
 
     def tokens(self, gates: Gates, place: Tensor) -> tuple[Any, ...]:
         return gates.step_size, gates.sums
+
+    def of_window(self, band: Tensor, given: tuple[Any, ...], dual: bool) -> tuple[Any, ...]:
+        theta, sums = given
+        return product(band.mT, theta), sums
 
     def products(self, chunk: Chunk) -> list[Callable[[Tensor], Tensor]]:
         return [partial(product, y=w.to(chunk.pairs[0][0].dtype)) for w in chunk.fitted.weights]

@@ -49,6 +49,14 @@ class Slots(NamedTuple):
         index = self.place.view(*self.place.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
         return x.gather(1, index)
 
+    def first(self, x: Tensor) -> Tensor:
+        """[B, T, *] of tokens to [B, N, *] of the first of every slot, zeros for an empty one."""
+        if self.place is None:
+            return x[:, :: self.size]
+        slot = torch.where(self.place % self.size == 0, self.place // self.size, self.num)
+        index = slot.view(*slot.shape, *[1] * (x.ndim - 2)).expand_as(x)
+        return x.new_zeros(len(x), self.num + 1, *x.shape[2:]).scatter(1, index, x)[:, : self.num]
+
     def flags(
         self, x: Tensor | Sequence[Tensor | bool] | None, heads: int, alike: bool = False
     ) -> list[Tensor | bool | None]:

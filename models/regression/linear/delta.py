@@ -34,7 +34,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from models.kernels import delta, fla, momentum
+from models.kernels import channel_delta, delta, fla, momentum
 from models.parts.linear import read
 from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
@@ -127,9 +127,13 @@ def kernel_delta(
     write_key: Tensor | None = None,
     gradient_before_decay: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The same map by models/kernels/delta or, what that does not compute, by models/kernels/momentum. Arguments and
-    results as in recurrent_delta, log_decay per head; q, k, v and write_key are cast to one dtype, v's.
+    """The same map by models/kernels/delta, models/kernels/channel_delta or, what those do not compute,
+    models/kernels/momentum. Arguments and results as in recurrent_delta, a log_decay per channel without a write_key
+    and after the decay alone; q, k, v and write_key are cast to one dtype, v's.
     """
+    if log_decay is not None and log_decay.ndim == 4:
+        assert write_key is None and not gradient_before_decay
+        return channel_delta.delta_rule(q, k, v, step_size, log_decay, first_memory(k, v, memory))
     if write_key is None and not gradient_before_decay and delta.takes(v.dtype, k.shape[-1], v.shape[-1]):
         return delta.delta_rule(q, k, v, step_size, log_decay, first_memory(k, v, memory))
     matrices, source = first_memory(k, v, memory).unsqueeze(2), None
@@ -150,9 +154,6 @@ def _decayed_share(s: Tensor) -> Tensor:
     series = 1 - s / 2 * (1 - s / 3 * (1 - s / 4 * (1 - s / 5)))
     return torch.where(small, series.masked_fill(~small, 0.0), -torch.expm1(-large) / large)
 
-
-# The backend that `auto` asks first where models/kernels/delta can run: the faster one (docs/kernels.md).
-FIRST = "fla"
 
 # The step's share of b, from b and |k|^2; None: all of it.
 STEPS: dict[str, Any] = {
@@ -257,10 +258,11 @@ class Delta(Memory):
         early = self.gradient_before_decay and self.decay_kind != "none"
         found = {"fla": (fla.refusal_leaky_delta if early else fla.refusal_gated_delta)(*shape)}
         if self.decay_kind == "channel":
-            return found
+            return found | {"triton": channel_delta.refusal(*shape)}
         own = not early and delta.takes(dtype, self.key_dim, self.value_dim)
         found["triton"] = (delta if own else momentum).refusal(*shape)
-        return {name: found[name] for name in (FIRST, *found)} if own else found
+        flash = fla.FLASH_QLA and self.decay_kind == "head"
+        return dict(reversed(found.items())) if own and delta.faster(device) and not flash else found
 
     def route(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         if backend != "fla":

@@ -18,7 +18,7 @@ Shapes: as in momentum.py; c the window.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -44,15 +44,15 @@ class State(NamedTuple):
 
 
 def windows(
-    k: Tensor, v: Tensor, weights: Tensor, state: State | None, dtype: torch.dtype, segments: Tensor | None
+    k: Tensor, v: Tensor, weights: Tensor, tails: Sequence[Tensor], dtype: torch.dtype, segments: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What every token sees, the newest pair first: keys [B, T, c, H, K], values [B, T, c, H, V], and its weights, zero
-    for another document's pairs. And what the next call's tokens will, as State has it.
+    for another document's pairs. And what the next call's tokens will, as State has it. tails: keys and values of the
+    state, or nothing.
     """
     (B, T, H), past = k.shape[:3], weights.shape[-1] - 1
-    none = (x.new_zeros(B, past, H, x.shape[-1], dtype=dtype) for x in (k, v))
-    tails = none if state is None else state[1:]
-    pairs = [torch.cat([tail, x.to(dtype)], dim=1) for tail, x in zip(tails, (k, v), strict=True)]
+    none = [x.new_zeros(B, past, H, x.shape[-1], dtype=dtype) for x in (k, v)]
+    pairs = [torch.cat([tail, x.to(dtype)], dim=1) for tail, x in zip(tails or none, (k, v), strict=True)]
     lasting = [x[:, T:] for x in pairs]
     if segments is not None:
         document = torch.cat([segments[:, :1].expand(-1, past), segments], dim=1)
@@ -83,7 +83,8 @@ def omega(
     weights: [B, T, H, c], gamma_{t,r} of the r-th last pair. The other arguments and the results as in
     recurrent_momentum, but for the state.
     """
-    keys, values, weights, *pairs = windows(k, v, weights, state, working_dtype(q, k, v), segments)
+    tails = () if state is None else state[1:]
+    keys, values, weights, *pairs = windows(k, v, weights, tails, working_dtype(q, k, v), segments)
     keys, values = keys.to(k.dtype).flatten(1, 2), values.to(v.dtype).flatten(1, 2)
     steps = (weights * step_size.unsqueeze(-1)).transpose(2, 3).flatten(1, 2)
     fitted = None if state is None else state.fitted
@@ -97,10 +98,14 @@ recurrent_omega, chunked_omega, kernel_omega = (
 )
 
 
-class Omega(Momentum):
-    """Momentum over a window, the weights of its pairs learned per head, token and offset: with s = sigmoid(x W + b),
+def shares_of(logits: Tensor) -> Tensor:
+    """gamma [*, c] of logits: s / max(1, sum of s), s = sigmoid."""
+    s = logits.sigmoid()
+    return s / s.sum(-1, keepdim=True).clamp(min=1.0)
 
-        gamma_r = s_r / max(1, sum of s) .
+
+class Omega(Momentum):
+    """Momentum over a window, the weights of its pairs learned per head, token and offset (shares_of x W + b).
 
     window: c, the pairs of a step.
     """
@@ -128,8 +133,7 @@ class Omega(Momentum):
 
     def forward(self, tokens: Tokens, state: Any = None) -> tuple[Tensor, Any]:
         x, q, k, v, log_decay, segments = tokens
-        weights = wide(read(self.weights, x)).sigmoid().unflatten(-1, (-1, self.window))
-        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1.0)
+        weights = shares_of(wide(read(self.weights, x)).unflatten(-1, (-1, self.window)))
         step_size, log_momentum, remaining = self.gates(x, log_decay)
         gates = (weights, step_size, log_momentum, log_decay)
         o, state = omega(self.form(tokens), q, k, v, *gates, state, self.grad_batch, segments)

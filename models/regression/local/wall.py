@@ -7,7 +7,10 @@ Solution.   o_t = sum_i w_ti v_i / sum_i w_ti .
             A channel that fades fast looks at the last pairs alone, one that does not looks at all. A pair whose
             channels have all faded is not forgotten: its weight is then 1, that of a pair that has nothing to do with
             the query. Forgetting (constant.py) multiplies the weight itself by a decay, until it is 0. With gamma = 1
-            both are softmax; with equal channels this is softmax at a temperature that grows with the distance.
+            both are softmax; with equal channels this is softmax at a temperature that grows with the distance. No
+            channels that keys and queries share freely make it forgetting, but one of its own does: where it has the
+            key 1, the query L and the fade g^(1 / (beta L)), and nothing else fades, the logit is beta (q.k + L) +
+            log g in the limit of a large L.
 Source.     Wall attention (Averbuch and Pai, Tilde Research; fla 0.6.0, ops/wall_attn and layers/wall_attn.py). Its
             layer projects the gates without a bottleneck and has no QK-norm by default.
 State.      The pairs, and how far every channel of every head has faded: it grows with the sequence.

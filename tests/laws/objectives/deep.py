@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.parts.orthogonal import orthogonal
+from models.regression.regressor import Tokens
 from tests.laws.objectives import Call, states
 
 
@@ -92,3 +94,73 @@ def cubes_and_a_fourth_norm(call: Call) -> None:
         return torch.cat([w.flatten(1) for w in weights], dim=1).norm(4, dim=1).view(-1, 1, 1)
 
     descent(call, loss, lambda first, now: (norm(first) / norm(now)).square())
+
+
+@states("atlas")
+def windows_and_muon(call: Call) -> None:
+    """Of every token the gradients of its last pairs, weighted; a step by the polar factor of their sum, by Newton and
+    Schulz, at a mini-batch's end."""
+    memory, start = call.regressor, [w.detach() for w in call.regressor.begin().weights]
+    c, b = memory.window, memory.grad_batch
+    gamma = memory.weights(call.x)[0].sigmoid().unflatten(-1, (-1, c))
+    gamma = gamma / gamma.sum(-1, keepdim=True).clamp(min=1)
+    rates, etas = memory.step_size(call.x)[0].sigmoid(), memory.momentum(call.x)[0].sigmoid()
+    M, B = start, [torch.zeros_like(w) for w in start]
+    for batch in torch.arange(call.q.shape[1]).split(b):
+        R, D = [w.clone().requires_grad_() for w in M], [torch.zeros_like(w) for w in start]
+        for t in batch.tolist():
+            assert torch.allclose(call.o[0, t], mlp(M, call.q[0, t]), atol=1e-10)
+            for r in range(min(c, t + 1)):
+                k, v = call.k[0, t - r], call.v[0, t - r]
+                share = step_limits([w.detach() for w in R], k, v) * gamma[t, :, r] * rates[t] / b
+                loss = 0.5 * (share * (v - mlp(R, k)).square().sum(-1)).sum()
+                D = [d - g for d, g in zip(D, torch.autograd.grad(loss, R), strict=True)]
+        eta, rate = (x[batch].mean(0).view(-1, 1, 1) for x in (etas, rates))
+        a = call.log_decay[0, batch].sum(0).exp().view(-1, 1, 1)
+        B = [eta * x + d for x, d in zip(B, D, strict=True)]
+        M = [w + a * (m - w) + rate * orthogonal(x) for w, m, x in zip(start, M, B, strict=True)]
+
+
+@states("memora")
+def masses(call: Call) -> None:
+    """Of every output a mass one over inputs of both signs: the least theta <S, G> + a KL(S | before) + (1 - a) KL(S |
+    start), G the gradient at the last mini-batch's end, read by the next."""
+    memory = call.regressor
+    units = memory.rule.units
+
+    def read(S: list[Tensor]) -> list[Tensor]:
+        halves = (s.chunk(2, dim=-2) for s in S)
+        return [u * plus.shape[-2] * (plus - minus) for u, (plus, minus) in zip(units, halves, strict=True)]
+
+    start = [w.detach() / u for w, u in zip(memory.begin().weights, units, strict=True)]
+    roots = [(1 + x.square()).sqrt() for x in start]
+    first = [torch.cat([y + x, y - x], dim=-2) for x, y in zip(start, roots, strict=True)]  # exp(asinh(x)), and of -x
+    first = [s / s.sum(-2, keepdim=True) for s in first]
+    S, theta = first, memory.step_size(call.x).sigmoid()[0] / memory.grad_batch
+    for t in range(call.q.shape[1]):
+        k, v = call.k[0, t], call.v[0, t]
+        if t % memory.grad_batch == 0:
+            R = [w.requires_grad_() for w in read(S)]
+        assert torch.allclose(call.o[0, t], mlp(R, call.q[0, t]), atol=1e-10)
+        share = step_limits([w.detach() for w in R], k, v)
+        gradients = torch.autograd.grad(0.5 * (share * (v - mlp(R, k)).square().sum(-1)).sum(), R)
+        a, step = (g[t].view(-1, 1, 1) for g in (call.log_decay[0].exp(), theta))
+        G = [step * torch.cat([g, -g], dim=-2) / u for g, u in zip(gradients, units, strict=True)]
+        S = [s.pow(a) * s0.pow(1 - a) * (-g).exp() for s, s0, g in zip(S, first, G, strict=True)]
+        S = [s / s.sum(-2, keepdim=True) for s in S]
+
+
+@states("tnt")
+def shards(call: Call) -> None:
+    """Titans' memory for all tokens; and one that begins anew in every shard, asked along its mini-batch's keys."""
+    tnt, tokens = call.regressor, Tokens(*call[1:6])
+    (local,), whole = tnt.local, tnt.memory(tokens)[0]
+    momentum(Call(tnt.memory, *tokens[:5], whole))
+    for now in torch.arange(call.q.shape[1]).split(tnt.shard):
+        x, q, k, v, log_decay = (y[:, now] for y in tokens[:5])
+        q = q.clone()
+        for t in range(len(now)):
+            keys = k[0, t - t % local.grad_batch : t + 1]
+            P = torch.einsum("thk,thl->hkl", keys, keys / keys.square().sum(-1, keepdim=True))
+            q[0, t] = torch.einsum("hk,hkl->hl", q[0, t], P)
+        momentum(Call(local, x, q, k, v, log_decay, call.o[:, now] - whole[:, now]))

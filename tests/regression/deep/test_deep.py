@@ -18,7 +18,7 @@ from models.parts.sizes import Sizes
 from models.regression.deep import DeepMemory
 from models.regression.deep.forms import Call, deep_memory
 from models.regression.deep.network import SMOOTH, Network
-from models.regression.deep.retention import Normed
+from models.regression.deep.retention import Entropic, Normed
 from models.regression.deep.rules import Gates, Online, Start
 from models.regression.linear.momentum import State as MatrixState
 from models.regression.linear.momentum import recurrent_momentum
@@ -296,6 +296,18 @@ def test_yaad_with_no_threshold_is_gradient_descent_and_retention_of_two_divides
     assert (deep_memory(rule, call, 8)[0] - plain[0]).abs().max() < 1e-12
 
 
+def test_a_large_mass_is_gradient_descent():
+    """Memora's limit: what the second mini-batch reads at its start is what Online has left."""
+    start, (q, k, v, theta, _, log_decay) = draw(9)
+    first = Call(start, q[:, :8], k[:, :8], v[:, :8], Gates(theta[:, :8], None, log_decay[:, :8]), None, 8)
+    _, left = deep_memory(Online(Network(), False), first, 8)
+    after = Call(start, q[:, 8:], k[:, 8:], v[:, 8:], Gates(0 * theta[:, 8:]), left, 8)
+    expected, _ = deep_memory(Online(Network(), False), after)
+    whole = Call(start, q, k, v, Gates(theta, None, log_decay), None, 8)
+    found, _ = deep_memory(Entropic(Network(), False, (1e4, 1e4)), whole, 8)
+    assert (found[:, 8:] - expected).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("inner_loss", ["l2", "huber", "switch", "lp", "dot"])
 @pytest.mark.parametrize("inner_optimizer", ["momentum", "sgd"])
 def test_the_inner_loss_falls(inner_loss, inner_optimizer):
@@ -346,6 +358,8 @@ def test_no_gates_let_it_diverge(depth, grad_batch, momentum):
         ({"expansion": 0}, "regressor.expansion=0 must be at least 1 / 32"),
         ({"grad_batch": 0}, "regressor.grad_batch=0"),
         ({"activation": "relu"}, "regressor.activation=relu is not one of silu, gelu, gelu_tanh"),
+        ({"mass": 0.0}, "regressor.mass=0.0 must be positive, or null"),
+        ({"mass": 1.0}, "regressor.mass=1.0 goes with inner_optimizer=sgd, forget_to=start and retention=2"),
         ({"retention": 1.5}, "regressor.retention=1.5 must be at least 2"),
         ({"retention": 4.0, "inner_optimizer": "muon"}, "regressor.retention=4.0 goes with inner_optimizer=momentum"),
         ({"inner_loss": "l1"}, "regressor.inner_loss=l1 is not one of l2, huber, switch, lp, dot"),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models.mixers.mixer import Mixer
+from models.parts.sizes import Sizes
+from models.regression.local import Forgetting, Wall
 from models.regression.local.deltaformer import parallel_corrected, recurrent_corrected
 from models.regression.local.pairs import Pairs, View
 from models.regression.local.wall import faded_products, through_the_first
+from models.regression.regressor import Tokens
 from tests.laws.presets import inputs, largest_difference, mixer
 
 
@@ -35,6 +39,21 @@ def test_wall_that_fades_nothing_is_softmax_and_equal_channels_are_a_temperature
     age = age[..., :1].abs().cumsum(2).expand(-1, -1, -1, 4)
     found = faded_products(q, age, k, age).tril()
     assert torch.allclose(found, ((q @ k.mT) * (age[..., :1].mT - age[..., :1]).exp()).tril(), atol=1e-12)
+
+
+def test_a_channel_of_its_own_makes_wall_forget():
+    """In the limit of a long query, the keys of that channel alike: exp(-s / L) L is L - s."""
+    g = torch.Generator().manual_seed(0)
+    H = 3
+    q, k, v = (torch.randn(2, 9, H, 4, dtype=torch.float64, generator=g) for _ in range(3))
+    fade = torch.rand(2, 9, H, dtype=torch.float64, generator=g).log()
+    settings = {"inverse_temperature": 0.7}
+    forgetting = Forgetting(Sizes(8, H, H, 4, 4), **settings)(Tokens(q, q, k, v, fade))[0]
+    for L, error in ((1e3, 1e-1), (1e6, 1e-4)):
+        age = torch.cat([torch.zeros_like(q), fade.unsqueeze(-1) / (0.7 * L)], dim=-1)
+        queries, keys = F.pad(q, (0, 1), value=L), F.pad(k, (0, 1), value=1.0)
+        found = Wall(Sizes(8, H, H, 5, 4), **settings)(Tokens(q, queries, keys, v, age))[0]
+        assert (found - forgetting).abs().max() < error
 
 
 @pytest.mark.parametrize("past", [0, 7])

@@ -1,0 +1,97 @@
+"""The delta rule with a decay per channel by kernels of our own: models/regression/linear/delta.py's map in Triton.
+
+    fade        queries and keys as the chunk's first and last memory meet them
+    scores      the inverse R of I + A, and what queries find in the keys of their chunk
+    scan        U = R (V - K' S), O = Q' S + attend U, and S from chunk to chunk
+backward, after fade again,
+    scan_gradient   dV and the gradients by S, from chunk to chunk
+    scores_gradient, within, gradient   all others, all chunks at once
+
+It is models/kernels/delta's plan, with its limits and its host code's parts. Products between tokens that fade channel
+by channel are made from borders between them: tiles.py. Kept between the passes are q, k, the gates, R and `attend`,
+half of the size of q each, and U and S, which are as large as v and twice that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.kernels import backend, delta
+
+SHARED = 168 << 10  # bytes that a program has at most
+
+
+def refusal(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
+    """Why these kernels can't run here, or None if they can: for what models/kernels/delta says, which takes memories
+    of the same shapes, or for want of shared memory. dtype is that of q, k and v."""
+    reason = delta.refusal(device, dtype, key_dim, value_dim)
+    if reason is None and device.type == "cuda" and torch.cuda.is_available():
+        reason = backend.refusal_of_gpu(device, SHARED)
+    return reason
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_decay: Tensor, memory: Tensor
+) -> tuple[Tensor, Tensor]:
+    """delta.py's map. Arguments and results as recurrent_delta's, log_decay [B, T, H, K]; q and k are cast to v's
+    dtype."""
+    keep, log_decay = torch.is_grad_enabled(), log_decay.float()
+    o, last, *_ = forward(q.to(v.dtype), k.to(v.dtype), v, step_size.float(), log_decay, memory.float(), keep)
+    return o, last
+
+
+@torch.library.custom_op("test_time_regression::channel_delta_rule", mutates_args=())
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_decay: Tensor, memory: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, the memory after the last token, and launch.py's Kept."""
+    from models.kernels.channel_delta.launch import Launch
+
+    with torch.cuda.device_of(q):
+        o, last, kept = Launch(q, k, step_size, log_decay, v.shape[-1]).forward(v, memory, keep)
+    return o, last, *kept
+
+
+@forward.register_fake
+def _(q, k, v, step_size, log_decay, memory, keep):
+    from models.kernels.channel_delta.launch import new_kept
+
+    return v.new_empty(v.shape), memory.new_empty(memory.shape), *new_kept(q, v, keep)
+
+
+@torch.library.custom_op("test_time_regression::channel_delta_rule_backward", mutates_args=())
+def backward(
+    q: Tensor, k: Tensor, step_size: Tensor, log_decay: Tensor, kept: list[Tensor], do: Tensor, dlast: Tensor | None
+) -> list[Tensor]:
+    """The gradients by q, k, v, the step sizes, the log decays and the first memory."""
+    from models.kernels.channel_delta.launch import Kept, Launch
+
+    with torch.cuda.device_of(q):
+        return Launch(q, k, step_size, log_decay, do.shape[-1]).backward(Kept(*kept), do, dlast)
+
+
+@backward.register_fake
+def _(q, k, step_size, log_decay, kept, do, dlast):
+    B, _, H, K = q.shape
+    memory = step_size.new_empty(B, H, K, do.shape[-1])
+    return [*(x.new_empty(x.shape) for x in (q, k, do, step_size, log_decay)), memory]
+
+
+def _keep(ctx, inputs, output) -> None:
+    q, k, v, step_size, log_decay, *_ = inputs
+    ctx.shape = v.shape
+    ctx.save_for_backward(q, k, step_size, log_decay, *output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, do: Tensor | None, dlast: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    q, k, step_size, log_decay, *kept = ctx.saved_tensors
+    if do is None:
+        do = q.new_zeros(ctx.shape)
+    return *backward(q, k, step_size, log_decay, kept, do, dlast), None
+
+
+forward.register_autograd(_gradients, setup_context=_keep)

@@ -1,0 +1,106 @@
+"""What the scans multiply with, of gates, queries, keys and step sizes alone, all chunks at once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from models.kernels.channel_delta.tiles import (
+    AFTER,
+    LEAST,
+    UP_TO,
+    near,
+    near_factors,
+    neighbours,
+    partners,
+    sums,
+)
+from models.kernels.delta.tiles import place, system_inverse
+from models.kernels.momentum.tiles import dot, of_gates, of_square, of_tokens
+
+
+@triton.jit
+def fade(
+    q,  # [B, T, H, K]
+    k,  # [B, T, H, K]
+    step_size,  # [B, T, H]
+    log_decay,  # [B, T, H, K]
+    ones,  # [LOG_C + ORDERS, C, C], by tiles.py's write_ones
+    reads,  # out, [B, T, H, K]: e^c q
+    erases,  # out, [B, T, H, K]: e^c k
+    writes,  # out, [B, T, H, K]: b e^{c_C - c} k
+    ended,  # out, [B H N, K]: e^{c_C}
+    T, N, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * BK
+    bh, n = place(tl.program_id(1), N, H)
+    chunk = bh * N + n
+    at, real = of_gates(step_size, bh, n, T, H, C)
+    b = tl.load(at, mask=real, other=0.0)
+    at_k, mask = of_tokens(k, bh, n, first, T, H, K, C, BK)
+    keys = tl.load(at_k, mask=mask, other=0.0)
+    at_k, mask = of_tokens(q, bh, n, first, T, H, K, C, BK)
+    queries = tl.load(at_k, mask=mask, other=0.0)
+    at_k, mask = of_tokens(log_decay, bh, n, first, T, H, K, C, BK)
+    gates = tl.maximum(tl.load(at_k, mask=mask, other=0.0), LEAST)
+    channels = first + tl.arange(0, BK)
+    tl.store(ended + chunk.to(tl.int64) * K + channels, tl.exp(tl.sum(gates, 0)), mask=channels < K)
+    gates = gates.to(ones.dtype.element_ty)
+    left = tl.exp(sums(ones, LOG_C + UP_TO, gates, C, PRECISION))
+    at_k, mask = of_tokens(reads, bh, n, first, T, H, K, C, BK)
+    tl.store(at_k, (queries * left).to(keys.dtype), mask=mask)
+    at_k, mask = of_tokens(erases, bh, n, first, T, H, K, C, BK)
+    tl.store(at_k, (keys * left).to(keys.dtype), mask=mask)
+    left = tl.exp(sums(ones, LOG_C + AFTER, gates, C, PRECISION)) * b[:, None]
+    at_k, mask = of_tokens(writes, bh, n, first, T, H, K, C, BK)
+    tl.store(at_k, (keys * left).to(keys.dtype), mask=mask)
+
+
+@triton.jit
+def scores(
+    q,  # [B, T, H, K]
+    k,  # [B, T, H, K]
+    step_size,  # [B, T, H]
+    log_decay,  # [B, T, H, K]
+    ones,  # [LOG_C + ORDERS, C, C], by tiles.py's write_ones
+    R,  # out, [B H N, C, C]: (I + A)^-1 without its ones, A_ti = b_i sum_j k_tj e^{c_tj - c_ij} k_ij for i < t
+    attend,  # out, [B H N, C, C]: the same of q_t for k_t, and i <= t
+    T, N, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One of the two in a program: with both, registers went to memory and back."""
+    of_queries = tl.program_id(0) == 1
+    bh, n = place(tl.program_id(1), N, H)
+    chunk = bh * N + n
+    t = tl.arange(0, C)
+    TYPE: tl.constexpr = k.dtype.element_ty
+    x = q if of_queries else k
+    found = tl.zeros([C, C], tl.float32)
+    own = tl.zeros([C], tl.float32)
+    for first in range(0, K, BK):
+        at_k, mask = of_tokens(k, bh, n, first, T, H, K, C, BK)
+        keys = tl.load(at_k, mask=mask, other=0.0)
+        at_k, mask = of_tokens(x, bh, n, first, T, H, K, C, BK)
+        readers = tl.load(at_k, mask=mask, other=0.0)
+        own += tl.sum(readers.to(tl.float32) * keys, 1)
+        at_k, mask = of_tokens(log_decay, bh, n, first, T, H, K, C, BK)
+        gates = tl.maximum(tl.load(at_k, mask=mask, other=0.0), LEAST)
+        nearest = near(gates, LOG_C, TYPE)
+        gates = gates.to(ones.dtype.element_ty)
+        reading, writing = near_factors(sums(ones, nearest, gates, C, PRECISION), nearest, True, TYPE, C)
+        product = dot((readers * reading).to(TYPE), tl.trans((keys * writing).to(TYPE)), PRECISION)
+        found += tl.where(neighbours(nearest, True, C), product, 0.0)
+        for halving in range(nearest + 1, LOG_C):
+            left = tl.exp(sums(ones, halving, gates, C, PRECISION))
+            product = dot((readers * left).to(TYPE), tl.trans((keys * left).to(TYPE)), PRECISION)
+            found += tl.where(partners(halving, True, C), product, 0.0)
+    at, real = of_gates(step_size, bh, n, T, H, C)
+    b = tl.load(at, mask=real, other=0.0)
+    found *= b[None, :]
+    if of_queries:
+        found = tl.where(t[:, None] == t[None, :], (own * b)[:, None], found)
+        tl.store(of_square(attend, chunk, C), found.to(TYPE))
+    else:
+        inverse = system_inverse(found, C, PRECISION)
+        tl.store(of_square(R, chunk, C), tl.where(t[:, None] > t[None, :], inverse, 0.0).to(TYPE))

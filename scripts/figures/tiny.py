@@ -1,0 +1,53 @@
+"""The table of all presets at size=tiny, and its figure: conf/experiment/tiny_table.yaml, and the claim of that name in
+claims.py."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from scripts.figures.results import COLOURS, Row, grouped, mean, settings
+from scripts.reports.presets import all_classes
+
+BASELINE, OWN = "no regression", "other"  # beside the branches of the family: baselines, and mixers of other packages
+
+
+def bits(row: Row) -> float:
+    """Of the validation text, per byte."""
+    found: float = row["validation/bits_per_byte"]
+    return found
+
+
+def branch(model: str) -> str:
+    """The folder of models/regression that its memory is in."""
+    classes = all_classes().get(model)
+    if classes is None:
+        return OWN
+    memory = classes.get("regressor._target_", classes.get("memory.regressor._target_"))
+    return BASELINE if memory is None else memory.split(".")[2]
+
+
+def table(rows: list[Row]) -> list[Row]:
+    """The best first. Numbers as text, with the digits that they are worth."""
+    found = []
+    for model, runs in grouped(rows, lambda row: settings(row)["model"]).items():
+        each = [bits(run) for run in runs]
+        row = {"mixer": model, "branch": branch(model), "bits per byte": f"{mean(each):.3f}"}
+        spread = f"{max(each) - min(each):.3f}" if len(each) > 1 else ""
+        row |= {"between seeds": spread, "seeds": len(runs)}
+        found.append(row | {"state": runs[0]["state_size"], "parameters": runs[0]["parameters"]})
+    return sorted(found, key=lambda row: float(row["bits per byte"]))
+
+
+def figure(rows: list[Row], figure: Figure) -> None:
+    """A line for each mixer, a point for each seed."""
+    ordered = [row["mixer"] for row in table(rows)]
+    figure.set_size_inches(7, 1.2 + 0.19 * len(ordered))
+    axes = figure.subplots()
+    for i, (name, group) in enumerate(grouped(rows, lambda row: branch(settings(row)["model"])).items()):
+        at = [ordered.index(settings(row)["model"]) for row in group]
+        axes.plot([bits(row) for row in group], at, "o", color=COLOURS[i], markersize=4.5, label=name)
+    axes.set_yticks(range(len(ordered)), ordered, fontsize=8)
+    axes.set(xlabel="bits per byte of the validation text", ylim=(len(ordered) - 0.4, -0.6))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)

@@ -1,0 +1,149 @@
+"""A run of train.py in several processes, watched from outside: forked from this one, which has imported everything,
+or each started as Python starts (`fork=False`), where what was imported can't be forked.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import train
+from models.training.logger import read_metrics
+
+ROOT = Path(train.__file__).parent
+PAUSE = 0.005  # seconds between two looks
+
+
+class Run:
+    """folder: in which the run's is made, under the name `run`. gpus: the place of each process, and so how many there
+    are; on a CPU only their number counts. environment: what is another in it.
+    """
+
+    def __init__(
+        self, folder: Path, words: Sequence[str], gpus: Sequence[int], fork: bool = True, **environment: str
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.log = folder / "run", folder / "log.txt"
+        self.words = ["name=run", *words]
+        common = {"RUNS": str(folder), "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), **environment}
+        if len(gpus) > 1:  # what torchrun sets
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "scaling"}
+            common |= {"WORLD_SIZE": str(len(gpus)), "LOCAL_WORLD_SIZE": str(len(gpus)), "GROUP_RANK": "0"}
+            self.words.append(f"trainer.devices={len(gpus)}")
+        self.codes: list[int | None] = [None] * len(gpus)
+        start = self._fork if fork else self._start
+        own = [{"RANK": str(r), "LOCAL_RANK": str(r)} if len(gpus) > 1 else {} for r in range(len(gpus))]
+        self.pids = [start(common | each) for each in own]
+
+    def _start(self, environment: dict[str, str]) -> int:
+        with self.log.open("ab") as log:
+            command = [sys.executable, str(ROOT / "train.py"), *self.words]
+            out: dict[str, Any] = {"stdout": log, "stderr": log, "start_new_session": True}
+            return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **out).pid
+
+    def _fork(self, environment: dict[str, str]) -> int:
+        if pid := os.fork():
+            return pid
+        code = 1
+        try:
+            os.setsid()
+            os.environ.update(environment)
+            os.chdir(ROOT)
+            with self.log.open("ab") as log:
+                for stream in (1, 2):
+                    os.dup2(log.fileno(), stream)
+            sys.argv = [str(ROOT / "train.py"), *self.words]
+            train.main()
+            code = 0
+        except SystemExit as stop:
+            if isinstance(stop.code, str):
+                print(stop.code, flush=True)
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def rows(self) -> list[dict[str, float]]:
+        """Of metrics.csv, so far: those of training."""
+        path = self.folder / "metrics.csv"
+        return [row for row in read_metrics(path) if "train/loss" in row] if path.exists() else []
+
+    def ended(self) -> bool:
+        """Whether all processes have. Their exit codes are then known, a signal's as a negative number."""
+        for i, pid in enumerate(self.pids):
+            if self.codes[i] is None:
+                found, status = os.waitpid(pid, os.WNOHANG)
+                if found:
+                    self.codes[i] = os.waitstatus_to_exitcode(status)
+        return None not in self.codes
+
+    def send(self, number: signal.Signals, ranks: Sequence[int] | None = None) -> None:
+        """To the processes, or those of these ranks."""
+        for rank in range(len(self.pids)) if ranks is None else ranks:
+            if self.codes[rank] is None:
+                os.kill(self.pids[rank], number)
+
+    def until(self, rows: int) -> Iterator[None]:
+        """Gives way until metrics.csv has as many rows, or the run has ended."""
+        while not self.ended() and len(self.rows()) < rows:
+            yield
+
+    def end(self) -> None:
+        """Kills what is left, the processes that these have started included."""
+        for pid, code in zip(self.pids, self.codes, strict=True):
+            if code is None:
+                os.killpg(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        self.codes = [-signal.SIGKILL if code is None else code for code in self.codes]
+
+    def said(self) -> str:
+        """The last line that names an error, else the last one."""
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        return ([line for line in lines if "Error" in line or line.startswith("error:")] or lines or [""])[-1][:300]
+
+
+class Scratch:
+    """Where runs and their logs are until all is done, each in a folder of its own."""
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path, self.count = Path(path or tempfile.mkdtemp(prefix="scaling-")), 0
+
+    def folder(self, name: str) -> Path:
+        self.count += 1
+        return self.path / f"{self.count:02d}-{name.replace(' ', '-')}"
+
+
+def side_by_side(tasks: dict[str, Iterator[None]], limit: float) -> dict[str, str]:
+    """Takes turns among them until all are done. Why one is not, by its name: an AssertionError's words, or that the
+    time of `limit` seconds was over."""
+    failed, deadline = {}, time.monotonic() + limit
+    while tasks:
+        for name, task in list(tasks.items()):
+            try:
+                next(task)
+            except StopIteration:
+                del tasks[name]
+            except AssertionError as error:
+                failed[name] = str(error)
+                del tasks[name]
+        if time.monotonic() > deadline:
+            for name, task in tasks.items():
+                task.close()  # type: ignore[attr-defined]  # a generator, whose `finally` ends its run
+                failed[name] = f"not done within {limit:.0f} s"
+            return failed
+        time.sleep(PAUSE)
+    return failed

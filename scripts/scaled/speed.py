@@ -1,0 +1,170 @@
+"""How fast runs are, and what they hold: the rows that are timed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, NamedTuple
+
+from scripts import prepare_data
+from scripts.scaled.launch import Run, Scratch
+
+GPU_WORDS = ["data=python_source", "tokenizer=bpe", "recompute=none"]
+TOY_WORDS = ["data=mqar", "data.vocab_size=64", "data.num_pairs=4", "model.hidden_size=32", "model.num_layers=2",
+             "model.num_heads=1", "seq_len=32", "batch_tokens=512", "micro_batch=2", "validation_tokens=64",
+             "trainer.accelerator=cpu"]  # fmt: skip
+ALONE = ["log_every=1", "validate_every=1000000", "checkpoint_every=1000000", "guard.timeout=120", "~callbacks.plot",
+         "~callbacks.sample", "~callbacks.regression"]  # fmt: skip
+FIRST = 1  # steps before those that are timed: they compile, and record
+
+
+class Case(NamedTuple):
+    """A run to be timed: by what name, on how many devices, with which words; beside what it is to be seen."""
+
+    name: str
+    item: str
+    devices: int
+    words: list[str]
+    beside: str = ""
+
+
+@dataclass
+class Timed:
+    """tokens_per_second: by the clock, over the steps that were timed. step: the median of them in seconds, as the run
+    itself reports. of_linear: beside `devices` times the row that it is compared with. peak_gb: what torch has held at
+    most on the first device; held_gb: what each device's driver counts at the end, everything included. first_s: until
+    the first step was done. losses: of each step.
+    """
+
+    name: str
+    devices: int
+    words: list[str]
+    tokens_per_second: float | None = None
+    step: float | None = None
+    of_linear: float | None = None
+    peak_gb: float | None = None
+    held_gb: list[float] = field(default_factory=list)
+    first_s: float | None = None
+    losses: list[float] = field(default_factory=list)
+    reason: str = ""
+
+    def __str__(self) -> str:
+        def shown(x: float | None, form: str) -> str:
+            return "" if x is None else format(x, form)
+
+        held = " ".join(f"{x:.1f}" for x in self.held_gb)
+        return (
+            f"{self.name:<34}{self.devices:>4}{shown(self.tokens_per_second, ',.0f'):>12}{shown(self.step, '.3f'):>9}"
+            f"{shown(self.of_linear, '.3f'):>8}{shown(self.peak_gb, '.1f'):>8}{shown(self.first_s, '.1f'):>8}"
+            f"  {held}  {self.reason}"
+        )
+
+
+HEAD = f"{'':<34}{'GPUs':>4}{'tokens/s':>12}{'s/step':>9}{'linear':>8}{'peak GB':>8}{'first s':>8}  held GB"
+
+
+def cases(count: int, toy: bool) -> list[list[Case]]:
+    """In order of what is worth most; those of one list run side by side."""
+    model, large = (["model=gated_delta", f"size={size}"] if not toy else ["model=gated_delta"] for size in
+                    ("340m", "1300m"))  # fmt: skip
+    worlds = [n for n in (2, 4, 8) if n <= count]
+    fsdp = {"block": [], "pass": ["trainer.strategy.whole_for=pass"], "step": ["trainer.strategy.whole_for=step"]}
+    double = [] if toy else ["micro_batch=32"]
+    plain, sequence = ["cuda_graph=false"], "seq_len=128" if toy else "seq_len=262144"
+    long = [sequence, f"batch_tokens={sequence.split('=')[1]}", "micro_batch=1"] + ([] if toy else ["recompute=all"])
+
+    def of(item: str, name: str, n: int, words: Sequence[str], beside: str = "one") -> list[Case]:
+        return [Case(f"{name}", item, n, [*words], beside)]
+
+    one = [*of("one", "one", 1, model, ""), *of("one", "one, no graph", 1, model + plain, "")][: min(2, count)]
+    found = [one]
+    for n in reversed(worlds):
+        found += [of("ddp", f"ddp x{n}", n, [*model, "strategy=ddp"])]
+    for n in worlds[-1:]:
+        found += [of("ddp", f"ddp x{n}, no graph", n, [*model, "strategy=ddp", *plain], "one, no graph")]
+        words = [*model, *long, "strategy=ddp", f"context_parallel={n}"]
+        found += [of("context", f"context_parallel={n}, {sequence}", n, words, "")]
+        for name in ("step", "block"):
+            found += [of("fsdp", f"fsdp x{n}, {name}", n, [*model, "strategy=fsdp", *fsdp[name]])]
+        words = [*large, "strategy=fsdp", *([] if toy else ["recompute=auto"])]
+        found += [of("1300m", f"1300m fsdp x{n}", n, words, "")]
+        found += [of("fsdp", f"fsdp x{n}, pass", n, [*model, "strategy=fsdp", *fsdp["pass"]])]
+        found += [of("fsdp", f"fsdp x{n}, block, 32", n, [*model, "strategy=fsdp", *double])]
+        found += [of("fsdp", f"fsdp x{n}, step, 32", n, [*model, "strategy=fsdp", *double, *fsdp["step"]])]
+        half = ["trainer.strategy.reduction=bfloat16"]
+        found += [of("bf16", f"ddp x{n}, bf16", n, [*model, "strategy=ddp", *half])]
+        found += [of("bf16", f"fsdp x{n}, bf16", n, [*model, "strategy=fsdp", *half])]
+        if n > 2:
+            words = [*model, "strategy=hsdp", "trainer.strategy.replicas=2"]
+            found += [of("hsdp", f"hsdp x{n}", n, words)]
+    for n in reversed(worlds[:-1]):
+        found += [of("fsdp", f"fsdp x{n}, block", n, [*model, "strategy=fsdp"])]
+    return found
+
+
+def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fork: bool) -> Iterator[Timed]:
+    """Gives way with the row that grows, until it is whole. first: the place of the first device."""
+    gpus = range(first, first + case.devices)
+    row = Timed(case.name, case.devices, case.words)
+    words = [*(TOY_WORDS if toy else GPU_WORDS), *ALONE, *case.words]
+    tokens = 64 * 512 if toy else 10**9
+    run = Run(scratch.folder(case.name), [*words, f"tokens={tokens}"], gpus, fork)
+    began = time.monotonic()
+    seen: list[float] = []  # when each step's row was there
+    try:
+        while len(seen) < FIRST + steps and not run.ended():
+            seen += [time.monotonic()] * (len(run.rows()) - len(seen))
+            yield row
+        seen += [time.monotonic()] * (len(run.rows()) - len(seen))
+        row.held_gb = [] if toy else held(gpus)
+    finally:
+        found = run.rows()
+        run.end()
+        row.losses = [each["train/loss"] for each in found]
+        if seen:
+            row.first_s = seen[0] - began
+        if len(seen) < FIRST + steps:
+            row.reason = run.said()
+    if len(seen) >= FIRST + steps:
+        timed = found[FIRST : FIRST + steps]
+        each = found[-1]["progress/tokens"] / len(found)
+        row.step = median(each / x["speed/tokens_per_second"] for x in timed)
+        row.tokens_per_second = each * steps / max(seen[FIRST + steps - 1] - seen[FIRST - 1], 1e-9)
+        row.peak_gb = found[-1].get("speed/peak_memory_gb")
+    yield row
+
+
+def prepare() -> None:
+    """The text of the rows, once for all: in a process of its own."""
+
+    def words() -> None:
+        sys.argv = ["prepare_data.py", *GPU_WORDS[:2], f"num_workers={min(8, os.cpu_count() or 1)}"]
+        prepare_data.main()
+
+    process = multiprocessing.get_context("fork").Process(target=words)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"error: the data could not be prepared; the process ended with {process.exitcode}")
+
+
+def held(gpus: Sequence[int]) -> list[float]:
+    """1e9 bytes that each GPU's driver counts as taken, by nvidia-smi."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return [float(said[i]) * 2**20 / 1e9 for i in gpus]
+
+
+def number_of_gpus() -> int:
+    """By nvidia-smi, for a process that forks must not ask CUDA itself."""
+    try:
+        said: Any = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
+        return 0
+    return sum(line.startswith("GPU ") for line in said.splitlines())

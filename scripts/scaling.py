@@ -1,0 +1,125 @@
+"""Measures and checks training on the GPUs of one host, all in one command: how fast it is on one, two, four and eight
+of them under each strategy, what they hold, that the losses are the same, that a run that is killed goes on under
+another number of them, and one sequence of 262,144 tokens that they share.
+
+    python scripts/scaling.py --json scaling.json                # all of it
+    python scripts/scaling.py --only one ddp checks              # some
+    python scripts/scaling.py --toy                              # every item at toy size, two processes on a CPU
+
+Each row is printed when it is known and JSON is written after it. `linear`: tokens/s beside those of as many single
+GPUs, each as fast as the row that it is compared with ("one", or "one, no graph"). What is timed runs by itself, but
+for the rows of one GPU, which run side by side; all checks run at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+import conf.checks  # noqa: F401  # with the next line, what train.py imports late
+import models.training.job  # noqa: F401
+from scripts.scaled.faults import Checks
+from scripts.scaled.launch import Scratch, side_by_side
+from scripts.scaled.speed import HEAD, Case, Timed, cases, measured, number_of_gpus, prepare
+
+ITEMS = ("one", "ddp", "checks", "kills", "context", "fsdp", "1300m", "bf16", "hsdp")
+
+
+class Told:
+    """What is known so far, printed and written as it comes."""
+
+    def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
+        self.path, self.found = path, {**about, "rows": [], "checks": []}
+        self.began = time.monotonic()
+
+    def say(self, line: Any) -> None:
+        print(f"{time.monotonic() - self.began:6.1f} s  {line}", flush=True)
+
+    def add(self, kind: str, row: dict[str, Any]) -> None:
+        self.found[kind].append(row)
+        if self.path:
+            self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+
+
+def timed(group: list[Case], told: Told, scratch: Scratch, given: argparse.Namespace, limit: float) -> None:
+    rows: dict[str, Timed] = {}
+
+    def keep(case: Case, first: int) -> Iterator[None]:
+        for row in measured(case, first, scratch, given.toy, given.steps, not given.apart):
+            rows[case.name] = row
+            yield
+
+    failed = side_by_side({case.name: keep(case, i) for i, case in enumerate(group)}, limit)
+    speeds = {row["name"]: row["tokens_per_second"] for row in told.found["rows"]}
+    for case in group:
+        row = rows[case.name]
+        row.reason = failed.get(case.name, row.reason)
+        if (alone := speeds.get(case.beside)) and row.tokens_per_second:
+            row.of_linear = row.tokens_per_second / alone / case.devices
+        told.say(row)
+        told.add("rows", asdict(row))
+
+
+def checked(told: Told, scratch: Scratch, given: argparse.Namespace, limit: float) -> None:
+    checks = Checks(given.devices, scratch, given.toy, not given.apart)
+    tasks = checks.runs() | (checks.kills() if "kills" in given.only else {})
+    failed = side_by_side(tasks, limit)
+    for row in checks.told(failed):
+        found = row["reason"] or f"differs by {row['difference']:.1e} of {row['most']:.0e}"
+        told.say(f"{row['name']:<34} like {row['like']:<18} {found}")
+        told.add("checks", row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=ITEMS, default=list(ITEMS))
+    parser.add_argument("--devices", type=int, help="default: all GPUs; with --toy 2")
+    parser.add_argument("--steps", type=int, default=3, help="that are timed, after one other")
+    parser.add_argument("--limit", type=float, default=120, help="seconds of one row, and of all checks together")
+    parser.add_argument("--total", type=float, help="seconds of all; what comes later is left out")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--toy", action="store_true", help="on a CPU by gloo, models of two narrow layers")
+    parser.add_argument("--apart", action="store_true", help="start each process by itself, and not by a fork")
+    parser.add_argument("--scratch", help="a folder for the runs, to be kept")
+    given = parser.parse_args()
+    there = 2 if given.toy else number_of_gpus()
+    given.devices = given.devices or there
+    if not given.toy and not 1 <= given.devices <= there:
+        sys.exit(f"error: --devices={given.devices}, and there are {there} GPUs; --toy runs on a CPU")
+    assert not torch.cuda.is_initialized()  # a fork could not use it
+    torch.set_num_threads(1)
+    if given.toy:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    about = {"devices": given.devices, "torch": torch.__version__, "python": platform.python_version()}
+    told = Told(given.json, about | {"toy": given.toy, "steps": given.steps})
+    scratch = Scratch(given.scratch)
+    print(f"{'':10}{HEAD}")
+    todo = [group for group in cases(given.devices, given.toy) if group[0].item in given.only]
+    if todo and not given.toy:
+        prepare()
+        told.say("data are prepared")
+    sooner = [group for group in todo if group[0].item in ("one", "ddp")]
+    for work in (*sooner, None, *(group for group in todo if group not in sooner)):
+        left = given.limit if given.total is None else min(given.limit, given.total - (time.monotonic() - told.began))
+        if left < 5:
+            told.say(f"left out, for the time was over: {work[0].name if work else 'the checks'}")
+        elif work:
+            timed(work, told, scratch, given, left)
+        elif "checks" in given.only and given.devices > 1:
+            checked(told, scratch, given, left)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The kernels of the delta rule with a decay per channel against the recurrence in float64, as test_delta.py's."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.kernels import channel_delta, fla
+from models.parts.sizes import Sizes
+from models.regression.documents import forget_at_starts
+from models.regression.linear.delta import Delta, kernel_delta, recurrent_delta
+from tests.kernels.interpreter import run_interpreted
+
+CASES = {  # what differs from one head width of 16, 100 tokens, gates around 0.95
+    "gated": {},
+    "documents": {"documents": 23},
+    "large gates": {"decay": 8.0},
+    "small gates": {"decay": -12.0},
+    "gates of any size": {"decay": 0.0, "spread": 20.0, "documents": 7, "T": 70},
+    "aligned keys": {"aligned": 2.0},
+    "ragged": {"K": 20, "V": 40, "T": 70},
+    "short": {"T": 3},
+}
+INTERPRETED = ["gates of any size", "ragged", "short"]
+LOG_DECAY = 6  # in what errors() returns
+WIDE = {
+    "wide": {"K": 128, "V": 128, "T": 300, "documents": 130},
+    "wide, gates of any size": {"K": 128, "V": 128, "T": 300, "decay": 0.0, "spread": 20.0},
+    "wide, aligned keys": {"K": 128, "V": 128, "T": 300, "decay": 5.0, "aligned": 2.0},
+    "64": {"K": 64, "V": 64, "T": 300},
+    "wide, ragged": {"K": 96, "V": 80, "T": 130},
+}
+
+
+def errors(
+    device: str,
+    dtype: torch.dtype,
+    K: int = 16,
+    V: int = 16,
+    T: int = 100,
+    decay: float = 3.0,
+    spread: float = 1.0,
+    documents: int | None = None,
+    aligned: float = 0.0,
+    rows: int = 2,
+    rule=kernel_delta,
+) -> list[float]:
+    """Of outputs, last memory and all gradients: the distance to the recurrence of the same rounded inputs, relative to
+    its length. decay, spread: of the gates' logits, the mean and the deviation."""
+    B, H, g = rows, 2, torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(B, *shape, generator=g, dtype=torch.float64).to(device)
+
+    keys = F.normalize(normal(T, H, K) + aligned, dim=-1)
+    inputs = [x.to(dtype) for x in (normal(T, H, K), keys, normal(T, H, V))]
+    inputs += [normal(T, H).sigmoid().float(), F.logsigmoid(spread * normal(T, H, K) + decay).float()]
+    inputs += [0.1 * normal(H, K, V).float()]
+    segments = None if documents is None else (torch.arange(T, device=device) // documents).expand(B, T)
+
+    def call(exact: bool) -> list[torch.Tensor]:
+        own = [x.to(torch.float64 if exact else x.dtype).requires_grad_() for x in inputs]
+        q, k, v, b, log_decay, memory = own
+        gates = b, forget_at_starts(log_decay, segments, like=q), memory
+        found = list((recurrent_delta if exact else rule)(q, k, v, *gates))
+        generator = torch.Generator().manual_seed(1)
+        weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in found]
+        total = sum((x * w).sum() for x, w in zip(found, weights, strict=True))
+        return [*found, *torch.autograd.grad(total, own)]
+
+    pairs = zip(call(False), call(True), strict=True)
+    return [((a.double() - b).norm() / b.norm().clamp(min=1e-9)).item() for a, b in pairs]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_kernels_are_the_recurrence():
+    """Through the interpreter, float32."""
+    code = """
+    import json, torch
+    from tests.kernels.test_channel_delta import CASES, INTERPRETED, errors
+    print("FOUND", json.dumps({name: max(errors("cpu", torch.float32, rows=1, **CASES[name])) for name in INTERPRETED}))
+    """
+    found = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
+    assert found.keys() == set(INTERPRETED) and all(error < 1e-5 for error in found.values()), found
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", CASES | WIDE)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["float32", "bf16"])
+def test_on_a_gpu(name, dtype, tolerance):
+    case = {"K": 16, "V": 16} | (CASES | WIDE)[name]
+    if why := channel_delta.refusal(torch.device("cuda"), dtype, case["K"], case["V"]):
+        pytest.skip(f"refused: {why}")
+    found = errors("cuda", dtype, **case)
+    # a gate's gradient is a difference, of what is read and what is written after it, and has the rounding of both
+    assert max(found) < (2 * tolerance if dtype is torch.bfloat16 else tolerance), found
+    assert max(x for i, x in enumerate(found) if i != LOG_DECAY) < tolerance, found
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_the_same_bits_in_every_run_and_in_a_graph():
+    torch.manual_seed(0)
+    q, k, v = (F.normalize(torch.randn(4, 1000, 4, 128, device="cuda"), dim=-1).bfloat16() for _ in range(3))
+    b, log_decay = torch.rand(4, 1000, 4, device="cuda"), -torch.rand(4, 1000, 4, 128, device="cuda")
+    given = [x.requires_grad_() for x in (q, k, v, b, log_decay, torch.zeros(4, 4, 128, 128, device="cuda"))]
+
+    def call() -> list[torch.Tensor]:
+        o, last = channel_delta.delta_rule(*given)
+        return [o, last, *torch.autograd.grad([o, last], given, [o.detach(), last.detach()])]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        first, second = call(), call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        third = call()
+    graph.replay()
+    torch.cuda.synchronize()
+    for found in (second, third):
+        assert all(torch.equal(x, y) for x, y in zip(first, found, strict=True))
+
+
+def test_auto_takes_it_where_fla_cannot_run(monkeypatch):
+    regressor = Delta(Sizes(256, 2, 2, 128, 128))
+    regressor.decay_kind = "channel"
+    monkeypatch.setattr(channel_delta, "refusal", lambda *_: None)
+    for refused, taken in ((None, "fla"), ("no room", "triton")):
+        monkeypatch.setattr(fla, "refusal_gated_delta", lambda *_, refused=refused: refused)
+        assert regressor.choose(torch.device("cuda"), torch.bfloat16).backend == taken

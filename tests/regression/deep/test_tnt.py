@@ -1,0 +1,32 @@
+"""Laws of TNT: without local memories it is Titans, and without shards and projections a sum of memories."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.parts.sizes import Sizes
+from models.regression.deep import TNT, DeepMemory
+from tests.regression.deep.test_deep import DOCUMENTS, H
+from tests.regression.deep.test_inner_optimizers import Tokens, drawn
+
+K, V = 6, 5
+
+
+@pytest.mark.parametrize("local", [[], [4], [4, 16]])
+def test_it_is_a_sum_of_memories(local):
+    torch.manual_seed(0)
+    tnt = TNT(Sizes(4, H, H, K, V), "torch", 8, 16, local, shard=64, project=False, expansion=1.5).double()
+    _, (x, q, k, v, log_decay) = drawn("muon")
+    tokens = Tokens(x, q, k, v, log_decay, DOCUMENTS[:, : x.shape[1]])
+    expected = torch.zeros_like(v)
+    for b, memory in zip([16, *local], tnt.memories, strict=True):
+        titans = DeepMemory(Sizes(4, H, H, K, V), "torch", 8, b, expansion=1.5).double()
+        titans.load_state_dict(memory.state_dict())
+        expected = expected + titans(tokens)[0]
+    assert torch.equal(tnt(tokens)[0], expected)
+
+
+def test_a_local_mini_batch_is_no_longer_than_a_shard():
+    with pytest.raises(ValueError, match=r"regressor.local_batches=\[4, 9\] must be numbers .* at most shard=8"):
+        TNT(Sizes(4, H, H, K, V), local_batches=[4, 9], shard=8)
