@@ -131,8 +131,8 @@ def several(run: Run) -> Iterator[str]:
     yield ""
     yield f"`python scripts/scaling.py` on {run['date']}: {run['machine']}, torch {run['torch']}."
     yield f"Training by `train.py`, {run['steps']} steps after a first one. *Linear* is tokens/s beside those of as"
-    yield "many single GPUs, each as fast as `one`, or as `one, no graph` where there is no CUDA graph. GB are the peak of"
-    yield "a GPU."
+    yield "many single GPUs, each as fast as `one`, or as `one, no graph` where there is no CUDA graph. GB are the peak"
+    yield "of a GPU."
     yield ""
     rows = [
         [
