@@ -17,7 +17,7 @@ from models.parts.sizes import Sizes
 from models.regression.deep.accelerated import kernel_averaged, kernel_online
 from models.regression.deep.forms import Call, State, compiles, deep_memory
 from models.regression.deep.retention import Entropic, Normed
-from models.regression.deep.rules import AtEnd, Averaged, Gates, Online, Rule, Start, each
+from models.regression.deep.rules import AtEnd, Averaged, Gates, Online, Rule, Start, each, where
 from models.regression.memory import Memory
 from models.regression.regressor import Tokens
 
@@ -91,6 +91,8 @@ class NetworkMemory(Memory):
     def recall(self, x: Tensor, q: Tensor, state: State | None) -> Tensor:
         dtype, start = working_dtype(q), self.begin()
         weights, sums, references, *_ = self.rule.begin(start, len(q), dtype) if state is None else state.fitted
+        if state is not None and isinstance(self.rule, Entropic):  # of a mini-batch that is over the next one reads all
+            references = where((state.phase == 0).view(-1, 1, 1, 1), weights, references)
         weights = self.rule.held(weights, references, tuple(w.to(dtype) for w in start.weights))
         if state is not None and (share := self.gates(x).share) is not None:  # what its last token read
             c = share[state.phase - 1].view(-1, 1, 1, 1)

@@ -90,23 +90,26 @@ class Entropic(Online):
         return tuple(torch.cat([h, -h], dim=-2) for h in halves)
 
     def held(self, weights: Weights, references: Weights, first: Weights) -> Weights:
+        return self.masses(references)
+
+    def masses(self, logits: Weights) -> Weights:
         """W of A."""
         found = []
-        for A, u in zip(weights, self.units, strict=True):
+        for A, u in zip(logits, self.units, strict=True):
             positive, negative = A.softmax(dim=-2).tensor_split(2, dim=-2)
             found.append(u * positive.shape[-2] * (positive - negative))
         return tuple(found)
 
     def at(self, references: Weights, fixed: Fixed) -> Weights:
-        return self.held(references, references, ())
+        return self.masses(references)
 
     def learn(self, token: Chunk) -> tuple[Sequence[Tensor], Fitted]:
         _, fitted = super().learn(self.of_logits(token))
-        return self.held(token.fitted.references, (), ()), fitted
+        return self.masses(token.fitted.references), fitted
 
     def products(self, chunk: Chunk) -> list[Callable[[Tensor], Tensor]]:
         dtype = chunk.pairs[0][0].dtype
-        return [partial(product, y=w.to(dtype)) for w in self.held(chunk.fitted.references, (), ())]
+        return [partial(product, y=w.to(dtype)) for w in self.masses(chunk.fitted.references)]
 
     def carry(self, chunk: Chunk) -> Fitted:
         return super().carry(self.of_logits(chunk))

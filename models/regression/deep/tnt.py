@@ -114,7 +114,7 @@ class TNT(Memory):
         for i, W in enumerate(self.memories[1:]):
             asked = q
             if self.project:
-                P = torch.zeros_like(q[:, 0]).unsqueeze(-1) if state is None else state.keys[i]
+                P = q.new_zeros(*q[:, 0].shape, q.shape[-1]) if state is None else state.keys[i]
                 asked = torch.einsum("bthk,bhkl->bthl", q.to(P.dtype), P).to(q.dtype)
             o = o + W.recall(x, asked, None if state is None else state.local[i])
         return o
