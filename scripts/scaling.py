@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ import conf.checks  # noqa: F401  # with the next line, what train.py imports la
 import models.training.job  # noqa: F401
 from scripts.scaled.faults import Checks
 from scripts.scaled.launch import Scratch, side_by_side
-from scripts.scaled.speed import HEAD, Case, Timed, cases, measured, number_of_gpus, prepare
+from scripts.scaled.speed import HEAD, Case, Timed, cases, gpus_here, measured, prepare
 
 ITEMS = ("one", "ddp", "checks", "kills", "context", "fsdp", "1300m", "bf16", "hsdp")
 
@@ -94,15 +95,20 @@ def main() -> None:
     parser.add_argument("--apart", action="store_true", help="start each process by itself, and not by a fork")
     parser.add_argument("--scratch", help="a folder for the runs, to be kept")
     given = parser.parse_args()
-    there = 2 if given.toy else number_of_gpus()
-    given.devices = given.devices or there
-    if not given.toy and not 1 <= given.devices <= there:
-        sys.exit(f"error: --devices={given.devices}, and there are {there} GPUs; --toy runs on a CPU")
+    gpus = [] if given.toy else gpus_here()
+    given.devices = given.devices or (2 if given.toy else len(gpus))
+    if not given.toy and not 1 <= given.devices <= len(gpus):
+        sys.exit(f"error: --devices={given.devices}, and there are {len(gpus)} GPUs; --toy runs on a CPU")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("SIGTERM: what runs is ended"))  # `timeout` sends it
     assert not torch.cuda.is_initialized()  # a fork could not use it
     torch.set_num_threads(1)
     if given.toy:
         os.environ["OMP_NUM_THREADS"] = "1"
-    about = {"devices": given.devices, "torch": torch.__version__, "python": platform.python_version()}
+    about: dict[str, Any] = {
+        "machine": f"{given.devices} x {gpus[0] if gpus else 'CPU'}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    about |= {"devices": given.devices, "torch": torch.__version__, "python": platform.python_version()}
     told = Told(given.json, about | {"toy": given.toy, "steps": given.steps})
     scratch = Scratch(given.scratch)
     print(f"{'':10}{HEAD}")

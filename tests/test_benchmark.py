@@ -149,6 +149,8 @@ def test_documents_are_packed_as_data_packs_them():
         ("gate_gradient", "activations"),  # of models/kernels/swiglu
         ("cross_entropy", "cross-entropy"),
         ("pairs_forward", "convolution"),
+        ("add_and_norm_gradient", "norms"),
+        ("column_sums", "casts, copies, sums"),
         ("backward_keys_kernel", "attention"),
         ("causal_conv1d_bwd_kernel", "convolution"),
         ("triton_poi_fused__to_copy_cat_cos_mul_sin_12", "rotary positions"),
@@ -166,8 +168,8 @@ def test_kinds_of_kernels(kernel, kind):
     assert kinds.kind_of(kernel) == kind
 
 
-def test_kinds_are_of_folders_that_exist():
-    assert all((kinds.KERNELS / folder).is_dir() for folder in kinds.OF_FOLDERS)
+def test_kinds_are_of_folders_and_files_that_exist():
+    assert kinds.OF_FOLDERS.keys() <= {path.stem for path in kinds.KERNELS.iterdir()}
 
 
 def test_kinds_sum_the_kernels():

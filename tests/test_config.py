@@ -97,6 +97,7 @@ def test_sizes_are_what_they_say(size, millions):
         ["model=hybrid", "model.pattern=[recurrent,attention]", "model.mixers.attention.regressor.window=64"],
         ["model=softmax", "features@model.mixers.main.features=identity", "model.mixers.main.num_kv_heads=1"],
         ["model=gated_delta", "decay@model.mixers.main.decay=none", "model.mixers.main.regressor.backend=torch"],
+        ["model=wall", "decay@model.mixers.main.decay=channel_rate"],
     ],
     ids=" ".join,
 )

@@ -25,6 +25,27 @@ def test_every_item_has_cases():
     assert all(sum(case.devices for case in group) <= 2 for group in cases(2, toy=False))
 
 
+def test_what_was_begun_ends_with_the_script():
+    """Where `timeout` ends it, say."""
+    ended = []
+
+    def waits():
+        try:
+            while True:
+                yield
+        finally:
+            ended.append("waits")
+
+    def stops():
+        yield
+        raise SystemExit("SIGTERM")
+
+    with pytest.raises(SystemExit):
+        side_by_side({"waits": waits(), "stops": stops()}, 60)
+    assert ended == ["waits"]
+    assert side_by_side({"waits": waits()}, 0) == {"waits": "not done within 0 s"} and len(ended) == 2
+
+
 @pytest.mark.slow
 def test_rows_are_timed_and_kills_checked(tmp_path, monkeypatch, cache, capsys):
     """One process, timed, and killed twice: what is printed, written and told of it."""
@@ -32,7 +53,13 @@ def test_rows_are_timed_and_kills_checked(tmp_path, monkeypatch, cache, capsys):
     path = tmp_path / "found.json"
     words = ["--toy", "--only", "one", "--devices", "1", "--steps", "1", "--scratch", f"{tmp_path}/runs"]
     monkeypatch.setattr("sys.argv", ["scaling.py", *words, "--json", str(path)])
-    scaling.main()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        scaling.main()
+        with pytest.raises(SystemExit, match="SIGTERM"):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     (row,) = json.loads(path.read_text())["rows"]
     assert row["name"] == "one" and not row["reason"] and row["tokens_per_second"] > 0 and len(row["losses"]) > 1
     assert f"{row['tokens_per_second']:,.0f}" in capsys.readouterr().out

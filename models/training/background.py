@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import shutil
 import threading
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -25,7 +27,8 @@ class ShardedFiles(WholeFiles):
 
     background = True
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.on_a_cpu = device.type == "cpu"  # where to offload a tensor to the CPU copies nothing
         self.group = dist.new_group(backend="gloo")  # the thread's own
         self.thread: threading.Thread | None = None
 
@@ -33,11 +36,12 @@ class ShardedFiles(WholeFiles):
         """Begins. The state dicts of `checkpoint` hold this rank's parts, on the CPU (shards.py)."""
         assert self.thread is None, "the one before was not waited for"
         path, self.error = Path(path), ""
-        tensors = dict(flat(checkpoint))
+        # the next step changes what is no copy; an optimizer counts its steps on the CPU
+        tensors = {name: x.clone() if self.on_a_cpu or x.ndim == 0 else x for name, x in flat(checkpoint)}
         rest = checkpoint | {"state_dict": {}, SHARDED: True}
         rest["optimizer_states"] = [state | {"state": {}} for state in checkpoint["optimizer_states"]]
+        rest = deepcopy(rest)
         if dist.get_rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(shards_of(path), ignore_errors=True)
         dist.barrier(self.group)
         self.thread = threading.Thread(target=self._write, args=(tensors, rest, path), daemon=True)

@@ -182,10 +182,12 @@ class Training(L.LightningModule):
             self.trainer.strategy.average([p.grad for p in parameters if p.grad is not None])
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         window, self._window = torch.stack(self._window).sum(0), []
-        sums = _sum_over_ranks(torch.cat([window, window.new_tensor(self.preemption.votes())]))
+        votes = self.preemption.votes()
+        if torch.distributed.is_initialized():  # else they stay here: to copy them there is to wait for the GPU twice
+            window = _sum_over_ranks(torch.cat([window, window.new_tensor(votes)]))
         whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        nats, count, *votes, length = torch.cat([sums, whole_norm.view(1)]).tolist()
-        self.preemption.agree(votes)
+        nats, count, *told, length = torch.cat([window, whole_norm.view(1)]).tolist()
+        self.preemption.agree(told or votes)
         step, self.loss = self.trainer.global_step + 1, nats / max(count, 1)
         if self.guard.accepts(step, self.loss, length, self.model.named_parameters()):
             clip(parameters, self.clip_norm, norm, length)

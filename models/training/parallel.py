@@ -116,7 +116,7 @@ class Sharded(ModelParallelStrategy):
             raise ValueError(f"trainer.strategy.replicas={self.replicas} does not divide the {world} device(s)")
         super().setup_environment()
         if self.sharded_files and self.files is None:
-            self.files = ShardedFiles()
+            self.files = ShardedFiles(self.root_device)
 
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module], methods: Sequence[str]) -> None:
         """methods: those of the model by which it is called, beside forward.

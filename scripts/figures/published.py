@@ -42,7 +42,7 @@ STATE_TRACKING = Source(
 
 # Places among the mixers that we have too, by validation perplexity at 400 million parameters and 15 billion tokens of
 # SlimPajama: 13.44, 13.48, 13.64, 13.69, 13.80, 13.95, 14.45, 14.69, 15.98, 23.36. A number is a control's window.
-ORDER = ("mesa", "gated_delta", "softmax", "gla", "deltanet", "softmax 1024", "mamba2")
+ORDER: tuple[str, ...] = ("mesa", "gated_delta", "softmax", "gla", "deltanet", "softmax 1024", "mamba2")
 ORDER += ("softmax 256", "softmax 64", "softmax 4")
 ABLATION = Source(
     "MesaNet (von Oswald et al. 2025, arXiv 2506.05233), table 10",

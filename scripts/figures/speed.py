@@ -3,8 +3,8 @@
     python scripts/figures/speed.py [--folder docs]
 
 Reads train.json, length.json and decode.json in docs/speed, which `python scripts/benchmark.py train --json PATH` and
-the like have written; one that is not there has no section. Writes the lines between the page's markers, and speed.svg:
-tokens per second over the length of a sequence.
+the like have written, and scaling.json, which scripts/scaling.py has. One that is not there has no section. Writes the
+lines between the page's markers, and speed.svg: tokens per second over the length of a sequence.
 """
 
 from __future__ import annotations
@@ -125,7 +125,35 @@ def decoding(run: Run) -> Iterator[str]:
     yield from left_out(run, lambda row: f"{row['name']}, {row['batch']} x {row['context']:,}")
 
 
-SECTIONS = {"train": training, "length": lengths, "decode": decoding}
+def several(run: Run) -> Iterator[str]:
+    """Of the rows that were timed, those of as many GPUs as there were."""
+    yield "## Several GPUs of one host"
+    yield ""
+    yield f"`python scripts/scaling.py` on {run['date']}: {run['machine']}, torch {run['torch']}."
+    yield f"Training by `train.py`, {run['steps']} steps after a first one. *Linear* is tokens/s beside those of as"
+    yield "many single GPUs, each as fast as `one`, or as `one, no graph` where there is no CUDA graph. GB are the peak"
+    yield "of a GPU."
+    yield ""
+    rows = [
+        [
+            row["name"],
+            " ".join(f"`{word}`" for word in row["words"]),
+            number(row["tokens_per_second"]),
+            *(number(row[key], digits) for key, digits in (("of_linear", 3), ("peak_gb", 1), ("first_s", 0))),
+        ]
+        for row in timed(run)
+    ]
+    yield from table(["", "words", "tokens/s", "linear", "GB", "first step, s"], rows)
+    yield from left_out(run, lambda row: row["name"])
+    if run["checks"]:
+        yield ""
+        yield "The largest relative difference of a loss, of 40 steps at toy size:"
+        yield ""
+        found = [[row["name"], row["like"], row["reason"] or f"{row['difference']:.1e}"] for row in run["checks"]]
+        yield from table(["", "beside", "difference"], found)
+
+
+SECTIONS = {"train": training, "scaling": several, "length": lengths, "decode": decoding}
 
 
 def section(folder: Path) -> str:

@@ -57,6 +57,7 @@ class Run:
             return pid
         code = 1
         try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.setsid()
             os.environ.update(environment)
             os.chdir(ROOT)
@@ -130,7 +131,16 @@ class Scratch:
 def side_by_side(tasks: dict[str, Iterator[None]], limit: float) -> dict[str, str]:
     """Takes turns among them until all are done. Why one is not, by its name: an AssertionError's words, or that the
     time of `limit` seconds was over."""
-    failed, deadline = {}, time.monotonic() + limit
+    failed: dict[str, str] = {}
+    deadline = time.monotonic() + limit
+    try:
+        return _turns(tasks, failed, deadline, limit)
+    finally:
+        for task in tasks.values():  # an exception, ctrl-c or a signal: what was begun is not left to run on
+            task.close()  # type: ignore[attr-defined]  # a generator, whose `finally` ends its run
+
+
+def _turns(tasks: dict[str, Iterator[None]], failed: dict[str, str], deadline: float, limit: float) -> dict[str, str]:
     while tasks:
         for name, task in list(tasks.items()):
             try:
@@ -141,9 +151,6 @@ def side_by_side(tasks: dict[str, Iterator[None]], limit: float) -> dict[str, st
                 failed[name] = str(error)
                 del tasks[name]
         if time.monotonic() > deadline:
-            for name, task in tasks.items():
-                task.close()  # type: ignore[attr-defined]  # a generator, whose `finally` ends its run
-                failed[name] = f"not done within {limit:.0f} s"
-            return failed
+            return failed | dict.fromkeys(tasks, f"not done within {limit:.0f} s")
         time.sleep(PAUSE)
     return failed

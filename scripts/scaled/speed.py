@@ -161,10 +161,10 @@ def held(gpus: Sequence[int]) -> list[float]:
     return [float(said[i]) * 2**20 / 1e9 for i in gpus]
 
 
-def number_of_gpus() -> int:
-    """By nvidia-smi, for a process that forks must not ask CUDA itself."""
+def gpus_here() -> list[str]:
+    """Their names, by nvidia-smi, for a process that forks must not ask CUDA itself."""
     try:
         said: Any = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
     except FileNotFoundError:
-        return 0
-    return sum(line.startswith("GPU ") for line in said.splitlines())
+        return []
+    return [line.partition(": ")[2].partition(" (")[0] for line in said.splitlines() if line.startswith("GPU ")]

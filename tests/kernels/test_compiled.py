@@ -38,6 +38,17 @@ def test_kernels_fit_on_an_h100(case):
 
 
 @pytest.mark.slow
+def test_scans_of_many_heads_fit_where_they_say(monkeypatch):
+    """A program of eight warps for all values of a head, beside what is compiled above."""
+    from models.kernels.delta import launch
+
+    monkeypatch.setattr(launch.Launch, "many", lambda _: True)
+    scans = [kernel for kernel in kernels_of("gated_delta", 128, torch.bfloat16) if kernel.name.startswith("scan")]
+    assert [kernel.warps for kernel in scans] == [8, 8]
+    assert all(kernel.shared <= launch.WHOLE_SHARED for kernel in scans), "\n".join(map(str, scans))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 def test_kernels_of_the_loss_and_of_the_feed_forward_layer_spill_nothing(dtype, monkeypatch):
     """Of a vocabulary that is a multiple of the block and of one that isn't."""

@@ -145,7 +145,7 @@ def test_auto_takes_it_where_it_computes_the_rule(monkeypatch):
         return regressor.choose(torch.device("cuda"), torch.bfloat16).backend
 
     assert taken(128, "head") == taken(128, "none") == taken(128, "none", gradient_before_decay=True) == "triton"
-    assert taken(256, "head") == taken(128, "head", gradient_before_decay=True) == taken(128, "channel") == "fla"
+    assert taken(256, "head") == taken(128, "head", gradient_before_decay=True) == "fla"
     monkeypatch.setattr(fla, "FLASH_QLA", True)  # which is asked for by hand, and has no kernel without a decay
     assert (taken(128, "head"), taken(128, "none")) == ("fla", "triton")
     monkeypatch.setattr(delta, "faster", lambda _: False)

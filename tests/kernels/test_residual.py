@@ -15,7 +15,7 @@ from models.parts.norm import RMSNorm, is_plain
 from tests.kernels.interpreter import run_interpreted
 
 # rows that fill no program, several programs with a tail, widths of a block and of less
-SHAPES = {"one": ((1,), 1), "narrow": ((2, 5), 24), "several": ((3, 7), 64)}
+SHAPES = {"one": ((1,), 3), "narrow": ((2, 5), 24), "several": ((3, 7), 64)}
 LARGE = ((3, 67), 1000)
 
 

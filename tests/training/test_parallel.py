@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import time
 import traceback
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from data.batch import batch_arithmetic
 from data.module import DataModule
 from data.synthetic import AssociativeRecall
+from models.training import background
 from models.training.checkpoint import WholeFiles, read, remove, what_is_wrong
 from models.training.module import Training
 from models.training.optimizer import adamw
@@ -121,14 +123,25 @@ def fit(folder: Path, strategy: Any, world: int, until: int, begin: Path | None 
     trainer.fit(module, data, ckpt_path=begin and begin / "saved.ckpt", weights_only=True)
     trainer.strategy.checkpoint_io = getattr(trainer.strategy, "files", None) or WholeFiles()
     trainer.save_checkpoint(folder / "saved.ckpt")
+    change(module, trainer.optimizers[0])
     assert not trainer.strategy.checkpoint_io.finish()
     return losses.found
+
+
+@torch.no_grad()
+def change(module: Training, optimizer: torch.optim.Optimizer) -> None:
+    """What the next step would, while a checkpoint may still be written."""
+    for x in (*module.parameters(), *(x for state in optimizer.state.values() for x in state.values())):
+        x.add_(1)
+    optimizer.param_groups[0]["lr"] = -1.0
 
 
 def process(rank: int, world: int, folder: Path, port: int) -> None:
     """One strategy after the other, from the checkpoint of one device; and from there with half the precision."""
     try:
         torch.set_num_threads(1)
+        write = background.ShardedFiles._write
+        background.ShardedFiles._write = lambda *arguments: (time.sleep(0.1), write(*arguments))[1]
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": 0}
         each = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank}
         os.environ |= {name: str(x) for name, x in (common | each).items()}

@@ -1,13 +1,12 @@
 """The delta rule with a decay per channel by kernels of our own: models/regression/linear/delta.py's map in Triton.
 
-    fade        queries and keys as the chunk's first and last memory meet them
-    scores      the inverse R of I + A, and what queries find in the keys of their chunk
+    prepare     faded queries and keys, the inverse R of I + A, and what queries find in the keys of their chunk
     scan        U = R (V - K' S), O = Q' S + attend U, and S from chunk to chunk
-backward, after fade again,
+backward, after the first again, without the tiles, which are kept,
     scan_gradient   dV and the gradients by S, from chunk to chunk
-    scores_gradient, within, gradient   all others, all chunks at once
+    gradient        all others, all chunks at once
 
-It is models/kernels/delta's plan, with its limits and its host code's parts. Products between tokens that fade channel
+It is models/kernels/delta's plan. Products between tokens that fade channel
 by channel are made from borders between them: tiles.py. Kept between the passes are q, k, the gates, R and `attend`,
 half of the size of q each, and U and S, which are as large as v and twice that.
 """
@@ -19,18 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.kernels import backend, delta
+from models.kernels import backend
 
+WIDTHS = {2: (65, 128), 4: (1, 64)}  # of keys and values, by bytes of an operand: those that ran on a GPU
 SHARED = 168 << 10  # bytes that a program has at most
 
 
 def refusal(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
-    """Why these kernels can't run here, or None if they can: for what models/kernels/delta says, which takes memories
-    of the same shapes, or for want of shared memory. dtype is that of q, k and v."""
-    reason = delta.refusal(device, dtype, key_dim, value_dim)
-    if reason is None and device.type == "cuda" and torch.cuda.is_available():
-        reason = backend.refusal_of_gpu(device, SHARED)
-    return reason
+    """Why these kernels can't run here, or None if they can. dtype is that of q, k and v."""
+    if (reason := backend.refusal(device, dtype)) is not None:
+        return reason
+    least, most = WIDTHS[dtype.itemsize]
+    if min(key_dim, value_dim) < least or max(key_dim, value_dim) > most:
+        return f"in {dtype} the kernels take keys and values {least} to {most} wide, not {key_dim} and {value_dim}"
+    if device.type == "cuda" and torch.cuda.is_available():
+        return backend.refusal_of_gpu(device, SHARED)
+    return None
 
 
 def delta_rule(

@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from models.kernels.channel_delta.gradient import PARTS, gradient, scores_gradient, within
-from models.kernels.channel_delta.prepare import fade, scores
+from models.kernels.channel_delta.gradient import gradient
+from models.kernels.channel_delta.prepare import prepare
 from models.kernels.channel_delta.scans import scan, scan_gradient
 from models.kernels.channel_delta.tiles import ORDERS, write_ones
 from models.kernels.delta.launch import CHUNK, Configuration
@@ -17,21 +17,17 @@ from models.kernels.delta.launch import CHUNK, Configuration
 # By kernel, of 16 bits and of 32. block: channels of the keys that a program has or takes at a time, columns of the
 # values that a scan's has. Products of 16 bits with fewer than 64 columns may be wrong: docs/kernels.md.
 HALF = {
-    "fade": Configuration(128, 4, 2),
-    "scores": Configuration(64, 4, 2),
+    "prepare": Configuration(64, 4, 2),
+    "prepare_again": Configuration(128, 4, 2),
     "scan": Configuration(64, 4, 2),
     "scan_gradient": Configuration(64, 4, 2),
-    "scores_gradient": Configuration(0, 4, 2),
-    "within": Configuration(64, 4, 2),
     "gradient": Configuration(64, 4, 2),
 }
 SINGLE = {
-    "fade": Configuration(32, 4, 1),
-    "scores": Configuration(32, 4, 1),
+    "prepare": Configuration(32, 4, 1),
+    "prepare_again": Configuration(32, 4, 1),
     "scan": Configuration(16, 4, 1),
     "scan_gradient": Configuration(16, 4, 1),
-    "scores_gradient": Configuration(0, 4, 1),
-    "within": Configuration(32, 4, 1),
     "gradient": Configuration(16, 4, 1),
 }
 LOG_CHUNK = CHUNK.bit_length() - 1
@@ -76,24 +72,18 @@ class Launch:
         self.configurations = HALF if half else SINGLE
         self.common = {"C": CHUNK, "PRECISION": "tf32" if half else "tf32x3"}
         self.sizes = (self.T, self.N, self.H, self.K, self.V)
-        ones = (LOG_CHUNK + ORDERS, CHUNK, CHUNK)
-        self.ones, self.same = q.new_empty(ones, dtype=torch.float16 if half else torch.float32), q.new_empty(ones)
-        write_ones[(len(self.ones),)](self.ones, self.same, CHUNK, LOG_CHUNK)
+        self.ones = q.new_empty(LOG_CHUNK + ORDERS, CHUNK, CHUNK)
+        write_ones[(len(self.ones),)](self.ones, CHUNK, LOG_CHUNK)
 
-    def fade(self) -> Faded:
-        q = self.given[0]
+    def prepare(self, name: str, kept: Kept | None) -> Faded:
+        q, configuration = self.given[0], self.configurations[name]
         ended = q.new_empty(self.B * self.H * self.N, self.K, dtype=torch.float32)
         faded = Faded(torch.empty_like(q), torch.empty_like(q), torch.empty_like(q), ended)
-        self.launch("fade", fade, 0, *self.given, self.ones, *faded)
+        prepare[(self.B * self.H * self.N,)](
+            *self.given, self.ones, *faded, *(kept[:2] if kept else (None, None)), *self.sizes[:4], **self.common,
+            LOG_C=LOG_CHUNK, BK=min(configuration.block, self.BK), **configuration.options,
+        )  # fmt: skip
         return faded
-
-    def launch(self, name: str, kernel, programs: int, *tensors: Tensor, **sizes: int) -> None:
-        """A kernel of all chunks at once. programs: of a chunk, 0 for one for each block of channels."""
-        configuration = self.configurations[name]
-        BK = min(configuration.block, self.BK)
-        kernel[programs or triton.cdiv(self.K, BK), self.B * self.H * self.N](
-            *tensors, *self.sizes[:4], **self.common, **sizes, LOG_C=LOG_CHUNK, BK=BK, **configuration.options
-        )
 
     def scan(self, name: str, kernel, *tensors: Tensor | None) -> None:
         configuration = self.configurations[name]
@@ -106,48 +96,24 @@ class Launch:
         """The outputs, the last memory, and what is kept."""
         v, first = v.contiguous(), first.contiguous()
         kept, o, last = new_kept(self.given[0], v, keep), torch.empty_like(v), torch.empty_like(first)
-        faded = self.fade()
-        self.launch("scores", scores, 2, *self.given, self.ones, *kept[:2])
+        faded = self.prepare("prepare", kept)
         self.scan("scan", scan, *faded, v, *kept[:2], first, o, last, *(kept[2:] if keep else (None, None)))
         return o, last, kept
 
     def backward(self, kept: Kept, do: Tensor, dlast: Tensor | None) -> list[Tensor]:
         """The gradients by q, k, v, the step sizes, the log decays and the first memory."""
         do, dlast = do.contiguous(), None if dlast is None else dlast.contiguous()
-        (q, k, step_size, log_decay), (R, attend, errors, states) = self.given, kept
-        faded = self.fade()
+        R, attend, errors, states = kept
+        faded = self.prepare("prepare_again", None)
         dv, dstates = torch.empty_like(do), torch.empty_like(states)
         dfirst = faded.ended.new_empty(self.B, self.H, self.K, self.V)
         self.scan("scan_gradient", scan_gradient, *faded, R, attend, do, dlast, dv, dstates, dfirst)
-        del faded
-        dscores, down = R.new_empty(2, *R.shape), torch.empty_like(step_size)
-        scores_gradient[len(R), 2](
-            step_size, do, errors, dv, dscores, down, self.T, self.N, self.H, self.V, **self.common, BV=self.BV,
-            **self.configurations["scores_gradient"].options,
-        )  # fmt: skip
-        parts = q.new_empty(PARTS, *q.shape)
-        num_blocks = triton.cdiv(self.K, min(self.configurations["within"].block, self.BK))
-        self.launch(
-            "within",
-            within,
-            PARTS * num_blocks,
-            q,
-            k,
-            log_decay,
-            self.ones,
-            dscores,
-            do,
-            dv,
-            states,
-            parts,
-            V=self.V,
-            BV=self.BV,
-        )
-        dq, dk, _, dlog_decay = (torch.empty_like(x) for x in self.given)
-        num_blocks = triton.cdiv(self.K, min(self.configurations["gradient"].block, self.BK))
-        dsteps = step_size.new_empty(num_blocks, *step_size.shape)
-        self.launch(
-            "gradient", gradient, num_blocks, *self.given, self.ones, self.same, parts, down, errors, states, dstates,
-            dq, dk, dsteps, dlog_decay, V=self.V, BV=self.BV,
+        dq, dk, step_size, dlog_decay = (torch.empty_like(x) for x in self.given)
+        configuration = self.configurations["gradient"]
+        BK = min(configuration.block, self.BK)
+        dsteps = step_size.new_empty(triton.cdiv(self.K, BK), *step_size.shape)
+        gradient[self.B * self.H * self.N, len(dsteps)](
+            *self.given, self.ones, do, errors, dv, states, dstates, dq, dk, dsteps, dlog_decay,
+            *self.sizes, **self.common, LOG_C=LOG_CHUNK, BK=BK, BV=self.BV, **configuration.options,
         )  # fmt: skip
         return [dq, dk, dv, dsteps.sum(0), dlog_decay, dfirst]

@@ -46,7 +46,6 @@ ORDERS = 4
 @triton.jit
 def write_ones(
     ones,  # out, [LOG_C + ORDERS, C, C]
-    same,  # out, the same in another dtype
     C: tl.constexpr,
     LOG_C: tl.constexpr,
 ):
@@ -62,25 +61,12 @@ def write_ones(
     end = tl.where(order < 0, tl.maximum(border, t + 1), end)
     chosen = (r >= first) & (r < end)
     tl.store(of_square(ones, which, C), tl.where(chosen, 1.0, 0.0).to(ones.dtype.element_ty))
-    tl.store(of_square(same, which, C), tl.where(chosen, 1.0, 0.0).to(same.dtype.element_ty))
 
 
 @triton.jit
-def ones_of(ones, which, C: tl.constexpr):
-    return tl.load(ones + which * C * C + (tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]))
-
-
-@triton.jit
-def sums(ones, which, gates, C: tl.constexpr, PRECISION: tl.constexpr):
-    """Sums [C, BK] over tokens of gates [C, BK], which have the dtype of `ones`."""
-    return dot(ones_of(ones, which, C), gates, PRECISION)
-
-
-@triton.jit
-def wide_sums(ones, which, x, C: tl.constexpr, PRECISION: tl.constexpr):
-    """Sums [C, BK] over tokens of float32 numbers of any size: in 16 bits, of two parts of each."""
-    chosen = ones_of(ones, which, C)
-    high, low = parts(x, ones.dtype.element_ty)
+def sums(ones, which, high, low, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums [C, BK] over tokens of numbers that parts has given."""
+    chosen = tl.load(ones + which * C * C + (tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]))
     total = dot(chosen, high, PRECISION)
     return total if high.dtype.is_fp32() else dot(chosen, low, PRECISION, total)
 
@@ -97,27 +83,27 @@ def near(gates, LOG_C: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def near_factors(summed, halving, reader, TYPE: tl.constexpr, C: tl.constexpr):
-    """[C, BK]: by what near tokens are multiplied as readers (or writers), and as the others. `summed` is the
+def near_factors(summed, halving, TYPE: tl.constexpr, C: tl.constexpr):
+    """[C, BK]: by what queries and keys of near tokens are multiplied to read, and keys to write. `summed` is the
     halving's. What is not used, where tokens are not near, is cut off."""
     FAR: tl.constexpr = 6.0 if TYPE.is_fp16() else 40.0
-    ahead = (((tl.arange(0, C) >> halving) & 1 == 1) == reader)[:, None]
+    reads = ((tl.arange(0, C) >> halving) & 1 == 1)[:, None]
     back = tl.minimum(-summed, FAR)
-    return tl.exp(tl.where(ahead, summed, back)), tl.exp(tl.where(ahead, back, summed))
+    return tl.exp(tl.where(reads, summed, back)), tl.exp(tl.where(reads, back, summed))
 
 
 @triton.jit
-def partners(halving, reader, C: tl.constexpr):
-    """[C, C]: whether two tokens are of this halving, with the reader (or the writer) in its row."""
+def partners(halving, READERS: tl.constexpr, C: tl.constexpr):
+    """[C, C]: whether two tokens are of this halving, in either order, or with a reader in its row."""
     block = tl.arange(0, C) >> halving
-    partner = tl.where((block & 1 == 1) == reader, block ^ 1, -1)
+    partner = tl.where(block & 1 == 1, block - 1, -1) if READERS else block ^ 1
     return partner[:, None] == block[None, :]
 
 
 @triton.jit
-def neighbours(halving, reader, C: tl.constexpr):
-    """[C, C]: whether two tokens are of the same pair of blocks, the reader (or the writer) in its row."""
+def neighbours(halving, READERS: tl.constexpr, C: tl.constexpr):
+    """[C, C]: whether two tokens are of the same pair of blocks, the reader in its row, or the writer."""
     t = tl.arange(0, C)
     pair = t >> (halving + 1)
-    order = tl.where(reader, t, -t)
-    return (pair[:, None] == pair[None, :]) & (order[:, None] > order[None, :])
+    ordered = t[:, None] > t[None, :] if READERS else t[:, None] < t[None, :]
+    return (pair[:, None] == pair[None, :]) & ordered

@@ -40,7 +40,7 @@ def gradient(
     at, mask_v = of_tokens(do, bh, n, 0, T, H, V, C, BV)
     doutput = tl.load(at, mask=mask_v, other=0.0)
     rows = tl.arange(0, BV)
-    at, mask_v = of_state(errors, chunk, rows, t, V, C, BV, C)
+    at, mask_v = of_state(errors, chunk, rows, t, V, C)
     error = tl.load(at, mask=mask_v, other=0.0)  # turned around
     at, mask_v = of_tokens(dv, bh, n, 0, T, H, V, C, BV)
     dright = tl.load(at, mask=mask_v, other=0.0)
@@ -59,11 +59,9 @@ def gradient(
     dfading -= dsystem * alike.to(tl.float32)
     dsystem = tl.where(below, -dsystem * G, 0.0).to(error.dtype)
     dsystem += tl.trans(dsystem)  # of which one is always 0
-    same = t[:, None] == t[None, :]
-    own = tl.sum(tl.where(same, dfading, 0.0), 1)
+    own = tl.sum(tl.where(t[:, None] == t[None, :], dfading, 0.0), 1)
     dfading = tl.where(below, dfading, 0.0)
-    # by rows of the tile, of which a thread has two, and not by its columns, of which it has sixteen
-    dstep = tl.sum(tl.where(same, tl.sum(dfading, 0)[None, :], 0.0), 1)
+    dstep = tl.sum(dfading, 0)
     dsummed = tl.sum(dfading * b[None, :], 1) - b * dstep
     dstep += own
 
@@ -79,9 +77,9 @@ def gradient(
         at_k, mask_k = of_tokens(q, bh, n, first, T, H, K, C, BK)
         queries = tl.load(at_k, mask=mask_k, other=0.0)
         columns = first + tl.arange(0, BK)
-        at_s, inside = of_state(states, chunk, rows, columns, V, K, BV, BK)
+        at_s, inside = of_state(states, chunk, rows, columns, V, K)
         memory = tl.load(at_s, mask=inside, other=0.0)
-        at_s, inside = of_state(dstates, chunk, rows, columns, V, K, BV, BK)
+        at_s, inside = of_state(dstates, chunk, rows, columns, V, K)
         dmemory = tl.load(at_s, mask=inside, other=0.0)
         dkept_last += tl.sum(dmemory.to(tl.float32) * memory, 1)
         product = dot(doutput, memory, PRECISION)

@@ -87,7 +87,7 @@ def scan(
     first_v, bh = tl.program_id(0) * BV, tl.program_id(1)
     t = tl.arange(0, C)
     rows, columns = first_v + tl.arange(0, BV), tl.arange(0, BK)
-    at, inside = of_memory(first, bh, rows, columns, V, K, BV, BK)
+    at, inside = of_memory(first, bh, rows, columns, V, K)
     memory = tl.load(at, mask=inside, other=0.0)
     one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(k.dtype.element_ty)
     error_before, output_before = tl.zeros([BV, C], tl.float32), tl.zeros([BV, C], tl.float32)
@@ -96,11 +96,11 @@ def scan(
         # what the chunk before has found is stored while this one's tiles are on their way
         leave(output_before, o, bh, n - 1, first_v, n > 0, T, H, V, C, BV)
         if errors is not None:
-            at_u, inside_u = of_state(errors, chunk - 1, rows, t, V, C, BV, C)
+            at_u, inside_u = of_state(errors, chunk - 1, rows, t, V, C)
             tl.store(at_u, error_before.to(k.dtype.element_ty), mask=inside_u & (n > 0))
         operand = memory.to(k.dtype.element_ty)
         if states is not None:
-            at_states, inside = of_state(states, chunk, rows, columns, V, K, BV, BK)
+            at_states, inside = of_state(states, chunk, rows, columns, V, K)
             tl.store(at_states, operand, mask=inside)
         at_k, mask_k = of_tokens(k, bh, n, 0, T, H, K, C, BK)
         keys = tl.load(at_k, mask=mask_k, other=0.0)
@@ -125,9 +125,9 @@ def scan(
         error_before, output_before = error, output
     leave(output_before, o, bh, N - 1, first_v, True, T, H, V, C, BV)
     if errors is not None:
-        at_u, inside_u = of_state(errors, bh * N + N - 1, rows, t, V, C, BV, C)
+        at_u, inside_u = of_state(errors, bh * N + N - 1, rows, t, V, C)
         tl.store(at_u, error_before.to(k.dtype.element_ty), mask=inside_u)
-    at, inside = of_memory(last, bh, rows, columns, V, K, BV, BK)
+    at, inside = of_memory(last, bh, rows, columns, V, K)
     tl.store(at, memory, mask=inside)
 
 
@@ -152,7 +152,7 @@ def scan_gradient(
     rows, columns = first_v + tl.arange(0, BV), tl.arange(0, BK)
     dmemory = tl.zeros([BV, BK], tl.float32)
     if dlast is not None:
-        at, inside = of_memory(dlast, bh, rows, columns, V, K, BV, BK)
+        at, inside = of_memory(dlast, bh, rows, columns, V, K)
         dmemory = tl.load(at, mask=inside, other=0.0)
     one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(k.dtype.element_ty)
     derror_before = tl.zeros([BV, C], tl.float32)
@@ -161,7 +161,7 @@ def scan_gradient(
         chunk = bh * N + n
         leave(derror_before, dv, bh, n + 1, first_v, i > 0, T, H, V, C, BV)
         operand = dmemory.to(k.dtype.element_ty)
-        at_states, inside = of_state(dstates, chunk, rows, columns, V, K, BV, BK)
+        at_states, inside = of_state(dstates, chunk, rows, columns, V, K)
         tl.store(at_states, operand, mask=inside)
         at_k, mask_k = of_tokens(k, bh, n, 0, T, H, K, C, BK)
         keys = tl.load(at_k, mask=mask_k, other=0.0)
@@ -186,5 +186,5 @@ def scan_gradient(
         dmemory += dot((-kept * derror).to(keys.dtype), keys, PRECISION)
         derror_before = derror
     leave(derror_before, dv, bh, 0, first_v, True, T, H, V, C, BV)
-    at, inside = of_memory(dfirst, bh, rows, columns, V, K, BV, BK)
+    at, inside = of_memory(dfirst, bh, rows, columns, V, K)
     tl.store(at, dmemory, mask=inside)

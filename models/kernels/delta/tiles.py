@@ -41,26 +41,15 @@ def of_tokens(pointer, bh, n, first, T, H: tl.constexpr, X: tl.constexpr, C: tl.
 
 
 @triton.jit
-def within(v, k, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
-    """Mask of rows v and columns k, which the compiler leaves out where whole tiles [BV, BK] fill both."""
-    mask = tl.full([BV, BK], True, tl.int1)
-    if V % BV != 0:
-        mask = mask & (v < V)[:, None]
-    if K % BK != 0:
-        mask = mask & (k < K)[None, :]
-    return mask
-
-
-@triton.jit
-def of_state(pointer, index, v, k, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+def of_state(pointer, index, v, k, V: tl.constexpr, K: tl.constexpr):
     """Addresses and mask of rows v and columns k of matrix `index` of [*, V, K]."""
-    return pointer + index.to(tl.int64) * K * V + (v[:, None] * K + k[None, :]), within(v, k, V, K, BV, BK)
+    return pointer + index.to(tl.int64) * K * V + (v[:, None] * K + k[None, :]), (v < V)[:, None] & (k < K)[None, :]
 
 
 @triton.jit
-def of_memory(pointer, index, v, k, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+def of_memory(pointer, index, v, k, V: tl.constexpr, K: tl.constexpr):
     """The same of [*, K, V]: a tile of the matrix turned around."""
-    return pointer + index.to(tl.int64) * K * V + (k[None, :] * V + v[:, None]), within(v, k, V, K, BV, BK)
+    return pointer + index.to(tl.int64) * K * V + (k[None, :] * V + v[:, None]), (v < V)[:, None] & (k < K)[None, :]
 
 
 @triton.jit

@@ -83,22 +83,23 @@ def recurrent_least_squares(
     H, G, _ = first_moments(q, k, v, moments)
     out_dtype, dtype = v.dtype, H.dtype
     q, k, v, b = (x.to(dtype) for x in (q, k, v, write_weight))
-    decay = None if log_decay is None else log_decay.to(dtype).exp()
+    decay = None if log_decay is None else log_decay.to(dtype).exp().unbind(1)
     outputs = []
     with torch.autocast(q.device.type, enabled=False):
-        for t in range(q.shape[1]):
+        # unbind, since the gradient of x[:, t] is as long as x, which makes the square of T
+        for t, (q_t, k_t, v_t, b_t) in enumerate(zip(*(x.unbind(1) for x in (q, k, v, b)), strict=True)):
             if decay is not None:
-                H, G = (decay[:, t, :, None, None] * x for x in (H, G))
-            write = (b[:, t, :, None] * k[:, t]).unsqueeze(-1)
-            H, G = H + write @ k[:, t, :, None], G + write @ v[:, t, :, None]
+                H, G = (decay[t][:, :, None, None] * x for x in (H, G))
+            write = (b_t.unsqueeze(-1) * k_t).unsqueeze(-1)
+            H, G = H + write @ k_t.unsqueeze(-2), G + write @ v_t.unsqueeze(-2)
             if ridge.size is None:
-                x = (q[:, t, :, None] @ pseudo_inverse(H)).squeeze(-2)
+                x = (q_t.unsqueeze(-2) @ pseudo_inverse(H)).squeeze(-2)
             else:
                 size = ridge.size.to(dtype)
                 if ridge.scaled:
                     size = size * norm(H.square().sum((-2, -1))).unsqueeze(-1)
-                x = solves.solve(H + torch.diag_embed(size.expand_as(q[:, t])), q[:, t])
-            outputs.append((mixed(q[:, t], x, None if mix is None else mix[:, t]).unsqueeze(-2) @ G).squeeze(-2))
+                x = solves.solve(H + torch.diag_embed(size.expand_as(q_t)), q_t)
+            outputs.append((mixed(q_t, x, None if mix is None else mix[:, t]).unsqueeze(-2) @ G).squeeze(-2))
         return torch.stack(outputs, dim=1).to(out_dtype), Moments(H, G)
 
 

@@ -258,7 +258,8 @@ class Delta(Memory):
         early = self.gradient_before_decay and self.decay_kind != "none"
         found = {"fla": (fla.refusal_leaky_delta if early else fla.refusal_gated_delta)(*shape)}
         if self.decay_kind == "channel":
-            return found | {"triton": channel_delta.refusal(*shape)}
+            found["triton"] = channel_delta.refusal(*shape)
+            return dict(reversed(found.items())) if delta.faster(device) else found
         own = not early and delta.takes(dtype, self.key_dim, self.value_dim)
         found["triton"] = (delta if own else momentum).refusal(*shape)
         flash = fla.FLASH_QLA and self.decay_kind == "head"
