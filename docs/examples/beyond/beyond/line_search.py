@@ -93,7 +93,7 @@ class LineSearch(Memory):
     def forward(self, tokens: Tokens, state: Any = None) -> tuple[Tensor, Any]:
         x, q, k, v, log_decay, segments = tokens
         seen = torch.ones(*k.shape[:3], self.window, dtype=q.dtype, device=q.device)
-        past = None if state is None else (None, state.keys, state.values)
+        past = () if state is None else (state.keys, state.values)
         keys, values, seen, *last = windows(k, v, seen, past, working_dtype(q, k, v), segments)
         keys = keys * seen.movedim(3, 2).unsqueeze(-1).to(keys.dtype)  # of no other document
         log_decay = forget_at_starts(log_decay, segments, like=q)
