@@ -82,7 +82,9 @@ def between(u: np.ndarray, least: int, most: int) -> np.ndarray:
     return least + whole(u, most - least + 1)
 
 
-def automata(sizes: np.ndarray, alphabet: np.ndarray, counts: np.ndarray, marks: np.ndarray, ends: np.ndarray):
+def automata(
+    sizes: np.ndarray, alphabet: np.ndarray, counts: np.ndarray, marks: np.ndarray, ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """symbols and targets [N, states, 3] of the edges, and how many of these a state has [N, states].
 
     Numbers of [0, 1): sizes [N, 2], alphabet [N, 18], counts [N, states], and an order of the symbols and of the other

@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--downloads", type=Path, help="of the packages (default: FOLDER/downloads)")
     parser.add_argument("--train", nargs="+", default=TRAIN, metavar="PACKAGE")
     parser.add_argument("--validation", nargs="+", default=VALIDATION, metavar="PACKAGE")
-    parser.add_argument("--most", type=float, default=4.0, help="megabytes of text of a package (default: 4)")
+    parser.add_argument("--most", type=float, default=5.0, help="megabytes of text of a package (default: 5)")
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
     downloads, seen = given.downloads or given.folder / "downloads", Seen()

@@ -54,10 +54,8 @@ def finding(sequences: int = 48, pairs: int = 64) -> Finding:
     errors: dict[str, dict[str, Tensor]] = {}
     for function in FUNCTIONS:
         tuned, found = (squared(function, split, sequences, pairs) for split in ("train", "validation"))
-        errors[function] = {
-            name: found[name][min(of, key=lambda h, of=of: of[h][-pairs // 4 :].mean().item())]  # type: ignore[misc]
-            for name, of in tuned.items()
-        }
+        losses = {name: {h: x[-pairs // 4 :].mean().item() for h, x in of.items()} for name, of in tuned.items()}
+        errors[function] = {name: found[name][min(of, key=of.__getitem__)] for name, of in losses.items()}
     names = list(errors["linear"])
     late = {(f, name): errors[f][name][-pairs // 4 :].mean().item() for f in FUNCTIONS for name in names}
     table: list[Row] = [{"estimator": name} | {f: f"{late[f, name]:.2g}" for f in FUNCTIONS} for name in names]

@@ -20,7 +20,7 @@ from scripts.figures.results import Row
 D = 8
 
 
-def maps() -> dict[str, Tensor | torch.nn.Module]:
+def maps() -> dict[str, torch.nn.Module]:
     sizes = Sizes(0, 1, 1, D, 1)
     return {
         "x": torch.nn.Identity(),
@@ -48,7 +48,7 @@ def finding(sequences: int = 16, pairs: int = 96, every: int = 4) -> Finding:
     errors: dict[str, list[float]] = {}
     widths: dict[str, int] = {}
     for name, phi in maps().items():
-        f = features(name, phi, x)  # type: ignore[arg-type]
+        f = features(name, phi, x)
         widths[name] = f.shape[-1]
         fits = (torch.linalg.lstsq(f[:, :n], y[:, :n, None], driver="gelsd").solution for n in counts)
         errors[name] = [
