@@ -42,6 +42,8 @@ class Run:
             common |= {"WORLD_SIZE": str(len(gpus)), "LOCAL_WORLD_SIZE": str(len(gpus)), "GROUP_RANK": "0"}
             self.words.append(f"trainer.devices={len(gpus)}")
         self.codes: list[int | None] = [None] * len(gpus)
+        self._rows: list[dict[str, float]] = []
+        self._stamp: Any = None  # of the file that they are from
         start = self._fork if fork else self._start
         own = [{"RANK": str(r), "LOCAL_RANK": str(r)} if len(gpus) > 1 else {} for r in range(len(gpus))]
         self.pids = [start(common | each) for each in own]
@@ -81,7 +83,9 @@ class Run:
     def rows(self) -> list[dict[str, float]]:
         """Of metrics.csv, so far: those of training."""
         path = self.folder / "metrics.csv"
-        return [row for row in read_metrics(path) if "train/loss" in row] if path.exists() else []
+        if path.exists() and (stamp := (path.stat().st_mtime_ns, path.stat().st_size)) != self._stamp:
+            self._stamp, self._rows = stamp, [row for row in read_metrics(path) if "train/loss" in row]
+        return self._rows
 
     def ended(self) -> bool:
         """Whether all processes have. Their exit codes are then known, a signal's as a negative number."""
