@@ -26,7 +26,7 @@ from itertools import permutations
 
 import numpy as np
 
-from data.made import Made, Sequences, Task, positive
+from data.made import Sequences, Task, positive
 from data.text import IGNORE
 
 Random = np.random.Generator
@@ -76,7 +76,7 @@ class Mad(Task):
         self.chance, self.targets_per_token = 1 / answers, targets / length
         settings = {"task": task, "vocab_size": vocab_size, "noise": (noise_vocab, noise), "copied": num_copied}
         super().__init__(seq_len, seed, **settings, sizes=(train_size, validation_size))
-        self._made: dict[str, Made] = {}
+        self._made: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def describe(self) -> list[str]:
         return [

@@ -127,7 +127,8 @@ def look(folder: Path, num_rows: int = ROWS) -> dict[str, float]:
     if not isinstance(task, Text):
         raise ValueError(f"{folder} was trained on data={cfg.data.get('name')}, which is no text of one corpus")
     task.prepare()
-    model = trained.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = trained.model
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     samples = task.validation_samples()
     num_rows = min(num_rows, len(samples))
     text = samples.__getitems__([i * len(samples) // num_rows for i in range(num_rows)])["input_ids"]

@@ -6,6 +6,8 @@ smallest solution of the least squares of all pairs so far, without a ridge; the
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -31,7 +33,7 @@ def maps() -> dict[str, torch.nn.Module]:
     }
 
 
-def features(name: str, phi: torch.nn.Module, x: Tensor) -> Tensor:
+def features(name: str, phi: Any, x: Tensor) -> Tensor:
     """[N, n, features], float64."""
     if name == "1, x_i^2":
         return torch.cat([torch.ones_like(x[..., :1]), x**2], dim=-1)
