@@ -5,12 +5,10 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Generator
-from functools import cache as kept
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import grammar_parser
 
 from tests.started import Started
 
@@ -19,8 +17,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ["OMP_NUM_THREADS"] = "1"  # pytest runs as many workers as there are cores; children take it too
 torch.set_num_threads(1)
-# Every config has the same few hundred interpolations, and a quarter of the time that Hydra takes is to parse them.
-grammar_parser.parse = kept(grammar_parser.parse)
 
 
 @pytest.hookimpl(wrapper=True)
