@@ -80,7 +80,7 @@ class TNT(Memory):
         self.local = nn.ModuleList(memory(b) for b in local_batches)
         self.grad_batch, self.shard, self.project = grad_batch, shard, project
         self.accepts_decay, self.function_class = self.memory.accepts_decay, f"{1 + len(self.local)} MLPs"
-        self.fit = f"{self.memory.fit}, {len(self.local)} of them in shards"
+        self.fit = f"{self.memory.fit}, shards"
 
     def forward(self, tokens: Tokens, state: State | None = None) -> tuple[Tensor, State]:
         x, q, k, v, log_decay, segments = tokens
