@@ -77,6 +77,10 @@ def sharing(config: dict[str, Any]) -> Iterator[str]:
     """What can't be where devices share their sequences."""
     if config["micro_batch"] == "auto" and "Sharded" in str(config["trainer"]["strategy"]):
         yield "micro_batch=auto needs strategy=single or ddp: it is tried on one device, with all the parameters"
+    strategy = config["trainer"]["strategy"]
+    for name in settings.NEEDS if isinstance(strategy, dict) and "Sharded" not in str(strategy) else ():
+        if name in strategy:
+            yield f"trainer.strategy.{name}={strategy[name]} needs strategy={settings.NEEDS[name]}"
     if (size := config["context_parallel"]) > 1 and "DDP" not in str(config["trainer"]["strategy"]):
         yield f"context_parallel={size} needs strategy=ddp, in which each device has all the parameters"
 

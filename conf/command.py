@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from conf.known import Word, choices, known, read
-from conf.settings import DERIVED
+from conf.settings import DERIVED, NEEDS
 from models.build import near
 
 HYDRAS_OWN = "HYDRA_FULL_ERROR"
@@ -242,6 +242,8 @@ def where(key: str, said: str, typed: list[Word]) -> tuple[str, str]:
 def no_key(key: str, said: str, typed: list[Word]) -> str:
     shown, whole = where(key, said, typed)
     parent, _, name = key.rpartition(".")
+    if parent == "trainer.strategy" and name in NEEDS:
+        return f"{shown} needs strategy={NEEDS[name]}"
     before = f"{parent}." if parent else ""
     behind = whole.removeprefix(key) if whole.startswith(f"{key}.") else ""
     if parent == "trainer" and name in DERIVED:

@@ -57,7 +57,7 @@ NUMBERS = {
     "data.seed": SEED,
     "seq_len": COUNT,
     "batch_tokens": COUNT,
-    "micro_batch": COUNT,
+    "micro_batch": COUNT._replace(says=f"{COUNT.says}, or auto"),
     "context_parallel": COUNT,
     "tokens": COUNT,
     "validation_tokens": COUNT,
@@ -129,6 +129,9 @@ NUMBERS = {
 }
 
 PAIRS = ("optimizer.betas", "model.mixers.*.decay.step_range")
+
+# Settings of trainer.strategy that only these strategies have.
+NEEDS = {"checkpoint": "fsdp or hsdp", "whole_for": "fsdp or hsdp", "replicas": "hsdp"}
 
 # What train.py derives, or does itself: set here, it would be overridden without a word.
 DERIVED = {

@@ -126,7 +126,8 @@ def parameters(name: str) -> list[str]:
 
 def settings_of(target: Any) -> dict[str, inspect.Parameter]:
     """What can be given to a class or function by name; `**settings` are those of the class above it."""
-    found = dict(inspect.signature(target).parameters)
+    own = inspect.signature(target).parameters.items()
+    found = {name: p for name, p in own if p.kind is not inspect.Parameter.VAR_POSITIONAL}
     for above in inspect.getmro(target)[1:-1] if inspect.isclass(target) else ():
         rest = next((name for name, p in found.items() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
         if rest != "settings":

@@ -168,7 +168,9 @@ def with_rates(every: list[Job], found: list[dict[str, Any]], times: float) -> l
     def rated(job: Job) -> Job:
         model = dict(word.split("=", 1) for word in job.words)["model"]
         if model not in losses:
-            raise ValueError(f"--rates has no result of model={model}, but of {', '.join(sorted(losses)) or 'none'}")
+            raise ValueError(
+                f"--rates has no result of model={model}; it has {', '.join(sorted(losses)) or 'no results'}"
+            )
         best = min(losses[model], key=lambda rate: sum(losses[model][rate]) / len(losses[model][rate]))
         return Job(job.name, (*job.words, f"optimizer.lr={best * times:.4g}"))
 
@@ -287,6 +289,10 @@ def main() -> None:
         every, done = sweep(given.experiment, given.words), results.have()
         if given.rates:
             source = Path(given.rates) if given.rates.endswith(".jsonl") else results_of(given.rates)
+            if not source.exists():
+                raise ValueError(
+                    f"--rates={given.rates}: there is no {source}; it is an experiment with results, or a file"
+                )
             every = with_rates(every, Results(source).read(), given.times)
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -84,8 +84,13 @@ def main() -> None:
     parser.add_argument("--noise-scale", type=float, default=2**20, help="tokens; B_c of docs/scaling.md (1,048,576)")
     given = parser.parse_args()
     print(f"{given.gpu} at {given.mfu:.0%} of {PEAK_FLOPS[given.gpu]:.3g} FLOP/s, {given.price:g} an hour and GPU")
+    if not (CONF / "model" / f"{given.model}.yaml").exists():
+        parser.error(f"--model {given.model} is not a preset of conf/model")
     for size in given.size:
-        sheet(size, given)
+        try:
+            sheet(size, given)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

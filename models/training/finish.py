@@ -65,4 +65,5 @@ def finish(trainer: L.Trainer, module: Training, datamodule: DataModule, run: Ru
         }
     )
     say(f"finished  {'; '.join([describe(found), *(callback.summary(module) for callback in speeds)])}")
-    say(f"          {run.folder}: metrics.csv, loss.png, model/")
+    made = [name for name in ("metrics.csv", "loss.png", "model/") if (run.folder / name).exists()]
+    say(f"          {run.folder}: {', '.join(made)}")

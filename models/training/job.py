@@ -42,7 +42,9 @@ def train(cfg: DictConfig) -> Result:
         try:
             preemption.overwrites = cfg.overwrite
             settings.whole_numbers(cfg)
-            fitting.settle(cfg, kind_of)
+            if cfg.micro_batch == fitting.AUTO:
+                checked(cfg)  # what is wrong is told before anything is tried
+                fitting.settle(cfg, kind_of)
             trainer, module, datamodule, run, overview = assemble(cfg, preemption)
             checkpoint, torn = newest_whole(run.checkpoints, run.branch)
             begin = not (checkpoint or run.result)
@@ -141,8 +143,8 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
     )
     if trainer.world_size != batch.world_size:
         raise ValueError(
-            f"trainer.devices={cfg.trainer.devices} means {batch.world_size} processes, and {trainer.world_size} were "
-            "started"
+            f"trainer.devices={cfg.trainer.devices} means {batch.world_size} process(es), and {trainer.world_size} "
+            f"were started; trainer.devices={trainer.world_size // cfg.trainer.num_nodes} fits these"
         )
     overview = summary(model, cfg.seq_len, trainer.strategy.root_device, dtype(trainer.precision))
     run.enter(trainer.is_global_zero, branch)

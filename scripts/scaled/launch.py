@@ -4,7 +4,9 @@ or each started as Python starts (`fork=False`), where what was imported can't b
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -126,10 +128,18 @@ class Scratch:
 
     def __init__(self, path: str | None = None) -> None:
         self.path, self.count = Path(path or tempfile.mkdtemp(prefix="scaling-")), 0
+        if not path:
+            atexit.register(_remove, self.path, os.getpid())
 
     def folder(self, name: str) -> Path:
         self.count += 1
         return self.path / f"{self.count:02d}-{name.replace(' ', '-')}"
+
+
+def _remove(path: Path, pid: int) -> None:
+    """By the process that made it, not by a fork of it."""
+    if os.getpid() == pid:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def side_by_side(tasks: dict[str, Iterator[None]], limit: float) -> dict[str, str]:

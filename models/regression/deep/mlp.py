@@ -128,7 +128,7 @@ class DeepMemory(NetworkMemory):
             ("p", p, p >= 1, "at least 1"),
             ("delta", delta, delta > 0, "positive"),
             ("retention", retention, retention >= 2, "at least 2, which divides by nothing"),
-            ("window", window, window >= 1, "a number of pairs, at least 1"),
+            ("window", window, window is not None and window >= 1, "a number of pairs, at least 1"),
             ("mass", mass, mass is None or mass > 0, "positive, or null for none"),
         ):
             if not holds:

@@ -67,9 +67,10 @@ class TNT(Memory):
         remat: int = 8,
     ) -> None:
         super().__init__(sizes, backend, chunk)
-        if any(not 1 <= b <= shard for b in local_batches):
+        if not isinstance(local_batches, Sequence) or any(not 1 <= b <= shard for b in local_batches):
             raise ValueError(
-                f"regressor.local_batches={list(local_batches)} must be numbers of tokens, each at most shard={shard}"
+                f"regressor.local_batches={local_batches} must be a list of numbers of tokens, each at most the "
+                f"shard={shard}"
             )
         settings: dict[str, Any] = {"inner_optimizer": inner_optimizer, "remat": remat, "activation": activation}
 
