@@ -24,10 +24,10 @@ class Continuous(LanguageModel):
     """Tokens [B, T, C] in the place of ids, answers [B, T] in that of targets. config.vocab_size is C."""
 
     def hidden(
-        self, input_ids: Tensor, segments: Tensor | None = None, cache: Cache | None = None
+        self, input_ids: Tensor, segments: Tensor | None = None, cache: Cache | None = None, keep: bool = True
     ) -> tuple[Tensor, list[State]]:
         states = self._states(cache)
-        (hidden,) = self._layers(self._embedded(input_ids), segments, states)
+        (hidden,) = self._layers(self._embedded(input_ids), segments, states, keep=keep)
         return hidden, cast("list[State]", states)
 
     def _embedded(self, given: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class Continuous(LanguageModel):
         return (hidden @ self.head.weight[0]).float()
 
     def sum_nats(self, input_ids: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
-        return _errors(self._answers(self.hidden(input_ids, segments)[0]), targets).sum()
+        return _errors(self._answers(self.hidden(input_ids, segments, keep=False)[0]), targets).sum()
 
     def score(self, input_ids: Tensor, targets: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Half the squared error of each answer [B, T], 0 where ignored, and the answer. No gradients."""

@@ -146,11 +146,11 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
 
     def hidden(
-        self, input_ids: Tensor, segments: Tensor | None = None, cache: Cache | None = None
+        self, input_ids: Tensor, segments: Tensor | None = None, cache: Cache | None = None, keep: bool = True
     ) -> tuple[Tensor, list[State]]:
-        """input_ids [B, T] -> what the head reads [B, T, D], and the states after the last token."""
+        """input_ids [B, T] -> what the head reads [B, T, D], and the states after the last token, if kept."""
         states = self._states(cache)
-        (hidden,) = self._layers(self.embedding(input_ids), segments, states)
+        (hidden,) = self._layers(self.embedding(input_ids), segments, states, keep=keep)
         return hidden, cast("list[State]", states)
 
     def _layers(
@@ -284,8 +284,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         """The sum over tokens of -log p(target), the logits never all at once. targets [B, T]: the token that comes
         after each, -100 to ignore.
         """
-        (hidden,) = self._layers(self.embedding(input_ids), segments, self._states(None), keep=False)
-        return self._sum_nats(hidden, targets)
+        return self._sum_nats(self.hidden(input_ids, segments, keep=False)[0], targets)
 
     def _sum_nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         hidden, targets = hidden.flatten(0, 1), targets.flatten()

@@ -30,10 +30,10 @@ class Reconstruction(LanguageModel):
         self.init_weights_by_depth()
 
     def hidden(
-        self, input_ids: Tensor, segments: Tensor | None = None, cache: Cache | None = None
+        self, input_ids: Tensor, segments: Tensor | None = None, cache: Cache | None = None, keep: bool = True
     ) -> tuple[Tensor, list[State]]:
         """input_ids [B, T] -> what the head reads, of all T positions, from what is known at the last."""
-        x, states = super().hidden(input_ids, segments, cache)
+        x, states = super().hidden(input_ids, segments, cache, keep)
         places = sinusoids(input_ids.shape[1], x.shape[-1], x.device)
         return self.decoder(x[:, -1:] + places.to(x.dtype)), states
 

@@ -32,7 +32,7 @@ GROUPS = {
     "model=Gated-Delta": "model=Gated-Delta is not there; did you mean model=gated_delta?",
     "size=340M": "size=340M is not there; did you mean size=340m?",
     "size=340": "size=340 is not there; did you mean size=340m?",
-    "experiment=nope": "experiment=nope is not there; there are mad, mqar, ",
+    "experiment=nope": "experiment=nope is not there; there are ablation, ",
     "mixer@model.mixers.main=delat": "=delat is not there; did you mean mixer@model.mixers.main=deltanet?",
     "mixer@model.mixers.main=mamba": "=mamba is not there; did you mean mixer@model.mixers.main=baseline/mamba?",
     "mixer@model.mixers.main=baseline/lstn": "did you mean mixer@model.mixers.main=baseline/lstm?",

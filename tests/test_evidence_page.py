@@ -220,7 +220,10 @@ def test_without_results_it_says_what_makes_them(tmp_path, monkeypatch):
     assert Results(tmp_path / "none").read() == []
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "evidence").glob("*/README.md")), ids=lambda p: p.parent.name)
+STORED = [page for page in sorted((ROOT / "docs" / "evidence").glob("*/README.md")) if page.parent.name in CLAIMS]
+
+
+@pytest.mark.parametrize("page", STORED, ids=lambda p: p.parent.name)
 def test_stored_pages_are_up_to_date(page):
     """With the results that lie beside them."""
     name = page.parent.name

@@ -61,8 +61,9 @@ def small(preset: str, heads: int) -> dict[str, Any]:
     and makes a rounding of any size of one where they are orthogonal: that is the shell's, not the kernel's."""
     width = HIDDEN // heads
     settings = {"num_heads": heads, "key_dim": width, "value_dim": width, "output_norm": False}
-    long = parts(recipe(preset))[0]["regressor"].get("grad_batch", 1) > 16
-    return settings | ({"regressor__grad_batch": 16} if long else {})
+    given = parts(recipe(preset))[0]["regressor"]
+    settings |= {"regressor__local_batches": [16], "regressor__shard": 32} if "local_batches" in given else {}
+    return settings | ({"regressor__grad_batch": 16} if given.get("grad_batch", 1) > 16 else {})
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def looped(seen: probe.Watched) -> tuple[torch.Tensor, torch.Tensor]:
                 turn = torch.cat([seen.turn[:, i : i + 1] * seen.turn[:, t : t + 1] for i in written]).unsqueeze(-1)
             o, after = regressor(one._replace(q=keys * turn), state)
             rule = getattr(regressor, "rule", None)  # which lets tokens read their mini-batch later
-            stepped = isinstance(rule, AtEnd | Entropic) and not after.phase.any()
+            stepped = isinstance(rule, AtEnd | Entropic) and not getattr(after, "memory", after).phase.any()
             has_recall = type(regressor).recall is not Regressor.recall and not hasattr(regressor, "query_mix")
             if has_recall and not stepped:
                 assert (regressor.recall(one.x, keys * turn, after) - o).abs().max() < 1e-10, "recall is another read"

@@ -126,7 +126,7 @@ def kernel_averaged(rule: Averaged, call: Call) -> tuple[Tensor, State]:
     if state is not None:
         mine, few = opens.cumsum(1) == 0, slice(min(b - 1, T))  # tokens of the mini-batch that the state has begun
         only = gates._replace(step_size=(gates.step_size * mine.unsqueeze(-1))[:, few])
-        before, (fitted, _) = deep_memory(rule, Call(start, q[:, few], k[:, few], v[:, few], only, state, b), chunk=b)
+        before, (fitted, *_) = deep_memory(rule, Call(start, q[:, few], k[:, few], v[:, few], only, state, b), chunk=b)
     scale, shift = (x.squeeze(1) for x in start.norm)
     given = (q, k, v, gates.step_size, gates.share, learned, scale, shift, pack(fitted.weights), first, position, fresh)
     o, last = averaged.scan(*given)

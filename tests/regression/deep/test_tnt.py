@@ -28,5 +28,7 @@ def test_it_is_a_sum_of_memories(local):
 
 
 def test_a_local_mini_batch_is_no_longer_than_a_shard():
-    with pytest.raises(ValueError, match=r"regressor.local_batches=\[4, 9\] must be numbers .* at most shard=8"):
+    with pytest.raises(
+        ValueError, match=r"regressor.local_batches=\[4, 9\] must be a list of numbers .* at most the shard=8"
+    ):
         TNT(Sizes(4, H, H, K, V), local_batches=[4, 9], shard=8)
