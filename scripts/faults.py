@@ -32,13 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import conf.checks  # noqa: F401  # with the next line, what train.py imports late
-import train
+import conf.checks  # noqa: F401  # what train.py imports late
 from models.training.logger import cells
 from models.training.preemption import UNFINISHED
 from models.training.watchdog import Watchdog
+from scripts.scaled.forked import ROOT, forked
 
-ROOT = Path(train.__file__).parent
 NUM_STEPS = 40
 SETTINGS = [
     "name=run",
@@ -99,29 +98,10 @@ class Launch:
             self.pids.append(self._fork(environment | own, words))
 
     def _fork(self, environment: dict[str, str], words: list[str]) -> int:
-        if pid := os.fork():
-            return pid
-        code = 1
-        try:
-            os.setsid()
-            os.environ.update(environment)
-            os.chdir(ROOT)
-            for stream in (1, 2):
-                os.dup2(self.log.fileno(), stream)
+        def first() -> None:
             Watchdog.now = self._telling(Watchdog.now)
-            sys.argv = ["train.py", *words]
-            train.main()
-            code = 0
-        except SystemExit as stop:
-            if isinstance(stop.code, str):
-                print(stop.code, flush=True)
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+
+        return forked(words, environment, self.log, first)
 
     def _telling(self, now: Any) -> Any:
         def telling(watchdog: Watchdog, doing: str) -> None:

@@ -17,10 +17,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import train
 from models.training.logger import read_metrics
+from scripts.scaled.forked import ROOT, forked
 
-ROOT = Path(train.__file__).parent
 PAUSE = 0.005  # seconds between two looks
 
 
@@ -57,30 +56,8 @@ class Run:
             return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **out).pid
 
     def _fork(self, environment: dict[str, str]) -> int:
-        if pid := os.fork():
-            return pid
-        code = 1
-        try:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.setsid()
-            os.environ.update(environment)
-            os.chdir(ROOT)
-            with self.log.open("ab") as log:
-                for stream in (1, 2):
-                    os.dup2(log.fileno(), stream)
-            sys.argv = [str(ROOT / "train.py"), *self.words]
-            train.main()
-            code = 0
-        except SystemExit as stop:
-            if isinstance(stop.code, str):
-                print(stop.code, flush=True)
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        with self.log.open("ab") as log:
+            return forked(self.words, environment, log)
 
     def rows(self) -> list[dict[str, float]]:
         """Of metrics.csv, so far: those of training."""
