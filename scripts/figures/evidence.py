@@ -66,7 +66,7 @@ def cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float):
-        return f"{value:.1f}" if abs(value) > 1.5 else f"{value:.3f}"
+        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from matplotlib.figure import Figure
 
 from scripts.figures import published
@@ -77,14 +79,17 @@ def mean_by_position(runs: list[Row]) -> dict[float, float]:
 
 
 def rates_table(rows: list[Row]) -> list[Row]:
-    """A row for each mixer: the loss at every rate, and the rate of the least."""
+    """A row for each mixer: the loss at every rate, and the rate of the least. Those with the least loss first."""
     rates = sorted({settings(row)["optimizer.lr"] for row in rows}, key=float)
     found = []
     for name, runs in grouped(rows, label).items():
-        of = {rate: mean(-better(run) for run in runs if settings(run)["optimizer.lr"] == rate) for rate in rates}
-        tried = {rate: x for rate, x in of.items() if x == x}
-        found.append({"mixer": name} | of | {"best": min(tried, key=lambda rate: tried[rate]) if tried else None})
-    return found
+        of = {
+            rate: mean(run["validation/bits_per_byte"] for run in runs if settings(run)["optimizer.lr"] == rate)
+            for rate in rates
+        }
+        best_rate = min(rates, key=lambda rate: of[rate] if of[rate] == of[rate] else math.inf)
+        found.append({"mixer": name} | of | {"best": best_rate})
+    return sorted(found, key=lambda row: row[row["best"]])
 
 
 def rates_figure(rows: list[Row], figure: Figure) -> None:
@@ -93,7 +98,10 @@ def rates_figure(rows: list[Row], figure: Figure) -> None:
         at = {float(rate): x for rate, x in row.items() if rate not in ("mixer", "best")}
         look: Row = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 4}
         axes.plot(list(at), list(at.values()), linewidth=1.3, label=row["mixer"], **look)
-    axes.set(xscale="log", xlabel="learning rate", ylabel="validation, nats per token")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="validation, bits per byte")
+    rates = [rate for rate in rates_table(rows)[0] if rate not in ("mixer", "best")]
+    axes.set_xticks(list(map(float, rates)), rates, minor=False)
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     legend(figure)
@@ -171,7 +179,7 @@ CLAIMS = {
         "Learning rates for the ablation",
         ("ablation_rates",),
         "Mixers differ in the rate that suits them, so that one rate for all would measure the rate.",
-        "Validation loss in nats per token of models of 384 x 6 layers after 26 million tokens, at each rate.",
+        "Validation loss in bits per byte of models of 384 x 6 layers after 26 million tokens, at each rate.",
         better,
         rates_table,
         rates_figure,
