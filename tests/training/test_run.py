@@ -225,7 +225,7 @@ def test_text_files_through_train(tmp_path, cache):
 
 @pytest.mark.slow
 def test_wandb_offline_needs_no_account(tmp_path, cache):
-    said = typed(tmp_path, cache, "logger=wandb", "debug=one_batch")
+    said = start(tmp_path, cache, "logger=wandb", "debug=one_batch", plot=True).end()
     assert "finished" in said, said
     (media,) = tmp_path.glob("**/wandb/offline-run-*/files/media")
     assert list(media.glob("images/regression/picture*.png")) and list(media.glob("images/loss*.png"))
