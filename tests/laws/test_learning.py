@@ -21,14 +21,14 @@ CHANCE, MARGIN = 1 / 32, 0.9  # 32 values to choose from; 1 / 4 is what knowing 
 
 # What a recipe needs to learn this in a minute. A system for every query costs the third power of the keys' width, and
 # Atlas' steps that of its features'; the start of a deep memory has parameters, which a block of this size has no room
-# for; mini-batches of TTT, Atlas and Memora are as long as the sequence, and TTT-MLP's published step is for longer
-# training; and a memory that learns from attention's output learns late: after 400 steps, in one segment, half of the
-# answers are right. Some learn it in as few steps with a state of a quarter of the size, and take half of the time.
+# for; mini-batches of TTT, Atlas and Memora are as long as the sequence or longer, and TTT-MLP's published step is for
+# longer training; and a memory that learns from attention's output learns late: after 400 steps, in one segment, half
+# of the answers are right. Some learn it in as few steps with a state of a quarter of the size, in half of the time.
 SMALL = {"key_dim": 32, "value_dim": 32}
 SETTINGS = {
     "atlas": {
-        **{"features": part("features", "identity"), "key_dim": 32},
-        **{"regressor__grad_batch": 4, "regressor__expansion": 2},
+        **{"features": part("features", "identity"), **SMALL},
+        **{"regressor__grad_batch": 8, "regressor__expansion": 2},
     },
     "fast_weights": SMALL,
     "gated_kalman": SMALL,
@@ -40,7 +40,7 @@ SETTINGS = {
     "titans_mlp": SMALL,
     "tnt": SMALL,
     "yaad": {"key_dim": 32},
-    "memora": {"key_dim": 16, "value_dim": 32, "regressor__grad_batch": 4, "regressor__expansion": 2},
+    "memora": {**SMALL, "regressor__grad_batch": 4, "regressor__expansion": 2},
     "moneta": {"key_dim": 16, "value_dim": 32},
     "wall": {"key_dim": 32},
     "ttt_linear": {"regressor__grad_batch": 4},
