@@ -32,6 +32,12 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first, not last as the alphabet has them: a worker that begins one of half a minute when the other has
+    nothing left to do would keep all waiting."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/training/"))
+
+
 def pytest_sessionfinish() -> None:
     gc.unfreeze()  # or nanobind, at the end of Python, would take it all for leaks
 

@@ -36,4 +36,5 @@ def pseudo_inverse(A: Tensor, rtol: float) -> Tensor:
 
 
 def _nan_where(lost: Tensor, x: Tensor) -> Tensor:
-    return x.masked_fill(lost[..., None, None], torch.nan)
+    """x lies column by column, as LAPACK has it, and stays so: what solves with it would have to copy it back."""
+    return x.mT.masked_fill(lost[..., None, None], torch.nan).mT

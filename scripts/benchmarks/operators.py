@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from hydra.utils import get_class
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from models.kernels import fla
@@ -281,8 +282,7 @@ def regressor_of(preset: str, shape: tuple[int, int, int, int], device: str) -> 
     """A preset's regressor with what its mixer gives it: projections, convolution and features come before."""
     B, T, H, K = shape
     torch.manual_seed(0)
-    sizes = f"model.num_heads={H}", f"model.hidden_size={H * K}"
-    mixer, given = mixer_of(composed(preset, *sizes)).to(device), list[Tensor | None]()
+    mixer, given = mixer_of(sized(preset, H, K)).to(device), list[Tensor | None]()
     x = torch.randn(B, T, H * K, device=device)  # itself, where the mixer gives the regressor its products alone
     mixer.regressor.register_forward_pre_hook(lambda module, inputs: given.extend((x, *inputs[0][1:5])))
     with torch.no_grad(), half(device):
@@ -294,6 +294,11 @@ def regressor_of(preset: str, shape: tuple[int, int, int, int], device: str) -> 
             return mixer.regressor.forward(Tokens(*inputs))[0]
 
     return Operator(function, inputs, tuple(mixer.regressor.parameters()))
+
+
+@cache  # Hydra takes longer than the operator of a memory, and one stands beside each
+def sized(preset: str, H: int, K: int) -> DictConfig:
+    return composed(preset, f"model.num_heads={H}", f"model.hidden_size={H * K}")
 
 
 def mixer_of_qwen3(attention: Qwen3Attention) -> Mixer:

@@ -16,19 +16,19 @@ from models.training.optimizer import adamw
 from tests.laws.presets import PRESETS, change, part, recipe
 
 STEPS, BATCH, RATE = 200, 64, 1e-2
-KNOWN = 0.05  # nats a value, of a batch that was not seen before: it has learnt, and the rest of the steps is not taken
+NEARLY = 0.2  # nats a value, of a batch that was not seen before: it may have learnt, and then takes no more steps
 CHANCE, MARGIN = 1 / 32, 0.9  # 32 values to choose from; 1 / 4 is what knowing the four of the sequence would give
 
 # What a recipe needs to learn this in a minute. A system for every query costs the third power of the keys' width, and
 # Atlas' steps that of its features'; the start of a deep memory has parameters, which a block of this size has no room
-# for; mini-batches of TTT, Atlas and Memora are as long as the sequence, and TTT-MLP's published step is for longer
-# training; and a memory that learns from attention's output learns late: after 400 steps, in one segment, half of the
-# answers are right. Four learn it in as few steps with a state of a quarter of the size, and take half of the time.
+# for; mini-batches of TTT, Atlas and Memora are as long as the sequence or longer, and TTT-MLP's published step is for
+# longer training; and a memory that learns from attention's output learns late: after 400 steps, in one segment, half
+# of the answers are right. Some learn it in as few steps with a state of a quarter of the size, in half of the time.
 SMALL = {"key_dim": 32, "value_dim": 32}
 SETTINGS = {
     "atlas": {
-        **{"features": part("features", "identity"), "key_dim": 32},
-        **{"regressor__grad_batch": 4, "regressor__expansion": 2},
+        **{"features": part("features", "identity"), **SMALL},
+        **{"regressor__grad_batch": 8, "regressor__expansion": 2},
     },
     "fast_weights": SMALL,
     "gated_kalman": SMALL,
@@ -37,10 +37,10 @@ SETTINGS = {
     "local_linear": {"key_dim": 16},
     "local_quadratic": {"key_dim": 16},
     "rwkv7": SMALL,
-    "titans_mlp": {"key_dim": 32},
-    "tnt": {"key_dim": 32},
+    "titans_mlp": SMALL,
+    "tnt": SMALL,
     "yaad": {"key_dim": 32},
-    "memora": {"key_dim": 32, "regressor__grad_batch": 4},
+    "memora": {**SMALL, "regressor__grad_batch": 4, "regressor__expansion": 2},
     "moneta": {"key_dim": 16, "value_dim": 32},
     "wall": {"key_dim": 32},
     "ttt_linear": {"regressor__grad_batch": 4},
@@ -63,6 +63,13 @@ def batch(step: int) -> dict[str, Tensor]:
     return default_collate([samples[step * BATCH + i] for i in range(BATCH)])
 
 
+def recalled(model: LanguageModel) -> float:
+    """The share of the values that are held out."""
+    ids, labels = batch(-1)["input_ids"], batch(-1)["labels"]
+    _, predictions = model.score(ids, labels)
+    return (predictions == labels)[labels >= 0].float().mean().item()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_10_it_learns_to_recall(preset):
@@ -76,14 +83,11 @@ def test_10_it_learns_to_recall(preset):
         for group in optimizer.param_groups:
             group["lr"] = RATE * min((step + 1) / 20, 1, (STEPS - step) / 60)
         loss = model.sum_nats(batch(step)["input_ids"], batch(step)["labels"]) / (BATCH * TASK.num_pairs)
-        if loss < KNOWN:
+        if loss < NEARLY and recalled(model) > CHANCE + MARGIN:
             break
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    ids, labels = batch(-1)["input_ids"], batch(-1)["labels"]
-    _, predictions = model.score(ids, labels)
-    asked = labels >= 0
-    accuracy = (predictions == labels)[asked].float().mean().item()
+    accuracy = recalled(model)
     assert accuracy > CHANCE + MARGIN, f"{preset}: {accuracy:.0%} of the values are recalled after {step} steps"

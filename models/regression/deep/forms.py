@@ -110,7 +110,7 @@ def advance(
     fitted: Fitted,
     fixed: Fixed,
     begins: Flag | None,
-    opens: Flag | None,
+    opens: Tensor | None,
     ends: Flag | Any,
     q: Tensor,
     k: Tensor,
@@ -126,7 +126,7 @@ def advance(
         fitted = where(begins, fixed.first, fitted)
     R = rule.leave(fitted, fixed.base).weights if dual else fitted.weights
     if rule.refers:
-        R = R if opens is None else where(opens, R, fitted.references)
+        R = R if opens is None else where(~opens, fitted.references, R)
         fitted = Fitted(fitted.weights, fitted.sums, R)
     at = [r.to(q.dtype) for r in rule.at(R, fixed)]
     pairs = list(zip(*rule.network.errors(at, k, v, fixed.norm), strict=True))

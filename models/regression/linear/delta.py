@@ -71,17 +71,19 @@ def recurrent_delta(
     memory = first_memory(k, v, memory)
     if log_decay is not None:
         log_decay = log_decay.unsqueeze(-1) if log_decay.ndim == 3 else log_decay
-        decay, forgets = log_decay.to(dtype).exp().unsqueeze(-1), (log_decay <= FORGET).unsqueeze(-1)
+        decay, forgets = log_decay.to(dtype).exp().unsqueeze(-1).unbind(1), (log_decay <= FORGET).unsqueeze(-1)
     outputs = []
     with torch.autocast(q.device.type, enabled=False):
-        for t in range(q.shape[1]):
+        # unbind, since the gradient of x[:, t] is as long as x, which makes the square of T
+        given = (x.unbind(1) for x in (q, k, v, w, step_size))
+        for t, (q_t, k_t, v_t, w_t, b_t) in enumerate(zip(*given, strict=True)):
             seen = memory
             if log_decay is not None:
-                memory = decay[:, t] * memory
+                memory = decay[t] * memory
                 seen = seen.masked_fill(forgets[:, t], 0.0) if gradient_before_decay else memory
-            error = v[:, t] - (k[:, t, :, None] @ seen).squeeze(-2)
-            memory = memory + w[:, t, :, :, None] @ (step_size[:, t, :, None] * error)[:, :, None]
-            outputs.append((q[:, t, :, None] @ memory).squeeze(-2))
+            error = v_t - (k_t.unsqueeze(-2) @ seen).squeeze(-2)
+            memory = memory + w_t.unsqueeze(-1) @ (b_t.unsqueeze(-1) * error).unsqueeze(-2)
+            outputs.append((q_t.unsqueeze(-2) @ memory).squeeze(-2))
         return torch.stack(outputs, dim=1).to(out_dtype), memory
 
 

@@ -40,16 +40,16 @@ def recurrent_delta_product(
     k, v, b = (x.to(dtype).unflatten(1, (T, -1)) for x in (k, v, step_size.unsqueeze(-1)))
     memory = first_memory(k[:, :, 0], v[:, :, 0], memory)
     if log_decay is not None:
-        decay = (log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1)).to(dtype).exp().unsqueeze(-1)
+        decay = (log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1)).to(dtype).exp().unsqueeze(-1).unbind(1)
     outputs = []
     with torch.autocast(q.device.type, enabled=False):
-        for t in range(T):
+        for t, (q_t, *steps) in enumerate(zip(*(x.unbind(1) for x in (q, k, v, b)), strict=True)):
             if log_decay is not None:
-                memory = decay[:, t] * memory
-            for j in range(k.shape[2]):
-                error = v[:, t, j] - (k[:, t, j, :, None] @ memory).squeeze(-2)
-                memory = memory + k[:, t, j, :, :, None] @ (b[:, t, j] * error)[:, :, None]
-            outputs.append((q[:, t, :, None] @ memory).squeeze(-2))
+                memory = decay[t] * memory
+            for k_j, v_j, b_j in zip(*(x.unbind(1) for x in steps), strict=True):
+                error = v_j - (k_j.unsqueeze(-2) @ memory).squeeze(-2)
+                memory = memory + k_j.unsqueeze(-1) @ (b_j * error).unsqueeze(-2)
+            outputs.append((q_t.unsqueeze(-2) @ memory).squeeze(-2))
         return torch.stack(outputs, dim=1).to(out_dtype), memory
 
 

@@ -162,14 +162,15 @@ def recurrent_rwkv7(
     memory, outputs = first_memory(y, v, memory), []
     if log_decay is not None:
         log_decay = (log_decay.unsqueeze(-1) if log_decay.ndim == 3 else log_decay).to(dtype).unsqueeze(-1)
+        decay = log_decay.exp().unbind(1)
     with torch.autocast(q.device.type, enabled=False):
-        for t in range(q.shape[1]):
-            erased = x[:, t, :, None] @ memory
+        for t, (q_t, y_t, v_t, x_t, z_t) in enumerate(zip(*(z.unbind(1) for z in (q, y, v, x, e * x)), strict=True)):
+            erased = x_t.unsqueeze(-2) @ memory
             if log_decay is not None:
                 erased = erased.masked_fill((log_decay[:, t] <= FORGET).any(-2, keepdim=True), 0.0)
-                memory = log_decay[:, t].exp() * memory
-            memory = memory - (e * x)[:, t, :, :, None] @ erased + y[:, t, :, :, None] @ v[:, t, :, None]
-            outputs.append((q[:, t, :, None] @ memory).squeeze(-2))
+                memory = decay[t] * memory
+            memory = memory - z_t.unsqueeze(-1) @ erased + y_t.unsqueeze(-1) @ v_t.unsqueeze(-2)
+            outputs.append((q_t.unsqueeze(-2) @ memory).squeeze(-2))
         return torch.stack(outputs, dim=1).to(out_dtype), memory
 
 

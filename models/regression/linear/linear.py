@@ -46,14 +46,14 @@ def recurrent_linear(
     """
     memory = first_memory(k, v, memory)
     out_dtype, (q, k, v) = v.dtype, (x.to(memory.dtype) for x in (q, k, v))
-    decay = None if log_decay is None else log_decay.to(memory.dtype).exp().view(*log_decay.shape[:3], -1, 1)
+    decay = None if log_decay is None else log_decay.to(memory.dtype).exp().view(*log_decay.shape[:3], -1, 1).unbind(1)
     outputs = []
     with torch.autocast(q.device.type, enabled=False):
-        for t in range(q.shape[1]):
+        for t, (q_t, k_t, v_t) in enumerate(zip(*(x.unbind(1) for x in (q, k, v)), strict=True)):
             if decay is not None:
-                memory = decay[:, t] * memory
-            memory = memory + k[:, t, :, :, None] @ v[:, t, :, None]
-            outputs.append((q[:, t, :, None] @ memory).squeeze(-2))
+                memory = decay[t] * memory
+            memory = memory + k_t.unsqueeze(-1) @ v_t.unsqueeze(-2)
+            outputs.append((q_t.unsqueeze(-2) @ memory).squeeze(-2))
         return torch.stack(outputs, dim=1).to(out_dtype), memory
 
 

@@ -88,13 +88,13 @@ def recurrent_momentum(
         )
         q, eta, outputs = q.to(dtype), log_momentum.to(dtype).exp(), []
         decay = torch.ones_like(eta) if log_decay is None else log_decay.to(dtype).exp()
-        for t in range(T):
+        given = (x.unbind(1) for x in (q, keys, values, steps, *(x[..., None, None] for x in (eta, decay))))
+        for t, (q_t, k, v, theta, eta_t, decay_t) in enumerate(zip(*given, strict=True)):
             begins, nothing = (where.source[:, t] == t - 1).view(-1, 1, 1, 1), where.empty[:, t].view(-1, 1, 1, 1)
             reference = torch.where(begins, memory, reference).masked_fill(nothing, 0.0)
-            write = keys[:, t].mT @ (steps[:, t] * (values[:, t] - keys[:, t] @ reference))
-            momentum = eta[:, t, :, None, None] * momentum + write
-            memory = decay[:, t, :, None, None] * memory + momentum
-            outputs.append((q[:, t, :, None] @ memory).squeeze(-2))
+            momentum = eta_t * momentum + k.mT @ (theta * (v - k @ reference))
+            memory = decay_t * memory + momentum
+            outputs.append((q_t.unsqueeze(-2) @ memory).squeeze(-2))
         o = torch.stack(outputs, dim=1).to(out_dtype)
     return o, last_state((memory, momentum, reference)[: len(state.matrices)], where.phase)
 

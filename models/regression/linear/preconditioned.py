@@ -55,11 +55,11 @@ def recurrent_curvature(x: Tensor, log_decay: Tensor | None, curvature: Tensor) 
 
     x [B, T, H, K]; log_decay [B, T, H], or None for a = 1; curvature [B, H, K].
     """
-    decay = None if log_decay is None else log_decay.to(x.dtype).exp().unsqueeze(-1)
+    decay = None if log_decay is None else log_decay.to(x.dtype).exp().unsqueeze(-1).unbind(1)
     before = []
-    for t in range(x.shape[1]):
-        before.append(curvature if decay is None else decay[:, t] * curvature)
-        curvature = before[-1] + x[:, t]
+    for t, x_t in enumerate(x.unbind(1)):
+        before.append(curvature if decay is None else decay[t] * curvature)
+        curvature = before[-1] + x_t
     return torch.stack(before, dim=1), curvature
 
 

@@ -164,7 +164,8 @@ def factored(w: Tensor, phi: Tensor, mean: Tensor, ridge: Tensor) -> Solve:
     upper = phi.new_zeros(*w.shape[:-1], len(a))
     for begin in range(0, phi.shape[-2], KEYS_AT_ONCE):
         keys = slice(begin, begin + KEYS_AT_ONCE)
-        upper += w[..., keys] @ (taken(phi[..., keys, :], a) * taken(phi[..., keys, :], b))
+        channels = phi[..., keys, :].mT.contiguous()  # whole rows are taken in a fraction of the time
+        upper += w[..., keys] @ (channels.index_select(-2, a) * channels.index_select(-2, b)).mT
     upper -= taken(mean, a) * taken(mean, b)
     place = a.new_empty(F, F)
     place[a, b] = place[b, a] = torch.arange(len(a), device=a.device)
