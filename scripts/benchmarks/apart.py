@@ -25,18 +25,22 @@ class LeftOutError(Exception):
     """Why there is no answer."""
 
 
-def apart(function: str, given: dict[str, Any], limit: float, cold: bool = False) -> Iterator[dict[str, Any]]:
+def apart(
+    function: str, given: dict[str, Any], limit: float, cold: bool = False, slot: dict[str, str] | None = None
+) -> Iterator[dict[str, Any]]:
     """What the generator `module.function` of scripts.benchmarks yields of `given`, as soon as it does. cold: with
-    empty caches of compiled kernels. Raises LeftOutError where it ends in an error, or is not done after `limit` s.
+    empty caches of compiled kernels. slot: what is another in its environment, as the GPU that it sees. Raises
+    LeftOutError where it ends in an error, or is not done after `limit` s.
     """
     with tempfile.TemporaryDirectory() as folder:
         request, answer, errors = (Path(folder, name) for name in ("request.json", "answers.jsonl", "errors"))
         request.write_text(json.dumps({"function": function, "given": given}))
         caches = {name: f"{folder}/{sub}" for name, sub in COLD.items()} if cold else {}
+        environment = os.environ | caches | (slot or {})
         command = [sys.executable, "-m", "scripts.benchmarks.apart", str(request), str(answer)]
         with errors.open("w") as file:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | caches, stdout=file, stderr=file, start_new_session=True
+                command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
             )
         deadline = time.monotonic() + limit
         try:
