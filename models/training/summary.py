@@ -36,7 +36,7 @@ def summary(model: LanguageModel, seq_len: int, device: torch.device, dtype: tor
         inner = block.feed_forward.inner_size
         lines.append(
             f"{layers:<10}{key:<14}{type(who).__name__:<12}{mixer.num_params:>12,}{inner:>14,}"
-            f"{mixer.state_size(seq_len):>12,}  {choice.backend}{f' ({choice.reason})' if choice.reason else ''}"
+            f"{block.state_size(seq_len):>12,}  {choice.backend}{f' ({choice.reason})' if choice.reason else ''}"
         )
         for each in (part for part in mixer.modules() if isinstance(part, Mixer)):
             if device.type == "cuda" or each.pairs_backend != "auto":
