@@ -25,7 +25,8 @@ def gradients(preset: str, x: Tensor, documents: Tensor, context: Context | None
     """The output, and the gradients of a fixed function of it by x and by every parameter. With a context what each
     process has of its tokens side by side, and the sum of what they have of the parameters."""
     share = context.share if context else torch.Tensor.clone
-    m, mine = test_in_place.layer(grad_batch=2) if preset == "in_place" else mixer(preset), share(x).clone().requires_grad_()
+    m: Any = test_in_place.layer(grad_batch=2) if preset == "in_place" else mixer(preset)
+    mine = share(x).clone().requires_grad_()
     y, state = m(mine, context.receive(mine) if context else None, share(documents))
     weight = torch.linspace(-1, 1, x[..., 0].numel() * y.shape[2], dtype=y.dtype).view(*x.shape[:2], -1)
     y = context.hand_on(y, state) if context else y
