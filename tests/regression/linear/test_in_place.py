@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import decoding
 from models.block import Block, InPlace, SwiGLU, feed_forward
 from models.cache import leaves
 from models.decoding import step as steps
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.regression.linear.in_place import recurrent_in_place
 from tests.laws.presets import HIDDEN, inputs, largest_difference, mixer, recipe
+from tests.test_decoding import GPU
 
 INNER, BATCH, T = 24, 5, 23
 DOCUMENTS = torch.tensor([[0] * 3 + [1] * 12 + [2] * 8, [4] * 11 + [5] + [7] * 11])
@@ -121,10 +121,10 @@ def test_what_it_holds_and_counts():
     assert m.flops_per_token() == SwiGLU(HIDDEN, m.inner_size).flops_per_token() + 2 * HIDDEN * (HIDDEN + m.inner_size)
 
 
-def model(**settings) -> LanguageModel:
+def model(*presets: str, **settings) -> LanguageModel:
     torch.manual_seed(0)
     sizes = {"vocab_size": 61, "hidden_size": HIDDEN, "num_layers": 2, "feed_forward_size": INNER}
-    mixers = {name: recipe(name) for name in ("gated_delta", "softmax")}
+    mixers = {name: recipe(name) for name in presets or ("gated_delta", "softmax")}
     own = {"feed_forward": "in_place", "feed_forward_grad_batch": BATCH} | settings
     m = LanguageModel(LanguageModelConfig(mixers=mixers, pattern=[*mixers], **sizes, **own)).double().eval()
     for block in m.blocks:
@@ -149,12 +149,13 @@ def test_a_model_generates_from_states_what_whole_passes_say(tmp_path):
     assert torch.equal(again(expected).logits, m(expected).logits)
 
 
+@pytest.mark.parametrize("device", ["cpu", GPU])
 @torch.no_grad()
-def test_a_captured_step_is_the_model(monkeypatch):
-    """Of a model whose states do not grow, as a GPU would capture it."""
-    m, ids = model(), torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(1))
-    m.blocks = m.blocks[:1]
-    assert decoding.refusal is steps.refusal and m.state_size(8) == m.state_size(9)
+def test_a_captured_step_is_the_model(device):
+    """Of a model whose states do not grow."""
+    m = model("gated_delta").to(device)
+    ids = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(1)).to(device)
+    assert m.state_size(8) == m.state_size(9)
     cache = m(ids[:, :12], use_cache=True).past_key_values
     step, found = steps.Step(m, ids[:, :1], cache), []
     whole = m(ids).logits[:, 12:]
