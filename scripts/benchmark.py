@@ -33,6 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from scripts.benchmarks import contenders, data, decoding, operators, steps, whole
+from scripts.benchmarks.apart import apart, forked
 from scripts.benchmarks.timing import HEAD, compare, machine
 from scripts.recipes import CONF
 
@@ -82,8 +83,8 @@ def starts(given: argparse.Namespace) -> None:
         limit = limit._replace(slots=({},) * given.at_once)
     jobs = [step_job(name, sizes, device, given, documents=True) for name in given.only]
     for job in jobs:
-        job.given.update(steps=1, warm_up=0)
-    whole.report(jobs, steps.HEAD, about(device, sizes), limit, given.json)
+        job.given.update(steps=1, warm_up=0, eager=given.eager)
+    whole.report(jobs, steps.HEAD, about(device, sizes), limit, given.json, apart if given.cold else forked)
 
 
 def length(given: argparse.Namespace) -> None:
@@ -160,7 +161,8 @@ def main() -> None:
     command.add_argument("--whole", action="store_true", help="ours too get rows of one document each")
     command.add_argument("--kernels", action="store_true", help="also a step's time in GPU kernels, by kind")
     command = commands.add_parser("starts", help="two training steps of every preset, to see which start")
-    of_models(command, limit=60)
+    of_models(command, limit=150)
+    command.add_argument("--eager", action="store_true", help="blocks are not compiled, which takes most of the time")
     command.add_argument("--memory-gb", type=float, help="that each has, default: an equal part")
     command.add_argument("--at-once", type=int, default=1, help="processes on each GPU, or on a CPU")
     command.add_argument("--batch", type=int, help="sequences of a step; default: the size's micro_batch")

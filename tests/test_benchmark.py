@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import threading
@@ -45,6 +46,7 @@ def folder(tmp_path_factory):
         patched.setattr("torch.cuda.is_available", lambda: False)
         patched.setattr(contenders, "sizes_of", lambda size, batch, seq_len: SMALL)
         patched.setattr(whole.report, "__defaults__", (in_process,))
+        patched.setattr(benchmark, "forked", in_process)
         for name, words in WORDS.items():
             path = folder / "speed" / f"{name}.json"
             patched.setattr(sys, "argv", ["benchmark.py", *words.split(), "--json", str(path)])
@@ -209,6 +211,19 @@ def test_a_process_of_its_own_ends_in_time(monkeypatch, tmp_path):
         next(hanging)
     time.sleep(1.5)
     assert not (tmp_path / "left").exists()
+
+
+@pytest.mark.slow
+def test_forked_from_a_process_that_has_imported_all():
+    """A row, an error's last line, and a limit of time; the environment is the child's own."""
+    given = {"name": "gated_delta", "sizes": list(SMALL), "device": "cpu", "steps": 1, "warm_up": 0, "eager": True}
+    slot = {"CUDA_VISIBLE_DEVICES": "7", "TRITON_CACHE_DIR": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": "/nowhere"}
+    (row,) = apart.forked("steps.train", given, 60, slot=slot)
+    assert row["name"] == "gated_delta" and row["caches"] == "cold" and os.environ.get("TRITON_CACHE_DIR") != "/nowhere"
+    with pytest.raises(apart.LeftOutError, match=r"^KeyError: 'gated_deltas'$"):
+        list(apart.forked("steps.train", given | {"name": "gated_deltas"}, 60))
+    with pytest.raises(apart.LeftOutError, match=r"^not done within 0 s$"):
+        list(apart.forked("steps.train", given, 0.1))
 
 
 def test_as_many_tokens_in_longer_sequences(folder):
