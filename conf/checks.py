@@ -157,7 +157,8 @@ def model_mistakes(config: dict[str, Any]) -> list[str]:
             raise ValueError(f"{recipe} is not a mixer; mixer@model.mixers.{name}={recipe} chooses one")
         # as models/language_model.py does, but without the other layers
         mixer = build(recipe, targets=("models.",), hidden_size=model.hidden_size, layer_index=0)
-        feed_forward(model.feed_forward, model.hidden_size, mixer, model.feed_forward_size)
+        own = (model.feed_forward_size, model.feed_forward_grad_batch, model.feed_forward_step_size)
+        feed_forward(model.feed_forward, model.hidden_size, mixer, *own)
         for part in mixer.modules():
             if isinstance(part, Regressor):
                 part.choose(where, products)

@@ -32,6 +32,8 @@ class Model:
     pattern: list[str] = field(default_factory=list)
     feed_forward: str = "swiglu"
     feed_forward_size: Whole = None
+    feed_forward_grad_batch: Whole = None
+    feed_forward_step_size: float | None = None
     tie_embeddings: bool = True
     norm_eps: float = 1e-6
 

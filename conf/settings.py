@@ -78,6 +78,8 @@ NUMBERS = {
     "model.num_layers": COUNT,
     "model.num_heads": COUNT,
     "model.feed_forward_size": COUNT_OR_NULL,
+    "model.feed_forward_grad_batch": COUNT_OR_NULL,
+    "model.feed_forward_step_size": NOT_NEGATIVE._replace(optional=True),
     "model*.norm_eps": POSITIVE,
     "model*.output_norm_eps": POSITIVE._replace(optional=True),
     "model.mixers.*.num_heads": COUNT,

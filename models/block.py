@@ -1,11 +1,15 @@
 """The residual block: a mixer and a feed-forward layer, each behind a norm.
 
 x = x + mixer(norm(x)) ,    x = x + feed_forward(norm(x))
+
+A feed-forward layer is a memory too. Most know what training has taught them; one learns on, and has a state as mixers
+have.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +20,7 @@ from models.mixers.mixer import Mixer, State
 from models.parts.linear import is_its_weight, read
 from models.parts.norm import RMSNorm, is_plain, unit
 from models.parts.precision import product_dtype, wide
+from models.regression.linear import in_place
 
 
 class SwiGLU(nn.Module):
@@ -83,8 +88,83 @@ class PersistentMemory(nn.Module):
         return 2 * hidden_size * (hidden_size + inner_size) + num_heads
 
 
-FeedForward = SwiGLU | PersistentMemory
-FEED_FORWARDS: dict[str, type[FeedForward]] = {"swiglu": SwiGLU, "persistent_memory": PersistentMemory}
+class InPlace(nn.Module):
+    """SwiGLU, whose W_c learns in context (models/regression/linear/in_place.py):
+        (x [B, T, D], state=None, segments=None, keep=True) -> (y [B, T, D], state).
+
+    grad_batch: tokens of a mini-batch, behind which it takes a step; the paper finds 512 and 1,024 best in contexts of
+    4,096 and more. step_size: eta; None for 7 / F, as z . z grows with the inner width F (0.03 at size=tiny, where 0.1
+    and 0.3 learn more slowly).  keep: whether the state is wanted.
+    """
+
+    REACH = 2  # tokens on either side of a value's own
+    PIECE = 2048  # tokens of which all pairs are formed; more go by way of the state
+
+    def __init__(
+        self,
+        hidden_size: int,
+        inner_size: int,
+        num_heads: int = 1,
+        grad_batch: int = 64,
+        step_size: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.inner_size, self.grad_batch = inner_size, grad_batch
+        self.step_size = 7 / inner_size if step_size is None else step_size
+        self.up = nn.Linear(hidden_size, 2 * inner_size, bias=False)
+        self.output = nn.Linear(inner_size, hidden_size, bias=False)
+        self.target = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.taps = nn.Parameter(torch.zeros(hidden_size, 2 * self.REACH + 1))
+
+    def forward(
+        self, x: Tensor, state: in_place.State | None = None, segments: Tensor | None = None, keep: bool = True
+    ) -> tuple[Tensor, in_place.State | None]:
+        a, b = read(self.up, x).chunk(2, dim=-1)
+        z, T, reads = F.silu(a) * b, x.shape[1], []
+        for start in range(0, T, self.PIECE):
+            piece = slice(start, start + self.PIECE)
+            known = None if segments is None else segments[:, piece]
+            call = (x[:, piece], z[:, piece], self.taps, self.target, self.grad_batch, state, known)
+            if T == 1:  # the definition
+                found, state = in_place.recurrent_in_place(*call)
+            else:
+                found, state = in_place.parallel_in_place(*call, keep or start + self.PIECE < T)
+            reads.append(found)
+        return self.output(z) + self.step_size * torch.cat(reads, 1), state if keep else None
+
+    def flops_per_token(self) -> int:
+        """Of the definition: a value, and its product with a key, beside what SwiGLU takes."""
+        return 2 * (self.up.weight.numel() + self.target.weight.numel() + 2 * self.output.weight.numel())
+
+    def state_size(self) -> int:
+        return 2 * self.output.weight.numel() + self.REACH * sum(self.output.weight.shape)
+
+    @staticmethod
+    def num_params(hidden_size: int, inner_size: int, num_heads: int = 1) -> int:
+        return hidden_size * (3 * inner_size + hidden_size + 2 * InPlace.REACH + 1)
+
+
+FeedForward = SwiGLU | PersistentMemory | InPlace
+FEED_FORWARDS: dict[str, type[FeedForward]] = {
+    "swiglu": SwiGLU,
+    "persistent_memory": PersistentMemory,
+    "in_place": InPlace,
+}
+
+
+class Both(NamedTuple):
+    """What a block whose feed-forward layer learns carries from one call to the next; others carry the mixer's."""
+
+    mixer: State
+    feed_forward: Any
+
+    @property
+    def position(self) -> Tensor:
+        return self.mixer.position
+
+    @property
+    def segment(self) -> Tensor | None:
+        return self.mixer.segment
 
 
 class Block(nn.Module):
@@ -99,19 +179,33 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm, self.mixer = RMSNorm(hidden_size, norm_eps), mixer
         self.feed_forward_norm, self.feed_forward = RMSNorm(hidden_size, norm_eps), feed_forward
+        self.learns = isinstance(feed_forward, InPlace)
 
     def forward(
         self,
         x: Tensor,
         y: Tensor | None = None,
-        state: State | None = None,
+        state: State | Both | None = None,
         segments: Tensor | None = None,
         keep: bool = True,
-    ) -> tuple[Tensor, Tensor, State | None]:
+    ) -> tuple[Tensor, Tensor, State | Both | None]:
+        mixed, memory = state if isinstance(state, Both) else (state, None)
         x, n = add_and_norm(x, y, self.mixer_norm)
-        y, state = self.mixer(n, state, segments)
+        y, mixed = self.mixer(n, mixed, segments)
         x, n = add_and_norm(x, y, self.feed_forward_norm)
-        return x, self.feed_forward(n), state if keep else None
+        if not self.learns:
+            return x, self.feed_forward(n), mixed if keep else None
+        y, memory = self.feed_forward(n, memory, segments, keep)
+        return x, y, Both(mixed, memory) if keep else None
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward; the norms are left out."""
+        return self.mixer.flops_per_token(seq_len) + self.feed_forward.flops_per_token()
+
+    def state_size(self, seq_len: int) -> int:
+        """Numbers held per sequence after seq_len tokens."""
+        own = self.feed_forward.state_size() if isinstance(self.feed_forward, InPlace) else 0
+        return self.mixer.state_size(seq_len) + own
 
 
 def add_and_norm(x: Tensor, y: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -124,14 +218,27 @@ def add_and_norm(x: Tensor, y: Tensor | None, norm: nn.Module) -> tuple[Tensor, 
     return x, norm(x)
 
 
-def feed_forward(kind: str, hidden_size: int, mixer: Mixer, inner_size: int | None = None) -> FeedForward:
+def feed_forward(
+    kind: str,
+    hidden_size: int,
+    mixer: Mixer,
+    inner_size: int | None = None,
+    grad_batch: int | None = None,
+    step_size: float | None = None,
+) -> FeedForward:
     """The feed-forward layer of a block with this mixer; without an inner size, of the derived one. Raises ValueError
-    for a kind that isn't there.
+    for a kind that isn't there, and for settings of one that learns where another is.
     """
     if kind not in FEED_FORWARDS:
         raise ValueError(f"model.feed_forward={kind} is not one of {', '.join(FEED_FORWARDS)}")
+    given = {"grad_batch": grad_batch, "step_size": step_size}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    for name, value in settings.items() if kind != "in_place" else ():
+        raise ValueError(
+            f"model.feed_forward_{name}={value} is of model.feed_forward=in_place, and this is {kind}; leave it out"
+        )
     inner = inner_size or derived_inner_size(kind, hidden_size, mixer.num_heads, mixer.num_params)
-    return FEED_FORWARDS[kind](hidden_size, inner, mixer.num_heads)
+    return FEED_FORWARDS[kind](hidden_size, inner, mixer.num_heads, **settings)
 
 
 def derived_inner_size(kind: str, hidden_size: int, num_heads: int, mixer_params: int) -> int:

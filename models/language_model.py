@@ -51,8 +51,9 @@ class LanguageModelConfig(PretrainedConfig):
     """Sizes, and the recipe of each mixer as plain nested dictionaries, as conf/mixer has them.
 
     mixers     name -> recipe.    pattern   names, repeated until there are num_layers of them. feed_forward
-    swiglu | persistent_memory (block.py).    feed_forward_size   its inner width; None derives it for each block so
-    that all blocks have 12 D^2 parameters.
+    swiglu | persistent_memory | in_place (block.py).    feed_forward_size   its inner width; None derives it for each
+    block so that all blocks have 12 D^2 parameters.    feed_forward_grad_batch, feed_forward_step_size   of in_place,
+    None for its own.
     """
 
     model_type = "test_time_regression"
@@ -69,11 +70,14 @@ class LanguageModelConfig(PretrainedConfig):
         feed_forward_size: int | None = None,
         tie_embeddings: bool = True,
         norm_eps: float = 1e-6,
+        feed_forward_grad_batch: int | None = None,
+        feed_forward_step_size: float | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size, self.hidden_size, self.num_layers = vocab_size, hidden_size, num_layers
         self.mixers, self.pattern = mixers or {}, pattern or []
         self.feed_forward, self.feed_forward_size, self.norm_eps = feed_forward, feed_forward_size, norm_eps
+        self.feed_forward_grad_batch, self.feed_forward_step_size = feed_forward_grad_batch, feed_forward_step_size
         self.tie_embeddings = tie_embeddings
         kwargs.setdefault("tie_word_embeddings", tie_embeddings)
         super().__init__(**kwargs)
@@ -322,12 +326,11 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         """Forward: what the mixers and feed-forward layers count, and the head. The embedding is a look-up, not a
         product.
         """
-        blocks = sum(b.mixer.flops_per_token(seq_len) + b.feed_forward.flops_per_token() for b in self.blocks)
-        return blocks + 2 * self.head.weight.numel()
+        return sum(block.flops_per_token(seq_len) for block in self.blocks) + 2 * self.head.weight.numel()
 
     def state_size(self, seq_len: int) -> int:
         """Numbers held per sequence after seq_len tokens, in all layers."""
-        return sum(block.mixer.state_size(seq_len) for block in self.blocks)
+        return sum(block.state_size(seq_len) for block in self.blocks)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers', but for ways of it that take tokens back: a state has no token to take back."""
@@ -407,7 +410,8 @@ def _block(config: LanguageModelConfig, layer_index: int, name: str) -> Block:
     D = config.hidden_size
     # Only the project's own classes: a config may come with somebody else's checkpoint.
     mixer = build(config.mixers[name], targets=("models.",), hidden_size=D, layer_index=layer_index)
-    return Block(D, mixer, feed_forward(config.feed_forward, D, mixer, config.feed_forward_size), config.norm_eps)
+    own = (config.feed_forward_size, config.feed_forward_grad_batch, config.feed_forward_step_size)
+    return Block(D, mixer, feed_forward(config.feed_forward, D, mixer, *own), config.norm_eps)
 
 
 AutoConfig.register(LanguageModelConfig.model_type, LanguageModelConfig)

@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py ops [--only NAME] [--repeats 15] [--kernels] [--json PATH]
     python scripts/benchmark.py train [--only NAME ...] [--size 340m] [--steps 10] [--kernels] [--json PATH]
+    python scripts/benchmark.py starts [--only NAME ...] [--size 340m] [--at-once 3] [--json PATH]
     python scripts/benchmark.py length [--only NAME ...] [--lengths 2048 65536] [--json PATH]
     python scripts/benchmark.py decode [--only NAME ...] [--batches 1 16] [--contexts 1024] [--json PATH]
     python scripts/benchmark.py prepare [--megabytes 1000] [--tokenizer bytes] [--num-workers 2]
@@ -11,15 +12,17 @@
 of the repeats, the ratio to the first row of its size, on a GPU the time in kernels, without the waits for the host
 between them, and the peak of allocated memory, and the difference of the output from that row's where they compute the
 same. `train` times steps of whole models of equal parameters (scripts/benchmarks/contenders.py), each in a process of
-its own; `length` the same number of tokens in longer and longer sequences; `decode` texts that go on by generate
-(scripts/benchmarks/decoding.py). `prepare` turns text into token shards, and `loader` reads batches from
-them (scripts/benchmarks/data.py).
+its own; `starts` takes two steps of every preset, several at a time, to see which start, and in what time and memory
+(they slow each other: their tokens/s say nothing); `length` the same number of tokens in longer and longer sequences;
+`decode` texts that go on by generate (scripts/benchmarks/decoding.py). `prepare` turns text into token shards, and
+`loader` reads batches from them (scripts/benchmarks/data.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from scripts.benchmarks import contenders, data, decoding, operators, steps, whole
+from scripts.benchmarks.apart import apart, forked
 from scripts.benchmarks.timing import HEAD, compare, machine
 from scripts.recipes import CONF
 
@@ -61,6 +65,26 @@ def train(given: argparse.Namespace) -> None:
     device, sizes = place(given, contenders.DEFAULT, given.batch, given.seq_len)
     jobs = [step_job(name, sizes, device, given, documents=not given.whole) for name in given.only]
     whole.report(jobs, steps.HEAD, about(device, sizes), limits(given), given.json)
+
+
+def starts(given: argparse.Namespace) -> None:
+    """Two steps of every preset. Those that share a GPU get equal parts of its memory."""
+    if given.at_once < 1:
+        sys.exit(f"error: --at-once={given.at_once} must be at least 1")
+    device, sizes = place(given, contenders.PRESETS, given.batch, given.seq_len)
+    limit = limits(given)
+    if device == "cuda":
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        gpus = [{"CUDA_VISIBLE_DEVICES": each} for each in seen.split(",")]
+        limit = limit._replace(slots=tuple(gpus * given.at_once))
+        if given.at_once > 1 and given.memory_gb is None:  # a process holds about one more, beside what it allocates
+            given.memory_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 / given.at_once - 1
+    else:
+        limit = limit._replace(slots=({},) * given.at_once)
+    jobs = [step_job(name, sizes, device, given, documents=True) for name in given.only]
+    for job in jobs:
+        job.given.update(steps=1, warm_up=0, eager=given.eager)
+    whole.report(jobs, steps.HEAD, about(device, sizes), limit, given.json, apart if given.cold else forked)
 
 
 def length(given: argparse.Namespace) -> None:
@@ -97,7 +121,7 @@ def place(
 
 
 def step_job(name: str, sizes: contenders.Sizes, device: str, given: argparse.Namespace, documents: bool) -> whole.Job:
-    asked = {"name": name, "sizes": list(sizes), "device": device, "steps": given.steps}
+    asked = {"name": name, "sizes": list(sizes), "device": device, "steps": getattr(given, "steps", 1)}
     asked |= {"kernels": getattr(given, "kernels", False), "documents": documents, "memory_gb": given.memory_gb}
     return whole.Job("steps.train", asked, steps.Trained(name, sizes.B * sizes.T, sizes.T))
 
@@ -136,6 +160,13 @@ def main() -> None:
     command.add_argument("--seq-len", type=int, help="tokens of a sequence; default: the size's")
     command.add_argument("--whole", action="store_true", help="ours too get rows of one document each")
     command.add_argument("--kernels", action="store_true", help="also a step's time in GPU kernels, by kind")
+    command = commands.add_parser("starts", help="two training steps of every preset, to see which start")
+    of_models(command, limit=150)
+    command.add_argument("--eager", action="store_true", help="blocks are not compiled, which takes most of the time")
+    command.add_argument("--memory-gb", type=float, help="that each has, default: an equal part")
+    command.add_argument("--at-once", type=int, default=1, help="processes on each GPU, or on a CPU")
+    command.add_argument("--batch", type=int, help="sequences of a step; default: the size's micro_batch")
+    command.add_argument("--seq-len", type=int, help="tokens of a sequence; default: the size's")
     command = commands.add_parser("length", help="training steps of as many tokens in longer and longer sequences")
     of_models(command, limit=300)
     command.add_argument("--memory-gb", type=float, help="as on a GPU of so much memory, where this one has more")
@@ -170,7 +201,7 @@ def main() -> None:
     elif arguments.command == "loader":
         data.loader(arguments.megabytes, arguments.lengths, arguments.num_workers, arguments.repeats)
     else:
-        {"train": train, "length": length, "decode": decode}[arguments.command](arguments)
+        {"train": train, "starts": starts, "length": length, "decode": decode}[arguments.command](arguments)
 
 
 if __name__ == "__main__":

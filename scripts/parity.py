@@ -26,6 +26,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from models.block import InPlace
 from models.build import build
 from models.mixers.mixer import Mixer
 from scripts.published import by_fla, by_formula, by_transformers
@@ -67,6 +68,11 @@ def model_of(name: str) -> DictConfig:
     return composed(name, "model.hidden_size=32", "model.num_heads=2")
 
 
+def layer_of(name: str, overrides: dict[str, Any]) -> Mixer | InPlace:
+    """Our published form of a preset, or its feed-forward layer where that is what it adds."""
+    return InPlace(32, 48, **overrides).double() if name == "in_place" else mixer_of(name, overrides)
+
+
 def mixer_of(name: str, overrides: dict[str, Any]) -> Mixer:
     """Our published form of a preset, small and in float64."""
     preset = name.split(",")[0]
@@ -80,7 +86,7 @@ def mixer_of(name: str, overrides: dict[str, Any]) -> Mixer:
 def compared(name: str, theirs: str, overrides: dict[str, Any], build_theirs: Callable[[], Built]) -> Row:
     torch.manual_seed(0)
     layer, weights_for = build_theirs()
-    ours = mixer_of(name, overrides)
+    ours = layer_of(name, overrides)
     copied = weights_for(ours)
     assert copied.keys() == dict(ours.named_parameters()).keys(), copied.keys() ^ dict(ours.named_parameters()).keys()
     ours.load_state_dict(dict(ours.named_buffers()) | copied)

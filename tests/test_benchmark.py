@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+import threading
 import time
 
 import pytest
@@ -20,7 +22,7 @@ from tests.conftest import ROOT
 SMALL = Sizes("tiny", vocabulary=64, D=96, H=3, layers=4, B=2, T=64)
 
 
-def in_process(function: str, given: dict, limit: float, cold: bool):
+def in_process(function: str, given: dict, limit: float, cold: bool, slot: dict):
     """As the process of one model does it, by way of JSON too."""
     called = {"steps.train": steps.train, "decoding.decode": decoding.decode}[function]
     return (json.loads(json.dumps(row)) for row in called(**json.loads(json.dumps(given))))
@@ -28,6 +30,7 @@ def in_process(function: str, given: dict, limit: float, cold: bool):
 
 WORDS = {
     "train": "train --only gated_delta transformers.qwen3 fla.kda --steps 2",
+    "starts": "starts --only gated_delta",
     "length": "length --only softmax --lengths 32 64 --steps 1",
     "decode": "decode --only gated_delta softmax transformers.qwen3 fla.kda --batches 1 2 --contexts 8 --tokens 2 "
     "--repeats 1",
@@ -43,6 +46,7 @@ def folder(tmp_path_factory):
         patched.setattr("torch.cuda.is_available", lambda: False)
         patched.setattr(contenders, "sizes_of", lambda size, batch, seq_len: SMALL)
         patched.setattr(whole.report, "__defaults__", (in_process,))
+        patched.setattr(benchmark, "forked", in_process)
         for name, words in WORDS.items():
             path = folder / "speed" / f"{name}.json"
             patched.setattr(sys, "argv", ["benchmark.py", *words.split(), "--json", str(path)])
@@ -209,6 +213,19 @@ def test_a_process_of_its_own_ends_in_time(monkeypatch, tmp_path):
     assert not (tmp_path / "left").exists()
 
 
+@pytest.mark.slow
+def test_forked_from_a_process_that_has_imported_all():
+    """A row, an error's last line, and a limit of time; the environment is the child's own."""
+    given = {"name": "gated_delta", "sizes": list(SMALL), "device": "cpu", "steps": 1, "warm_up": 0, "eager": True}
+    slot = {"CUDA_VISIBLE_DEVICES": "7", "TRITON_CACHE_DIR": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": "/nowhere"}
+    (row,) = apart.forked("steps.train", given, 60, slot=slot)
+    assert row["name"] == "gated_delta" and row["caches"] == "cold" and os.environ.get("TRITON_CACHE_DIR") != "/nowhere"
+    with pytest.raises(apart.LeftOutError, match=r"^KeyError: 'gated_deltas'$"):
+        list(apart.forked("steps.train", given | {"name": "gated_deltas"}, 60))
+    with pytest.raises(apart.LeftOutError, match=r"^not done within 0 s$"):
+        list(apart.forked("steps.train", given, 0.1))
+
+
 def test_as_many_tokens_in_longer_sequences(folder):
     rows = read(folder, "length")["rows"]
     assert [(row["tokens"], row["seq_len"]) for row in rows] == [(64, 32), (64, 64)]
@@ -252,6 +269,29 @@ def test_the_tables_are_what_the_script_makes():
 def test_the_page_of_the_docs_is_what_the_script_makes():
     page = (ROOT / "docs" / "speed.md").read_text()
     assert speed.with_section(page, speed.section(ROOT / "docs")) == page, "python scripts/figures/speed.py"
+
+
+def test_presets_start(folder):
+    """Two steps; the first one's loss is of the untrained model, the second's time is told."""
+    (row,) = read(folder, "starts")["rows"]
+    assert row["name"] == "gated_delta" and row["first_s"] > 0 and len(row["steps"]) == 1 and 3.9 < row["loss"] < 6
+
+
+def test_several_at_a_time_each_in_a_slot_of_its_own():
+    """As many as there are slots, and a row of each as it is done."""
+    begun, both, slots = [], threading.Barrier(2), ({"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"})
+
+    def run(function: str, given: dict, limit: float, cold: bool, slot: dict):
+        begun.append(slot)
+        both.wait(5)
+        if given["fails"]:
+            raise apart.LeftOutError("it failed")
+        yield {"name": slot["CUDA_VISIBLE_DEVICES"]}
+
+    jobs = [whole.Job("steps.train", {"fails": i == 3}, steps.Trained("softmax")) for i in range(4)]
+    rows = list(whole.rows(jobs, "cpu", whole.Limits(10, slots=slots), run))
+    assert begun[0] != begun[1] and len(begun) == 4 and {row.name for row in rows} == {"0", "1", "softmax"}
+    assert [row.reason for row in rows if row.reason] == ["it failed"]
 
 
 def test_nothing_is_begun_after_the_end():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.block import SwiGLU, add_and_norm
+from models.block import Both, SwiGLU, add_and_norm
 from models.kernels import step as kernels
 from models.mixers.mixer import ACTIVATIONS, GATES, Mixer, State
 from models.parts.decay import NoDecay, ScalarDecay
@@ -104,12 +104,16 @@ class FusedBlock:
         self.mixer: Any = block.mixer if self.refusal else FusedMixer(block.mixer, dtype)
         self.swiglu = self.refusal is None and type(block.feed_forward) is SwiGLU
 
-    def __call__(self, x: Tensor, y: Tensor | None, state: State) -> tuple[Tensor, Tensor, State]:
+    def __call__(self, x: Tensor, y: Tensor | None, state: State | Both) -> tuple[Tensor, Tensor, State | Both]:
         """(x, y, state) -> (x, y, state), x [B, 1, D] the residual stream and y what is still to be added to it."""
         block, layer = self.block, self.block.feed_forward
         x, h = add_and_norm(x, y, block.mixer_norm)
-        y, state = self.mixer(h, state)
+        y, mixed = self.mixer(h, state.mixer if isinstance(state, Both) else state)
         x, h = add_and_norm(x, y, block.feed_forward_norm)
+        if isinstance(state, Both):
+            y, memory = layer(h, state.feed_forward)
+            return x, y, Both(mixed, memory)
+        state = mixed
         if not self.swiglu:
             return x, layer(h), state
         return x, projected(layer.output, kernels.swiglu(projected(layer.up, h[:, 0]))).unsqueeze(1), state

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.regression.regressor import FORGET
@@ -31,3 +32,18 @@ def forget_at_starts(log_decay: Tensor | None, segments: Tensor | None, like: Te
     starts = torch.zeros_like(segments, dtype=torch.bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     return torch.where(starts.view(*starts.shape, *[1] * (log_decay.ndim - 2)), FORGET, log_decay)
+
+
+def positions(tokens: Tensor, phase: Tensor | None, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """For tokens [B, T, ...]: how many of their document came before, or for the document that the call begins with, of
+    its mini-batch; and which tokens begin another document, [B, T] both. phase [B]: of the state, None for 0.
+    """
+    B, T = tokens.shape[:2]
+    index = torch.arange(T, device=tokens.device).expand(B, T)
+    begins = torch.zeros_like(index, dtype=torch.bool)
+    if segments is not None:
+        begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
+    start = torch.where(begins, index, 0).cummax(1).values
+    if phase is None:
+        return index - start, begins
+    return torch.where(start == 0, index + phase.unsqueeze(1), index - start), begins

@@ -63,13 +63,13 @@ def means(heads: list[list[float | None]]) -> list[float]:
 
 
 def facts(row: dict[str, Any]) -> str:
-    """A few numbers, each the range over heads."""
+    """A few numbers, each the range over heads; two to a line, which a panel is wide enough for."""
     parts = []
     for name, label in FACTS.items():
         if values := [x for x in row["quantities"].get(name) or [] if x is not None]:
             low, high = f"{min(values):.2g}", f"{max(values):.2g}"
             parts.append(f"{label} {low}" + (f" to {high}" if high != low else ""))
-    return ", ".join(parts[:4])
+    return ",\n".join(", ".join(parts[i : i + 2]) for i in range(0, min(4, len(parts)), 2))
 
 
 def _by_position(axes: Any, row: dict[str, Any]) -> None:
@@ -103,15 +103,24 @@ def _over_the_run(axes: Any, rows: list[dict[str, Any]]) -> None:
         axes.plot(tokens, losses, color, marker="o", markersize=3)
     _losses(axes, before + after)
     axes.set(xlim=(0, None))
+    axes.locator_params(axis="x", nbins=4)  # of a short run they are long numbers
 
 
 def _losses(axes: Any, values: Sequence[float | None]) -> None:
     """An axis of losses, with a line at 1: what a memory that knows nothing has."""
+    from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
+
     axes.axhline(1.0, color="0.5", linestyle=":", linewidth=1)
     known = [x for x in values if x is not None and math.isfinite(x)]
     if max(known, default=1.0) > LINEAR:
+        bottom = max(FLOOR, min(known) / 1.5)
         axes.set(yscale="log")
-        axes.set_ylim(bottom=max(FLOOR, min(known) / 1.5))
+        axes.set_ylim(bottom=bottom)
+        if max(known) < 10 * bottom:  # powers of ten are too few there
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(0, max(1.05, 1.05 * max(known, default=1.0)))
 

@@ -9,6 +9,7 @@ from itertools import groupby
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from models.block import InPlace
 from models.language_model import LanguageModel
 from models.mixers.baselines import Baseline
 from models.mixers.mixer import Mixer
@@ -25,7 +26,7 @@ def summary(model: LanguageModel, seq_len: int, device: torch.device, dtype: tor
         f"          {3 * forward:,} FLOPs a token to train",
         f"{'layers':<10}{'mixer':<14}{'regressor':<12}{'parameters':>12}{'feed-forward':>14}{'state':>12}  backend",
     ]
-    names, widened, made = model.config.layers, [], []
+    names, fitted, widened, made = model.config.layers, [], [], []
     for key, group in groupby(range(len(names)), key=lambda i: names[i]):
         indices = list(group)
         block = model.blocks[indices[0]]
@@ -36,14 +37,20 @@ def summary(model: LanguageModel, seq_len: int, device: torch.device, dtype: tor
         inner = block.feed_forward.inner_size
         lines.append(
             f"{layers:<10}{key:<14}{type(who).__name__:<12}{mixer.num_params:>12,}{inner:>14,}"
-            f"{mixer.state_size(seq_len):>12,}  {choice.backend}{f' ({choice.reason})' if choice.reason else ''}"
+            f"{block.state_size(seq_len):>12,}  {choice.backend}{f' ({choice.reason})' if choice.reason else ''}"
         )
         for each in (part for part in mixer.modules() if isinstance(part, Mixer)):
             if device.type == "cuda" or each.pairs_backend != "auto":
                 by = each.choose(device, dtype)
                 made.append(f"{key}: {by.backend}{f' ({by.reason})' if by.reason else ''}")
+        if not isinstance(mixer, Baseline):  # one class has many members, so the memory's own words as well
+            fitted.append(f"{key}: {mixer.regressor.function_class}, {mixer.regressor.fit}")
+        if isinstance(block.feed_forward, InPlace):
+            fitted.append(f"feed-forward: linear, gradient step for {block.feed_forward.grad_batch} pairs")
         if not isinstance(mixer, Baseline) and mixer.features.width != mixer.key_dim:
             widened.append(f"{key}: {type(mixer.features).__name__}, {mixer.features.width:,} of {mixer.key_dim}")
+    if fitted:
+        lines.append(f"(memories: {'; '.join(dict.fromkeys(fitted))})")
     if widened:
         lines.append(f"(features of keys: {'; '.join(dict.fromkeys(widened))})")
     if made:

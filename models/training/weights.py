@@ -22,7 +22,8 @@ from models.training.checkpoint import newest_whole, step_of, what_is_wrong
 from models.training.run import difference
 
 # What weights may be given to without another shape, and then mean something else.
-SETTINGS = ("mixers", "pattern", "feed_forward", "tie_embeddings", "norm_eps")
+OF_IN_PLACE = ("feed_forward_grad_batch", "feed_forward_step_size")
+SETTINGS = ("mixers", "pattern", "feed_forward", "tie_embeddings", "norm_eps", *OF_IN_PLACE)
 
 OTHER_KIND = "the model of a made task and no language model: what it came to is in the result.json of its run"
 ROWS = ("embedding.weight", "head.weight")  # [vocabulary, width]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,26 @@ class LeftOutError(Exception):
     """Why there is no answer."""
 
 
-def apart(function: str, given: dict[str, Any], limit: float, cold: bool = False) -> Iterator[dict[str, Any]]:
+def apart(
+    function: str, given: dict[str, Any], limit: float, cold: bool = False, slot: dict[str, str] | None = None
+) -> Iterator[dict[str, Any]]:
     """What the generator `module.function` of scripts.benchmarks yields of `given`, as soon as it does. cold: with
-    empty caches of compiled kernels. Raises LeftOutError where it ends in an error, or is not done after `limit` s.
+    empty caches of compiled kernels. slot: what is another in its environment, as the GPU that it sees. Raises
+    LeftOutError where it ends in an error, or is not done after `limit` s.
     """
     with tempfile.TemporaryDirectory() as folder:
         request, answer, errors = (Path(folder, name) for name in ("request.json", "answers.jsonl", "errors"))
         request.write_text(json.dumps({"function": function, "given": given}))
         caches = {name: f"{folder}/{sub}" for name, sub in COLD.items()} if cold else {}
+        environment = os.environ | caches | (slot or {})
         command = [sys.executable, "-m", "scripts.benchmarks.apart", str(request), str(answer)]
         with errors.open("w") as file:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | caches, stdout=file, stderr=file, start_new_session=True
+                command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
             )
         deadline = time.monotonic() + limit
         try:
-            yield from answers(process, answer, deadline)
+            yield from answers(lambda: process.poll() is None, answer, deadline)
         finally:
             end(process)
         if process.returncode == -signal.SIGKILL and time.monotonic() >= deadline:
@@ -51,11 +56,49 @@ def apart(function: str, given: dict[str, Any], limit: float, cold: bool = False
             raise LeftOutError(reason(process.returncode, said))
 
 
-def answers(process: subprocess.Popen[bytes], path: Path, deadline: float) -> Iterator[dict[str, Any]]:
+def forked(
+    function: str, given: dict[str, Any], limit: float, cold: bool = False, slot: dict[str, str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The same, forked from a process that has imported everything once and has not touched a GPU: many short
+    functions don't wait for that. Caches are not emptied."""
+    assert not cold
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([f"scripts.benchmarks.{function.partition('.')[0]}"])
+    with tempfile.TemporaryDirectory() as folder:
+        answer, errors = Path(folder, "answers.jsonl"), Path(folder, "errors")
+        process = server.Process(target=child, args=(function, given, str(answer), str(errors), slot or {}))
+        process.start()
+        deadline = time.monotonic() + limit
+        try:
+            yield from answers(process.is_alive, answer, deadline)
+        finally:
+            late = process.is_alive()
+            if late:
+                os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]  # it has started
+            process.join()
+        if late and time.monotonic() >= deadline:
+            raise LeftOutError(f"not done within {limit:.0f} s")
+        if process.exitcode:
+            said = errors.read_text()
+            print("\n".join(said.splitlines()[-12:]), file=sys.stderr, flush=True)
+            raise LeftOutError(reason(process.exitcode, said))
+
+
+def child(function: str, given: dict[str, Any], answer: str, errors: str, slot: dict[str, str]) -> None:
+    """What a forked process does."""
+    os.setsid()
+    os.environ |= slot
+    with open(errors, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    write(function, given, Path(answer))
+
+
+def answers(running_now: Callable[[], bool], path: Path, deadline: float) -> Iterator[dict[str, Any]]:
     """Whole lines as they come, until the process or its time ends."""
     done = 0
     while True:
-        running = process.poll() is None and time.monotonic() < deadline  # asked first: what it wrote last is read
+        running = running_now() and time.monotonic() < deadline  # asked first: what it wrote last is read
         text = path.read_text() if path.exists() else ""
         lines = text[: text.rfind("\n") + 1].splitlines()
         yield from map(json.loads, lines[done:])
@@ -84,14 +127,17 @@ def left(deadline: float | None, limit: float) -> float:
     return limit if deadline is None else min(limit, deadline - time.monotonic())
 
 
+def write(function: str, given: dict[str, Any], path: Path) -> None:
+    """What the function yields, a line of JSON each."""
+    module, _, name = function.rpartition(".")
+    with path.open("a") as file:
+        for row in getattr(importlib.import_module(f"scripts.benchmarks.{module}"), name)(**given):
+            print(json.dumps(row), file=file, flush=True)
+
+
 def main() -> None:
     request, answer = map(Path, sys.argv[1:])
-    asked = json.loads(request.read_text())
-    module, _, name = asked["function"].rpartition(".")
-    function = getattr(importlib.import_module(f"scripts.benchmarks.{module}"), name)
-    with answer.open("a") as file:
-        for row in function(**asked["given"]):
-            print(json.dumps(row), file=file, flush=True)
+    write(**json.loads(request.read_text()), path=answer)
 
 
 if __name__ == "__main__":

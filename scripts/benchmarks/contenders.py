@@ -139,10 +139,10 @@ def missing(name: str, device: str) -> str | None:
     return None
 
 
-def ours(name: str, sizes: Sizes, device: str, most: int | None = None) -> Contender:
+def ours(name: str, sizes: Sizes, device: str, most: int | None = None, eager: bool = False) -> Contender:
     """As train.py trains it: models/training/module.py's loss, its compiled and recomputed blocks, the config's
-    optimizer. most: bytes of the GPU's memory that it may use."""
-    module = training(name, sizes, device)
+    optimizer. most: bytes of the GPU's memory that it may use. eager: as with compile=false."""
+    module = training(name, sizes, device, *(["compile=false"] if eager else []))
     module.recompute.most = most
     flops = 3 * module.model.flops_per_token(sizes.T)
 
@@ -171,9 +171,9 @@ def half(device: str) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
 
-def training(name: str, sizes: Sizes, device: str) -> Training:
+def training(name: str, sizes: Sizes, device: str, *overrides: str) -> Training:
     """The LightningModule, its blocks compiled where train.py does."""
-    cfg = composed(name, f"size={sizes.size}", f"model.num_layers={sizes.layers}")
+    cfg = composed(name, f"size={sizes.size}", f"model.num_layers={sizes.layers}", *overrides)
     model = model_of(cfg, sizes.vocabulary)
     parts: dict[str, Any] = {"compile_blocks": cfg.compile, "recompute": cfg.recompute}
     module = Training(model, build(cfg.optimizer), build(cfg.schedule), num_steps=1000, clip_norm=1.0, **parts)
@@ -251,8 +251,8 @@ def forward_flops(model: nn.Module, like: str, sizes: Sizes) -> int:
     return products + sum(regressions[i % period] for i in range(sizes.layers))
 
 
-def contender(name: str, sizes: Sizes, device: str, most: int | None = None) -> Contender:
-    return ours(name, sizes, device, most) if name in PRESETS else theirs(name, sizes, device)
+def contender(name: str, sizes: Sizes, device: str, most: int | None = None, eager: bool = False) -> Contender:
+    return ours(name, sizes, device, most, eager) if name in PRESETS else theirs(name, sizes, device)
 
 
 def batch_of(sizes: Sizes, device: str, documents: bool = True) -> dict[str, Tensor | Any]:

@@ -84,13 +84,16 @@ def time_training(
     kernels: bool = False,
     documents: bool = True,
     memory_gb: float | None = None,
+    warm_up: int = WARM_UP,
+    eager: bool = False,
 ) -> Trained:
-    """The row of one model. memory_gb: as on a card of so much, where this one has more."""
+    """The row of one model. memory_gb: as on a card of so much, where this one has more. warm_up: how many steps
+    between the first and those that are timed. eager: our blocks are not compiled."""
     caches, most = state_of_caches(), None
     if memory_gb is not None and device == "cuda":
         most = int(memory_gb * 1e9)
         torch.cuda.set_per_process_memory_fraction(min(1.0, most / torch.cuda.get_device_properties(0).total_memory))
-    model = contender(name, sizes, device, most)
+    model = contender(name, sizes, device, most, eager)
     packed = documents and model.packs
     batch = batch_of(sizes, device, packed)
     taken = pass_of(model, device)
@@ -99,13 +102,13 @@ def time_training(
     begin = time.perf_counter()
     note = model.begin(batch)
 
-    def warm_up() -> None:
-        step()
+    def first() -> None:
+        row.loss = step()
         row.first_s = round(time.perf_counter() - begin, 2)
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             row.loss = step()
 
-    row.peak_gb = peak_gb(warm_up, device)
+    row.peak_gb = peak_gb(first, device)
     times = [seconds(step, device) for _ in range(steps)]
     row.note = f"{note}, {'packed documents' if packed else 'whole rows'}{', one CUDA graph' if taken.recorded else ''}"
     row.steps = [round(t * 1e3, 3) for t in times]

@@ -7,9 +7,11 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
+from queue import SimpleQueue
 from shutil import which
 from typing import Any, NamedTuple
 
@@ -35,28 +37,47 @@ class Job(NamedTuple):
 
 class Limits(NamedTuple):
     """Seconds that one model may take, all its work included, and that all may take; whether each begins with empty
-    caches of compiled kernels.
+    caches of compiled kernels. slots: the environments of as many processes as run at a time.
     """
 
     each: float
     total: float | None = None
     cold: bool = False
+    slots: tuple[dict[str, str], ...] = ({},)
 
 
 def rows(jobs: Iterable[Job], device: str, limits: Limits, run: Apart = apart) -> Iterator[Row]:
-    """The rows of each model, and why one is left out, or ends early."""
+    """The rows of each model, and why one is left out, or ends early. Of several at a time, as each is done."""
     deadline = None if limits.total is None else time.monotonic() + limits.total
-    for job in jobs:
+    free: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for slot in limits.slots:
+        free.put(slot)
+
+    def of(job: Job) -> Iterator[Row]:
         if (why := missing(job.blank.name, device)) is not None:
             yield replace(job.blank, reason=why)
-            continue
+            return
+        slot = free.get()
         try:
             if (seconds := left(deadline, limits.each)) <= 0:
                 raise LeftOutError(f"the {limits.total:.0f} s of all were over")
-            for found in run(job.function, job.given, seconds, limits.cold):
+            for found in run(job.function, job.given, seconds, limits.cold, slot):
                 yield type(job.blank)(**found)
         except LeftOutError as error:
             yield replace(job.blank, reason=str(error))
+        finally:
+            free.put(slot)
+
+    if len(limits.slots) == 1:
+        for job in jobs:
+            yield from of(job)
+        return
+    with ThreadPoolExecutor(len(limits.slots)) as pool:
+        try:
+            for done in as_completed([pool.submit(list, of(job)) for job in jobs]):
+                yield from done.result()
+        finally:  # ctrl-c, or an error: no other begins
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def report(

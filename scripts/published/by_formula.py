@@ -204,6 +204,31 @@ def titans(deep: bool = False) -> tuple[Layer, Callable[[Any], Weights]]:
     return call, weights
 
 
+def in_place() -> tuple[Layer, Callable[[Any], Weights]]:
+    """Qwen3MLP of ByteDance-Seed/In-Place-TTT (hf_models/hf_qwen3/modeling_qwen3.py), its targets the layer's input."""
+    wide = 3 * K
+    w = drawn(gate=(wide, D), up=(wide, D), down=(D, wide), target=(D, D), conv=(D, 1, 5))
+
+    def call(x: Tensor) -> Tensor:
+        h = F.silu(F.linear(x, w["gate"])) * F.linear(x, w["up"])
+        down, outputs = w["down"].expand(len(x), -1, -1), []
+        for z, t in zip(h.split(BATCH, dim=1), x.split(BATCH, dim=1), strict=True):
+            outputs.append(z @ down.mT)
+            near = F.conv1d(t.mT, w["conv"], padding=2, groups=D)
+            down = down + 0.3 * (near.mT @ w["target"]).mT @ z
+        return torch.cat(outputs, dim=1)
+
+    def weights(ours: Any) -> Weights:
+        return {
+            "taps": w["conv"].squeeze(1),
+            "up.weight": torch.cat([w["gate"], w["up"]]),
+            "output.weight": w["down"],
+            "target.weight": w["target"].T,
+        }
+
+    return call, weights
+
+
 class Peer(NamedTuple):
     """built: theirs, and what gives its weights to ours. name: where the formulas are from. ours: overrides."""
 
@@ -217,6 +242,7 @@ PEERS = {
     "ttt_mlp": Peer(partial(ttt, True), "TTTMLP of ttt-lm-pytorch", {}),
     "lact": Peer(lact.lact, "LaCTSWIGLULayer of LaCT", lact.OURS),
     "memory_mosaic": Peer(memory_mosaic, "ContextMem of MemoryMosaics", {}),
+    "in_place": Peer(in_place, "Qwen3MLP of In-Place-TTT", {"grad_batch": BATCH, "step_size": 0.3}),
     "linear": Peer(linear, "the paper's equations 7 and 9", {}),
     "titans": Peer(titans, "the paper's equations 13 to 15", {}),
     "titans_mlp": Peer(partial(titans, True), "the paper's equations 13 to 16", {"regressor.grad_batch": BATCH}),

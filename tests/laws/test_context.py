@@ -1,4 +1,5 @@
-"""A sequence that lies on several processes is the sequence: outputs and gradients, of every mixer."""
+"""A sequence that lies on several processes is the sequence: outputs and gradients, of every mixer, and of the
+feed-forward layer that learns."""
 
 from __future__ import annotations
 
@@ -14,15 +15,18 @@ from torch import Tensor
 
 from models.context import Context
 from tests.laws.presets import PRESETS, inputs, largest_difference, mixer
+from tests.regression.linear import test_in_place
 
 RANKS, ROWS, TOKENS = 4, 2, 24  # six tokens a process: less than a chunk, and no multiple of a document
+LAYERS = [*PRESETS, "in_place"]
 
 
 def gradients(preset: str, x: Tensor, documents: Tensor, context: Context | None = None) -> list[Tensor]:
     """The output, and the gradients of a fixed function of it by x and by every parameter. With a context what each
     process has of its tokens side by side, and the sum of what they have of the parameters."""
     share = context.share if context else torch.Tensor.clone
-    m, mine = mixer(preset), share(x).clone().requires_grad_()
+    m: Any = test_in_place.layer(grad_batch=2) if preset == "in_place" else mixer(preset)
+    mine = share(x).clone().requires_grad_()
     y, state = m(mine, context.receive(mine) if context else None, share(documents))
     weight = torch.linspace(-1, 1, x[..., 0].numel() * y.shape[2], dtype=y.dtype).view(*x.shape[:2], -1)
     y = context.hand_on(y, state) if context else y
@@ -45,7 +49,7 @@ def process(rank: int, folder: Path) -> None:
         contexts = [Context(2), Context(4)]
         x, documents = inputs(ROWS, TOKENS), (torch.arange(TOKENS) // 5).expand(ROWS, -1)
         found = {}
-        for preset in PRESETS:
+        for preset in LAYERS:
             whole = gradients(preset, x, documents) if rank == 0 else None
             for context in contexts:
                 ours = gradients(preset, x, documents, context)
@@ -71,5 +75,5 @@ def test_tokens_of_one_sequence_on_several_processes(tmp_path):
     errors = [path.read_text() for path in sorted(tmp_path.glob("error-*"))]
     assert [each.exitcode for each in processes] == [0] * RANKS, errors[0] if errors else "not done in time"
     found = torch.load(tmp_path / "found.pt", weights_only=False)
-    assert len(found) == 2 * len(PRESETS)
+    assert len(found) == 2 * len(LAYERS)
     assert max(found.values()) < 1e-10, {k: v for k, v in found.items() if v >= 1e-10}

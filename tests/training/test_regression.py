@@ -15,6 +15,7 @@ from models.training import probe
 from models.training.logger import Tolerant
 from models.training.preemption import Stopped
 from models.training.regression import InnerRegression, ages_of, read_rows, row_of, texts
+from models.training.regression_plot import facts
 from tests.test_language_model import model
 from tests.training.test_interruptions import Fit
 
@@ -78,6 +79,18 @@ def test_what_it_leaves(undisturbed):
     assert (undisturbed.folder / "regression.png").stat().st_size > 10_000
     taken = undisturbed.loggers[1].logger.taken
     assert taken[-1] == ("regression/picture", str(undisturbed.folder / "regression.png"), 11)
+
+
+def test_a_heading_is_no_wider_than_its_panel():
+    """Ranges over heads, two to a line, four at most."""
+    quantities = {
+        "half_life": [2.23, None, 9.4],
+        "step_size": [0.003, 0.005],
+        "momentum": [0.5],
+        "bandwidth": [0.001, 33],
+    }
+    said = facts({"quantities": quantities | {"reach": [3.0]}})
+    assert said == "half-life 2.2 to 9.4, step 0.003 to 0.005,\nmomentum 0.5, bandwidth 0.001 to 33"
 
 
 def test_interrupted_it_leaves_the_same(undisturbed, tmp_path):

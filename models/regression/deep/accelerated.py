@@ -24,7 +24,8 @@ from models.kernels import ttt as averaged
 from models.kernels.deep import Scan, deep_scan
 from models.regression.deep.forms import Call, State, deep_memory
 from models.regression.deep.rules import Averaged, Fitted, Online, Weights, where
-from models.regression.deep.slots import Slots, lay_out, positions
+from models.regression.deep.slots import Slots, lay_out
+from models.regression.documents import positions
 
 
 class Documents(NamedTuple):

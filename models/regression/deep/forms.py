@@ -16,8 +16,9 @@ from torch import Tensor
 from models.parts.precision import working_dtype
 from models.regression.chunks import from_chunks, into_chunks, short
 from models.regression.deep.rules import Chunk, Fitted, Fixed, Flag, Gates, Rule, Start, each, where
-from models.regression.deep.slots import in_turn, lay_out, positions, scan
+from models.regression.deep.slots import in_turn, lay_out, scan
 from models.regression.deep.windows import in_slots
+from models.regression.documents import positions
 from models.regression.linear.mixtures import product
 
 

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from models.regression.documents import positions
 
 
 class Slots(NamedTuple):
@@ -67,21 +68,6 @@ class Slots(NamedTuple):
         if alike and any(isinstance(r, Tensor) for r in rows):
             rows = [torch.as_tensor(r, device=self.phase.device).expand(len(self.phase)) for r in rows]
         return [r.repeat_interleave(heads).view(-1, 1, 1) if isinstance(r, Tensor) else r for r in rows]
-
-
-def positions(tokens: Tensor, phase: Tensor | None, segments: Tensor | None) -> tuple[Tensor, Tensor]:
-    """For tokens [B, T, ...]: how many of their document came before, or for the document that the call begins with, of
-    its mini-batch; and which tokens begin another document, [B, T] both. phase [B]: of the state, None for 0.
-    """
-    B, T = tokens.shape[:2]
-    index = torch.arange(T, device=tokens.device).expand(B, T)
-    begins = torch.zeros_like(index, dtype=torch.bool)
-    if segments is not None:
-        begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
-    start = torch.where(begins, index, 0).cummax(1).values
-    if phase is None:
-        return index - start, begins
-    return torch.where(start == 0, index + phase.unsqueeze(1), index - start), begins
 
 
 def lay_out(

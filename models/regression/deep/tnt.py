@@ -27,7 +27,7 @@ from models.parts.precision import NOTHING, wide
 from models.parts.sizes import Sizes
 from models.regression.deep import forms
 from models.regression.deep.mlp import DeepMemory
-from models.regression.deep.slots import positions
+from models.regression.documents import positions
 from models.regression.linear.linear import chunked_linear, recurrent_linear
 from models.regression.memory import Memory
 from models.regression.regressor import FORGET, Tokens
