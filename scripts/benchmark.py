@@ -4,6 +4,7 @@
     python scripts/benchmark.py train [--only NAME ...] [--size 340m] [--steps 10] [--kernels] [--json PATH]
     python scripts/benchmark.py length [--only NAME ...] [--lengths 2048 65536] [--json PATH]
     python scripts/benchmark.py decode [--only NAME ...] [--batches 1 16] [--contexts 1024] [--json PATH]
+    python scripts/benchmark.py losses [--only NAME ...] [--size 50m] [--steps 200] [--seeds 0 1] [--json PATH]
     python scripts/benchmark.py prepare [--megabytes 1000] [--tokenizer bytes] [--num-workers 2]
     python scripts/benchmark.py loader [--megabytes 200] [--lengths 1024 4096] [--num-workers 2]
 
@@ -12,7 +13,8 @@ of the repeats, the ratio to the first row of its size, on a GPU the time in ker
 between them, and the peak of allocated memory, and the difference of the output from that row's where they compute the
 same. `train` times steps of whole models of equal parameters (scripts/benchmarks/contenders.py), each in a process of
 its own; `length` the same number of tokens in longer and longer sequences; `decode` texts that go on by generate
-(scripts/benchmarks/decoding.py). `prepare` turns text into token shards, and `loader` reads batches from
+(scripts/benchmarks/decoding.py); `losses` trains by kernels and by PyTorch alone, to see that both learn the same
+(scripts/benchmarks/losses.py). `prepare` turns text into token shards, and `loader` reads batches from
 them (scripts/benchmarks/data.py).
 """
 
@@ -29,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from scripts.benchmarks import contenders, data, decoding, operators, steps, whole
+from scripts.benchmarks import contenders, data, decoding, losses, operators, steps, whole
 from scripts.benchmarks.timing import HEAD, compare, machine
 from scripts.recipes import CONF
 
@@ -81,6 +83,23 @@ def decode(given: argparse.Namespace) -> None:
     common |= {"repeats": given.repeats, "dtype": given.dtype if gpu else "float32"}
     jobs = [whole.Job("decoding.decode", {"name": n, **common}, decoding.Decoded(n)) for n in given.only]
     whole.report(jobs, decoding.HEAD, about(device, sizes), limits(given), given.json)
+
+
+def compare_losses(given: argparse.Namespace) -> None:
+    """Each model by each path from each seed."""
+    given.size = given.size or ("50m" if torch.cuda.is_available() else "tiny")
+    device, sizes = place(given, ["gated_delta", "softmax"], given.batch, given.seq_len)
+    if peers := [name for name in given.only if name not in contenders.PRESETS]:
+        sys.exit(f"error: --only={peers[0]} has one path; only presets of conf/model have two")
+    common = {"sizes": list(sizes), "device": device, "steps": given.steps}
+    jobs = [
+        whole.Job("losses.train", {"name": name, "path": path, "seed": seed, **common}, losses.Losses(name, path, seed))
+        for name in given.only
+        for seed in given.seeds
+        for path in losses.PATHS
+    ]
+    rows = whole.report(jobs, losses.HEAD, about(device, sizes), limits(given), given.json)
+    print("\n".join(losses.compared([row for row in rows if isinstance(row, losses.Losses)])))
 
 
 def place(
@@ -153,6 +172,12 @@ def main() -> None:
     command.add_argument(
         "--dtype", choices=["autocast", "bfloat16"], default="autocast", help="of the weights, on a GPU"
     )
+    command = commands.add_parser("losses", help="losses by kernels beside those by PyTorch's operators alone")
+    of_models(command, limit=600)
+    command.add_argument("--steps", type=int, default=200)
+    command.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the weights")
+    command.add_argument("--batch", type=int, default=8, help="sequences of a step")
+    command.add_argument("--seq-len", type=int, default=1024, help="tokens of a sequence")
     command = commands.add_parser("prepare", help="text to token shards")
     command.add_argument("--megabytes", type=int, default=1000)
     command.add_argument("--tokenizer", choices=["bytes", "bpe"], default="bytes")
@@ -170,7 +195,7 @@ def main() -> None:
     elif arguments.command == "loader":
         data.loader(arguments.megabytes, arguments.lengths, arguments.num_workers, arguments.repeats)
     else:
-        {"train": train, "length": length, "decode": decode}[arguments.command](arguments)
+        {"train": train, "length": length, "decode": decode, "losses": compare_losses}[arguments.command](arguments)
 
 
 if __name__ == "__main__":

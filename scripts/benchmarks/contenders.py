@@ -139,10 +139,13 @@ def missing(name: str, device: str) -> str | None:
     return None
 
 
-def ours(name: str, sizes: Sizes, device: str, most: int | None = None) -> Contender:
+def ours(
+    name: str, sizes: Sizes, device: str, most: int | None = None, seed: int = 0, compiled: bool = True
+) -> Contender:
     """As train.py trains it: models/training/module.py's loss, its compiled and recomputed blocks, the config's
-    optimizer. most: bytes of the GPU's memory that it may use."""
-    module = training(name, sizes, device)
+    optimizer. most: bytes of the GPU's memory that it may use. seed: of the weights. compiled: false for eager blocks
+    whatever the config says."""
+    module = training(name, sizes, device, seed, compiled)
     module.recompute.most = most
     flops = 3 * module.model.flops_per_token(sizes.T)
 
@@ -171,19 +174,19 @@ def half(device: str) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
 
-def training(name: str, sizes: Sizes, device: str) -> Training:
+def training(name: str, sizes: Sizes, device: str, seed: int = 0, compiled: bool = True) -> Training:
     """The LightningModule, its blocks compiled where train.py does."""
     cfg = composed(name, f"size={sizes.size}", f"model.num_layers={sizes.layers}")
-    model = model_of(cfg, sizes.vocabulary)
-    parts: dict[str, Any] = {"compile_blocks": cfg.compile, "recompute": cfg.recompute}
+    model = model_of(cfg, sizes.vocabulary, seed)
+    parts: dict[str, Any] = {"compile_blocks": cfg.compile and compiled, "recompute": cfg.recompute}
     module = Training(model, build(cfg.optimizer), build(cfg.schedule), num_steps=1000, clip_norm=1.0, **parts)
     module.to(device)
     module.configure_model()
     return module
 
 
-def model_of(cfg: DictConfig, vocabulary: int) -> LanguageModel:
-    torch.manual_seed(0)
+def model_of(cfg: DictConfig, vocabulary: int, seed: int = 0) -> LanguageModel:
+    torch.manual_seed(seed)
     settings: Any = OmegaConf.to_container(cfg.model, resolve=True)
     return LanguageModel(LanguageModelConfig(vocab_size=vocabulary, **settings))
 
