@@ -21,6 +21,7 @@ them (scripts/benchmarks/data.py).
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from dataclasses import asdict
@@ -47,6 +48,8 @@ def ops(only: str | None, repeats: int, kernels: bool, path: Path | None) -> Non
     if not cases:
         sys.exit(f"error: --only={only} is part of no size here: {', '.join(sizes)}")
     print(f"{machine(device)}; error: largest difference to the first of its size, relative to its largest value")
+    if device == "cuda" and importlib.util.find_spec("flash_qla") is None:
+        print("FlashQLA's rows are left out: the package flash_qla is not installed")
     print(HEAD)
     rows = []
     for size, make in cases.items():
