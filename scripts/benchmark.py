@@ -5,6 +5,7 @@
     python scripts/benchmark.py starts [--only NAME ...] [--size 340m] [--at-once 3] [--json PATH]
     python scripts/benchmark.py length [--only NAME ...] [--lengths 2048 65536] [--json PATH]
     python scripts/benchmark.py decode [--only NAME ...] [--batches 1 16] [--contexts 1024] [--json PATH]
+    python scripts/benchmark.py losses [--only NAME ...] [--size 50m] [--steps 200] [--seeds 0 1] [--json PATH]
     python scripts/benchmark.py prepare [--megabytes 1000] [--tokenizer bytes] [--num-workers 2]
     python scripts/benchmark.py loader [--megabytes 200] [--lengths 1024 4096] [--num-workers 2]
 
@@ -14,13 +15,15 @@ between them, and the peak of allocated memory, and the difference of the output
 same. `train` times steps of whole models of equal parameters (scripts/benchmarks/contenders.py), each in a process of
 its own; `starts` takes two steps of every preset, several at a time, to see which start, and in what time and memory
 (they slow each other: their tokens/s say nothing); `length` the same number of tokens in longer and longer sequences;
-`decode` texts that go on by generate (scripts/benchmarks/decoding.py). `prepare` turns text into token shards, and
-`loader` reads batches from them (scripts/benchmarks/data.py).
+`decode` texts that go on by generate (scripts/benchmarks/decoding.py); `losses` trains by kernels and by PyTorch alone,
+to see that both learn the same (scripts/benchmarks/losses.py). `prepare` turns text into token shards, and `loader`
+reads batches from them (scripts/benchmarks/data.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -32,7 +35,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from scripts.benchmarks import contenders, data, decoding, operators, steps, whole
+from scripts.benchmarks import contenders, data, decoding, losses, operators, steps, whole
 from scripts.benchmarks.apart import apart, forked
 from scripts.benchmarks.timing import HEAD, compare, machine
 from scripts.recipes import CONF
@@ -49,6 +52,8 @@ def ops(only: str | None, repeats: int, kernels: bool, path: Path | None) -> Non
     if not cases:
         sys.exit(f"error: --only={only} is part of no size here: {', '.join(sizes)}")
     print(f"{machine(device)}; error: largest difference to the first of its size, relative to its largest value")
+    if device == "cuda" and importlib.util.find_spec("flash_qla") is None:
+        print("FlashQLA's rows are left out: the package flash_qla is not installed")
     print(HEAD)
     rows = []
     for size, make in cases.items():
@@ -83,7 +88,7 @@ def starts(given: argparse.Namespace) -> None:
         limit = limit._replace(slots=({},) * given.at_once)
     jobs = [step_job(name, sizes, device, given, documents=True) for name in given.only]
     for job in jobs:
-        job.given.update(steps=1, warm_up=0, eager=given.eager)
+        job.given.update(steps=1, warm_up=0, compiled=not given.eager)
     whole.report(jobs, steps.HEAD, about(device, sizes), limit, given.json, apart if given.cold else forked)
 
 
@@ -105,6 +110,23 @@ def decode(given: argparse.Namespace) -> None:
     common |= {"repeats": given.repeats, "dtype": given.dtype if gpu else "float32"}
     jobs = [whole.Job("decoding.decode", {"name": n, **common}, decoding.Decoded(n)) for n in given.only]
     whole.report(jobs, decoding.HEAD, about(device, sizes), limits(given), given.json)
+
+
+def compare_losses(given: argparse.Namespace) -> None:
+    """Each model by each path from each seed."""
+    given.size = given.size or ("50m" if torch.cuda.is_available() else "tiny")
+    device, sizes = place(given, ["gated_delta", "softmax"], given.batch, given.seq_len)
+    if peers := [name for name in given.only if name not in contenders.PRESETS]:
+        sys.exit(f"error: --only={peers[0]} has one path; only presets of conf/model have two")
+    common = {"sizes": list(sizes), "device": device, "steps": given.steps}
+    jobs = [
+        whole.Job("losses.train", {"name": name, "path": path, "seed": seed, **common}, losses.Losses(name, path, seed))
+        for name in given.only
+        for seed in given.seeds
+        for path in losses.PATHS
+    ]
+    rows = whole.report(jobs, losses.HEAD, about(device, sizes), limits(given), given.json)
+    print("\n".join(losses.compared([row for row in rows if isinstance(row, losses.Losses)])))
 
 
 def place(
@@ -184,6 +206,12 @@ def main() -> None:
     command.add_argument(
         "--dtype", choices=["autocast", "bfloat16"], default="autocast", help="of the weights, on a GPU"
     )
+    command = commands.add_parser("losses", help="losses by kernels beside those by PyTorch's operators alone")
+    of_models(command, limit=600)
+    command.add_argument("--steps", type=int, default=200)
+    command.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the weights")
+    command.add_argument("--batch", type=int, default=8, help="sequences of a step")
+    command.add_argument("--seq-len", type=int, default=1024, help="tokens of a sequence")
     command = commands.add_parser("prepare", help="text to token shards")
     command.add_argument("--megabytes", type=int, default=1000)
     command.add_argument("--tokenizer", choices=["bytes", "bpe"], default="bytes")
@@ -201,7 +229,8 @@ def main() -> None:
     elif arguments.command == "loader":
         data.loader(arguments.megabytes, arguments.lengths, arguments.num_workers, arguments.repeats)
     else:
-        {"train": train, "starts": starts, "length": length, "decode": decode}[arguments.command](arguments)
+        of = {"train": train, "starts": starts, "length": length, "decode": decode, "losses": compare_losses}
+        of[arguments.command](arguments)
 
 
 if __name__ == "__main__":

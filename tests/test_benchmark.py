@@ -12,9 +12,10 @@ import time
 import pytest
 import torch
 
+from models.kernels import delta, fla
 from models.training import captured
 from scripts import benchmark
-from scripts.benchmarks import apart, contenders, data, decoding, kinds, steps, whole
+from scripts.benchmarks import apart, contenders, data, decoding, kinds, losses, steps, whole
 from scripts.benchmarks.contenders import COMPILED, DEFAULT, PEERS, PRESETS, Sizes
 from scripts.figures import speed
 from tests.conftest import ROOT
@@ -24,7 +25,7 @@ SMALL = Sizes("tiny", vocabulary=64, D=96, H=3, layers=4, B=2, T=64)
 
 def in_process(function: str, given: dict, limit: float, cold: bool, slot: dict):
     """As the process of one model does it, by way of JSON too."""
-    called = {"steps.train": steps.train, "decoding.decode": decoding.decode}[function]
+    called = {"steps.train": steps.train, "decoding.decode": decoding.decode, "losses.train": losses.train}[function]
     return (json.loads(json.dumps(row)) for row in called(**json.loads(json.dumps(given))))
 
 
@@ -32,6 +33,7 @@ WORDS = {
     "train": "train --only gated_delta transformers.qwen3 fla.kda --steps 2",
     "starts": "starts --only gated_delta",
     "length": "length --only softmax --lengths 32 64 --steps 1",
+    "losses": "losses --only gated_delta --steps 3 --seeds 0 1",
     "decode": "decode --only gated_delta softmax transformers.qwen3 fla.kda --batches 1 2 --contexts 8 --tokens 2 "
     "--repeats 1",
 }
@@ -216,7 +218,7 @@ def test_a_process_of_its_own_ends_in_time(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_forked_from_a_process_that_has_imported_all():
     """A row, an error's last line, and a limit of time; the environment is the child's own."""
-    given = {"name": "gated_delta", "sizes": list(SMALL), "device": "cpu", "steps": 1, "warm_up": 0, "eager": True}
+    given = {"name": "gated_delta", "sizes": list(SMALL), "device": "cpu", "steps": 1, "warm_up": 0, "compiled": False}
     slot = {"CUDA_VISIBLE_DEVICES": "7", "TRITON_CACHE_DIR": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": "/nowhere"}
     (row,) = apart.forked("steps.train", given, 60, slot=slot)
     assert row["name"] == "gated_delta" and row["caches"] == "cold" and os.environ.get("TRITON_CACHE_DIR") != "/nowhere"
@@ -230,6 +232,28 @@ def test_as_many_tokens_in_longer_sequences(folder):
     rows = read(folder, "length")["rows"]
     assert [(row["tokens"], row["seq_len"]) for row in rows] == [(64, 32), (64, 64)]
     assert all(row["tokens_per_second"] > 0 and "whole rows" in row["note"] for row in rows)
+
+
+def test_without_kernels_a_model_learns_the_same(folder):
+    """On a CPU both ways are the same, bit for bit; weights of another seed are others."""
+    rows = {(row["path"], row["seed"]): row["losses"] for row in read(folder, "losses")["rows"]}
+    assert all(len(found) == 3 for found in rows.values()) and len(rows) == 4
+    assert rows["kernels", 0] == rows["plain", 0] != rows["kernels", 1] == rows["plain", 1]
+
+
+def test_no_kernel_runs_where_they_are_switched_off():
+    with losses.without_kernels():
+        assert "switched off" in delta.refusal(torch.device("cuda"), torch.bfloat16, 128, 128)
+        assert "switched off" in fla.refusal_linear(torch.device("cuda"), torch.bfloat16)
+
+
+def test_texts_of_python_are_packed():
+    batches = losses.batches_of(SMALL._replace(B=64, T=512), "cpu")
+    first, second = next(batches), next(batches)
+    assert first["segments"].max() > 0 and (first["segments"] >= 0).all()
+    assert not torch.equal(first["input_ids"], second["input_ids"])
+    ends = first["segments"][:, 1:] != first["segments"][:, :-1]
+    assert (first["labels"][:, :-1][ends] == -100).all()
 
 
 def test_texts_go_on(folder):
@@ -255,6 +279,7 @@ def test_a_page_is_made_of_what_is_stored(folder):
         "Left out: fla.kda (its kernels need a GPU).",
     ):
         assert line in page
+    assert "| gated_delta | 3 |" in page and "| 0.0000 |" in page and (folder / "losses.svg").stat().st_size > 5_000
     assert "| 43.2 % |" in page and "| tokens | softmax |" in page and "| softmax | 2 x 8 |" in page
     speed.write(folder)
     assert (folder / "speed.md").read_text() == page

@@ -60,8 +60,18 @@ def next_layers(D: int, H: int, K: int, layers: int) -> dict[str, Any]:
     }
 
 
+def gated_deltanet(*sizes: int) -> dict[str, Any]:
+    return heads(*sizes) | {"expand_v": 1.0}
+
+
+def without_fla_parts(*sizes: int) -> dict[str, Any]:
+    """Norms and the feed-forward layer's activation by PyTorch, for the compiler to fuse; the cross-entropy stays."""
+    return gated_deltanet(*sizes) | {"fuse_norm": False, "fuse_swiglu": False}
+
+
 PEERS = {
-    "fla.gated_deltanet": Peer("fla.models", "GatedDeltaNet", lambda *x: heads(*x) | {"expand_v": 1.0}, "gated_delta"),
+    "fla.gated_deltanet": Peer("fla.models", "GatedDeltaNet", gated_deltanet, "gated_delta"),
+    "fla.gated_deltanet_parts": Peer("fla.models", "GatedDeltaNet", without_fla_parts, "gated_delta"),
     "fla.kda": Peer("fla.models", "KDA", heads, "kda"),
     "fla.mesa_net": Peer("fla.models", "MesaNet", heads, "mesa"),
     "fla.delta_net": Peer("fla.models", "DeltaNet", lambda D, H, K, layers: {"num_heads": H}, "deltanet"),
@@ -139,10 +149,13 @@ def missing(name: str, device: str) -> str | None:
     return None
 
 
-def ours(name: str, sizes: Sizes, device: str, most: int | None = None, eager: bool = False) -> Contender:
+def ours(
+    name: str, sizes: Sizes, device: str, most: int | None = None, seed: int = 0, compiled: bool = True
+) -> Contender:
     """As train.py trains it: models/training/module.py's loss, its compiled and recomputed blocks, the config's
-    optimizer. most: bytes of the GPU's memory that it may use. eager: as with compile=false."""
-    module = training(name, sizes, device, *(["compile=false"] if eager else []))
+    optimizer. most: bytes of the GPU's memory that it may use. seed: of the weights. compiled: false for eager blocks
+    whatever the config says."""
+    module = training(name, sizes, device, seed, compiled)
     module.recompute.most = most
     flops = 3 * module.model.flops_per_token(sizes.T)
 
@@ -171,19 +184,19 @@ def half(device: str) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
 
-def training(name: str, sizes: Sizes, device: str, *overrides: str) -> Training:
+def training(name: str, sizes: Sizes, device: str, seed: int = 0, compiled: bool = True) -> Training:
     """The LightningModule, its blocks compiled where train.py does."""
-    cfg = composed(name, f"size={sizes.size}", f"model.num_layers={sizes.layers}", *overrides)
-    model = model_of(cfg, sizes.vocabulary)
-    parts: dict[str, Any] = {"compile_blocks": cfg.compile, "recompute": cfg.recompute}
+    cfg = composed(name, f"size={sizes.size}", f"model.num_layers={sizes.layers}")
+    model = model_of(cfg, sizes.vocabulary, seed)
+    parts: dict[str, Any] = {"compile_blocks": cfg.compile and compiled, "recompute": cfg.recompute}
     module = Training(model, build(cfg.optimizer), build(cfg.schedule), num_steps=1000, clip_norm=1.0, **parts)
     module.to(device)
     module.configure_model()
     return module
 
 
-def model_of(cfg: DictConfig, vocabulary: int) -> LanguageModel:
-    torch.manual_seed(0)
+def model_of(cfg: DictConfig, vocabulary: int, seed: int = 0) -> LanguageModel:
+    torch.manual_seed(seed)
     settings: Any = OmegaConf.to_container(cfg.model, resolve=True)
     return LanguageModel(LanguageModelConfig(vocab_size=vocabulary, **settings))
 
@@ -193,6 +206,9 @@ def theirs(name: str, sizes: Sizes, device: str) -> Contender:
     base = name.removesuffix(COMPILED)
     model = peer_model(base, sizes).to(device)
     if name != base:
+        # fla's operators end a graph in each layer, and a layer has its own index: more than the 8 forms of a function
+        # after which Dynamo leaves it eager
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * sizes.layers)
         model.compile(dynamic=False)
 
     def loss(batch: dict[str, Tensor | Any]) -> Tensor:
@@ -251,8 +267,8 @@ def forward_flops(model: nn.Module, like: str, sizes: Sizes) -> int:
     return products + sum(regressions[i % period] for i in range(sizes.layers))
 
 
-def contender(name: str, sizes: Sizes, device: str, most: int | None = None, eager: bool = False) -> Contender:
-    return ours(name, sizes, device, most, eager) if name in PRESETS else theirs(name, sizes, device)
+def contender(name: str, sizes: Sizes, device: str, most: int | None = None, compiled: bool = True) -> Contender:
+    return ours(name, sizes, device, most, compiled=compiled) if name in PRESETS else theirs(name, sizes, device)
 
 
 def batch_of(sizes: Sizes, device: str, documents: bool = True) -> dict[str, Tensor | Any]:

@@ -85,15 +85,15 @@ def time_training(
     documents: bool = True,
     memory_gb: float | None = None,
     warm_up: int = WARM_UP,
-    eager: bool = False,
+    compiled: bool = True,
 ) -> Trained:
     """The row of one model. memory_gb: as on a card of so much, where this one has more. warm_up: how many steps
-    between the first and those that are timed. eager: our blocks are not compiled."""
+    between the first and those that are timed. compiled: false for eager blocks of ours."""
     caches, most = state_of_caches(), None
     if memory_gb is not None and device == "cuda":
         most = int(memory_gb * 1e9)
         torch.cuda.set_per_process_memory_fraction(min(1.0, most / torch.cuda.get_device_properties(0).total_memory))
-    model = contender(name, sizes, device, most, eager)
+    model = contender(name, sizes, device, most, compiled)
     packed = documents and model.packs
     batch = batch_of(sizes, device, packed)
     taken = pass_of(model, device)

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 from scripts.benchmarks.apart import ROOT, LeftOutError, apart, left
 from scripts.benchmarks.contenders import missing
 from scripts.benchmarks.decoding import Decoded
+from scripts.benchmarks.losses import Losses
 from scripts.benchmarks.steps import Trained
 from scripts.benchmarks.timing import machine
 
-Row = Trained | Decoded
+Row = Trained | Decoded | Losses
 Apart = Callable[..., Iterator[dict[str, Any]]]
 
 

@@ -2,21 +2,28 @@
 
     python scripts/figures/speed.py [--folder docs]
 
-Reads train.json, length.json and decode.json in docs/speed, which `python scripts/benchmark.py train --json PATH` and
-the like have written, and scaling.json, which scripts/scaling.py has. One that is not there has no section. Writes the
-lines between the page's markers, and speed.svg: tokens per second over the length of a sequence.
+Reads train.json, length.json, decode.json and losses.json in docs/speed, which `python scripts/benchmark.py train
+--json PATH` and the like have written, and scaling.json, which scripts/scaling.py has. One that is not there has no
+section. Writes the lines between the page's markers, and the pictures: speed.svg, tokens per second over the length of
+a sequence, and losses.svg, losses by kernels and by PyTorch alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts.benchmarks.losses import LAST, PATHS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BEGIN, END = "<!-- tables: python scripts/figures/speed.py -->", "<!-- end of tables -->"
@@ -153,7 +160,65 @@ def several(run: Run) -> Iterator[str]:
         yield from table(["", "beside", "difference"], found)
 
 
-SECTIONS = {"train": training, "scaling": several, "length": lengths, "decode": decoding}
+def losses(run: Run) -> Iterator[str]:
+    """The mean loss of the last steps, by path and seed."""
+    yield "## The same losses without kernels"
+    yield ""
+    yield where(run, "python scripts/benchmark.py losses")
+    yield f"The mean loss of the last {LAST} steps, of the same tokens, from two seeds of weights: as train.py trains,"
+    yield "and by PyTorch's operators alone. *Paths* and *seeds*: the largest difference between two runs of one seed,"
+    yield "and of one path. Tokens are bytes of Python's own library."
+    yield ""
+    rows = []
+    for name in dict.fromkeys(row["name"] for row in timed(run)):
+        ends = {(row["path"], row["seed"]): end(row) for row in timed(run) if row["name"] == name}
+        seeds = sorted({seed for _, seed in ends})
+        by_path = [[ends.get((path, seed), math.nan) for seed in seeds] for path in PATHS]
+        paths = max(abs(a - b) for a, b in zip(*by_path, strict=True))
+        between = max(max(found) - min(found) for found in by_path)
+        found = [" / ".join(f"{x:.4f}" for x in each) for each in by_path]
+        rows.append([name, str(len(timed(run)[0]["losses"])), *found, f"{paths:.4f}", f"{between:.4f}"])
+    yield from table(["model", "steps", "by kernels", "by PyTorch", "paths", "seeds"], rows)
+    yield from left_out(run, lambda row: f"{row['name']}, {row['path']}, seed {row['seed']}")
+    yield ""
+    yield "![Losses by kernels and by PyTorch alone](losses.svg)"
+
+
+def end(row: Run) -> float:
+    last = row["losses"][-LAST:]
+    return sum(last) / len(last)
+
+
+def draw_losses(run: Run) -> Figure:
+    """Above the losses; below what is left of their difference between paths beside that between seeds."""
+    names = list(dict.fromkeys(row["name"] for row in timed(run)))
+    figure = Figure(figsize=(4 * len(names), 5), layout="constrained")
+    axes = figure.subplots(2, len(names), sharex=True, squeeze=False, height_ratios=(2, 1))
+    for (above, below), name in zip(axes.T, names, strict=True):
+        of = {(row["path"], row["seed"]): smoothed(row["losses"]) for row in timed(run) if row["name"] == name}
+        first, *others = sorted({seed for _, seed in of})
+        for (path, seed), values in of.items():
+            line = "-" if path == PATHS[0] else ":"
+            above.plot(values, line, color="C0" if seed == first else "C1", label=f"{path}, seed {seed}")
+        pairs = [("paths", (PATHS[0], first), (PATHS[1], first))]
+        pairs += [("seeds", (PATHS[0], first), (PATHS[0], seed)) for seed in others[:1]]
+        for label, a, b in pairs:
+            if a in of and b in of:
+                below.plot([x - y for x, y in zip(of[a], of[b], strict=True)], label=label)
+        above.set(title=name, ylabel="loss")
+        below.set(xlabel="steps", ylabel="difference")
+        for each in (above, below):
+            each.spines[["top", "right"]].set_visible(False)
+            each.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Each the mean of the last LAST."""
+    return [sum(found := values[max(0, i - LAST + 1) : i + 1]) / len(found) for i in range(len(values))]
+
+
+SECTIONS = {"train": training, "scaling": several, "losses": losses, "length": lengths, "decode": decoding}
 
 
 def section(folder: Path) -> str:
@@ -189,9 +254,10 @@ def draw(run: Run) -> Figure:
 def write(folder: Path) -> None:
     page = folder / "speed.md"
     page.write_text(with_section(page.read_text(), section(folder)))
-    if (found := folder / "speed" / "length.json").exists():
-        matplotlib.rcParams["svg.hashsalt"] = "speed"  # the same file every time
-        draw(json.loads(found.read_text())).savefig(folder / "speed.svg", metadata={"Date": None})
+    matplotlib.rcParams["svg.hashsalt"] = "speed"  # the same file every time
+    for name, (picture, drawn) in {"length": ("speed", draw), "losses": ("losses", draw_losses)}.items():
+        if (found := folder / "speed" / f"{name}.json").exists():
+            drawn(json.loads(found.read_text())).savefig(folder / f"{picture}.svg", metadata={"Date": None})
 
 
 def main() -> None:

@@ -1,14 +1,15 @@
 """The delta rule with a decay per channel by kernels of our own: models/regression/linear/delta.py's map in Triton.
 
-    prepare     faded queries and keys, the inverse R of I + A, and what queries find in the keys of their chunk
+    fade        queries and keys as the chunk's first and last memory meet them; log decays, rounded and bounded
+    scores      the inverse R of I + A, and what queries find in the keys of their chunk
     scan        U = R (V - K' S), O = Q' S + attend U, and S from chunk to chunk
-backward, after the first again, without the tiles, which are kept,
+backward, after fade again,
     scan_gradient   dV and the gradients by S, from chunk to chunk
-    gradient        all others, all chunks at once
+    scores_gradient, readers, gradient   all others, all chunks at once: gradient.py
 
-It is models/kernels/delta's plan. Products between tokens that fade channel
-by channel are made from borders between them: tiles.py. Kept between the passes are q, k, the gates, R and `attend`,
-half of the size of q each, and U and S, which are as large as v and twice that.
+It is models/kernels/delta's plan. Products between tokens that fade channel by channel are made from borders between
+them: tiles.py. Kept between the passes are q and k, the gates in as many bits, R and `attend`, half of the size of q
+each, and U and S, which are as large as v and twice that.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ def delta_rule(
 @torch.library.custom_op("test_time_regression::channel_delta_rule", mutates_args=())
 def forward(
     q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_decay: Tensor, memory: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the memory after the last token, and launch.py's Kept."""
     from models.kernels.channel_delta.launch import Launch
 
     with torch.cuda.device_of(q):
-        o, last, kept = Launch(q, k, step_size, log_decay, v.shape[-1]).forward(v, memory, keep)
+        o, last, kept = Launch(q, k, step_size, v.shape[-1]).forward(v, log_decay, memory, keep)
     return o, last, *kept
 
 
@@ -67,34 +68,34 @@ def _(q, k, v, step_size, log_decay, memory, keep):
 
 @torch.library.custom_op("test_time_regression::channel_delta_rule_backward", mutates_args=())
 def backward(
-    q: Tensor, k: Tensor, step_size: Tensor, log_decay: Tensor, kept: list[Tensor], do: Tensor, dlast: Tensor | None
+    q: Tensor, k: Tensor, step_size: Tensor, kept: list[Tensor], do: Tensor, dlast: Tensor | None
 ) -> list[Tensor]:
     """The gradients by q, k, v, the step sizes, the log decays and the first memory."""
     from models.kernels.channel_delta.launch import Kept, Launch
 
     with torch.cuda.device_of(q):
-        return Launch(q, k, step_size, log_decay, do.shape[-1]).backward(Kept(*kept), do, dlast)
+        return Launch(q, k, step_size, do.shape[-1]).backward(Kept(*kept), do, dlast)
 
 
 @backward.register_fake
-def _(q, k, step_size, log_decay, kept, do, dlast):
+def _(q, k, step_size, kept, do, dlast):
     B, _, H, K = q.shape
-    memory = step_size.new_empty(B, H, K, do.shape[-1])
-    return [*(x.new_empty(x.shape) for x in (q, k, do, step_size, log_decay)), memory]
+    gates = [step_size.new_empty(shape) for shape in (step_size.shape, q.shape, (B, H, K, do.shape[-1]))]
+    return [*(x.new_empty(x.shape) for x in (q, k, do)), *gates]
 
 
 def _keep(ctx, inputs, output) -> None:
-    q, k, v, step_size, log_decay, *_ = inputs
+    q, k, v, step_size, *_ = inputs
     ctx.shape = v.shape
-    ctx.save_for_backward(q, k, step_size, log_decay, *output[2:])
+    ctx.save_for_backward(q, k, step_size, *output[2:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, do: Tensor | None, dlast: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    q, k, step_size, log_decay, *kept = ctx.saved_tensors
+    q, k, step_size, *kept = ctx.saved_tensors
     if do is None:
         do = q.new_zeros(ctx.shape)
-    return *backward(q, k, step_size, log_decay, kept, do, dlast), None
+    return *backward(q, k, step_size, kept, do, dlast), None
 
 
 forward.register_autograd(_gradients, setup_context=_keep)

@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from models.kernels.channel_delta.gradient import gradient
-from models.kernels.channel_delta.prepare import prepare
+from models.kernels.channel_delta.gradient import gradient, readers, scores_gradient
+from models.kernels.channel_delta.prepare import fade, scores
 from models.kernels.channel_delta.scans import scan, scan_gradient
 from models.kernels.channel_delta.tiles import ORDERS, write_ones
 from models.kernels.delta.launch import CHUNK, Configuration
@@ -17,17 +17,21 @@ from models.kernels.delta.launch import CHUNK, Configuration
 # By kernel, of 16 bits and of 32. block: channels of the keys that a program has or takes at a time, columns of the
 # values that a scan's has. Products of 16 bits with fewer than 64 columns may be wrong: docs/kernels.md.
 HALF = {
-    "prepare": Configuration(64, 4, 2),
-    "prepare_again": Configuration(128, 4, 2),
+    "fade": Configuration(128, 4, 2),
+    "scores": Configuration(64, 4, 2),
     "scan": Configuration(64, 4, 2),
     "scan_gradient": Configuration(64, 4, 2),
+    "scores_gradient": Configuration(0, 4, 2),
+    "readers": Configuration(64, 4, 2),
     "gradient": Configuration(64, 4, 2),
 }
 SINGLE = {
-    "prepare": Configuration(32, 4, 1),
-    "prepare_again": Configuration(32, 4, 1),
+    "fade": Configuration(32, 4, 1),
+    "scores": Configuration(32, 4, 1),
     "scan": Configuration(16, 4, 1),
     "scan_gradient": Configuration(16, 4, 1),
+    "scores_gradient": Configuration(0, 4, 1),
+    "readers": Configuration(32, 4, 1),
     "gradient": Configuration(16, 4, 1),
 }
 LOG_CHUNK = CHUNK.bit_length() - 1
@@ -37,6 +41,7 @@ class Kept(NamedTuple):
     """What is kept between the passes; prepare.py and scans.py say what is what. Without gradients the last two are
     empty."""
 
+    gates: Tensor  # [B, T, H, K], in 16 bits fp16: 3 digits of log decays of any size
     R: Tensor  # [B H N, C, C]
     attend: Tensor  # [B H N, C, C]
     errors: Tensor  # [B, T, H, V]
@@ -55,15 +60,20 @@ class Faded(NamedTuple):
 def new_kept(q: Tensor, v: Tensor, keep: bool) -> Kept:
     B, T, H, K = q.shape
     chunks = B * H * -(-T // CHUNK)
+    gates = q.new_empty(q.shape, dtype=dtype_of_gates(q))
     further = (v.shape, (chunks, K, v.shape[-1])) if keep else [(0,)] * 2
-    return Kept._make(q.new_empty(shape) for shape in [(chunks, CHUNK, CHUNK)] * 2 + list(further))
+    return Kept(gates, *(q.new_empty(shape) for shape in [(chunks, CHUNK, CHUNK)] * 2 + list(further)))
+
+
+def dtype_of_gates(q: Tensor) -> torch.dtype:
+    return torch.float32 if q.dtype == torch.float32 else torch.float16
 
 
 class Launch:
     """One call: its tensors, contiguous, and what its kernels have in common."""
 
-    def __init__(self, q: Tensor, k: Tensor, step_size: Tensor, log_decay: Tensor, value_dim: int) -> None:
-        self.given = tuple(x.contiguous() for x in (q, k, step_size, log_decay))
+    def __init__(self, q: Tensor, k: Tensor, step_size: Tensor, value_dim: int) -> None:
+        self.given = tuple(x.contiguous() for x in (q, k, step_size))
         (self.B, self.T, self.H, self.K), self.V = q.shape, value_dim
         self.N = triton.cdiv(self.T, CHUNK)
         half = q.dtype != torch.float32
@@ -72,18 +82,24 @@ class Launch:
         self.configurations = HALF if half else SINGLE
         self.common = {"C": CHUNK, "PRECISION": "tf32" if half else "tf32x3"}
         self.sizes = (self.T, self.N, self.H, self.K, self.V)
-        self.ones = q.new_empty(LOG_CHUNK + ORDERS, CHUNK, CHUNK)
-        write_ones[(len(self.ones),)](self.ones, CHUNK, LOG_CHUNK)
+        ones = (LOG_CHUNK + ORDERS, CHUNK, CHUNK)
+        self.ones, self.same = q.new_empty(ones, dtype=dtype_of_gates(q)), q.new_empty(ones)
+        write_ones[(len(self.ones),)](self.ones, self.same, CHUNK, LOG_CHUNK)
 
-    def prepare(self, name: str, kept: Kept | None) -> Faded:
-        q, configuration = self.given[0], self.configurations[name]
+    def fade(self, log_decay: Tensor | None, gates: Tensor) -> Faded:
+        q = self.given[0]
         ended = q.new_empty(self.B * self.H * self.N, self.K, dtype=torch.float32)
         faded = Faded(torch.empty_like(q), torch.empty_like(q), torch.empty_like(q), ended)
-        prepare[(self.B * self.H * self.N,)](
-            *self.given, self.ones, *faded, *(kept[:2] if kept else (None, None)), *self.sizes[:4], **self.common,
-            LOG_C=LOG_CHUNK, BK=min(configuration.block, self.BK), **configuration.options,
-        )  # fmt: skip
+        self.launch("fade", fade, *self.given, log_decay, self.ones, gates, *faded)
         return faded
+
+    def launch(self, name: str, kernel, *tensors: Tensor | None, programs: int | None = None, **sizes: int) -> None:
+        """A kernel of all chunks at once. programs: of a chunk, None for one for each block of channels."""
+        configuration = self.configurations[name]
+        BK = min(configuration.block, self.BK)
+        kernel[self.B * self.H * self.N * (programs or triton.cdiv(self.K, BK)),](
+            *tensors, *self.sizes[:4], **self.common, **sizes, LOG_C=LOG_CHUNK, BK=BK, **configuration.options
+        )
 
     def scan(self, name: str, kernel, *tensors: Tensor | None) -> None:
         configuration = self.configurations[name]
@@ -92,28 +108,40 @@ class Launch:
             *tensors, *self.sizes, **self.common, BK=self.BK, BV=BV, **configuration.options
         )
 
-    def forward(self, v: Tensor, first: Tensor, keep: bool) -> tuple[Tensor, Tensor, Kept]:
+    def forward(self, v: Tensor, log_decay: Tensor, first: Tensor, keep: bool) -> tuple[Tensor, Tensor, Kept]:
         """The outputs, the last memory, and what is kept."""
         v, first = v.contiguous(), first.contiguous()
         kept, o, last = new_kept(self.given[0], v, keep), torch.empty_like(v), torch.empty_like(first)
-        faded = self.prepare("prepare", kept)
-        self.scan("scan", scan, *faded, v, *kept[:2], first, o, last, *(kept[2:] if keep else (None, None)))
+        faded = self.fade(log_decay.contiguous(), kept.gates)
+        self.launch("scores", scores, *self.given, kept.gates, self.ones, kept.R, kept.attend, programs=2)
+        further = (kept.errors, kept.states) if keep else (None, None)
+        self.scan("scan", scan, *faded, v, kept.R, kept.attend, first, o, last, *further)
         return o, last, kept
 
     def backward(self, kept: Kept, do: Tensor, dlast: Tensor | None) -> list[Tensor]:
         """The gradients by q, k, v, the step sizes, the log decays and the first memory."""
         do, dlast = do.contiguous(), None if dlast is None else dlast.contiguous()
-        R, attend, errors, states = kept
-        faded = self.prepare("prepare_again", None)
+        (q, k, step_size), (gates, R, attend, errors, states) = self.given, kept
+        faded = self.fade(None, gates)
         dv, dstates = torch.empty_like(do), torch.empty_like(states)
         dfirst = faded.ended.new_empty(self.B, self.H, self.K, self.V)
         self.scan("scan_gradient", scan_gradient, *faded, R, attend, do, dlast, dv, dstates, dfirst)
-        dq, dk, step_size, dlog_decay = (torch.empty_like(x) for x in self.given)
-        configuration = self.configurations["gradient"]
-        BK = min(configuration.block, self.BK)
-        dsteps = step_size.new_empty(triton.cdiv(self.K, BK), *step_size.shape)
-        gradient[self.B * self.H * self.N, len(dsteps)](
-            *self.given, self.ones, do, errors, dv, states, dstates, dq, dk, dsteps, dlog_decay,
-            *self.sizes, **self.common, LOG_C=LOG_CHUNK, BK=BK, BV=self.BV, **configuration.options,
+        del faded
+        dscores, down = R.new_empty(2, *R.shape), torch.empty_like(step_size)
+        scores_gradient[2 * len(R),](
+            step_size, do, errors, dv, dscores, down, self.T, self.N, self.H, self.V, **self.common, BV=self.BV,
+            **self.configurations["scores_gradient"].options,
+        )  # fmt: skip
+        dq, dk, dreader = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
+        dlog_decay = torch.empty_like(q, dtype=torch.float32)
+        of_values = {"V": self.V, "BV": self.BV}
+        self.launch(
+            "readers", readers, k, gates, self.ones, dscores, do, dv, states, dq, dreader, **of_values
+        )  # fmt: skip
+        num_blocks = triton.cdiv(self.K, min(self.configurations["gradient"].block, self.BK))
+        dsteps = step_size.new_empty(num_blocks, *step_size.shape)
+        self.launch(
+            "gradient", gradient, *self.given, gates, self.ones, self.same, dscores, down, errors, states, dstates,
+            dreader, dq, dk, dsteps, dlog_decay, **of_values,
         )  # fmt: skip
         return [dq, dk, dv, dsteps.sum(0), dlog_decay, dfirst]

@@ -22,7 +22,7 @@ def scan(
     last,  # out, [B, H, K, V]
     errors,  # out, [B, T, H, V], or None
     states,  # out, [B H N, K, V], what every chunk begins with, or None
-    T, N, H, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U = R (V - K' S), O = Q' S + attend U, and the memory S after them, diag(e^{c_C}) S + W^T U, of the keys K' that
@@ -75,7 +75,7 @@ def scan_gradient(
     dv,  # out, [B, T, H, V]
     dstates,  # out, [B H N, K, V]: by what every chunk ends with
     dfirst,  # out, [B, H, K, V]
-    T, N, H, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each line is the transpose of one of scan's. The gradient by the right-hand side of a system is that by v."""

@@ -46,6 +46,7 @@ ORDERS = 4
 @triton.jit
 def write_ones(
     ones,  # out, [LOG_C + ORDERS, C, C]
+    same,  # out, the same in another dtype
     C: tl.constexpr,
     LOG_C: tl.constexpr,
 ):
@@ -61,49 +62,45 @@ def write_ones(
     end = tl.where(order < 0, tl.maximum(border, t + 1), end)
     chosen = (r >= first) & (r < end)
     tl.store(of_square(ones, which, C), tl.where(chosen, 1.0, 0.0).to(ones.dtype.element_ty))
+    tl.store(of_square(same, which, C), tl.where(chosen, 1.0, 0.0).to(same.dtype.element_ty))
 
 
 @triton.jit
-def sums(ones, which, high, low, C: tl.constexpr, PRECISION: tl.constexpr):
-    """Sums [C, BK] over tokens of numbers that parts has given."""
-    chosen = tl.load(ones + which * C * C + (tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]))
+def ones_of(ones, which, C: tl.constexpr):
+    return tl.load(ones + which * C * C + (tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]))
+
+
+@triton.jit
+def sums(ones, which, gates, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums [C, BK] over tokens of gates [C, BK], which have the dtype of `ones`."""
+    return dot(ones_of(ones, which, C), gates, PRECISION)
+
+
+@triton.jit
+def wide_sums(ones, which, x, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums [C, BK] over tokens of float32 numbers of any size: in 16 bits, of two parts of each."""
+    chosen = ones_of(ones, which, C)
+    high, low = parts(x, ones.dtype.element_ty)
     total = dot(chosen, high, PRECISION)
     return total if high.dtype.is_fp32() else dot(chosen, low, PRECISION, total)
 
 
 @triton.jit
-def near(gates, LOG_C: tl.constexpr, TYPE: tl.constexpr):
-    """The halving up to whose pairs of blocks tokens are near: the gates of one block add up to FAR at least."""
-    FAR: tl.constexpr = 6.0 if TYPE.is_fp16() else 40.0  # of e^FAR operands of 16 bits still have all their digits
-    largest = -tl.min(tl.min(gates, 1), 0)
-    halving = 0
-    for i in tl.static_range(1, LOG_C):
-        halving += (largest * (1 << i) <= FAR).to(tl.int32)
-    return halving
+def meet(ones, halving, gates, reader, C: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """How tokens of a halving's pairs of blocks meet: by what those are multiplied [C, BK] that have a row, the readers
+    (or the writers), and by what the others; the pairs of tokens [C, C] that do; and the next halving, or -1.
 
-
-@triton.jit
-def near_factors(summed, halving, TYPE: tl.constexpr, C: tl.constexpr):
-    """[C, BK]: by what queries and keys of near tokens are multiplied to read, and keys to write. `summed` is the
-    halving's. What is not used, where tokens are not near, is cut off."""
+    Where the gates of no block add up to less than -FAR, a factor's inverse is far from what 16 bits can't hold. Then
+    a border does for all tokens on the same side of it too, and this halving is the last."""
     FAR: tl.constexpr = 6.0 if TYPE.is_fp16() else 40.0
-    reads = ((tl.arange(0, C) >> halving) & 1 == 1)[:, None]
-    back = tl.minimum(-summed, FAR)
-    return tl.exp(tl.where(reads, summed, back)), tl.exp(tl.where(reads, back, summed))
-
-
-@triton.jit
-def partners(halving, READERS: tl.constexpr, C: tl.constexpr):
-    """[C, C]: whether two tokens are of this halving, in either order, or with a reader in its row."""
-    block = tl.arange(0, C) >> halving
-    partner = tl.where(block & 1 == 1, block - 1, -1) if READERS else block ^ 1
-    return partner[:, None] == block[None, :]
-
-
-@triton.jit
-def neighbours(halving, READERS: tl.constexpr, C: tl.constexpr):
-    """[C, C]: whether two tokens are of the same pair of blocks, the reader in its row, or the writer."""
+    summed = sums(ones, halving, gates, C, PRECISION)
+    near = tl.min(tl.min(summed, 1), 0) >= -FAR
     t = tl.arange(0, C)
-    pair = t >> (halving + 1)
-    ordered = t[:, None] > t[None, :] if READERS else t[:, None] < t[None, :]
-    return (pair[:, None] == pair[None, :]) & ordered
+    block = t >> halving
+    ahead = ((block & 1 == 1) == reader)[:, None]
+    back = tl.minimum(-summed, FAR)  # what is not used, where tokens are not near, is cut off
+    own, others = tl.exp(tl.where(ahead, summed, back)), tl.exp(tl.where(ahead, back, summed))
+    pair, order = block >> 1, tl.where(near, t, block)
+    order = tl.where(reader, order, -order)
+    pairs = (pair[:, None] == pair[None, :]) & (order[:, None] > order[None, :])
+    return own, others, pairs, tl.where(near, -1, halving - 1)
