@@ -29,11 +29,8 @@ USABLE = 0.92  # of the memory that is free or ours: the rest is lost between al
 
 
 class Recompute:
-    """transformers' gradient_checkpointing_func, for the chosen blocks alone. most: bytes of the GPU that may be used,
-    where it is not all. saved: what each block of the last pass held after it, in bytes, where it is measured.
-    """
-
-    most: int | None = None
+    """transformers' gradient_checkpointing_func, for the chosen blocks alone. saved: bytes that each
+    block of the last pass held after it, where it is measured."""
 
     def __init__(self, model: LanguageModel, setting: str | int) -> None:
         self.model, self.setting = model, setting
@@ -137,9 +134,9 @@ def choose(recompute: Recompute, loss: Callable[[], Tensor], optimizer: torch.op
     for p in recompute.model.parameters():
         p.grad = None
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    here = free + torch.cuda.memory_reserved()
-    available = int(USABLE * (here if recompute.most is None else min(here, recompute.most)))
+    free, total = torch.cuda.mem_get_info()
+    allowed = torch.cuda.get_per_process_memory_fraction() * total  # all, unless this process is told to take less
+    available = int(USABLE * min(free + torch.cuda.memory_reserved(), allowed))
     found = plan(saved, peak, plain, _state_to_come(optimizer), available)
     if torch.distributed.is_initialized():
         count = torch.tensor(len(found.chosen), device="cuda")

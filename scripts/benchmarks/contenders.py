@@ -139,11 +139,10 @@ def missing(name: str, device: str) -> str | None:
     return None
 
 
-def ours(name: str, sizes: Sizes, device: str, most: int | None = None) -> Contender:
+def ours(name: str, sizes: Sizes, device: str) -> Contender:
     """As train.py trains it: models/training/module.py's loss, its compiled and recomputed blocks, the config's
-    optimizer. most: bytes of the GPU's memory that it may use."""
+    optimizer."""
     module = training(name, sizes, device)
-    module.recompute.most = most
     flops = 3 * module.model.flops_per_token(sizes.T)
 
     def loss(batch: dict[str, Tensor | Any]) -> Tensor:
@@ -251,8 +250,8 @@ def forward_flops(model: nn.Module, like: str, sizes: Sizes) -> int:
     return products + sum(regressions[i % period] for i in range(sizes.layers))
 
 
-def contender(name: str, sizes: Sizes, device: str, most: int | None = None) -> Contender:
-    return ours(name, sizes, device, most) if name in PRESETS else theirs(name, sizes, device)
+def contender(name: str, sizes: Sizes, device: str) -> Contender:
+    return ours(name, sizes, device) if name in PRESETS else theirs(name, sizes, device)
 
 
 def batch_of(sizes: Sizes, device: str, documents: bool = True) -> dict[str, Tensor | Any]:

@@ -12,10 +12,10 @@ STEPS = 40
 SMALL = ["data=mqar", "data.vocab_size=64", "data.num_pairs=4", "model=gated_delta", "model.hidden_size=64",
          "model.num_layers=2", "model.num_heads=1", "seq_len=32", "batch_tokens=512", f"tokens={512 * STEPS}",
          "validation_tokens=256", "validate_every=20", "checkpoint_every=4", "log_every=1", "guard.timeout=60",
-         "micro_batch=1", "compile=false", "~callbacks.plot", "~callbacks.sample", "~callbacks.regression"]  # fmt: skip
+         "compile=false", "~callbacks.plot", "~callbacks.sample", "~callbacks.regression"]  # fmt: skip
 EXACT = ["trainer.precision=32-true", "model.mixers.main.regressor.backend=torch"]
 HALF = ["trainer.precision=bf16-mixed"]
-LONG = ["seq_len=512", "batch_tokens=2048", f"tokens={2048 * STEPS}"]
+LONG = ["micro_batch=1", "seq_len=512", "batch_tokens=2048", f"tokens={2048 * STEPS}"]
 ROUNDING = {"float32": 5e-4, "bfloat16": 0.1}  # of a loss, relative, where 40 steps were added up in another order
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
@@ -36,7 +36,8 @@ class Checks:
 
     def __init__(self, count: int, scratch: Scratch, toy: bool, fork: bool) -> None:
         self.count, self.scratch, self.fork = count, scratch, fork
-        self.words = [*SMALL, *(["trainer.accelerator=cpu"] if toy else [])]
+        micro_batch = f"micro_batch={max(1, 8 // count)}"  # of 16 sequences: two micro-batches on each device
+        self.words = [*SMALL, micro_batch, *(["trainer.accelerator=cpu"] if toy else [])]
         self.losses: dict[str, list[float]] = {}
         self.like: dict[str, tuple[str, float]] = {}
 
@@ -58,7 +59,8 @@ class Checks:
         return found
 
     def kills(self) -> dict[str, Iterator[None]]:
-        found = {}
+        """And an undisturbed run, to compare them with."""
+        found = {"one": self.whole("one", 1, EXACT)}
         for strategy, words in strategies(self.count).items():
             for number in SIGNALS:
                 name = f"{strategy} x{self.count}, {number.name}"

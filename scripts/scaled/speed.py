@@ -25,13 +25,15 @@ FIRST = 1  # steps before those that are timed: they compile, and record
 
 
 class Case(NamedTuple):
-    """A run to be timed: by what name, on how many devices, with which words; beside what it is to be seen."""
+    """A run to be timed: by what name, on how many devices, with which words; beside which row it is to be seen, and
+    how much of each GPU's memory it may take."""
 
     name: str
     item: str
     devices: int
     words: list[str]
     beside: str = ""
+    memory_gb: float | None = None
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Timed:
     first_s: float | None = None
     losses: list[float] = field(default_factory=list)
     reason: str = ""
+    memory: str = ""
 
     def __str__(self) -> str:
         def shown(x: float | None, form: str) -> str:
@@ -62,7 +65,7 @@ class Timed:
         return (
             f"{self.name:<34}{self.devices:>4}{shown(self.tokens_per_second, ',.0f'):>12}{shown(self.step, '.3f'):>9}"
             f"{shown(self.of_linear, '.3f'):>8}{shown(self.peak_gb, '.1f'):>8}{shown(self.first_s, '.1f'):>8}"
-            f"  {held}  {self.reason}"
+            f"  {held}  {self.reason or self.memory}"
         )
 
 
@@ -70,9 +73,8 @@ HEAD = f"{'':<34}{'GPUs':>4}{'tokens/s':>12}{'s/step':>9}{'linear':>8}{'peak GB'
 
 
 def cases(count: int, toy: bool) -> list[list[Case]]:
-    """In order of what is worth most; those of one list run side by side."""
-    model, large = (["model=gated_delta", f"size={size}"] if not toy else ["model=gated_delta"] for size in
-                    ("340m", "1300m"))  # fmt: skip
+    """Those of one list run side by side."""
+    model = ["model=gated_delta", *([] if toy else ["size=340m"])]
     worlds = [n for n in (2, 4, 8) if n <= count]
     fsdp = {"block": [], "pass": ["trainer.strategy.whole_for=pass"], "step": ["trainer.strategy.whole_for=step"]}
     double = [] if toy else ["micro_batch=32"]
@@ -86,26 +88,65 @@ def cases(count: int, toy: bool) -> list[list[Case]]:
     found = [one]
     for n in reversed(worlds):
         found += [of("ddp", f"ddp x{n}", n, [*model, "strategy=ddp"])]
+        found += [of("fsdp", f"fsdp x{n}, block", n, [*model, "strategy=fsdp"])]
     for n in worlds[-1:]:
-        found += [of("ddp", f"ddp x{n}, no graph", n, [*model, "strategy=ddp", *plain], "one, no graph")]
+        found += [of("fsdp", f"fsdp x{n}, step", n, [*model, "strategy=fsdp", *fsdp["step"]])]
+        found += [of("hsdp", f"hsdp x{n}", n, [*model, "strategy=hsdp", "trainer.strategy.replicas=2"])]
         words = [*model, *long, "strategy=ddp", f"context_parallel={n}"]
         found += [of("context", f"context_parallel={n}, {sequence}", n, words, "")]
-        for name in ("step", "block"):
-            found += [of("fsdp", f"fsdp x{n}, {name}", n, [*model, "strategy=fsdp", *fsdp[name]])]
-        words = [*large, "strategy=fsdp", *([] if toy else ["recompute=auto"])]
-        found += [of("1300m", f"1300m fsdp x{n}", n, words, "")]
-        found += [of("fsdp", f"fsdp x{n}, pass", n, [*model, "strategy=fsdp", *fsdp["pass"]])]
-        found += [of("fsdp", f"fsdp x{n}, block, 32", n, [*model, "strategy=fsdp", *double])]
-        found += [of("fsdp", f"fsdp x{n}, step, 32", n, [*model, "strategy=fsdp", *double, *fsdp["step"]])]
+        found += [of("more", f"ddp x{n}, no graph", n, [*model, "strategy=ddp", *plain], "one, no graph")]
+        found += [of("more", f"fsdp x{n}, pass", n, [*model, "strategy=fsdp", *fsdp["pass"]])]
+        found += [of("more", f"fsdp x{n}, block, 32", n, [*model, "strategy=fsdp", *double])]
+        found += [of("more", f"fsdp x{n}, step, 32", n, [*model, "strategy=fsdp", *double, *fsdp["step"]])]
         half = ["trainer.strategy.reduction=bfloat16"]
         found += [of("bf16", f"ddp x{n}, bf16", n, [*model, "strategy=ddp", *half])]
         found += [of("bf16", f"fsdp x{n}, bf16", n, [*model, "strategy=fsdp", *half])]
-        if n > 2:
-            words = [*model, "strategy=hsdp", "trainer.strategy.replicas=2"]
-            found += [of("hsdp", f"hsdp x{n}", n, words)]
-    for n in reversed(worlds[:-1]):
-        found += [of("fsdp", f"fsdp x{n}, block", n, [*model, "strategy=fsdp"])]
+    found += large_cases(worlds[-1:], toy)
     return found
+
+
+def large_cases(worlds: Sequence[int], toy: bool) -> list[list[Case]]:
+    """1.3 billion parameters on a card of 80 GB, then on all. A step is of eight micro-batches a device: one of a
+    million tokens takes a GPU 20 s."""
+    size, limit, wide = (
+        (["model=gated_delta"], None, []) if toy else (["model=gated_delta", "size=1300m"], 80, ["micro_batch=8"])
+    )
+    batch = {n: [] if toy else [f"batch_tokens={8 * 4 * 4096 * n}"] for n in (1, *worlds)}
+    auto, name = ["recompute=auto"], "1300m, 80 GB"
+
+    def card(more: str, words: list[str]) -> Case:
+        return Case(name + more, "1300m", 1, [*size, *batch[1], *words], "", limit)
+
+    pair = [card("", auto), card(", all recomputed", ["recompute=all"])]
+    found = [pair] if worlds else [[each] for each in pair]
+    found += [[Case(f"1300m fsdp x{n}", "1300m", n, [*size, *batch[n], "strategy=fsdp", *auto], name)] for n in worlds]
+    return [*found, [card(", micro_batch=8", [*wide, *auto])]]
+
+
+def warming(groups: Sequence[Sequence[Case]]) -> list[Case]:
+    """Runs of a step of one micro-batch a device that leave in torch's caches what those of the cases would compile:
+    one of each strategy, size and length, of those on most devices. They hold little, so they run side by side.
+    """
+    found: dict[tuple[str, ...], Case] = {}
+    for case in sorted((case for group in groups for case in group), key=lambda case: -case.devices):
+        sizes = [word for word in case.words if word.startswith(("size=", "seq_len=", "micro_batch="))]
+        kind = [word.replace("hsdp", "fsdp") for word in case.words if word.startswith("strategy=")]
+        if case.item == "more":  # they come last, if at all
+            continue
+        if case.devices > 1 or not any(set(sizes) <= set(key) for key in found):
+            found.setdefault((*sizes, *kind), case)
+    return list(found.values())
+
+
+def warm(case: Case, first: int, scratch: Scratch, fork: bool) -> Iterator[None]:
+    """Gives way until the run has made its step."""
+    words = [word for word in case.words if not word.startswith(("batch_tokens=", "recompute="))]
+    words = [*GPU_WORDS, *ALONE, *words, "recompute=all", f"batch_tokens={2**18}", f"tokens={2**22}"]
+    run = Run(scratch.folder(f"warm {case.name}"), words, range(first, first + case.devices), fork)
+    try:
+        yield from run.until(1)
+    finally:
+        run.end()
 
 
 def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fork: bool) -> Iterator[Timed]:
@@ -114,7 +155,7 @@ def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fo
     row = Timed(case.name, case.devices, case.words)
     words = [*(TOY_WORDS if toy else GPU_WORDS), *ALONE, *case.words]
     tokens = 64 * 512 if toy else 10**9
-    run = Run(scratch.folder(case.name), [*words, f"tokens={tokens}"], gpus, fork)
+    run = Run(scratch.folder(case.name), [*words, f"tokens={tokens}"], gpus, fork, case.memory_gb)
     began = time.monotonic()
     seen: list[float] = []  # when each step's row was there
     try:
@@ -127,6 +168,7 @@ def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fo
         found = run.rows()
         run.end()
         row.losses = [each["train/loss"] for each in found]
+        row.memory = run.line("memory ")
         if seen:
             row.first_s = seen[0] - began
         if len(seen) < FIRST + steps:
