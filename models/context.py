@@ -6,6 +6,10 @@ r+1, whose block begins with it; backward, the gradient by the state comes back 
 so this is right for every mixer; what it sends is small where states do not grow with T.
 
 While process r+1 is in a block, process r is in the next one: L blocks take the time of L + R - 1.
+
+A state that holds all pairs is the whole sequence in the end. So where each block has softmax alone, or its like, pairs
+stay where they are and pass by the others (models/regression/local/ring.py), and all processes are in the same block.
+Beside other blocks they are handed on: these would wait for the last process in every such block.
 """
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.cache import leaves, map_tensors
-from models.mixers.mixer import State
+from models.mixers.mixer import Mixer, State, positions_of
+from models.regression.local.pairs import Elsewhere
+from models.regression.local.ring import Ring
 
 
 class Context:
@@ -32,6 +38,14 @@ class Context:
         self.after = rank + 1 if self.place < size - 1 else None
         # apart from the group that sums gradients: there a sum that waits would be in the way of what it waits for
         self.tensors, self.words = dist.new_group(), dist.new_group(backend="gloo")
+        groups = [dist.new_group(range(i, i + size)) for i in range(0, dist.get_world_size(), size)]
+        self.ring = Ring(groups[rank // size], size, self.place)
+        self.position: Tensor | None = None  # [B]: of this process's first tokens in their documents
+
+    def begin(self, tokens: Tensor, segments: Tensor | None) -> None:
+        """Before each pass: tokens and segments [B, T] of the whole rows."""
+        first = self.place * (tokens.shape[1] // self.size)
+        self.position = positions_of(tokens.unsqueeze(-1), None, segments)[:, first]
 
     def share(self, x: Tensor) -> Tensor:
         """x [B, T, *] of this process's tokens."""
@@ -52,6 +66,12 @@ class Context:
         anchor = like.new_zeros((), requires_grad=torch.is_grad_enabled())
         tensors = iter(_Receive.apply(anchor, self, leaves(told[0])))
         return map_tensors(told[0], lambda _: next(tensors))
+
+    def elsewhere(self, mixer: Mixer, segments: Tensor | None) -> State:
+        """What a block begins with whose pairs pass by. segments [B, T / size]."""
+        assert self.position is not None, "begin was not called"
+        memory, tails = Elsewhere(self.ring, self.position), (None,) * (mixer.num_tails + 1)
+        return State(memory, tails, self.position, None if segments is None else segments[:, 0])
 
     def hand_on(self, x: Tensor, state: State) -> Tensor:
         """x, from which gradients reach the state too: those that the process after has for it."""

@@ -46,15 +46,17 @@ def train(cfg: DictConfig) -> Result:
                 checked(cfg)  # what is wrong is told before anything is tried
                 fitting.settle(cfg, kind_of)
             trainer, module, datamodule, run, overview = assemble(cfg, preemption)
-            checkpoint, torn = newest_whole(run.checkpoints, run.branch)
-            begin = not (checkpoint or run.result)
+            # what overwrite=true deletes may still be there for other processes than the first
+            checkpoint, torn = (None, []) if cfg.overwrite else newest_whole(run.checkpoints, run.branch)
+            result = None if cfg.overwrite else run.result
+            begin = not (checkpoint or result)
             begun = weights.load(module.model, cfg.init_from, datamodule.task.tokenizer) if begin else ""
         except ValueError as error:  # a mistake in the settings: what it is, without a traceback
             refuse(cfg.run_dir, [str(error)])
-        if run.result is not None:
-            say(f"{run.folder} is finished: {describe(run.result)}")
+        if result is not None:
+            say(f"{run.folder} is finished: {describe(result)}")
             say("For another run choose another name=, or overwrite=true to delete this one.")
-            return run.result
+            return result
         say(f"run       {run.folder}")
         say("\n".join(f"data      {line}" for line in datamodule.describe()))
         say(f"batch     {datamodule.batch}\n{overview}")

@@ -131,6 +131,7 @@ class Training(L.LightningModule):
         """
         parts = [batch["input_ids"], batch["labels"], batch["segments"]]
         if self.context is not None:
+            self.context.begin(parts[0], parts[2])
             parts = [x if x is None else self.context.share(x) for x in parts]
         self.model.context = self.context
         try:

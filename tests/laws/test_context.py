@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import traceback
 from pathlib import Path
@@ -13,19 +14,39 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.context import Context
+from models.mixers.mixer import Mixer
 from tests.laws.presets import PRESETS, inputs, largest_difference, mixer
 
 RANKS, ROWS, TOKENS = 4, 2, 24  # six tokens a process: less than a chunk, and no multiple of a document
+# whose pairs pass by: name, preset, settings, the tokens of a document
+RINGS: dict[str, tuple[str, dict[str, Any], int | None]] = {
+    "one document": ("softmax", {}, None),
+    "documents": ("softmax", {"num_kv_heads": 1, "regressor__block": 4}, 5),
+    "long documents": ("gated_softmax", {}, 11),
+    "window": ("softmax", {"regressor__window": 3}, 17),
+    "window of two processes": ("softmax", {"regressor__window": 9, "num_kv_heads": 1}, None),
+    "window of one": ("softmax", {"regressor__window": 1}, 5),
+    "forgetting in one document": ("forgetting", {}, None),
+    "forgetting in documents": ("forgetting", {"num_kv_heads": 1}, 11),
+    "forgetting in a window": ("forgetting", {"regressor__window": 9}, 17),
+    "hopfield in documents": ("hopfield", {}, 11),
+}
 
 
-def gradients(preset: str, x: Tensor, documents: Tensor, context: Context | None = None) -> list[Tensor]:
+def gradients(
+    m: Mixer, x: Tensor, documents: Tensor | None, context: Context | None = None, ring: bool = False
+) -> list[Tensor]:
     """The output, and the gradients of a fixed function of it by x and by every parameter. With a context what each
     process has of its tokens side by side, and the sum of what they have of the parameters."""
     share = context.share if context else torch.Tensor.clone
-    m, mine = mixer(preset), share(x).clone().requires_grad_()
-    y, state = m(mine, context.receive(mine) if context else None, share(documents))
+    m, mine = copy.deepcopy(m), share(x).clone().requires_grad_()
+    own, before = None if documents is None else share(documents), None
+    if context:
+        context.begin(x[..., 0], documents)
+        before = context.elsewhere(m, own) if ring else context.receive(mine)
+    y, state = m(mine, before, own)
     weight = torch.linspace(-1, 1, x[..., 0].numel() * y.shape[2], dtype=y.dtype).view(*x.shape[:2], -1)
-    y = context.hand_on(y, state) if context else y
+    y = context.hand_on(y, state) if context and not ring else y
     (y * share(weight)).sum().backward()  # torch.autograd.grad would pass over the states
     found = [y.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad for p in (mine, *m.parameters()))]
     if context is None:
@@ -37,20 +58,26 @@ def gradients(preset: str, x: Tensor, documents: Tensor, context: Context | None
     return [torch.cat(parts, dim=1) if i < 2 else sum(parts[1:], parts[0]) for i, parts in enumerate(each)]
 
 
+def cases() -> list[tuple[str, str, dict[str, Any], int | None]]:
+    rings = [(name, *case) for name, case in RINGS.items() if case[0] in PRESETS]
+    return [*((name, name, {}, 5) for name in PRESETS), *rings]
+
+
 def process(rank: int, folder: Path) -> None:
     """Writes the largest difference of each preset and size of context."""
     try:
         torch.set_num_threads(1)
         dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=RANKS)
         contexts = [Context(2), Context(4)]
-        x, documents = inputs(ROWS, TOKENS), (torch.arange(TOKENS) // 5).expand(ROWS, -1)
-        found = {}
-        for preset in PRESETS:
-            whole = gradients(preset, x, documents) if rank == 0 else None
+        x, found = inputs(ROWS, TOKENS), {}
+        for name, preset, settings, length in cases():
+            documents = None if length is None else (torch.arange(TOKENS) // length).expand(ROWS, -1)
+            m = mixer(preset, **settings)
+            whole = gradients(m, x, documents) if rank == 0 else None
             for context in contexts:
-                ours = gradients(preset, x, documents, context)
+                ours = gradients(m, x, documents, context, ring=name in RINGS)
                 if whole is not None:
-                    found[preset, context.size] = largest_difference(ours, whole)
+                    found[name, context.size] = largest_difference(ours, whole)
         if rank == 0:
             torch.save(found, folder / "found.pt")
         dist.destroy_process_group()
@@ -71,5 +98,5 @@ def test_tokens_of_one_sequence_on_several_processes(tmp_path):
     errors = [path.read_text() for path in sorted(tmp_path.glob("error-*"))]
     assert [each.exitcode for each in processes] == [0] * RANKS, errors[0] if errors else "not done in time"
     found = torch.load(tmp_path / "found.pt", weights_only=False)
-    assert len(found) == 2 * len(PRESETS)
+    assert len(found) == 2 * len(cases())
     assert max(found.values()) < 1e-10, {k: v for k, v in found.items() if v >= 1e-10}
