@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,9 @@ import conf.checks  # noqa: F401  # with the next line, what train.py imports la
 import models.training.job  # noqa: F401
 from scripts.scaled.faults import Checks
 from scripts.scaled.launch import Scratch, side_by_side
-from scripts.scaled.speed import HEAD, Case, Timed, cases, gpus_here, measured, prepare, warm, warming
+from scripts.scaled.speed import HEAD, HELD_OUT, Case, Timed, cases, gpus_here, measured, prepare, warm, warming
 
-ITEMS = ("one", "ddp", "fsdp", "hsdp", "1300m", "kills", "checks", "context", "more", "bf16")
+ITEMS = ("one", "ddp", "fsdp", "hsdp", "1300m", "card", "kills", "checks", "context", "more", "bf16")
 CHECKS_AT_ONCE = 3
 
 
@@ -56,18 +57,34 @@ class Told:
             self.path.write_text(json.dumps(self.found, indent=1) + "\n")
 
 
-def timed(group: list[Case], told: Told, scratch: Scratch, given: argparse.Namespace, limit: float) -> None:
+Rows = dict[str, Iterator[Timed | None]]
+
+
+def begun(group: list[Case], scratch: Scratch, given: argparse.Namespace) -> Rows:
+    settings = given.toy, given.steps, not given.apart
+    return {case.name: measured(case, i, scratch, *settings) for i, case in enumerate(group)}
+
+
+def timed(group: list[Case], own: Rows, ahead: Rows, told: Told, limit: float) -> None:
+    """The rows of a group; meanwhile the models of the next one are built."""
     rows: dict[str, Timed] = {}
 
-    def keep(case: Case, first: int) -> Iterator[None]:
-        for row in measured(case, first, scratch, given.toy, given.steps, not given.apart):
-            rows[case.name] = row
+    def keep(name: str) -> Iterator[None]:
+        with closing(own[name]) as found:  # type: ignore[type-var]  # a generator, whose `finally` ends its run
+            for row in found:
+                if row is not None:
+                    rows[name] = row
+                yield
+
+    def build(name: str) -> Iterator[None]:
+        while next(ahead[name]) is None:
             yield
 
-    failed = side_by_side({case.name: keep(case, i) for i, case in enumerate(group)}, limit)
+    tasks = {name: keep(name) for name in own} | {f"{name}, ahead": build(name) for name in ahead}
+    failed = side_by_side(tasks, limit)
     speeds = {row["name"]: row["tokens_per_second"] for row in told.found["rows"]}
     for case in group:
-        row = rows[case.name]
+        row = rows.get(case.name) or Timed(case.name, case.devices, case.words)
         row.reason = failed.get(case.name, row.reason)
         if (alone := speeds.get(case.beside)) and row.tokens_per_second:
             row.of_linear = row.tokens_per_second / alone / case.devices
@@ -80,7 +97,7 @@ def checked(item: str, told: Told, scratch: Scratch, given: argparse.Namespace, 
     failed = side_by_side(checks.kills() if item == "kills" else checks.runs(), limit, CHECKS_AT_ONCE)
     for row in checks.told(failed):
         found = row["reason"] or f"differs by {row['difference']:.1e} of {row['most']:.0e}"
-        told.say(f"{row['name']:<34} like {row['like']:<18} {found}")
+        told.say(f"{row['name']:<42} like {row['like']:<22} {found}")
         told.add("checks", row)
 
 
@@ -117,7 +134,8 @@ def main() -> None:
     todo = {item: [group for group in cases(given.devices, given.toy) if group[0].item == item] for item in given.only}
     groups = [group for of_item in todo.values() for group in of_item]
     if groups and not given.toy:
-        prepare()
+        for more in sorted({HELD_OUT in case.words for group in groups for case in group}):
+            prepare(*([HELD_OUT] if more else []))
         told.say("data are prepared")
     if given.warm and not given.toy:
         tasks = {case.name: warm(case, 0, scratch, not given.apart) for case in warming(groups)}
@@ -131,12 +149,23 @@ def main() -> None:
             told.say(f"left out, for the time was over: {name}")
         return left if left >= 5 else 0
 
+    works: list[tuple[str, list[Case]]] = []
     for item in given.only:
-        for group in todo[item]:
-            if limit := left(group[0].name):
-                timed(group, told, scratch, given, limit)
-        if item in ("kills", "checks") and given.devices > 1 and (limit := left(f"the {item}")):
-            checked(item, told, scratch, given, limit)
+        works += [(item, group) for group in todo[item]]
+        works += [(item, [])] if item in ("kills", "checks") and given.devices > 1 else []
+    ahead: Rows = {}
+    try:
+        for (item, group), (_, after) in zip(works, [*works[1:], ("", [])], strict=True):
+            if not (limit := left(group[0].name if group else f"the {item}")):
+                continue
+            if not group:
+                checked(item, told, scratch, given, limit)
+                continue
+            own, ahead = ahead or begun(group, scratch, given), begun(after, scratch, given)
+            timed(group, own, ahead, told, limit)
+    finally:
+        for rows in ahead.values():
+            rows.close()  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def test_every_item_has_cases():
     assert all(sum(case.devices for case in group) <= 2 for group in cases(2, toy=False))
     warm = [case.name for case in warming(cases(2, toy=False))]
     sequence = "context_parallel=2, seq_len=262144"
-    assert warm == ["ddp x2", "fsdp x2, block", sequence, "1300m fsdp x2", "1300m, 80 GB, micro_batch=8"]
+    assert warm == ["ddp x2", "fsdp x2", sequence, "1300m fsdp x2", "1300m, 80 GB, micro_batch=8"]
 
 
 def test_few_at_once():

@@ -156,8 +156,9 @@ def memory_lines(memory: Memory, batch: Batch, precision: Any, sharded: bool) ->
 
 
 def gathered(memory: Memory, shards: int, whole_for: str) -> Memory:
-    """With the parameters, and gradients, that a device of strategy=fsdp holds whole for a pass or a step."""
-    times = {"block": (0, 0), "pass": (shards, 0), "step": (shards, shards)}[whole_for]
+    """With the parameters, and gradients, that a device of strategy=fsdp holds whole for a pass or a step; with auto
+    the least, for which GPU it will be is not known."""
+    times = {"auto": (0, 0), "block": (0, 0), "pass": (shards, 0), "step": (shards, shards)}[whole_for]
     weights, gradients = (x * (1 + n) for x, n in zip((memory.weights, memory.gradients), times, strict=True))
     return memory._replace(weights=weights, gradients=gradients)
 

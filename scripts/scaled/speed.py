@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ TOY_WORDS = ["data=mqar", "data.vocab_size=64", "data.num_pairs=4", "model.hidde
              "trainer.accelerator=cpu"]  # fmt: skip
 ALONE = ["log_every=1", "validate_every=1000000", "checkpoint_every=1000000", "guard.timeout=120", "~callbacks.plot",
          "~callbacks.sample", "~callbacks.regression"]  # fmt: skip
+HELD_OUT = "data.corpus.validation_fraction=0.2"  # of python_source: more than one sequence of 262,144 tokens
 FIRST = 1  # steps before those that are timed: they compile, and record
 
 
@@ -76,10 +78,12 @@ def cases(count: int, toy: bool) -> list[list[Case]]:
     """Those of one list run side by side."""
     model = ["model=gated_delta", *([] if toy else ["size=340m"])]
     worlds = [n for n in (2, 4, 8) if n <= count]
-    fsdp = {"block": [], "pass": ["trainer.strategy.whole_for=pass"], "step": ["trainer.strategy.whole_for=step"]}
+    block, whole = "trainer.strategy.whole_for=block", "trainer.strategy.whole_for=pass"
     double = [] if toy else ["micro_batch=32"]
     plain, sequence = ["cuda_graph=false"], "seq_len=128" if toy else "seq_len=262144"
-    long = [sequence, f"batch_tokens={sequence.split('=')[1]}", "micro_batch=1"] + ([] if toy else ["recompute=all"])
+    long = [sequence, f"batch_tokens={sequence.split('=')[1]}", "micro_batch=1"] + (
+        [] if toy else ["recompute=all", HELD_OUT]
+    )
 
     def of(item: str, name: str, n: int, words: Sequence[str], beside: str = "one") -> list[Case]:
         return [Case(f"{name}", item, n, [*words], beside)]
@@ -88,16 +92,16 @@ def cases(count: int, toy: bool) -> list[list[Case]]:
     found = [one]
     for n in reversed(worlds):
         found += [of("ddp", f"ddp x{n}", n, [*model, "strategy=ddp"])]
-        found += [of("fsdp", f"fsdp x{n}, block", n, [*model, "strategy=fsdp"])]
+        found += [of("fsdp", f"fsdp x{n}", n, [*model, "strategy=fsdp"])]
     for n in worlds[-1:]:
-        found += [of("fsdp", f"fsdp x{n}, step", n, [*model, "strategy=fsdp", *fsdp["step"]])]
+        found += [of("fsdp", f"fsdp x{n}, block", n, [*model, "strategy=fsdp", block])]
         found += [of("hsdp", f"hsdp x{n}", n, [*model, "strategy=hsdp", "trainer.strategy.replicas=2"])]
         words = [*model, *long, "strategy=ddp", f"context_parallel={n}"]
         found += [of("context", f"context_parallel={n}, {sequence}", n, words, "")]
         found += [of("more", f"ddp x{n}, no graph", n, [*model, "strategy=ddp", *plain], "one, no graph")]
-        found += [of("more", f"fsdp x{n}, pass", n, [*model, "strategy=fsdp", *fsdp["pass"]])]
-        found += [of("more", f"fsdp x{n}, block, 32", n, [*model, "strategy=fsdp", *double])]
-        found += [of("more", f"fsdp x{n}, step, 32", n, [*model, "strategy=fsdp", *double, *fsdp["step"]])]
+        found += [of("more", f"fsdp x{n}, pass", n, [*model, "strategy=fsdp", whole])]
+        found += [of("more", f"fsdp x{n}, block, 32", n, [*model, "strategy=fsdp", block, *double])]
+        found += [of("more", f"fsdp x{n}, 32", n, [*model, "strategy=fsdp", *double])]
         half = ["trainer.strategy.reduction=bfloat16"]
         found += [of("bf16", f"ddp x{n}, bf16", n, [*model, "strategy=ddp", *half])]
         found += [of("bf16", f"fsdp x{n}, bf16", n, [*model, "strategy=fsdp", *half])]
@@ -115,7 +119,7 @@ def large_cases(worlds: Sequence[int], toy: bool) -> list[list[Case]]:
     auto, name = ["recompute=auto"], "1300m, 80 GB"
 
     def card(more: str, words: list[str]) -> Case:
-        return Case(name + more, "1300m", 1, [*size, *batch[1], *words], "", limit)
+        return Case(name + more, "card", 1, [*size, *batch[1], *words], "", limit)
 
     pair = [card("", auto), card(", all recomputed", ["recompute=all"])]
     found = [pair] if worlds else [[each] for each in pair]
@@ -149,8 +153,9 @@ def warm(case: Case, first: int, scratch: Scratch, fork: bool) -> Iterator[None]
         run.end()
 
 
-def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fork: bool) -> Iterator[Timed]:
-    """Gives way with the row that grows, until it is whole. first: the place of the first device."""
+def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fork: bool) -> Iterator[Timed | None]:
+    """Gives way with None until the model is built, on the CPU; then, stopped, once with the row, for the GPUs may be
+    another's still; then with the row that grows, until it is whole. first: the place of the first device."""
     gpus = range(first, first + case.devices)
     row = Timed(case.name, case.devices, case.words)
     words = [*(TOY_WORDS if toy else GPU_WORDS), *ALONE, *case.words]
@@ -159,6 +164,13 @@ def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fo
     began = time.monotonic()
     seen: list[float] = []  # when each step's row was there
     try:
+        while not run.line("with ") and not run.ended():
+            yield None
+        run.send(signal.SIGSTOP)
+        waited = time.monotonic()
+        yield row
+        run.send(signal.SIGCONT)
+        began += time.monotonic() - waited
         while len(seen) < FIRST + steps and not run.ended():
             seen += [time.monotonic()] * (len(run.rows()) - len(seen))
             yield row
@@ -182,11 +194,11 @@ def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fo
     yield row
 
 
-def prepare() -> None:
-    """The text of the rows, once for all: in a process of its own."""
+def prepare(*more: str) -> None:
+    """The text of the rows, once for all: in a process of its own. more: settings of the data."""
 
     def words() -> None:
-        sys.argv = ["prepare_data.py", *GPU_WORDS[:2], f"num_workers={min(8, os.cpu_count() or 1)}"]
+        sys.argv = ["prepare_data.py", *GPU_WORDS[:2], f"num_workers={min(8, os.cpu_count() or 1)}", *more]
         prepare_data.main()
 
     process = multiprocessing.get_context("fork").Process(target=words)
