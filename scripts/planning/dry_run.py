@@ -33,6 +33,7 @@ from models.training.sweep import Result
 from scripts.planning.memory import Memory, Planned
 
 SHARE = 0.4  # of a GPU's peak, for a time that nobody has measured
+WORTH = 4  # times that a text is read
 OFTEN = ("A100", "H100", "B200")  # named where this machine has no GPU whose peak is known
 
 
@@ -122,7 +123,20 @@ def vocabulary(config: dict[str, Any], batch: Batch) -> tuple[int, list[str]]:
     task.prepare()
     if found := misfits(task, batch):
         raise ValueError("\n       ".join(found))
-    return task.vocab_size, [*task.describe(), *(task.passes(batch) if isinstance(task, Mixture) else [])]
+    times = task.passes(batch) if isinstance(task, Mixture) else repeated(task, batch) if isinstance(task, Text) else []
+    return task.vocab_size, [*task.describe(), *times]
+
+
+def repeated(text: Text, batch: Batch) -> list[str]:
+    """A line where a text is read so often that it is worth less each time (Muennighoff et al. 2023)."""
+    tokens = len(text.train_samples()) * batch.seq_len
+    times = batch.num_steps * batch.tokens / tokens
+    if times <= WORTH:
+        return []
+    return [
+        f"tokens={batch.num_steps * batch.tokens:,} reads the text {times:,.1f} times; up to {WORTH} times it is worth "
+        f"about as much as new text: take more text, or tokens={WORTH * tokens}"
+    ]
 
 
 def parts(model: LanguageModel) -> str:
