@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import traceback
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from torch import Tensor
 
 from models.context import Context
 from models.mixers.mixer import Mixer
+from models.regression.local.ring import Ring
+from models.training.recompute import Recompute
 from tests.laws.presets import PRESETS, inputs, largest_difference, mixer
+from tests.test_language_model import model, tokens
 
 RANKS, ROWS, TOKENS = 4, 2, 24  # six tokens a process: less than a chunk, and no multiple of a document
 # whose pairs pass by: name, preset, settings, the tokens of a document
@@ -31,6 +35,8 @@ RINGS: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "forgetting in a window": ("forgetting", {"regressor__window": 9}, 17),
     "hopfield in documents": ("hopfield", {}, 11),
 }
+
+PATTERNS = [["gated_delta"], ["softmax"], ["forgetting"], ["softmax", "gated_delta"]]
 
 
 def gradients(
@@ -63,6 +69,77 @@ def cases() -> list[tuple[str, str, dict[str, Any], int | None]]:
     return [*((name, name, {}, 5) for name in PRESETS), *rings]
 
 
+Exchange = list[tuple[str, int, int]]  # what a process does at a time: "send", "receive" or "all", with whom, numbers
+
+
+def recorded(context: Context, pattern: list[str], recompute: str) -> list[Exchange]:
+    """What this process exchanges in two passes of a model of three layers, forward and backward, and one without."""
+    found: list[Exchange] = []
+    ring = context.ring
+
+    class Recorded(Ring):
+        def exchange(self, send: Any, receive: Any) -> Any:
+            pairs = [("send", place, x.numel()) for x, place in send]
+            pairs += [("receive", place, x.numel()) for x, place in receive]
+            found.extend([pairs] if pairs else [])
+            return super().exchange(send, receive)
+
+        def add_up(self, x: Tensor) -> None:
+            found.append([("all", -1, x.numel())])
+            super().add_up(x)
+
+        def gather(self, x: Tensor) -> list[Tensor]:
+            found.append([("all", -1, x.numel())])
+            return super().gather(x)
+
+    context.ring = Recorded(ring.group, ring.size, ring.place)
+    m = model(*pattern).train()
+    Recompute(m, recompute)
+    ids, documents = tokens(2, TOKENS), (torch.arange(TOKENS) // 11).expand(2, -1)
+    m.context = context
+    for grad in (True, False, True):
+        context.begin(ids, documents)
+        with torch.set_grad_enabled(grad):
+            own = [context.share(x) for x in (ids, ids, documents)]
+            nats = m.sum_nats(*own)
+        if grad:
+            nats.backward()
+    context.ring = ring
+    return found
+
+
+def stuck(each: list[list[Exchange]]) -> str:
+    """Where processes that keep nothing for later would wait for ever, "" if nowhere: a process goes on when all of
+    what it does at a time has found its like, in order, in what others do then."""
+    at, left = [0] * len(each), [list(own[0]) if own else [] for own in each]
+
+    def found(rank: int, kind: str, peer: int) -> tuple[str, int, int] | None:
+        return next((op for op in left[rank] if op[:2] == (kind, peer)), None)
+
+    moved = True
+    while moved:
+        moved = False
+        for rank, other in product(range(len(each)), repeat=2):
+            send, receive = found(rank, "send", other), found(other, "receive", rank)
+            if send and receive:
+                assert send[2] == receive[2], (rank, other, send, receive)
+                left[rank].remove(send)
+                left[other].remove(receive)
+                moved = True
+        if all(ops and ops[0][0] == "all" for ops in left):
+            assert len({ops[0] for ops in left}) == 1
+            left, moved = [ops[1:] for ops in left], True
+        for rank, own in enumerate(each):
+            if not left[rank] and at[rank] < len(own):
+                at[rank], moved = at[rank] + 1, True
+                left[rank] = list(own[at[rank]]) if at[rank] < len(own) else []
+    return "; ".join(
+        f"{rank} in {i} of {len(own)}: {left[rank]}"
+        for rank, (i, own) in enumerate(zip(at, each, strict=True))
+        if i < len(own)
+    )
+
+
 def process(rank: int, folder: Path) -> None:
     """Writes the largest difference of each preset and size of context."""
     try:
@@ -78,12 +155,24 @@ def process(rank: int, folder: Path) -> None:
                 ours = gradients(m, x, documents, context, ring=name in RINGS)
                 if whole is not None:
                     found[name, context.size] = largest_difference(ours, whole)
+        for pattern, recompute, context in product(PATTERNS, ("none", "all"), contexts):
+            of_all: list[Any] = [None] * RANKS
+            dist.all_gather_object(of_all, recorded(context, pattern, recompute))
+            assert all(of_all) and not (where := stuck(of_all[: context.size])), (pattern, recompute, where)
         if rank == 0:
             torch.save(found, folder / "found.pt")
         dist.destroy_process_group()
     except BaseException:
         Path(folder, f"error-{rank}").write_text(traceback.format_exc())
         raise
+
+
+def test_processes_that_would_wait_for_ever_are_found():
+    both_send = [[[("send", 1, 5)], [("receive", 1, 5)]], [[("send", 0, 5)], [("receive", 0, 5)]]]
+    assert stuck(both_send).startswith("0 in 0 of 2")
+    at_a_time = [[first + second] for first, second in both_send]
+    assert not stuck(at_a_time)
+    assert stuck([[[("all", -1, 1)], [("send", 1, 5)]], [[("receive", 0, 5)], [("all", -1, 1)]]])
 
 
 @pytest.mark.slow

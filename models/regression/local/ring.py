@@ -47,7 +47,7 @@ class Ring:
         self.group, self.size, self.place, self.met = group, size, place, False
 
     def exchange(self, send: Sequence[tuple[Tensor, int]], receive: Sequence[tuple[Tensor, int]]) -> list[Any]:
-        """Begins to send and to receive tensors, each with a place; what is to be waited for."""
+        """Begins to send and to receive tensors, all at a time, each with a place; what is to be waited for."""
         ops = [dist.P2POp(dist.isend, x, group=self.group, group_peer=place) for x, place in send]
         ops += [dist.P2POp(dist.irecv, x, group=self.group, group_peer=place) for x, place in receive]
         return dist.batch_isend_irecv(ops) if ops else []
@@ -63,8 +63,18 @@ class Ring:
     def meet(self, device: torch.device) -> None:
         """NCCL wants all processes of a group in its first call."""
         if not self.met:
-            dist.all_reduce(torch.zeros((), device=device), group=self.group)
+            self.add_up(torch.zeros((), device=device))
             self.met = True
+
+    def add_up(self, x: Tensor) -> None:
+        """Over all processes, in place."""
+        dist.all_reduce(x, group=self.group)
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """Of each process."""
+        each = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(each, x.contiguous(), group=self.group)
+        return each
 
 
 def wait(works: Sequence[Any]) -> None:
@@ -99,8 +109,7 @@ class _Offsets(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, last: Tensor, ring: Ring) -> Tensor:
-        ctx.ring, each = ring, [torch.empty_like(last) for _ in range(ring.size)]
-        dist.all_gather(each, last.contiguous(), group=ring.group)
+        ctx.ring, each = ring, ring.gather(last.contiguous())
         before = [torch.zeros_like(last), *reversed(each[: ring.place])]
         before += [torch.zeros_like(last)] * (ring.size - len(before))
         return torch.stack(before).cumsum(0)
@@ -112,7 +121,7 @@ class _Offsets(torch.autograd.Function):
         each = torch.zeros_like(gradient)  # by the last age of each process
         for d in range(1, ring.place + 1):
             each[ring.place - d] = gradient[d : ring.place + 1].sum(0)
-        dist.all_reduce(each, group=ring.group)
+        ring.add_up(each)
         return each[ring.place], None
 
 
@@ -142,8 +151,7 @@ class _RingSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Any) -> Tensor:
         q, k, v, age, offsets = tensors
-        ring, S, dtype = call.ring, q.shape[1], working_dtype(q)
-        ring.meet(q.device)
+        S, dtype = q.shape[1], working_dtype(q)
         o, L = q.new_zeros(()), None
         for d, block in _rounds(call, k, v, age):
             if block is None:
