@@ -28,6 +28,7 @@ FREE_TO_CHANGE = (
     "cuda_graph",
     "guard",
     "dry_run",
+    "mirror",
     "keep",
 )
 

@@ -9,6 +9,7 @@ before anything is built.
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +66,7 @@ class Config:
     run_dir: str = MISSING
     overwrite: bool = False
     dry_run: bool = False  # says what the run would take, and makes none
+    mirror: str | None = None  # where copies of runs are (models/training/mirror.py)
     init_from: str | None = None  # a run or an exported model whose weights are the first ones
     seed: Whole = 0
 
@@ -119,6 +121,8 @@ def register(config: type[Config] = Config) -> None:
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
     OmegaConf.register_new_resolver("help_text", help_text, replace=True)
     OmegaConf.register_new_resolver("world_size", world_size, replace=True)
+    OmegaConf.register_new_resolver("devices", lambda: of_torchrun()[0] or "auto", replace=True)
+    OmegaConf.register_new_resolver("num_nodes", lambda: of_torchrun()[1] or 1, replace=True)
 
 
 def width(times: float, hidden_size: int, parts: int) -> int:
@@ -147,6 +151,15 @@ def can_compile() -> bool:
 def at_first(micro_batch: int | str) -> int:
     """What stands for micro_batch=auto until it is settled."""
     return 1 if micro_batch == "auto" else int(micro_batch)
+
+
+def of_torchrun() -> tuple[int, int]:
+    """How many processes torchrun has started on each node, and on how many nodes; zeros where it has not. After a node
+    has died, or has come, it starts all of them anew, as many as there are then."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 0
+    each, all_of_them = (int(os.environ.get(name, 0)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    return each, all_of_them // max(1, each)
 
 
 def world_size(devices: int | str | list[int], num_nodes: int = 1) -> int:

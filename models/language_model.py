@@ -163,13 +163,14 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         """What each block is given, where every is wanted, and at last what the head is. The states become those after
         the last token, each as soon as it is there, where they are kept.
         """
-        keep = keep or self.context is not None
+        ring = self.context is not None and all(block.mixer.rings for block in self.blocks)
+        keep = keep if self.context is None else not ring
         each, y = [], None
         for i, block in enumerate(self.blocks):
             if every:
                 each.append(x if y is None else x + y)
             if self.context is not None:
-                states[i] = self.context.receive(x)
+                states[i] = self.context.elsewhere(block.mixer, segments) if ring else self.context.receive(x)
             if self.gradient_checkpointing and self.training:
                 x, y, state = self._gradient_checkpointing_func(block.__call__, x, y, states[i], segments, keep)
             else:

@@ -62,7 +62,7 @@ def sheet(size: str, given: argparse.Namespace) -> None:
     for devices in given.devices:
         for name, place in places(devices).items():
             batch = batch_of(config, devices)
-            found = hire(n, place, batch, flops, PEAK_FLOPS[given.gpu], given.mfu, given.price)
+            found = hire(n, place, batch, flops, given.gpu, given.mfu, given.price)
             gb_sent, share = sum(sent(n, place, batch.accumulation)) / 1e9, found.sending / found.seconds_of_a_step
             more = more_tokens(batch.tokens, given.noise_scale) / more_tokens(config["batch_tokens"], given.noise_scale)
             print(

@@ -3,12 +3,13 @@ of them under each strategy, what they hold, that the losses are the same, that 
 another number of them, and one sequence of 262,144 tokens that they share.
 
     python scripts/scaling.py --json scaling.json                # all of it
-    python scripts/scaling.py --only one ddp checks              # some
+    python scripts/scaling.py --only one ddp checks              # some, in this order
     python scripts/scaling.py --toy                              # every item at toy size, two processes on a CPU
 
 Each row is printed when it is known and JSON is written after it. `linear`: tokens/s beside those of as many single
 GPUs, each as fast as the row that it is compared with ("one", or "one, no graph"). What is timed runs by itself, but
-for the rows of one GPU, which run side by side; all checks run at once.
+for the rows of one GPU, which run side by side. Of checks few run at once: processes that share a GPU take turns on it,
+and each waits for its like on another GPU. --warm compiles first, for all rows at once, what each would compile alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,10 @@ import conf.checks  # noqa: F401  # with the next line, what train.py imports la
 import models.training.job  # noqa: F401
 from scripts.scaled.faults import Checks
 from scripts.scaled.launch import Scratch, side_by_side
-from scripts.scaled.speed import HEAD, Case, Timed, cases, gpus_here, measured, prepare
+from scripts.scaled.speed import HEAD, HELD_OUT, Case, Timed, cases, gpus_here, measured, prepare, warm, warming
 
-ITEMS = ("one", "ddp", "checks", "kills", "context", "fsdp", "1300m", "bf16", "hsdp")
+ITEMS = ("one", "ddp", "fsdp", "hsdp", "1300m", "card", "kills", "checks", "context", "more", "bf16")
+CHECKS_AT_ONCE = 3
 
 
 class Told:
@@ -54,18 +57,34 @@ class Told:
             self.path.write_text(json.dumps(self.found, indent=1) + "\n")
 
 
-def timed(group: list[Case], told: Told, scratch: Scratch, given: argparse.Namespace, limit: float) -> None:
+Rows = dict[str, Iterator[Timed | None]]
+
+
+def begun(group: list[Case], scratch: Scratch, given: argparse.Namespace) -> Rows:
+    settings = given.toy, given.steps, not given.apart
+    return {case.name: measured(case, i, scratch, *settings) for i, case in enumerate(group)}
+
+
+def timed(group: list[Case], own: Rows, ahead: Rows, told: Told, limit: float) -> None:
+    """The rows of a group; meanwhile the models of the next one are built."""
     rows: dict[str, Timed] = {}
 
-    def keep(case: Case, first: int) -> Iterator[None]:
-        for row in measured(case, first, scratch, given.toy, given.steps, not given.apart):
-            rows[case.name] = row
+    def keep(name: str) -> Iterator[None]:
+        with closing(own[name]) as found:  # type: ignore[type-var]  # a generator, whose `finally` ends its run
+            for row in found:
+                if row is not None:
+                    rows[name] = row
+                yield
+
+    def build(name: str) -> Iterator[None]:
+        while next(ahead[name]) is None:
             yield
 
-    failed = side_by_side({case.name: keep(case, i) for i, case in enumerate(group)}, limit)
+    tasks = {name: keep(name) for name in own} | {f"{name}, ahead": build(name) for name in ahead}
+    failed = side_by_side(tasks, limit)
     speeds = {row["name"]: row["tokens_per_second"] for row in told.found["rows"]}
     for case in group:
-        row = rows[case.name]
+        row = rows.get(case.name) or Timed(case.name, case.devices, case.words)
         row.reason = failed.get(case.name, row.reason)
         if (alone := speeds.get(case.beside)) and row.tokens_per_second:
             row.of_linear = row.tokens_per_second / alone / case.devices
@@ -73,13 +92,12 @@ def timed(group: list[Case], told: Told, scratch: Scratch, given: argparse.Names
         told.add("rows", asdict(row))
 
 
-def checked(told: Told, scratch: Scratch, given: argparse.Namespace, limit: float) -> None:
+def checked(item: str, told: Told, scratch: Scratch, given: argparse.Namespace, limit: float) -> None:
     checks = Checks(given.devices, scratch, given.toy, not given.apart)
-    tasks = checks.runs() | (checks.kills() if "kills" in given.only else {})
-    failed = side_by_side(tasks, limit)
+    failed = side_by_side(checks.kills() if item == "kills" else checks.runs(), limit, CHECKS_AT_ONCE)
     for row in checks.told(failed):
         found = row["reason"] or f"differs by {row['difference']:.1e} of {row['most']:.0e}"
-        told.say(f"{row['name']:<34} like {row['like']:<18} {found}")
+        told.say(f"{row['name']:<42} like {row['like']:<22} {found}")
         told.add("checks", row)
 
 
@@ -88,7 +106,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=ITEMS, default=list(ITEMS))
     parser.add_argument("--devices", type=int, help="default: all GPUs; with --toy 2")
     parser.add_argument("--steps", type=int, default=3, help="that are timed, after one other")
-    parser.add_argument("--limit", type=float, default=120, help="seconds of one row, and of all checks together")
+    parser.add_argument("--limit", type=float, default=120, help="seconds of one row, or of each kind of checks")
+    parser.add_argument("--warm", type=float, default=0, help="seconds in which what the rows need may be compiled")
     parser.add_argument("--total", type=float, help="seconds of all; what comes later is left out")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--toy", action="store_true", help="on a CPU by gloo, models of two narrow layers")
@@ -109,22 +128,44 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
     }
     about |= {"devices": given.devices, "torch": torch.__version__, "python": platform.python_version()}
-    told = Told(given.json, about | {"toy": given.toy, "steps": given.steps})
+    told = Told(given.json, about | {"toy": given.toy, "steps": given.steps, "warm": given.warm > 0})
     scratch = Scratch(given.scratch)
     print(f"{'':10}{HEAD}")
-    todo = [group for group in cases(given.devices, given.toy) if group[0].item in given.only]
-    if todo and not given.toy:
-        prepare()
+    todo = {item: [group for group in cases(given.devices, given.toy) if group[0].item == item] for item in given.only}
+    groups = [group for of_item in todo.values() for group in of_item]
+    if groups and not given.toy:
+        for more in sorted({HELD_OUT in case.words for group in groups for case in group}):
+            prepare(*([HELD_OUT] if more else []))
         told.say("data are prepared")
-    sooner = [group for group in todo if group[0].item in ("one", "ddp")]
-    for work in (*sooner, None, *(group for group in todo if group not in sooner)):
+    if given.warm and not given.toy:
+        tasks = {case.name: warm(case, 0, scratch, not given.apart) for case in warming(groups)}
+        told.say(f"compiling for {', '.join(tasks)}")
+        failed = side_by_side(tasks, given.warm)
+        told.say(f"compiled; {', '.join(failed) or 'nothing'} was not in time")
+
+    def left(name: str) -> float:
         left = given.limit if given.total is None else min(given.limit, given.total - (time.monotonic() - told.began))
         if left < 5:
-            told.say(f"left out, for the time was over: {work[0].name if work else 'the checks'}")
-        elif work:
-            timed(work, told, scratch, given, left)
-        elif "checks" in given.only and given.devices > 1:
-            checked(told, scratch, given, left)
+            told.say(f"left out, for the time was over: {name}")
+        return left if left >= 5 else 0
+
+    works: list[tuple[str, list[Case]]] = []
+    for item in given.only:
+        works += [(item, group) for group in todo[item]]
+        works += [(item, [])] if item in ("kills", "checks") and given.devices > 1 else []
+    ahead: Rows = {}
+    try:
+        for (item, group), (_, after) in zip(works, [*works[1:], ("", [])], strict=True):
+            if not (limit := left(group[0].name if group else f"the {item}")):
+                continue
+            if not group:
+                checked(item, told, scratch, given, limit)
+                continue
+            own, ahead = ahead or begun(group, scratch, given), begun(after, scratch, given)
+            timed(group, own, ahead, told, limit)
+    finally:
+        for rows in ahead.values():
+            rows.close()  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

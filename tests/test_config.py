@@ -183,3 +183,19 @@ def test_names_of_before_are_read():
     for old in ("models.regression.delta.Delta", "models.regression.ttt.TTT", "models.regression.local.Softmax"):
         parts = {"decay": {"_target_": "models.decay.NoDecay"}, "regressor": {"_target_": old, "backend": "auto"}}
         assert list(problems(current({"_target_": "models.mixer.Mixer", **parts}))) == []
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp"])
+def test_torchrun_says_how_many_processes_there_are(strategy, monkeypatch):
+    """Anew after each restart, of which each may find another number of nodes."""
+    for name in ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    alone = composed(f"strategy={strategy}").trainer
+    assert (alone.devices, alone.num_nodes) == ("auto", 1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for nodes in (4, 3):
+        monkeypatch.setenv("WORLD_SIZE", str(2 * nodes))
+        trainer = composed(f"strategy={strategy}").trainer
+        assert (trainer.devices, trainer.num_nodes) == (2, nodes)
+        assert composed(f"strategy={strategy}", "trainer.devices=8").trainer.devices == 8

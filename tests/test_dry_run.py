@@ -7,6 +7,8 @@ https://github.com/pytorch/rfcs/issues/108 (the parts of it, activations told ap
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -16,7 +18,7 @@ import train as entry
 from data.batch import batch_arithmetic
 from models.build import build
 from models.language_model import LanguageModel, LanguageModelConfig
-from scripts.planning.dry_run import parts, plan, six_n, span, vocabulary
+from scripts.planning.dry_run import parts, plan, repeated, six_n, span, vocabulary
 from scripts.planning.memory import Planned, kept_by_autograd, num_bytes
 from tests.test_config import composed
 from tests.training.test_sweep import JOB
@@ -74,6 +76,15 @@ def test_what_looks_at_numbers_is_said_to_be_unknown():
 def test_in_the_words_of_people():
     assert [span(s) for s in (0.2, 5, 90, 7200, 86400 * 12.34)] == [
         "under a second", "5 seconds", "1.5 minutes", "2.0 hours", "12.3 days"]  # fmt: skip
+
+
+def test_a_text_that_is_read_often_is_told():
+    text = SimpleNamespace(train_samples=lambda: range(16))  # 1,024 of 5,120 tokens
+    assert repeated(text, BATCH) == [
+        "tokens=5,120 reads the text 5.0 times; up to 4 times it is worth about as much as new text: take more text, "
+        "or tokens=4096"
+    ]
+    assert repeated(SimpleNamespace(train_samples=lambda: range(20)), BATCH) == []
 
 
 def test_a_dry_run_leaves_nothing_and_a_sweep_has_a_line_for_each_job(tmp_path, monkeypatch, capsys):

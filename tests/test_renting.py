@@ -12,7 +12,7 @@ from scripts import renting
 from scripts.planning import dry_run
 from scripts.planning.dry_run import SHARE, span
 from scripts.planning.memory import Planned
-from scripts.planning.scaling import INFINIBAND, NVLINK, Parameters, Placing, bandwidth, hire, memory, more_tokens
+from scripts.planning.scaling import INFINIBAND, INSIDE, Parameters, Placing, bandwidth, hire, memory, more_tokens
 from tests.conftest import ROOT
 from tests.test_config import composed
 
@@ -39,16 +39,19 @@ def test_memory_is_what_a_dry_run_tells():
 
 def test_time_is_what_a_dry_run_tells():
     batch = batch_arithmetic(1024, 128, 8, 1, 10**9)
-    found = hire(N, Placing("ddp", 1), batch, 6 * 10**9, PEAK_FLOPS["A100"], SHARE, price=2.0)
+    found = hire(N, Placing("ddp", 1), batch, 6 * 10**9, "A100", SHARE, price=2.0)
     total = 6e9 * batch.num_steps * batch.tokens
     assert span(found.hours * 3600) == span(total / (SHARE * PEAK_FLOPS["A100"]))
     assert found.sending == 0 and found.cost == 2 * found.hours
 
 
 def test_bandwidth_of_a_ring():
-    assert bandwidth(8, 1) == bandwidth(8, 4) == NVLINK
-    assert bandwidth(64, 1) == 8 * INFINIBAND  # eight rings, each by another card
-    assert bandwidth(64, 8) == INFINIBAND and bandwidth(64, 4) == 2 * INFINIBAND
+    nvlink, express = INSIDE["H100"], INSIDE["RTX 4090"]
+    assert bandwidth(8, 1, nvlink) == bandwidth(8, 4, nvlink) == nvlink
+    assert bandwidth(64, 1, nvlink) == 8 * INFINIBAND  # eight rings, each by another card
+    assert bandwidth(64, 8, nvlink) == INFINIBAND and bandwidth(64, 4, nvlink) == 2 * INFINIBAND
+    assert bandwidth(64, 1, express) == bandwidth(64, 8, express) == express
+    assert INSIDE.keys() == PEAK_FLOPS.keys()
     assert more_tokens(2**20, 2**20) == 2
 
 

@@ -10,7 +10,7 @@ import pytest
 from scripts import scaling
 from scripts.scaled.faults import STEPS, Checks
 from scripts.scaled.launch import Scratch, side_by_side
-from scripts.scaled.speed import cases
+from scripts.scaled.speed import cases, warming
 from scripts.scaling import ITEMS
 
 
@@ -23,6 +23,21 @@ def test_every_item_has_cases():
     assert {case.devices for case in found} == {1, 2, 4, 8}
     assert {case.devices for group in cases(2, toy=False) for case in group} == {1, 2}
     assert all(sum(case.devices for case in group) <= 2 for group in cases(2, toy=False))
+    warm = [case.name for case in warming(cases(2, toy=False))]
+    sequence = "context_parallel=2, seq_len=262144"
+    assert warm == ["ddp x2", "fsdp x2", sequence, "1300m fsdp x2", "1300m, 80 GB, micro_batch=8"]
+
+
+def test_few_at_once():
+    order = []
+
+    def task(name):
+        for _ in range(2):
+            order.append(name)
+            yield
+
+    assert side_by_side({name: task(name) for name in "abc"}, 60, 2) == {}
+    assert order == ["a", "b", "a", "b", "c", "c"]
 
 
 def test_what_was_begun_ends_with_the_script():

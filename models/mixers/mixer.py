@@ -387,6 +387,11 @@ class Mixer(nn.Module):
         return self.regressor.forget(memory, rows)
 
     @property
+    def rings(self) -> bool:
+        """Whether it needs no more of the tokens before than their positions and, from other processes, their pairs."""
+        return type(self) is Mixer and self.regressor.rings and self.convolution is None and self.shift is None
+
+    @property
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
 

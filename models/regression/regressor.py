@@ -137,5 +137,10 @@ class Regressor(nn.Module):
         raise NotImplementedError
 
     @property
+    def rings(self) -> bool:
+        """Whether the pairs of the tokens before may lie on other processes (local/ring.py)."""
+        return False
+
+    @property
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())

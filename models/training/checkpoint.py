@@ -41,6 +41,7 @@ class Checkpoint(Callback):
         (keep.py), under another `kept` too, for they are marked.
     plateau: a step at which it saves too, whose checkpoint stays as long as the schedule is this one (schedule.py:
         end_of_plateau).
+    mirror: where each is copied to (mirror.py), or None.
     """
 
     def __init__(
@@ -52,12 +53,13 @@ class Checkpoint(Callback):
         newest: int = 2,  # the newest, and one to go back to
         kept: frozenset[int] = frozenset(),
         plateau: int | None = None,
+        mirror: Any = None,
     ) -> None:
         self.folder, self.every, self.validate_every = Path(folder), every, validate_every
         self.preemption, self.newest, self.kept, self.plateau = preemption, newest, kept, plateau
         self.finished = self.saved = 0  # the last step that is over, and that is in a file
         self.begun: int | None = None  # the step of a checkpoint that is being written
-        self.files = WholeFiles()
+        self.files, self.mirror = WholeFiles(), mirror
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         self.trainer = trainer
@@ -95,6 +97,8 @@ class Checkpoint(Callback):
         if self.preemption.agreed or self.finished % self.every == 0 or self._stays(self.finished):
             self._save(trainer, wait=self.preemption.agreed)
         if self.preemption.agreed:
+            if self.mirror and trainer.is_global_zero:
+                self.mirror.wait()
             raise Stopped(self.preemption, f"after step {self.finished:,}; saved is step {self.saved:,}")
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -130,7 +134,11 @@ class Checkpoint(Callback):
                 mark(self.folder / f"step-{step:09d}.ckpt")
             newest = sorted(self.folder.glob("step-[0-9]*.ckpt"))[-self.newest :]
             marked = {step_of(path) for path in self.folder.glob("step-[0-9]*.keep")}
+            if self.mirror:
+                self.mirror.wait()  # for what is removed now may be on its way
             remove(self.folder, lambda step: step < step_of(newest[0]) and not self._stays(step) and step not in marked)
+            if self.mirror:
+                self.mirror.begin(step)
         return ""
 
     def _stays(self, step: int) -> bool:

@@ -26,6 +26,7 @@ from models.training.keep import steps_to_keep
 from models.training.logger import Tolerant, logged
 from models.training.loggers.about import about
 from models.training.memory import why
+from models.training.mirror import Mirror
 from models.training.module import Training
 from models.training.preemption import Preemption
 from models.training.run import Run, describe
@@ -45,20 +46,24 @@ def train(cfg: DictConfig) -> Result:
             if cfg.micro_batch == fitting.AUTO:
                 checked(cfg)  # what is wrong is told before anything is tried
                 fitting.settle(cfg, kind_of)
-            trainer, module, datamodule, run, overview = assemble(cfg, preemption)
-            checkpoint, torn = newest_whole(run.checkpoints, run.branch)
-            begin = not (checkpoint or run.result)
+            mirror = Mirror(cfg.mirror, cfg.run_dir) if cfg.mirror else None
+            fetched = mirror.fetch() if mirror and not cfg.overwrite else ""
+            trainer, module, datamodule, run, overview = assemble(cfg, preemption, mirror)
+            # what overwrite=true deletes may still be there for other processes than the first
+            checkpoint, torn = (None, []) if cfg.overwrite else newest_whole(run.checkpoints, run.branch)
+            result = None if cfg.overwrite else run.result
+            begin = not (checkpoint or result)
             begun = weights.load(module.model, cfg.init_from, datamodule.task.tokenizer) if begin else ""
         except ValueError as error:  # a mistake in the settings: what it is, without a traceback
             refuse(cfg.run_dir, [str(error)])
-        if run.result is not None:
-            say(f"{run.folder} is finished: {describe(run.result)}")
+        if result is not None:
+            say(f"{run.folder} is finished: {describe(result)}")
             say("For another run choose another name=, or overwrite=true to delete this one.")
-            return run.result
+            return result
         say(f"run       {run.folder}")
         say("\n".join(f"data      {line}" for line in datamodule.describe()))
         say(f"batch     {datamodule.batch}\n{overview}")
-        say("\n".join(filter(None, [*torn, f"going on from {checkpoint}" if checkpoint else begun])))
+        say("\n".join(filter(None, [fetched, *torn, f"going on from {checkpoint}" if checkpoint else begun])))
         with ending(trainer, run):
             seen = logged(run.folder)
             for logger in trainer.loggers:
@@ -70,6 +75,9 @@ def train(cfg: DictConfig) -> Result:
                 if (step := trainer.global_step) < module.num_steps:
                     sys.exit(f"stopped after {step} of {module.num_steps} steps; the same command goes on")
                 finish(trainer, module, datamodule, run)
+                if mirror and trainer.is_global_zero:
+                    mirror.begin(trainer.global_step)
+                    mirror.wait()
             except (RuntimeError, MemoryError, OtherDataError) as error:
                 sys.exit(f"error: {why(error, datamodule.batch, cfg.recompute)}")
         return run.result
@@ -93,7 +101,9 @@ def checked(cfg: DictConfig) -> tuple[dict[str, Any], Batch]:
     return plain, batch_arithmetic(*sizes, cfg.tokens, cfg.context_parallel)
 
 
-def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Training, DataModule, Run, str]:
+def assemble(
+    cfg: DictConfig, preemption: Preemption, mirror: Mirror | None = None
+) -> tuple[L.Trainer, Training, DataModule, Run, str]:
     """Everything that a run needs, checked and built, but not trained. Raises ValueError for the user's mistakes."""
     plain, batch = checked(cfg)
     validate_every = every(cfg.validate_every, batch.num_steps, "validate_every")
@@ -125,7 +135,7 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
     guards: dict[str, Any] = {"guard": Guard(cfg.guard.max_skipped, cfg.guard.spike_score), "preemption": preemption}
     module = Training(model, num_steps=batch.num_steps, clip_norm=cfg.clip_norm, **parts, **counts, **guards)
     plateau = end_of_plateau(module.schedule, batch.num_steps)
-    which = (cfg.keep.newest, kept, plateau)
+    which = (cfg.keep.newest, kept, plateau, mirror)
     checkpoints = Checkpoint(run.checkpoints, checkpoint_every, validate_every, preemption, *which)
     last = [preemption, checkpoints, Watchdog(cfg.guard.timeout)]
     trainer = build(

@@ -1,4 +1,5 @@
-"""A run that needs more memory than there is: which setting to lower, and to what."""
+"""Why training ended, in a sentence: it needs more memory than there is, and which setting to lower, and to what; or
+another process of the run is gone."""
 
 from __future__ import annotations
 
@@ -21,6 +22,8 @@ def why(error: Exception, batch: Batch, recompute: str | int = "all") -> str:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
         again = "" if recompute == "all" else "; or set recompute=all, with which a block holds its input alone"
         return f"{needs(batch)} ({there(error)}); {lower(batch)}{again}"
+    if "gloo/transport" in str(error) or isinstance(error, torch.distributed.DistNetworkError):
+        return "another process of this run is gone, and says why if it can; the same command goes on"
     raise error
 
 

@@ -119,7 +119,10 @@ class Training(L.LightningModule):
             return
         self._begun = True
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
-        say(self.recompute.begin(partial(self._nats, batch), optimizer, self.device))
+        strategy, more = self.trainer.strategy, 0
+        if isinstance(strategy, Sharded) and self.trainer.accumulate_grad_batches > 1:
+            more = strategy.held_between(sum(p.numel() for p in self.model.parameters()))
+        say(self.recompute.begin(partial(self._nats, batch), optimizer, self.device, more))
 
     def _nats(self, batch: dict[str, Tensor | Any]) -> Tensor:
         with self.trainer.precision_plugin.forward_context():
@@ -131,6 +134,7 @@ class Training(L.LightningModule):
         """
         parts = [batch["input_ids"], batch["labels"], batch["segments"]]
         if self.context is not None:
+            self.context.begin(parts[0], parts[2])
             parts = [x if x is None else self.context.share(x) for x in parts]
         self.model.context = self.context
         try:

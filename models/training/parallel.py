@@ -31,7 +31,8 @@ from models.training.shards import SHARDED, parts, parts_of, read_parts
 
 PIECE = 2**26  # gradients that are averaged by one call: 256 MiB in float32
 REDUCTIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-WHOLE_FOR = ("block", "pass", "step")
+WHOLE_FOR = ("auto", "block", "pass", "step")
+MUCH = 1 / 3  # of a GPU's memory: with no more for parameters, gradients and state, auto holds them whole for a step
 
 
 class DDP(DDPStrategy):
@@ -94,7 +95,8 @@ class Sharded(ModelParallelStrategy):
     replicas: how many; a divisor of the number of devices.
     whole_for: how long a device holds parameters whole that it has gathered. `block`: one block's pass, forward, and
         again backward (ZeRO-3). `pass`: a micro-batch, forward and backward. `step`: all micro-batches of a step, and
-        gradients whole as well, which are then divided once; this takes 8 bytes a parameter, and sends least.
+        gradients whole as well, which are then divided once; this takes 8 bytes a parameter, and sends least. `auto`:
+        a step where a GPU has that memory, else a block.
     checkpoint: `whole`, one file that the first rank writes while training waits; or `sharded` (background.py).
     """
 
@@ -125,6 +127,8 @@ class Sharded(ModelParallelStrategy):
         under every strategy.
         """
         settings: dict[str, Any] = {"mesh": self.mesh(), "mp_policy": MixedPrecisionPolicy(reduce_dtype=self.dtype)}
+        if self.whole_for == "auto":
+            self.whole_for = self._affordable(sum(p.numel() for p in model.parameters()))
         at_once = (blocks[-1], model)  # the last block, embedding and head are needed again at once
         for module in (*blocks, model):
             fully_shard(module, reshard_after_forward=self.whole_for == "block" and module not in at_once, **settings)
@@ -133,6 +137,19 @@ class Sharded(ModelParallelStrategy):
         for method in methods:
             register_fsdp_forward_method(model, method)
         self.sharded = cast("FSDPModule", model)
+
+    def _affordable(self, size: int) -> str:
+        """What `auto` is, the same for all devices. size: the number of parameters."""
+        if self.root_device.type != "cuda":
+            return "block"
+        memory = torch.tensor(torch.cuda.get_device_properties(self.root_device).total_memory, device=self.root_device)
+        dist.all_reduce(memory, dist.ReduceOp.MIN)
+        needed = 16 * size * self.replicas // dist.get_world_size() + 8 * size
+        return "step" if needed <= MUCH * memory.item() else "block"
+
+    def held_between(self, size: int) -> int:
+        """Bytes of the gradients that are whole between the micro-batches of a step. size: as above."""
+        return 4 * size if self.whole_for == "step" else 0
 
     def mesh(self) -> DeviceMesh:
         """Of the devices that share, or replicas by these."""

@@ -29,11 +29,8 @@ USABLE = 0.92  # of the memory that is free or ours: the rest is lost between al
 
 
 class Recompute:
-    """transformers' gradient_checkpointing_func, for the chosen blocks alone. most: bytes of the GPU that may be used,
-    where it is not all. saved: what each block of the last pass held after it, in bytes, where it is measured.
-    """
-
-    most: int | None = None
+    """transformers' gradient_checkpointing_func, for the chosen blocks alone. saved: bytes that each
+    block of the last pass held after it, where it is measured."""
 
     def __init__(self, model: LanguageModel, setting: str | int) -> None:
         self.model, self.setting = model, setting
@@ -45,12 +42,14 @@ class Recompute:
         model.gradient_checkpointing = True
         model._gradient_checkpointing_func = self
 
-    def begin(self, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, device: torch.device) -> str:
+    def begin(
+        self, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, device: torch.device, more: int = 0
+    ) -> str:
         """Before the first step: what is recomputed, a line to say, empty where nothing is to be said. `loss` is that
-        of the first batch, in the precision of the run.
+        of the first batch, in the precision of the run. more: bytes that a step holds beside those of one pass.
         """
         if self.setting == "auto" and device.type == "cuda":
-            return choose(self, loss, optimizer).said(len(self.index))
+            return choose(self, loss, optimizer, more).said(len(self.index))
         if not self.chosen:
             return ""
         count = f"{len(self.chosen)} of {len(self.index)} blocks are recomputed in the backward pass"
@@ -130,17 +129,17 @@ def plan(saved: list[int], peak: int, plain: set[int], more: int, available: int
     return Plan(chosen, needs, without, available)
 
 
-def choose(recompute: Recompute, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Plan:
+def choose(recompute: Recompute, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, more: int) -> Plan:
     """Measures, decides for all ranks alike, and leaves no gradients."""
     with torch.random.fork_rng([torch.cuda.current_device()]):
         saved, peak, plain = measure(recompute, recompute.model.config.layers, loss)
     for p in recompute.model.parameters():
         p.grad = None
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    here = free + torch.cuda.memory_reserved()
-    available = int(USABLE * (here if recompute.most is None else min(here, recompute.most)))
-    found = plan(saved, peak, plain, _state_to_come(optimizer), available)
+    free, total = torch.cuda.mem_get_info()
+    allowed = torch.cuda.get_per_process_memory_fraction() * total  # all, unless this process is told to take less
+    available = int(USABLE * min(free + torch.cuda.memory_reserved(), allowed))
+    found = plan(saved, peak, plain, _state_to_come(optimizer) + more, available)
     if torch.distributed.is_initialized():
         count = torch.tensor(len(found.chosen), device="cuda")
         torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)

@@ -72,7 +72,7 @@ class Run:
             self._lock()
             for part in self._contents() if self.config["overwrite"] else ():
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
-        if path.exists():
+        if path.exists() and not self.config["overwrite"]:  # with which it may be about to be deleted
             before = current(OmegaConf.to_container(OmegaConf.load(path)))
             if not (found := difference(before, self.config)):
                 return

@@ -149,14 +149,10 @@ def missing(name: str, device: str) -> str | None:
     return None
 
 
-def ours(
-    name: str, sizes: Sizes, device: str, most: int | None = None, seed: int = 0, compiled: bool = True
-) -> Contender:
+def ours(name: str, sizes: Sizes, device: str, seed: int = 0, compiled: bool = True) -> Contender:
     """As train.py trains it: models/training/module.py's loss, its compiled and recomputed blocks, the config's
-    optimizer. most: bytes of the GPU's memory that it may use. seed: of the weights. compiled: false for eager blocks
-    whatever the config says."""
+    optimizer. seed: of the weights. compiled: false for eager blocks whatever the config says."""
     module = training(name, sizes, device, seed, compiled)
-    module.recompute.most = most
     flops = 3 * module.model.flops_per_token(sizes.T)
 
     def loss(batch: dict[str, Tensor | Any]) -> Tensor:
@@ -168,8 +164,8 @@ def ours(
     def begin(batch: dict[str, Tensor | Any]) -> str:
         module.recompute.begin(partial(nats, module.model, batch), optimizer, torch.device(device))
         again = len(module.recompute.chosen)
-        compiled = "blocks compiled" if module.compile_blocks else "eager"
-        return f"{compiled}, {again} of {sizes.layers} recomputed" if again else compiled
+        how = "blocks compiled" if module.compile_blocks else "eager"
+        return f"{how}, {again} of {sizes.layers} recomputed" if again else how
 
     return Contender(module.model, loss, optimizer, flops, begin, packs=True)
 
@@ -267,8 +263,8 @@ def forward_flops(model: nn.Module, like: str, sizes: Sizes) -> int:
     return products + sum(regressions[i % period] for i in range(sizes.layers))
 
 
-def contender(name: str, sizes: Sizes, device: str, most: int | None = None, compiled: bool = True) -> Contender:
-    return ours(name, sizes, device, most, compiled=compiled) if name in PRESETS else theirs(name, sizes, device)
+def contender(name: str, sizes: Sizes, device: str, compiled: bool = True) -> Contender:
+    return ours(name, sizes, device, compiled=compiled) if name in PRESETS else theirs(name, sizes, device)
 
 
 def batch_of(sizes: Sizes, device: str, documents: bool = True) -> dict[str, Tensor | Any]:

@@ -89,11 +89,11 @@ def time_training(
 ) -> Trained:
     """The row of one model. memory_gb: as on a card of so much, where this one has more. warm_up: how many steps
     between the first and those that are timed. compiled: false for eager blocks of ours."""
-    caches, most = state_of_caches(), None
+    caches = state_of_caches()
     if memory_gb is not None and device == "cuda":
-        most = int(memory_gb * 1e9)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, most / torch.cuda.get_device_properties(0).total_memory))
-    model = contender(name, sizes, device, most, compiled)
+        part = memory_gb * 1e9 / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, part))
+    model = contender(name, sizes, device, compiled)
     packed = documents and model.packs
     batch = batch_of(sizes, device, packed)
     taken = pass_of(model, device)

@@ -136,10 +136,13 @@ def several(run: Run) -> Iterator[str]:
     """Of the rows that were timed, those of as many GPUs as there were."""
     yield "## Several GPUs of one host"
     yield ""
-    yield f"`python scripts/scaling.py` on {run['date']}: {run['machine']}, torch {run['torch']}."
+    commit = f", commit {run['commit']}" if run.get("commit") else ""
+    yield f"`python scripts/scaling.py` on {run['date']}: {run['machine']}, torch {run['torch']}{commit}."
     yield f"Training by `train.py`, {run['steps']} steps after a first one. *Linear* is tokens/s beside those of as"
-    yield "many single GPUs, each as fast as `one`, or as `one, no graph` where there is no CUDA graph. GB are the peak"
-    yield "of a GPU."
+    yield "many single GPUs, each as fast as `one`, or as `one, no graph` where there is no CUDA graph, or for 1300m as"
+    yield "its first row. GB are the peak of a GPU, and *memory* is what the run itself said before its first step."
+    if run.get("warm"):
+        yield "Blocks had been compiled before, so a first step of an empty cache takes longer."
     yield ""
     rows = [
         [
@@ -147,10 +150,11 @@ def several(run: Run) -> Iterator[str]:
             " ".join(f"`{word}`" for word in row["words"]),
             number(row["tokens_per_second"]),
             *(number(row[key], digits) for key, digits in (("of_linear", 3), ("peak_gb", 1), ("first_s", 0))),
+            row.get("memory", "").removeprefix("memory").strip(),
         ]
         for row in timed(run)
     ]
-    yield from table(["", "words", "tokens/s", "linear", "GB", "first step, s"], rows)
+    yield from table(["", "words", "tokens/s", "linear", "GB", "first step, s", "memory"], rows)
     yield from left_out(run, lambda row: row["name"])
     if run["checks"]:
         yield ""

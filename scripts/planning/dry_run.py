@@ -33,6 +33,7 @@ from models.training.sweep import Result
 from scripts.planning.memory import Memory, Planned
 
 SHARE = 0.4  # of a GPU's peak, for a time that nobody has measured
+WORTH = 4  # times that a text is read
 OFTEN = ("A100", "H100", "B200")  # named where this machine has no GPU whose peak is known
 
 
@@ -122,7 +123,20 @@ def vocabulary(config: dict[str, Any], batch: Batch) -> tuple[int, list[str]]:
     task.prepare()
     if found := misfits(task, batch):
         raise ValueError("\n       ".join(found))
-    return task.vocab_size, [*task.describe(), *(task.passes(batch) if isinstance(task, Mixture) else [])]
+    times = task.passes(batch) if isinstance(task, Mixture) else repeated(task, batch) if isinstance(task, Text) else []
+    return task.vocab_size, [*task.describe(), *times]
+
+
+def repeated(text: Text, batch: Batch) -> list[str]:
+    """A line where a text is read so often that it is worth less each time (Muennighoff et al. 2023)."""
+    tokens = len(text.train_samples()) * batch.seq_len
+    times = batch.num_steps * batch.tokens / tokens
+    if times <= WORTH:
+        return []
+    return [
+        f"tokens={batch.num_steps * batch.tokens:,} reads the text {times:,.1f} times; up to {WORTH} times it is worth "
+        f"about as much as new text: take more text, or tokens={WORTH * tokens}"
+    ]
 
 
 def parts(model: LanguageModel) -> str:
@@ -156,8 +170,9 @@ def memory_lines(memory: Memory, batch: Batch, precision: Any, sharded: bool) ->
 
 
 def gathered(memory: Memory, shards: int, whole_for: str) -> Memory:
-    """With the parameters, and gradients, that a device of strategy=fsdp holds whole for a pass or a step."""
-    times = {"block": (0, 0), "pass": (shards, 0), "step": (shards, shards)}[whole_for]
+    """With the parameters, and gradients, that a device of strategy=fsdp holds whole for a pass or a step; with auto
+    the least, for which GPU it will be is not known."""
+    times = {"auto": (0, 0), "block": (0, 0), "pass": (shards, 0), "step": (shards, shards)}[whole_for]
     weights, gradients = (x * (1 + n) for x, n in zip((memory.weights, memory.gradients), times, strict=True))
     return memory._replace(weights=weights, gradients=gradients)
 

@@ -23,9 +23,24 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from data.batch import Batch
+from models.training.speed import PEAK_FLOPS
 
-NVLINK, INFINIBAND = 450e9, 50e9  # bytes a second and direction of a device: NVLink 4, and a card of 400 Gb/s for each
-NODE = 8  # devices that NVLink joins
+# Bytes a second and direction: of a device to others of its node, from the makers' data sheets, by the names of
+# models.training.speed.PEAK_FLOPS; NVLink through a switch, else PCI Express, for a bridge joins two devices alone.
+INSIDE = {
+    "B200": 900e9,
+    "H200": 450e9,
+    "H100 PCIe": 64e9,
+    "H100 NVL": 64e9,
+    "H100": 450e9,
+    "A100": 300e9,
+    "L40S": 32e9,
+    "A6000": 32e9,
+    "RTX 4090": 32e9,
+    "RTX 3090": 32e9,
+}
+INFINIBAND = 50e9  # to other nodes: a card of 400 Gb/s for each device
+NODE = 8  # devices
 
 
 class Parameters(NamedTuple):
@@ -56,15 +71,16 @@ class Sent(NamedTuple):
     within: float
     among: float
 
-    def seconds(self, place: Placing) -> float:
-        """With nothing hidden behind a computation, and no time for the way of a first byte."""
-        return self.within / bandwidth(place.shards, 1) + self.among / bandwidth(place.devices, place.shards)
+    def seconds(self, place: Placing, inside: float) -> float:
+        """With nothing hidden behind a computation, and no time for the way of a first byte. inside: of INSIDE."""
+        among = self.among / bandwidth(place.devices, place.shards, inside)
+        return self.within / bandwidth(place.shards, 1, inside) + among
 
 
-def bandwidth(span: int, stride: int) -> float:
+def bandwidth(span: int, stride: int, inside: float) -> float:
     """Bytes a second that each device of a ring sends, which goes over every stride-th of `span` devices in a row. As
     many rings as a node has devices in it leave the node by as many cards, each with its part of the bytes."""
-    return NVLINK if span <= NODE else min(NVLINK, INFINIBAND * max(1, NODE // stride))
+    return inside if span <= NODE else min(inside, INFINIBAND * max(1, NODE // stride))
 
 
 def memory(n: Parameters, place: Placing) -> int:
@@ -95,11 +111,10 @@ class Hire(NamedTuple):
     cost: float
 
 
-def hire(
-    n: Parameters, place: Placing, batch: Batch, flops_per_token: int, peak: float, mfu: float, price: float
-) -> Hire:
-    """flops_per_token: to train. All sending is added, as if nothing of it were hidden behind the computation."""
-    sending = sent(n, place, batch.accumulation).seconds(place)
-    step = batch.tokens * flops_per_token / (place.devices * peak * mfu) + sending
+def hire(n: Parameters, place: Placing, batch: Batch, flops_per_token: int, gpu: str, mfu: float, price: float) -> Hire:
+    """flops_per_token: to train. gpu: of PEAK_FLOPS. All sending is added, as if nothing of it were hidden behind the
+    computation."""
+    sending = sent(n, place, batch.accumulation).seconds(place, INSIDE[gpu])
+    step = batch.tokens * flops_per_token / (place.devices * PEAK_FLOPS[gpu] * mfu) + sending
     hours = step * batch.num_steps / 3600
     return Hire(step, sending, hours, hours * place.devices * price)

@@ -9,13 +9,13 @@ from models.training.preemption import UNFINISHED
 from scripts.scaled.launch import Run, Scratch
 
 STEPS = 40
-SMALL = ["data=mqar", "data.vocab_size=64", "data.num_pairs=4", "model=gated_delta", "model.hidden_size=64",
+SMALL = ["data=mqar", "data.vocab_size=64", "data.num_pairs=4", "model.hidden_size=64",
          "model.num_layers=2", "model.num_heads=1", "seq_len=32", "batch_tokens=512", f"tokens={512 * STEPS}",
          "validation_tokens=256", "validate_every=20", "checkpoint_every=4", "log_every=1", "guard.timeout=60",
-         "micro_batch=1", "compile=false", "~callbacks.plot", "~callbacks.sample", "~callbacks.regression"]  # fmt: skip
+         "compile=false", "~callbacks.plot", "~callbacks.sample", "~callbacks.regression"]  # fmt: skip
+MODELS = ("gated_delta", "softmax")  # whose sequences are shared: a state is handed on, pairs pass by
 EXACT = ["trainer.precision=32-true", "model.mixers.main.regressor.backend=torch"]
 HALF = ["trainer.precision=bf16-mixed"]
-LONG = ["seq_len=512", "batch_tokens=2048", f"tokens={2048 * STEPS}"]
 ROUNDING = {"float32": 5e-4, "bfloat16": 0.1}  # of a loss, relative, where 40 steps were added up in another order
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
@@ -29,6 +29,10 @@ def strategies(devices: int) -> dict[str, list[str]]:
             "fsdp, shards": ["strategy=fsdp", "trainer.strategy.checkpoint=sharded"]}  # fmt: skip
 
 
+def long(seq_len: int) -> list[str]:
+    return ["micro_batch=1", f"seq_len={seq_len}", f"batch_tokens={4 * seq_len}", f"tokens={4 * seq_len * STEPS}"]
+
+
 class Checks:
     """Generators that give way while they wait, and raise AssertionError where a run fails. What runs lost on the way
     is in `losses`, by their name, and what each is to be compared with, and how closely, in `like`.
@@ -36,29 +40,33 @@ class Checks:
 
     def __init__(self, count: int, scratch: Scratch, toy: bool, fork: bool) -> None:
         self.count, self.scratch, self.fork = count, scratch, fork
-        self.words = [*SMALL, *(["trainer.accelerator=cpu"] if toy else [])]
+        micro_batch = f"micro_batch={max(1, 8 // count)}"  # of 16 sequences: two micro-batches on each device
+        self.long = long(512 if toy else 2048)
+        self.words = [*SMALL, micro_batch, *(["trainer.accelerator=cpu"] if toy else [])]
         self.losses: dict[str, list[float]] = {}
         self.like: dict[str, tuple[str, float]] = {}
 
     def runs(self) -> dict[str, Iterator[None]]:
         """Of every strategy from the first step to the last; and of sequences that devices share."""
-        found = {name: self.whole(name, 1, words) for name, words in
-                 (("one", EXACT), ("one, bf16", HALF), ("one, long", [*LONG, *EXACT]),
-                  ("one, long, bf16", [*LONG, *HALF]))}  # fmt: skip
         n = self.count
+        found = {name: self.whole(name, 1, words) for name, words in (("one", EXACT), ("one, bf16", HALF))}
         for name, words in strategies(n).items():
             found |= self._one_more(f"{name} x{n}", [*EXACT, *words], "one", ROUNDING["float32"])
         for name in ("ddp", "fsdp"):
             found |= self._one_more(
                 f"{name} x{n}, bf16", [*HALF, f"strategy={name}"], "one, bf16", ROUNDING["bfloat16"]
             )
-        words = [*LONG, "strategy=ddp", f"context_parallel={n}"]
-        found |= self._one_more(f"context_parallel={n}", [*words, *EXACT], "one, long", ROUNDING["float32"])
-        found |= self._one_more(f"context_parallel={n}, bf16", [*words, *HALF], "one, long, bf16", ROUNDING["bfloat16"])
+        for model in MODELS:
+            for kind, words in (("float32", EXACT), ("bfloat16", HALF)):
+                alone, words = f"{model}, {kind}", [f"model={model}", *self.long, *words]
+                found |= {alone: self.whole(alone, 1, words)}
+                words = [*words, "strategy=ddp", f"context_parallel={n}"]
+                found |= self._one_more(f"{alone}, context_parallel={n}", words, alone, ROUNDING[kind])
         return found
 
     def kills(self) -> dict[str, Iterator[None]]:
-        found = {}
+        """And an undisturbed run, to compare them with."""
+        found = {"one": self.whole("one", 1, EXACT)}
         for strategy, words in strategies(self.count).items():
             for number in SIGNALS:
                 name = f"{strategy} x{self.count}, {number.name}"

@@ -14,8 +14,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from models.training.logger import read_metrics
 from scripts.scaled.forked import ROOT, forked
@@ -25,11 +28,18 @@ PAUSE = 0.005  # seconds between two looks
 
 class Run:
     """folder: in which the run's is made, under the name `run`. gpus: the place of each process, and so how many there
-    are; on a CPU only their number counts. environment: what is another in it.
+    are; on a CPU only their number counts. environment: what is another in it. memory_gb: 1e9 bytes that torch may
+    take of each GPU.
     """
 
     def __init__(
-        self, folder: Path, words: Sequence[str], gpus: Sequence[int], fork: bool = True, **environment: str
+        self,
+        folder: Path,
+        words: Sequence[str],
+        gpus: Sequence[int],
+        fork: bool = True,
+        memory_gb: float | None = None,
+        **environment: str,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.log = folder / "run", folder / "log.txt"
@@ -45,6 +55,8 @@ class Run:
         self.codes: list[int | None] = [None] * len(gpus)
         self._rows: list[dict[str, float]] = []
         self._stamp: Any = None  # of the file that they are from
+        self.first = partial(as_on_a_card_of, memory_gb) if memory_gb else None
+        assert fork or not memory_gb
         start = self._fork if fork else self._start
         own = [{"RANK": str(r), "LOCAL_RANK": str(r)} if len(gpus) > 1 else {} for r in range(len(gpus))]
         self.pids = [start(common | each) for each in own]
@@ -57,7 +69,7 @@ class Run:
 
     def _fork(self, environment: dict[str, str]) -> int:
         with self.log.open("ab") as log:
-            return forked(self.words, environment, log)
+            return forked(self.words, environment, log, self.first)
 
     def rows(self) -> list[dict[str, float]]:
         """Of metrics.csv, so far: those of training."""
@@ -94,10 +106,22 @@ class Run:
                 os.waitpid(pid, 0)
         self.codes = [-signal.SIGKILL if code is None else code for code in self.codes]
 
+    def line(self, begin: str) -> str:
+        """The first of what it printed that begins so."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return next((line for line in lines if line.startswith(begin)), "")
+
     def said(self) -> str:
         """The last line that names an error, else the last one."""
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         return ([line for line in lines if "Error" in line or line.startswith("error:")] or lines or [""])[-1][:300]
+
+
+def as_on_a_card_of(memory_gb: float) -> None:
+    """torch takes no more of this process's GPU, where it has more."""
+    own = int(os.environ.get("LOCAL_RANK", 0))
+    part = memory_gb * 1e9 / torch.cuda.get_device_properties(own).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, part), own)
 
 
 class Scratch:
@@ -119,21 +143,23 @@ def _remove(path: Path, pid: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def side_by_side(tasks: dict[str, Iterator[None]], limit: float) -> dict[str, str]:
-    """Takes turns among them until all are done. Why one is not, by its name: an AssertionError's words, or that the
-    time of `limit` seconds was over."""
+def side_by_side(tasks: dict[str, Iterator[None]], limit: float, at_once: int | None = None) -> dict[str, str]:
+    """Takes turns among them until all are done, among no more than `at_once`. Why one is not, by its name: an
+    AssertionError's words, or that the time of `limit` seconds was over."""
     failed: dict[str, str] = {}
     deadline = time.monotonic() + limit
     try:
-        return _turns(tasks, failed, deadline, limit)
+        return _turns(tasks, failed, deadline, limit, at_once)
     finally:
         for task in tasks.values():  # an exception, ctrl-c or a signal: what was begun is not left to run on
             task.close()  # type: ignore[attr-defined]  # a generator, whose `finally` ends its run
 
 
-def _turns(tasks: dict[str, Iterator[None]], failed: dict[str, str], deadline: float, limit: float) -> dict[str, str]:
+def _turns(
+    tasks: dict[str, Iterator[None]], failed: dict[str, str], deadline: float, limit: float, at_once: int | None
+) -> dict[str, str]:
     while tasks:
-        for name, task in list(tasks.items()):
+        for name, task in list(tasks.items())[:at_once]:
             try:
                 next(task)
             except StopIteration:

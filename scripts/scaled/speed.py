@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,17 +22,20 @@ TOY_WORDS = ["data=mqar", "data.vocab_size=64", "data.num_pairs=4", "model.hidde
              "trainer.accelerator=cpu"]  # fmt: skip
 ALONE = ["log_every=1", "validate_every=1000000", "checkpoint_every=1000000", "guard.timeout=120", "~callbacks.plot",
          "~callbacks.sample", "~callbacks.regression"]  # fmt: skip
+HELD_OUT = "data.corpus.validation_fraction=0.2"  # of python_source: more than one sequence of 262,144 tokens
 FIRST = 1  # steps before those that are timed: they compile, and record
 
 
 class Case(NamedTuple):
-    """A run to be timed: by what name, on how many devices, with which words; beside what it is to be seen."""
+    """A run to be timed: by what name, on how many devices, with which words; beside which row it is to be seen, and
+    how much of each GPU's memory it may take."""
 
     name: str
     item: str
     devices: int
     words: list[str]
     beside: str = ""
+    memory_gb: float | None = None
 
 
 @dataclass
@@ -53,6 +57,7 @@ class Timed:
     first_s: float | None = None
     losses: list[float] = field(default_factory=list)
     reason: str = ""
+    memory: str = ""
 
     def __str__(self) -> str:
         def shown(x: float | None, form: str) -> str:
@@ -62,7 +67,7 @@ class Timed:
         return (
             f"{self.name:<34}{self.devices:>4}{shown(self.tokens_per_second, ',.0f'):>12}{shown(self.step, '.3f'):>9}"
             f"{shown(self.of_linear, '.3f'):>8}{shown(self.peak_gb, '.1f'):>8}{shown(self.first_s, '.1f'):>8}"
-            f"  {held}  {self.reason}"
+            f"  {held}  {self.reason or self.memory}"
         )
 
 
@@ -70,14 +75,15 @@ HEAD = f"{'':<34}{'GPUs':>4}{'tokens/s':>12}{'s/step':>9}{'linear':>8}{'peak GB'
 
 
 def cases(count: int, toy: bool) -> list[list[Case]]:
-    """In order of what is worth most; those of one list run side by side."""
-    model, large = (["model=gated_delta", f"size={size}"] if not toy else ["model=gated_delta"] for size in
-                    ("340m", "1300m"))  # fmt: skip
+    """Those of one list run side by side."""
+    model = ["model=gated_delta", *([] if toy else ["size=340m"])]
     worlds = [n for n in (2, 4, 8) if n <= count]
-    fsdp = {"block": [], "pass": ["trainer.strategy.whole_for=pass"], "step": ["trainer.strategy.whole_for=step"]}
+    block, whole = "trainer.strategy.whole_for=block", "trainer.strategy.whole_for=pass"
     double = [] if toy else ["micro_batch=32"]
     plain, sequence = ["cuda_graph=false"], "seq_len=128" if toy else "seq_len=262144"
-    long = [sequence, f"batch_tokens={sequence.split('=')[1]}", "micro_batch=1"] + ([] if toy else ["recompute=all"])
+    long = [sequence, f"batch_tokens={sequence.split('=')[1]}", "micro_batch=1"] + (
+        [] if toy else ["recompute=all", HELD_OUT]
+    )
 
     def of(item: str, name: str, n: int, words: Sequence[str], beside: str = "one") -> list[Case]:
         return [Case(f"{name}", item, n, [*words], beside)]
@@ -86,38 +92,85 @@ def cases(count: int, toy: bool) -> list[list[Case]]:
     found = [one]
     for n in reversed(worlds):
         found += [of("ddp", f"ddp x{n}", n, [*model, "strategy=ddp"])]
+        found += [of("fsdp", f"fsdp x{n}", n, [*model, "strategy=fsdp"])]
     for n in worlds[-1:]:
-        found += [of("ddp", f"ddp x{n}, no graph", n, [*model, "strategy=ddp", *plain], "one, no graph")]
+        found += [of("fsdp", f"fsdp x{n}, block", n, [*model, "strategy=fsdp", block])]
+        found += [of("hsdp", f"hsdp x{n}", n, [*model, "strategy=hsdp", "trainer.strategy.replicas=2"])]
         words = [*model, *long, "strategy=ddp", f"context_parallel={n}"]
         found += [of("context", f"context_parallel={n}, {sequence}", n, words, "")]
-        for name in ("step", "block"):
-            found += [of("fsdp", f"fsdp x{n}, {name}", n, [*model, "strategy=fsdp", *fsdp[name]])]
-        words = [*large, "strategy=fsdp", *([] if toy else ["recompute=auto"])]
-        found += [of("1300m", f"1300m fsdp x{n}", n, words, "")]
-        found += [of("fsdp", f"fsdp x{n}, pass", n, [*model, "strategy=fsdp", *fsdp["pass"]])]
-        found += [of("fsdp", f"fsdp x{n}, block, 32", n, [*model, "strategy=fsdp", *double])]
-        found += [of("fsdp", f"fsdp x{n}, step, 32", n, [*model, "strategy=fsdp", *double, *fsdp["step"]])]
+        found += [of("more", f"ddp x{n}, no graph", n, [*model, "strategy=ddp", *plain], "one, no graph")]
+        found += [of("more", f"fsdp x{n}, pass", n, [*model, "strategy=fsdp", whole])]
+        found += [of("more", f"fsdp x{n}, block, 32", n, [*model, "strategy=fsdp", block, *double])]
+        found += [of("more", f"fsdp x{n}, 32", n, [*model, "strategy=fsdp", *double])]
         half = ["trainer.strategy.reduction=bfloat16"]
         found += [of("bf16", f"ddp x{n}, bf16", n, [*model, "strategy=ddp", *half])]
         found += [of("bf16", f"fsdp x{n}, bf16", n, [*model, "strategy=fsdp", *half])]
-        if n > 2:
-            words = [*model, "strategy=hsdp", "trainer.strategy.replicas=2"]
-            found += [of("hsdp", f"hsdp x{n}", n, words)]
-    for n in reversed(worlds[:-1]):
-        found += [of("fsdp", f"fsdp x{n}, block", n, [*model, "strategy=fsdp"])]
+    found += large_cases(worlds[-1:], toy)
     return found
 
 
-def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fork: bool) -> Iterator[Timed]:
-    """Gives way with the row that grows, until it is whole. first: the place of the first device."""
+def large_cases(worlds: Sequence[int], toy: bool) -> list[list[Case]]:
+    """1.3 billion parameters on a card of 80 GB, then on all. A step is of eight micro-batches a device: one of a
+    million tokens takes a GPU 20 s."""
+    size, limit, wide = (
+        (["model=gated_delta"], None, []) if toy else (["model=gated_delta", "size=1300m"], 80, ["micro_batch=8"])
+    )
+    batch = {n: [] if toy else [f"batch_tokens={8 * 4 * 4096 * n}"] for n in (1, *worlds)}
+    auto, name = ["recompute=auto"], "1300m, 80 GB"
+
+    def card(more: str, words: list[str]) -> Case:
+        return Case(name + more, "card", 1, [*size, *batch[1], *words], "", limit)
+
+    pair = [card("", auto), card(", all recomputed", ["recompute=all"])]
+    found = [pair] if worlds else [[each] for each in pair]
+    found += [[Case(f"1300m fsdp x{n}", "1300m", n, [*size, *batch[n], "strategy=fsdp", *auto], name)] for n in worlds]
+    return [*found, [card(", micro_batch=8", [*wide, *auto])]]
+
+
+def warming(groups: Sequence[Sequence[Case]]) -> list[Case]:
+    """Runs of a step of one micro-batch a device that leave in torch's caches what those of the cases would compile:
+    one of each strategy, size and length, of those on most devices. They hold little, so they run side by side.
+    """
+    found: dict[tuple[str, ...], Case] = {}
+    for case in sorted((case for group in groups for case in group), key=lambda case: -case.devices):
+        sizes = [word for word in case.words if word.startswith(("size=", "seq_len=", "micro_batch="))]
+        kind = [word.replace("hsdp", "fsdp") for word in case.words if word.startswith("strategy=")]
+        if case.item == "more":  # they come last, if at all
+            continue
+        if case.devices > 1 or not any(set(sizes) <= set(key) for key in found):
+            found.setdefault((*sizes, *kind), case)
+    return list(found.values())
+
+
+def warm(case: Case, first: int, scratch: Scratch, fork: bool) -> Iterator[None]:
+    """Gives way until the run has made its step."""
+    words = [word for word in case.words if not word.startswith(("batch_tokens=", "recompute="))]
+    words = [*GPU_WORDS, *ALONE, *words, "recompute=all", f"batch_tokens={2**18}", f"tokens={2**22}"]
+    run = Run(scratch.folder(f"warm {case.name}"), words, range(first, first + case.devices), fork)
+    try:
+        yield from run.until(1)
+    finally:
+        run.end()
+
+
+def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fork: bool) -> Iterator[Timed | None]:
+    """Gives way with None until the model is built, on the CPU; then, stopped, once with the row, for the GPUs may be
+    another's still; then with the row that grows, until it is whole. first: the place of the first device."""
     gpus = range(first, first + case.devices)
     row = Timed(case.name, case.devices, case.words)
     words = [*(TOY_WORDS if toy else GPU_WORDS), *ALONE, *case.words]
     tokens = 64 * 512 if toy else 10**9
-    run = Run(scratch.folder(case.name), [*words, f"tokens={tokens}"], gpus, fork)
+    run = Run(scratch.folder(case.name), [*words, f"tokens={tokens}"], gpus, fork, case.memory_gb)
     began = time.monotonic()
     seen: list[float] = []  # when each step's row was there
     try:
+        while not run.line("with ") and not run.ended():
+            yield None
+        run.send(signal.SIGSTOP)
+        waited = time.monotonic()
+        yield row
+        run.send(signal.SIGCONT)
+        began += time.monotonic() - waited
         while len(seen) < FIRST + steps and not run.ended():
             seen += [time.monotonic()] * (len(run.rows()) - len(seen))
             yield row
@@ -127,6 +180,7 @@ def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fo
         found = run.rows()
         run.end()
         row.losses = [each["train/loss"] for each in found]
+        row.memory = run.line("memory ")
         if seen:
             row.first_s = seen[0] - began
         if len(seen) < FIRST + steps:
@@ -140,11 +194,11 @@ def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fo
     yield row
 
 
-def prepare() -> None:
-    """The text of the rows, once for all: in a process of its own."""
+def prepare(*more: str) -> None:
+    """The text of the rows, once for all: in a process of its own. more: settings of the data."""
 
     def words() -> None:
-        sys.argv = ["prepare_data.py", *GPU_WORDS[:2], f"num_workers={min(8, os.cpu_count() or 1)}"]
+        sys.argv = ["prepare_data.py", *GPU_WORDS[:2], f"num_workers={min(8, os.cpu_count() or 1)}", *more]
         prepare_data.main()
 
     process = multiprocessing.get_context("fork").Process(target=words)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from models.kernels import attention as kernels
 from models.kernels import backend
+from models.regression.local import ring
 from models.regression.local.constant import recurrent_local_constant
 from models.regression.local.pairs import Pairs, View, document_starts
 from tests.kernels.interpreter import run_interpreted
@@ -79,11 +80,41 @@ def errors(
     return {n: ((a - b).norm() / b.norm()).item() for n, a, b in zip(NAMES, found, exact, strict=False)}
 
 
+def errors_of_round(
+    d: int, window: int | None = None, documents: int = 0, fades: bool = False, device: str = "cpu", T: int = 21
+) -> float:
+    """Of what a process of a ring computes in round d, and of its gradients: between the kernels and PyTorch."""
+    B, H, G = 2, 2, 1
+    q, k, v, *age = (x.float().to(device) for x in draw(B, T, H, G, 16, 16, fades=fades))
+    start = None
+    if documents:  # the first goes back to round 2
+        start = torch.arange(T, device=device).expand(B, -1) // documents * documents
+        start = start.masked_fill(start == 0, -T - 3)
+    calls = [ring._Call(ring.Ring(None, 4, 3), start, window, 8, triton) for triton in (True, False)]
+    block = [x[:, T - calls[0].sent(T) :] if d else x for x in (k, v, *age)]
+    ages = age[0] + 0.3 * d if age else None
+    level = torch.rand(B, T, H, device=device) + 3
+    found = []
+    for call in calls:
+        view = call.view(d, T)
+        o, L = ring._forward(call, view, q, block, ages)
+        seen = (L > -1e20).unsqueeze(-1)
+        gradients = ring._backward(call, view, q, block, ages, torch.cos(q), torch.sin(q), level)
+        found.append([o * seen, L.clamp(min=-100), *gradients])
+    pairs = list(zip(*found, strict=True))
+    return max(((a - b).norm() / b.norm().clamp(min=1e-3)).item() for a, b in pairs)
+
+
+ROUNDS: list[dict[str, Any]] = [{"d": 0, "documents": 8}, {"d": 1}, {"d": 1, "documents": 8}, {"d": 2, "documents": 8},
+    {"d": 1, "window": 9}, {"d": 2, "window": 50, "documents": 8}, {"d": 1, "documents": 8, "fades": True},
+    {"d": 1, "window": 9, "fades": True}]  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_the_kernels_are_the_definition_interpreted():
     """In blocks of 16 queries and keys. And the graph of a mixer is not broken by them: of a window, whose two means
-    are put together by their log sums."""
+    are put together by their log sums. And the rounds of a ring."""
     code = """
     from tests.kernels.test_attention import *
     from tests.laws.presets import inputs, mixer
@@ -97,13 +128,15 @@ def test_the_kernels_are_the_definition_interpreted():
     x, segments = inputs(1, 20, torch.float32), (torch.arange(20) // 7).unsqueeze(0)
     m, plain = (mixer("sliding_window", name, torch.float32, key_dim=16, value_dim=16) for name in ("triton", "torch"))
     found, exact = gradient(torch.compile(m, fullgraph=True, backend="aot_eager")), gradient(plain)
-    print("FOUND", json.dumps([cases, ((found - exact).norm() / exact.norm()).item()]))
+    rounds = [errors_of_round(**case) for case in ROUNDS]
+    print("FOUND", json.dumps([cases, ((found - exact).norm() / exact.norm()).item(), rounds]))
     """
-    cases, graph = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
+    cases, graph, rounds = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
     assert cases.keys() == CASES.keys()
     for name, case in cases.items():
         assert all(error < 1e-5 for error in case.values()), (name, case)
     assert graph < 1e-5
+    assert max(rounds) < 1e-5, rounds
 
 
 @pytest.mark.gpu
@@ -126,6 +159,9 @@ def test_the_kernels_are_the_definition(dtype, K, V, tolerance):
         longer = {size: case[size] * 7 for size in ("T", "past", "window", "documents") if size in case}
         found[name] = errors(**case | longer | {"H": 2, "G": 1, "K": K, "V": V}, dtype=dtype, device="cuda")
     assert all(error < tolerance for case in found.values() for error in case.values()), found
+    if dtype == torch.float32:
+        rounds = [errors_of_round(**case, device="cuda", T=150) for case in ROUNDS]
+        assert max(rounds) < tolerance, rounds
 
 
 @pytest.mark.gpu

@@ -493,6 +493,8 @@ def test_a_directory_has_one_run_at_a_time(tmp_path):
         with pytest.raises(ValueError, match=r"another process is training"):
             Run(tmp_path / "run", config | {"overwrite": True}).enter()
         Run(tmp_path / "run", config).enter(main_process=False)  # another rank
+        other = config | {"overwrite": True, "seed": 7}  # the first rank may not have deleted what is there yet
+        Run(tmp_path / "run", other).enter(main_process=False)
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

@@ -223,7 +223,7 @@ def test_a_job_array_is_a_sweep(swept, monkeypatch, capsys, tmp_path):
             array_job.main()
 
 
-@pytest.mark.parametrize("script", ["train", "array"])
+@pytest.mark.parametrize("script", ["train", "array", "elastic"])
 def test_the_sbatch_scripts_start_what_is_there(script, tmp_path):
     (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "srun").chmod(0o755)

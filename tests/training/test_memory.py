@@ -50,6 +50,11 @@ def test_another_error_keeps_its_traceback():
         why(RuntimeError("shapes differ"), batch(8))
 
 
+def test_a_process_that_is_gone_is_told():
+    gone = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:1")
+    assert why(gone, batch(8)).startswith("another process of this run is gone")
+
+
 def test_train_py_says_it(monkeypatch, tmp_path):
     def full(*_, **__):
         raise FULL

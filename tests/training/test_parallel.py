@@ -10,6 +10,7 @@ import time
 import traceback
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -234,5 +235,23 @@ def test_gradients_in_pieces():
 def test_a_wrong_setting_is_told():
     with pytest.raises(ValueError, match=r"trainer.strategy.reduction=half is not one of float32, bfloat16"):
         DDP(reduction="half")
-    with pytest.raises(ValueError, match=r"trainer.strategy.whole_for=ever is not one of block, pass, step"):
+    with pytest.raises(ValueError, match=r"trainer.strategy.whole_for=ever is not one of auto, block, pass, step"):
         Sharded(whole_for="ever")
+
+
+def test_parameters_stay_whole_for_a_step_where_a_gpu_has_the_memory(monkeypatch):
+    """1.27 billion parameters on two cards of 80 GB, and seven on eight. On a CPU: for a block."""
+    strategy = Sharded(whole_for="auto")
+    monkeypatch.setattr(type(strategy), "root_device", torch.device("cpu"))
+    assert strategy._affordable(10) == "block"
+    monkeypatch.setattr(type(strategy), "root_device", torch.device("cuda"))
+    of_card = SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: of_card)
+    monkeypatch.setattr("models.training.parallel.torch.tensor", lambda x, device: torch.as_tensor(x))
+    monkeypatch.setattr("models.training.parallel.dist.all_reduce", lambda *_: None)
+    found = []
+    for world, size in ((2, 1_270_000_000), (8, 7_000_000_000)):
+        monkeypatch.setattr("models.training.parallel.dist.get_world_size", lambda world=world: world)
+        found.append(strategy._affordable(size))
+    assert found == ["step", "block"]
+    assert strategy.held_between(10) == 0 and Sharded(whole_for="step").held_between(10) == 40

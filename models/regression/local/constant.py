@@ -36,7 +36,8 @@ from torch import Tensor
 from models.kernels import attention as kernels
 from models.parts.precision import working_dtype
 from models.parts.sizes import Sizes
-from models.regression.local.pairs import Nonparametric, Pairs, View, by_head, in_blocks
+from models.regression.local.pairs import Elsewhere, Nonparametric, Pairs, View, by_head, in_blocks
+from models.regression.local.ring import ring_softmax, starts
 from models.regression.regressor import Tokens
 
 POWERS = {"epanechnikov": 1, "biweight": 2, "triweight": 3}
@@ -223,7 +224,16 @@ class Softmax(Nonparametric):
             return ""
         return "scaled_dot_product_attention" if self.kernel == "gaussian" else "blocks of queries"
 
-    def forward(self, tokens: Tokens, state: Pairs | None = None) -> tuple[Tensor, Pairs]:
+    @property
+    def rings(self) -> bool:
+        own = type(self) in (Softmax, Forgetting, Hopfield)
+        return own and self.kernel == "gaussian" and not self.skipped and self.pairs_per_token == 1
+
+    def forward(self, tokens: Tokens, state: Any = None) -> tuple[Tensor, Any]:
+        if isinstance(state, Elsewhere):
+            pairs, view = self.gather(tokens, None)
+            start = starts(state.position, tokens.segments, tokens.q.shape[1])
+            return self.read(tokens.q, pairs, view._replace(start=start, ring=state.ring)), None
         pairs, view = self.gather(tokens, state)
         o = self.read(tokens.q, pairs, view)
         if self.skipped and view.start is not None:
@@ -234,6 +244,8 @@ class Softmax(Nonparametric):
     def read(self, q: Tensor, pairs: Pairs, view: View) -> Tensor:
         """The weighted means of the pairs' values around q, [B, T, H, V]."""
         beta, backend = self.beta(q), self.choose(q.device, q.dtype).backend
+        if view.ring is not None:
+            return ring_softmax(q, pairs, beta, view, self.queries_at_once(q), backend == "triton")
         if backend == "recurrent":
             return recurrent_local_constant(q, pairs, beta, view, self.kernel)
         if backend == "triton" and q.shape[1] > 1 and (pairs.age is not None or view.hides(q.shape[1])):

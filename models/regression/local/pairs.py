@@ -37,14 +37,24 @@ class Pairs(NamedTuple):
     age: Tensor | None = None
 
 
+class Elsewhere(NamedTuple):
+    """In the place of a cache: the pairs of the tokens before lie on other processes (ring.py). position [B]: how many
+    tokens of its document came before the first of this process."""
+
+    ring: Any
+    position: Tensor
+
+
 class View(NamedTuple):
     """Which pairs the queries of a call may use: query t is pair past + t, and uses those from start [B or 1, T] (None
-    for 0) to itself, and itself in any case, the last `window` of them (None for all).
+    for 0) to itself, and itself in any case, the last `window` of them (None for all). ring: of Elsewhere; start is
+    then below 0 where the document began on another process.
     """
 
     past: int = 0
     start: Tensor | None = None
     window: int | None = None
+    ring: Any = None
 
     def visible(self, queries: slice, pairs: slice, device: torch.device) -> Tensor:
         """The mask for some queries and some pairs, bool [B or 1, queries, pairs]."""
@@ -267,8 +277,10 @@ class Nonparametric(Regressor):
         age = None if pairs.age is None else (pairs.age - pairs.age[:, -1:])[:, begin:]
         return Pairs(pairs.k[:, begin:], pairs.v[:, begin:], first, age)
 
-    def forget(self, state: Pairs, rows: Tensor) -> Pairs:
+    def forget(self, state: Any, rows: Tensor) -> Any:
         """The pairs of the given rows stay, as those of an earlier document: the cache of a batch has one length."""
+        if isinstance(state, Elsewhere):  # whose position tells
+            return state
         S = state.k.shape[1]
         first = torch.zeros_like(rows, dtype=torch.long) if state.first is None else state.first
         return state._replace(first=first.masked_fill(rows, S + self.skipped))
