@@ -46,9 +46,7 @@ def train(cfg: DictConfig) -> Result:
             if cfg.micro_batch == fitting.AUTO:
                 checked(cfg)  # what is wrong is told before anything is tried
                 fitting.settle(cfg, kind_of)
-            mirror = Mirror(cfg.mirror, cfg.run_dir) if cfg.mirror else None
-            fetched = mirror.fetch() if mirror and not cfg.overwrite else ""
-            trainer, module, datamodule, run, overview = assemble(cfg, preemption, mirror)
+            trainer, module, datamodule, run, overview = assemble(cfg, preemption)
             # what overwrite=true deletes may still be there for other processes than the first
             checkpoint, torn = (None, []) if cfg.overwrite else newest_whole(run.checkpoints, run.branch)
             result = None if cfg.overwrite else run.result
@@ -63,7 +61,7 @@ def train(cfg: DictConfig) -> Result:
         say(f"run       {run.folder}")
         say("\n".join(f"data      {line}" for line in datamodule.describe()))
         say(f"batch     {datamodule.batch}\n{overview}")
-        say("\n".join(filter(None, [fetched, *torn, f"going on from {checkpoint}" if checkpoint else begun])))
+        say("\n".join(filter(None, [*torn, f"going on from {checkpoint}" if checkpoint else begun])))
         with ending(trainer, run):
             seen = logged(run.folder)
             for logger in trainer.loggers:
@@ -75,9 +73,9 @@ def train(cfg: DictConfig) -> Result:
                 if (step := trainer.global_step) < module.num_steps:
                     sys.exit(f"stopped after {step} of {module.num_steps} steps; the same command goes on")
                 finish(trainer, module, datamodule, run)
-                if mirror and trainer.is_global_zero:
-                    mirror.begin(trainer.global_step)
-                    mirror.wait()
+                if run.mirror and trainer.is_global_zero:
+                    run.mirror.begin(trainer.global_step)
+                    run.mirror.wait()
             except (RuntimeError, MemoryError, OtherDataError) as error:
                 sys.exit(f"error: {why(error, datamodule.batch, cfg.recompute)}")
         return run.result
@@ -101,15 +99,16 @@ def checked(cfg: DictConfig) -> tuple[dict[str, Any], Batch]:
     return plain, batch_arithmetic(*sizes, cfg.tokens, cfg.context_parallel)
 
 
-def assemble(
-    cfg: DictConfig, preemption: Preemption, mirror: Mirror | None = None
-) -> tuple[L.Trainer, Training, DataModule, Run, str]:
+def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Training, DataModule, Run, str]:
     """Everything that a run needs, checked and built, but not trained. Raises ValueError for the user's mistakes."""
     plain, batch = checked(cfg)
     validate_every = every(cfg.validate_every, batch.num_steps, "validate_every")
     checkpoint_every = every(cfg.checkpoint_every, batch.num_steps, "checkpoint_every")
     kept = steps_to_keep(plain["keep"], batch.num_steps)
     run = Run(cfg.run_dir, plain)
+    run.mirror = Mirror(cfg.mirror, run.folder) if cfg.mirror else None
+    if run.mirror and not cfg.overwrite:
+        say(run.mirror.fetch())
     if cfg.init_from and not run.checkpoints.exists():
         weights.find(cfg.init_from)
 
@@ -135,7 +134,7 @@ def assemble(
     guards: dict[str, Any] = {"guard": Guard(cfg.guard.max_skipped, cfg.guard.spike_score), "preemption": preemption}
     module = Training(model, num_steps=batch.num_steps, clip_norm=cfg.clip_norm, **parts, **counts, **guards)
     plateau = end_of_plateau(module.schedule, batch.num_steps)
-    which = (cfg.keep.newest, kept, plateau, mirror)
+    which = (cfg.keep.newest, kept, plateau, run.mirror)
     checkpoints = Checkpoint(run.checkpoints, checkpoint_every, validate_every, preemption, *which)
     last = [preemption, checkpoints, Watchdog(cfg.guard.timeout)]
     trainer = build(

@@ -46,6 +46,7 @@ class Run:
         self.folder, self.config = Path(folder), config
         self.origin: dict[str, Any] = {}  # versions, commit and device (origin.py)
         self._held: FileLock | None = None
+        self.mirror: Any = None  # where it is copied to (mirror.py)
         self.branch: int | None = None  # the step from which the run goes on with another length (branch.py)
 
     @property
