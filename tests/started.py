@@ -20,8 +20,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
-from lightning.pytorch.strategies.launchers import subprocess_script as launcher
-
 ROOT = Path(__file__).parents[1]
 SERVER, FORK = multiprocessing.get_context("forkserver"), multiprocessing.get_context("fork")
 IMPORTED = ["train", "scripts.prepare_data", "matplotlib.figure", "matplotlib.backends.backend_agg", "tests.started"]
@@ -126,6 +124,8 @@ def main(log: str, words: list[str], environment: dict[str, str], module: str, f
         os.dup2(file.fileno(), 2)
     devices = re.search(r"trainer\.devices=(\d+)", " ".join(words))
     if fork_ranks and devices and int(devices[1]) > 1:
+        from lightning.pytorch.strategies.launchers import subprocess_script as launcher  # is there: see IMPORTED
+
         ranks = iter([Rank(module) for _ in range(int(devices[1]) - 1)])
         launcher.subprocess = SimpleNamespace(Popen=lambda *given, **named: next(ranks).command(*given, **named))
     begin(words, environment, module)
