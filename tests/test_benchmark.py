@@ -65,6 +65,7 @@ def rows(folder):
     return {row["name"]: steps.Trained(**row) for row in read(folder, "train")["rows"]}
 
 
+@pytest.mark.slow
 def test_a_row_for_each_or_a_reason(rows, folder):
     written = read(folder, "train")
     assert rows["fla.kda"].reason == "its kernels need a GPU"

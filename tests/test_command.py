@@ -256,6 +256,7 @@ def test_a_config_that_is_never_read_is_told(monkeypatch, tmp_path):
         allowed_packages()
 
 
+@pytest.mark.slow
 def test_torch_is_not_imported_to_tell_a_mistake():
     """It takes two seconds, and Lightning and transformers four more."""
     heavy = "{'torch', 'lightning', 'transformers', 'datasets', 'fla', 'wandb', 'matplotlib', 'pyarrow'}"

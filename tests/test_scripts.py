@@ -43,6 +43,7 @@ def test_benchmark_prints_ours_beside_theirs(tmp_path):
     assert {"gated_delta", "titans", "mesa", "titans_mlp"} < {row["name"] for row in rows if row["error"] is None}
 
 
+@pytest.mark.slow
 def test_the_benchmark_says_what_it_does_not_have(monkeypatch):
     from scripts import benchmark
 
