@@ -198,6 +198,11 @@ class Block(nn.Module):
         y, memory = self.feed_forward(n, memory, segments, keep)
         return x, y, Both(mixed, memory) if keep else None
 
+    @property
+    def rings(self) -> bool:
+        """Whether a sequence that lies on several devices can stay where it is (models/context.py)."""
+        return self.mixer.rings and not self.learns
+
     def flops_per_token(self, seq_len: int) -> int:
         """Forward; the norms are left out."""
         return self.mixer.flops_per_token(seq_len) + self.feed_forward.flops_per_token()

@@ -163,7 +163,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         """What each block is given, where every is wanted, and at last what the head is. The states become those after
         the last token, each as soon as it is there, where they are kept.
         """
-        ring = self.context is not None and all(block.mixer.rings for block in self.blocks)
+        ring = self.context is not None and all(block.rings for block in self.blocks)
         keep = keep if self.context is None else not ring
         each, y = [], None
         for i, block in enumerate(self.blocks):

@@ -26,6 +26,13 @@ def test_a_block_has_as_many_parameters_with_any(kind, preset):
     assert held + m.num_params == pytest.approx(12 * HIDDEN**2, rel=0.01)
 
 
+@every_kind
+def test_pairs_stay_on_their_devices_only_where_no_state_is_handed_on(kind):
+    """Softmax's stay; but what a layer has learned must reach the next device."""
+    m = mixer("softmax")
+    assert Block(HIDDEN, m, feed_forward(kind, HIDDEN, m), 1e-6).rings == (kind != "in_place")
+
+
 @pytest.mark.parametrize("kind", ["swiglu", "persistent_memory"])  # in_place forms other sums than its definition
 def test_flops_are_what_is_counted(kind):
     layer = feed_forward(kind, HIDDEN, mixer("softmax")).double()
