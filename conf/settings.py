@@ -291,9 +291,9 @@ def batch(config: dict[str, Any]) -> list[str]:
     """Whether the sizes divide, where all are numbers. Devices that are "auto" conf/checks.py counts, with torch."""
     sizes = [config.get(name) for name in ("batch_tokens", "seq_len", "micro_batch", "tokens", "context_parallel")]
     sizes = [1 if size == "auto" else size for size in sizes]  # of micro_batch, which any number may be
-    written = {"${devices:}": of_torchrun()[0] or "auto", "${num_nodes:}": of_torchrun()[1] or 1}
+    written: dict[Any, Any] = {"${devices:}": of_torchrun()[0] or "auto", "${num_nodes:}": of_torchrun()[1] or 1}
     asked = (config.get("trainer", {}).get(name) for name in ("devices", "num_nodes"))
-    devices, nodes = (written.get(n, n) if isinstance(n, str) else n for n in asked)
+    devices, nodes = (n if isinstance(n, list) else written.get(n, n) for n in asked)
     counts = [*sizes, len(devices) if isinstance(devices, list) else devices, nodes]
     if any(not isinstance(n, int | float) or not math.isfinite(n) or n < 1 or n != int(n) for n in counts):
         return []  # told already, or worked out later
