@@ -292,14 +292,14 @@ def batch(config: dict[str, Any]) -> list[str]:
     sizes = [config.get(name) for name in ("batch_tokens", "seq_len", "micro_batch", "tokens", "context_parallel")]
     sizes = [1 if size == "auto" else size for size in sizes]  # of micro_batch, which any number may be
     written: dict[Any, Any] = {"${devices:}": of_torchrun()[0] or "auto", "${num_nodes:}": of_torchrun()[1] or 1}
-    asked = (config.get("trainer", {}).get(name) for name in ("devices", "num_nodes"))
-    devices, nodes = (n if isinstance(n, list) else written.get(n, n) for n in asked)
-    counts = [*sizes, len(devices) if isinstance(devices, list) else devices, nodes]
+    devices, nodes = (config.get("trainer", {}).get(name) for name in ("devices", "num_nodes"))
+    asked = [len(devices) if isinstance(devices, list) else devices, nodes]
+    counts: list[Any] = [*sizes, *(written.get(n, n) for n in asked)]
     if any(not isinstance(n, int | float) or not math.isfinite(n) or n < 1 or n != int(n) for n in counts):
         return []  # told already, or worked out later
-    batch_tokens, seq_len, micro_batch, tokens, context, each, nodes = map(int, counts)
+    batch_tokens, seq_len, micro_batch, tokens, context, *devices = map(int, counts)
     try:
-        batch_arithmetic(batch_tokens, seq_len, micro_batch, each * nodes, tokens, context)
+        batch_arithmetic(batch_tokens, seq_len, micro_batch, math.prod(devices), tokens, context)
     except ValueError as error:
         return str(error).splitlines()
     return []

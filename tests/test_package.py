@@ -19,7 +19,8 @@ from tests.test_imports import FILES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 REQUIRED = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["project"]["dependencies"])}
-EXTRAS = {"lm_eval": "evaluation", "wandb_workspaces": "dashboard", "pytest": "dev"}  # imported where they are asked for
+# imported where they are asked for
+EXTRAS = {"lm_eval": "evaluation", "wandb_workspaces": "dashboard", "pytest": "dev"}
 PEERS = "scripts.benchmarks.peers"  # imports what it is compared with, where that is installed
 WITH_TORCH = {"triton"}  # comes with a CUDA build of torch; code that needs it asks first
 
