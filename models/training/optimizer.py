@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -94,6 +95,9 @@ class MuonAdamW(torch.optim.AdamW):
     rate does for both (Liu et al. 2025, section 2.2):
 
         M <- mu M + G ,    W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) orthogonal(G + mu M) .
+
+    Of several processes each makes a part of the matrices orthogonal, and gets the others' (as Liu et al. 2025, section
+    2.3, divide the work).
     """
 
     @torch.no_grad()
@@ -114,17 +118,42 @@ class MuonAdamW(torch.optim.AdamW):
             if p.grad is not None:
                 by_shape.setdefault(p.shape, []).append(p)
         for shape, params in by_shape.items():  # matrices of one shape go through the products together
-            directions = []
-            for p, gradient in ((p, p.grad) for p in params if p.grad is not None):
-                state = self.state[p]
+            own, directions = share(len(params)), []
+            for i, p in enumerate(params):
+                state, gradient = self.state[p], p.grad
+                assert gradient is not None
                 if not state:
                     state["step"], state["average"] = torch.zeros(()), torch.zeros_like(p)  # AdamW looks for a step
                 average = state["average"].mul_(group["momentum"]).add_(gradient)
                 direction = gradient.add(average, alpha=group["momentum"])
-                directions.append(direction.full_tensor() if isinstance(direction, DTensor) else direction)
+                direction = direction.full_tensor() if isinstance(direction, DTensor) else direction
+                directions += [direction] if i in own else []
             length = 0.2 * max(shape) ** 0.5
-            for p, update in zip(params, orthogonal(torch.stack(directions)), strict=True):
-                if isinstance(p, DTensor):  # every rank has computed all of it, and takes its part
-                    update = distribute_tensor(update.to(p.dtype), p.device_mesh, p.placements)
+            for p, update in zip(params, of_all(directions, params, own), strict=True):
+                if isinstance(p, DTensor):
+                    update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * length)
                 p.grad = None
+
+
+def share(count: int) -> range:
+    """Which of so many matrices this process makes orthogonal: as many as each other one, but for the last ones."""
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    each = -(-count // world)
+    return range(rank * each, min(count, (rank + 1) * each))
+
+
+def of_all(directions: list[Tensor], params: list[Tensor], own: range) -> list[Tensor]:
+    """The orthogonal matrices of all processes, each computed by one of them; in bfloat16 on a GPU, as computed."""
+    made = orthogonal(torch.stack(directions)) if directions else None
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        assert made is not None
+        return list(made)
+    like, world = params[0], dist.get_world_size()
+    dtype = torch.bfloat16 if like.is_cuda else like.dtype
+    mine = torch.zeros(-(-len(params) // world), *like.shape, dtype=dtype, device=like.device)
+    if made is not None:
+        mine[: len(own)] = made
+    each = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(each, mine)
+    return [x.to(like.dtype) for x in torch.cat(each)[: len(params)]]

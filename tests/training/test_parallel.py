@@ -24,7 +24,7 @@ from data.synthetic import AssociativeRecall
 from models.training import background
 from models.training.checkpoint import WholeFiles, read, remove, what_is_wrong
 from models.training.module import Training
-from models.training.optimizer import adamw
+from models.training.optimizer import adamw, muon
 from models.training.parallel import DDP, PIECE, Sharded, pieces
 from models.training.schedule import warmup_stable_decay
 from models.training.shards import shards_of
@@ -44,6 +44,7 @@ STRATEGIES = {
     },
 }
 HALF = {"ddp, bfloat16": lambda: DDP(reduction="bfloat16"), "fsdp, bfloat16": lambda: Sharded(reduction="bfloat16")}
+MUON = {"ddp, muon": lambda: DDP(), "fsdp, muon": lambda: Sharded()}  # whose matrices the processes share
 STEPS = EACH * (2 + max(map(len, STRATEGIES.values())))
 
 
@@ -93,14 +94,16 @@ class Losses(L.Callback):
             self.found.append(module.loss)
 
 
-def fit(folder: Path, strategy: Any, world: int, until: int, begin: Path | None = None) -> list[float]:
+def fit(
+    folder: Path, strategy: Any, world: int, until: int, begin: Path | None = None, optimizer: Any = adamw
+) -> list[float]:
     """The losses of the steps that were computed; a checkpoint is left in the folder. Two micro-batches a step."""
     L.seed_everything(0, verbose=False)
     task = AssociativeRecall(seq_len=16, num_pairs=2, vocab_size=23, validation_size=4)
     batch = batch_arithmetic(16 * SEQUENCES, 16, SEQUENCES // world // 2, world, 16 * SEQUENCES * STEPS)
     settings: dict[str, Any] = {"num_steps": STEPS, "clip_norm": 1.0, "targets_per_token": task.targets_per_token}
     m = model("gated_delta", num_layers=2).float()
-    module = Training(m, lambda m: adamw(m, lr=1e-2), warmup_stable_decay, **settings)
+    module = Training(m, lambda m: optimizer(m, lr=1e-2), warmup_stable_decay, **settings)
     module.cuda_graph = isinstance(strategy, AtTheEnd)
     losses = Losses()
     trainer = L.Trainer(
@@ -154,6 +157,8 @@ def process(rank: int, world: int, folder: Path, port: int) -> None:
             found[f"{name}, sent"], begin = counting.sent, folder / name
         for name, make in HALF.items() if world == 2 else ():
             found[name] = fit(folder / "half", make(), world, 2 * EACH, folder / "first")
+        for name, make in MUON.items() if world == 2 else ():
+            found[name] = fit(folder / "muon", make(), world, EACH, optimizer=muon)
         if rank == 0:
             torch.save(found, folder / "found.pt")
     except BaseException:
@@ -193,6 +198,8 @@ def test_every_strategy_is_the_same_run(world, tmp_path):
     for name in HALF if world == 2 else ():
         assert found[name] != expected[EACH : 2 * EACH]
         assert found[name] == pytest.approx(expected[EACH : 2 * EACH], rel=5e-3), name
+    for name in MUON if world == 2 else ():
+        assert found[name] == pytest.approx(fit(tmp_path / "muon", "auto", 1, EACH, optimizer=muon), rel=1e-5), name
 
 
 def by_formula(name: str, world: int) -> float:
