@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from conf import schema, settings
 from data.batch import batch_arithmetic
 from data.tokenizer import Bytes
-from models.block import feed_forward
+from models.block import feed_forward, own_settings
 from models.build import build, problems
 from models.language_model import LanguageModelConfig
 from models.regression.regressor import Regressor
@@ -149,6 +149,9 @@ def model_mistakes(config: dict[str, Any]) -> list[str]:
     model = LanguageModelConfig(**config["model"])
     if found := refused(lambda: model.layers):
         return found
+    own = (model.feed_forward, model.feed_forward_grad_batch, model.feed_forward_step_size)
+    if found := refused(lambda: own_settings(*own)):
+        return found
     where, products = device(config["trainer"]), dtype(config["trainer"]["precision"])
 
     def construct(name: str) -> None:
@@ -157,8 +160,7 @@ def model_mistakes(config: dict[str, Any]) -> list[str]:
             raise ValueError(f"{recipe} is not a mixer; mixer@model.mixers.{name}={recipe} chooses one")
         # as models/language_model.py does, but without the other layers
         mixer = build(recipe, targets=("models.",), hidden_size=model.hidden_size, layer_index=0)
-        own = (model.feed_forward_size, model.feed_forward_grad_batch, model.feed_forward_step_size)
-        feed_forward(model.feed_forward, model.hidden_size, mixer, *own)
+        feed_forward(model.feed_forward, model.hidden_size, mixer, model.feed_forward_size)
         for part in mixer.modules():
             if isinstance(part, Regressor):
                 part.choose(where, products)

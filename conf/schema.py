@@ -158,8 +158,10 @@ def of_torchrun() -> tuple[int, int]:
     has died, or has come, it starts all of them anew, as many as there are then."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 0
-    each, all_of_them = (int(os.environ.get(name, 0)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-    return each, all_of_them // max(1, each)
+    each, all_of_them = (os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    if not (each.isdecimal() and all_of_them.isdecimal() and int(each)):
+        raise ValueError(f"LOCAL_WORLD_SIZE={each} and WORLD_SIZE={all_of_them} are not what torchrun sets")
+    return int(each), int(all_of_them) // int(each)
 
 
 def world_size(devices: int | str | list[int], num_nodes: int = 1) -> int:

@@ -232,8 +232,15 @@ def feed_forward(
     step_size: float | None = None,
 ) -> FeedForward:
     """The feed-forward layer of a block with this mixer; without an inner size, of the derived one. Raises ValueError
-    for a kind that isn't there, and for settings of one that learns where another is.
-    """
+    as own_settings does."""
+    settings = own_settings(kind, grad_batch, step_size)
+    inner = inner_size or derived_inner_size(kind, hidden_size, mixer.num_heads, mixer.num_params)
+    return FEED_FORWARDS[kind](hidden_size, inner, mixer.num_heads, **settings)
+
+
+def own_settings(kind: str, grad_batch: int | None, step_size: float | None) -> dict[str, Any]:
+    """Those that are given of a layer that learns. Raises ValueError for a kind that isn't there, and for such settings
+    where another kind is."""
     if kind not in FEED_FORWARDS:
         raise ValueError(f"model.feed_forward={kind} is not one of {', '.join(FEED_FORWARDS)}")
     given = {"grad_batch": grad_batch, "step_size": step_size}
@@ -242,8 +249,7 @@ def feed_forward(
         raise ValueError(
             f"model.feed_forward_{name}={value} is of model.feed_forward=in_place, and this is {kind}; leave it out"
         )
-    inner = inner_size or derived_inner_size(kind, hidden_size, mixer.num_heads, mixer.num_params)
-    return FEED_FORWARDS[kind](hidden_size, inner, mixer.num_heads, **settings)
+    return settings
 
 
 def derived_inner_size(kind: str, hidden_size: int, num_heads: int, mixer_params: int) -> int:

@@ -172,6 +172,8 @@ def with_rates(every: list[Job], found: list[dict[str, Any]], times: float) -> l
                 f"--rates has no result of model={model}; it has {', '.join(sorted(losses)) or 'no results'}"
             )
         best = min(losses[model], key=lambda rate: sum(losses[model][rate]) / len(losses[model][rate]))
+        if math.isinf(sum(losses[model][best])):
+            raise ValueError(f"--rates: model={model} has diverged at each of its rates; try a lower one")
         return Job(job.name, (*job.words, f"optimizer.lr={best * times:.4g}"))
 
     return [rated(job) for job in every]

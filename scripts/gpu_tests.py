@@ -8,7 +8,8 @@ as it comes, every ten seconds how many tests are done, and at the end how long 
 and what was left after `--limit` seconds. A process that ended in the middle of a test, or whose GPU went wrong, is
 replaced: a broken CUDA context would fail every test after it.
 
-Without arguments it runs all tests that are marked `gpu`. The exit code is 0 where all have passed or were skipped.
+Without arguments it runs all tests that are marked `gpu`. The exit code is 0 where there is a GPU, and all
+have passed or were skipped.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class Run:
     def __init__(self, arguments: list[str], workers: int, limit: float) -> None:
         self.arguments, self.begin, self.limit = arguments, time.monotonic(), limit
         self.total: int | None = None
+        self.gpus = 0
         self.chunks: deque[list[str]] = deque()
         self.held: dict[Connection, list[str]] = {}
         self.processes: dict[Connection, Any] = {}
@@ -105,7 +107,7 @@ class Run:
         """The tests, those of single kernels last: files by name, each cut into chunks."""
         if self.total is not None:
             return
-        self.total = len(names)
+        self.total, self.gpus = len(names), gpus
         files: dict[str, list[str]] = {}
         for name in names:
             files.setdefault(name.split("::")[0], []).append(name)
@@ -167,7 +169,7 @@ class Run:
                     self.lost(connection)
             if time.monotonic() - told > ALIVE:
                 told = time.monotonic()
-                self.say(f"{self.done} of {self.total} done, {self.failures} failed")
+                self.say(f"{self.done} of {self.total or 'all'} done, {self.failures} failed")
 
     def ended(self) -> int:
         for file, seconds in sorted(self.seconds.items(), key=lambda item: -item[1]):
@@ -178,7 +180,9 @@ class Run:
         if left:
             self.say(f"{len(left)} were not done after {self.limit:.0f} s, of {', '.join(left[:10])} ..")
         self.say(f"{self.done} of {self.total} done, {self.failures} failed")
-        return int(bool(self.failures or left or not self.total or self.done < self.total))
+        if not self.gpus:
+            print("There is no GPU here, so that the tests that need one were skipped.")
+        return int(bool(self.failures or left or not self.total or self.done < self.total or not self.gpus))
 
 
 def files() -> list[str]:

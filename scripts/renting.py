@@ -83,6 +83,10 @@ def main() -> None:
     parser.add_argument("--price", type=float, default=1.0, help="of a GPU and hour, in any currency (1)")
     parser.add_argument("--noise-scale", type=float, default=2**20, help="tokens; B_c of docs/scaling.md (1,048,576)")
     given = parser.parse_args()
+    if not 0 < given.mfu <= 1:
+        parser.error(f"--mfu {given.mfu:g} is a share of the peak: above 0, and 1 at most")
+    if min(given.devices) < 1:
+        parser.error(f"--devices {min(given.devices)} must be at least 1")
     print(f"{given.gpu} at {given.mfu:.0%} of {PEAK_FLOPS[given.gpu]:.3g} FLOP/s, {given.price:g} an hour and GPU")
     if not (CONF / "model" / f"{given.model}.yaml").exists():
         parser.error(f"--model {given.model} is not a preset of conf/model")

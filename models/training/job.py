@@ -26,7 +26,7 @@ from models.training.keep import steps_to_keep
 from models.training.logger import Tolerant, logged
 from models.training.loggers.about import about
 from models.training.memory import why
-from models.training.mirror import Mirror
+from models.training.mirror import Mirror, newest
 from models.training.module import Training
 from models.training.preemption import Preemption
 from models.training.run import Run, describe
@@ -55,6 +55,9 @@ def train(cfg: DictConfig) -> Result:
         except ValueError as error:  # a mistake in the settings: what it is, without a traceback
             refuse(cfg.run_dir, [str(error)])
         if result is not None:
+            if run.mirror and trainer.is_global_zero:  # the last copy may have been broken off
+                run.mirror.begin(newest(run.folder))
+                run.mirror.wait()
             say(f"{run.folder} is finished: {describe(result)}")
             say("For another run choose another name=, or overwrite=true to delete this one.")
             return result
@@ -108,7 +111,7 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
     run = Run(cfg.run_dir, plain)
     run.mirror = Mirror(cfg.mirror, run.folder) if cfg.mirror else None
     if run.mirror and not cfg.overwrite:
-        say(run.mirror.fetch())
+        say(run.mirror.fetch(plain))
     if cfg.init_from and not run.checkpoints.exists():
         weights.find(cfg.init_from)
 

@@ -129,6 +129,8 @@ class Sharded(ModelParallelStrategy):
         settings: dict[str, Any] = {"mesh": self.mesh(), "mp_policy": MixedPrecisionPolicy(reduce_dtype=self.dtype)}
         if self.whole_for == "auto":
             self.whole_for = self._affordable(sum(p.numel() for p in model.parameters()))
+            if self.is_global_zero:
+                print(f"shards    parameters are whole for a {self.whole_for} at a time (whole_for=auto)", flush=True)
         at_once = (blocks[-1], model)  # the last block, embedding and head are needed again at once
         for module in (*blocks, model):
             fully_shard(module, reshard_after_forward=self.whole_for == "block" and module not in at_once, **settings)

@@ -144,8 +144,8 @@ def page(name: str, claim: Claim, rows: list[Row], table: list[Row], notes: str)
 
 def made(rows: list[Row], jobs: dict[str, int]) -> Iterator[str]:
     """Where the numbers come from: runs, machines, time, versions, commits."""
-    there = ", ".join(f"{count} of {name}" for name, count in jobs.items())
-    yield f"{len(rows)} runs are in `results.jsonl`, each with its command; the sweep has {there}. Their seconds add"
+    there = " and ".join(f"the {count} runs of `{name}`" for name, count in jobs.items())
+    yield f"`results.jsonl` has {len(rows)} of {there}, each with its command. Their seconds add"
     yield f"up to {sum(row.get('seconds') or 0 for row in rows) / 3600:.2f} hours, of processes that shared a machine."
     yield ""
     for kind in ("device", "date", "commit", "versions"):

@@ -29,6 +29,10 @@ def better(row: Row) -> float:
     return -row["validation/nats"]
 
 
+def known_first(x: float) -> float:
+    return x if math.isfinite(x) else math.inf
+
+
 def ablation_table(rows: list[Row]) -> list[Row]:
     """In the order of the loss. place: among those that the published table has too, where all of them were run."""
     found = []
@@ -40,7 +44,7 @@ def ablation_table(rows: list[Row]) -> list[Row]:
         speeds = [run["tokens_per_second"] for run in runs if run.get("tokens_per_second")]
         row |= {"state": runs[0]["state_size"], "tokens/s": round(max(speeds)) if speeds else None}
         found.append(row)
-    found.sort(key=lambda row: row["bits per byte"])
+    found.sort(key=lambda row: known_first(row["bits per byte"]))
     places = [row["mixer"] for row in found if row["mixer"] in published.ABLATION.of]
     known = {name: row for name, row in published.ABLATION.of.items() if name in places}
     theirs = sorted(known, key=lambda name: known[name][0] or 0)
@@ -87,19 +91,20 @@ def rates_table(rows: list[Row]) -> list[Row]:
             rate: mean(run["validation/bits_per_byte"] for run in runs if settings(run)["optimizer.lr"] == rate)
             for rate in rates
         }
-        best_rate = min(rates, key=lambda rate: of[rate] if of[rate] == of[rate] else math.inf)
-        found.append({"mixer": name} | of | {"best": best_rate})
-    return sorted(found, key=lambda row: row[row["best"]])
+        best_rate = min(rates, key=lambda rate: known_first(of[rate]))
+        edge = best_rate in (rates[0], rates[-1])
+        found.append({"mixer": name} | of | {"best": best_rate, "at the edge": "yes" if edge else ""})
+    return sorted(found, key=lambda row: known_first(row[row["best"]]))
 
 
 def rates_figure(rows: list[Row], figure: Figure) -> None:
-    axes = figure.subplots()
-    for i, row in enumerate(rates_table(rows)):
-        at = {float(rate): x for rate, x in row.items() if rate not in ("mixer", "best")}
+    axes, table = figure.subplots(), rates_table(rows)
+    rates = [rate for rate in table[0] if rate not in ("mixer", "best", "at the edge")]
+    for i, row in enumerate(table):
+        at = {float(rate): x for rate, x in row.items() if rate in rates}
         look: Row = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 4}
         axes.plot(list(at), list(at.values()), linewidth=1.3, label=row["mixer"], **look)
     axes.set(xscale="log", xlabel="learning rate", ylabel="validation, bits per byte")
-    rates = [rate for rate in rates_table(rows)[0] if rate not in ("mixer", "best")]
     axes.set_xticks(list(map(float, rates)), rates, minor=False)
     axes.minorticks_off()
     axes.grid(alpha=0.3)

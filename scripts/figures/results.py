@@ -89,10 +89,11 @@ def best(rows: list[Row], of: Callable[[Row], Any], measure: Callable[[Row], flo
         found = settings(row)
         return " ".join(f"{k}={found[k]}" for k in RATES if k in found)
 
-    found = {}
-    for name, runs in grouped(rows, of).items():
-        found[name] = max(grouped(runs, rate).values(), key=lambda same: mean(map(measure, same)))
-    return found
+    def height(same: list[Row]) -> float:
+        found = mean(map(measure, same))
+        return found if math.isfinite(found) else -math.inf  # it has diverged
+
+    return {name: max(grouped(runs, rate).values(), key=height) for name, runs in grouped(rows, of).items()}
 
 
 def about(runs: list[Row]) -> Row:
