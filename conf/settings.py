@@ -291,11 +291,14 @@ def batch(config: dict[str, Any]) -> list[str]:
     """Whether the sizes divide, where all are numbers. Devices that are "auto" conf/checks.py counts, with torch."""
     sizes = [config.get(name) for name in ("batch_tokens", "seq_len", "micro_batch", "tokens", "context_parallel")]
     sizes = [1 if size == "auto" else size for size in sizes]  # of micro_batch, which any number may be
-    written: dict[Any, Any] = {"${devices:}": of_torchrun()[0] or "auto", "${num_nodes:}": of_torchrun()[1] or 1}
+    try:
+        each, on = of_torchrun()
+    except ValueError as error:
+        return [str(error)]
+    written: dict[Any, Any] = {"${devices:}": each or "auto", "${num_nodes:}": on or 1}
     devices, nodes = (config.get("trainer", {}).get(name) for name in ("devices", "num_nodes"))
-    started = math.prod(of_torchrun())
-    if started > 1 and devices == 1:
-        return [f"torchrun has started {started} processes, but strategy=single trains with one; take strategy=ddp"]
+    if each * on > 1 and devices == 1:
+        return [f"torchrun has started {each * on} processes, but strategy=single trains with one; take strategy=ddp"]
     asked = [len(devices) if isinstance(devices, list) else devices, nodes]
     counts: list[Any] = [*sizes, *(written.get(n, n) for n in asked)]
     if any(not isinstance(n, int | float) or not math.isfinite(n) or n < 1 or n != int(n) for n in counts):

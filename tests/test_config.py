@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 import train as entry
 from conf import schema
+from conf.settings import batch
 from models.build import build, current, problems
 from models.language_model import LanguageModel, LanguageModelConfig
 
@@ -199,3 +200,6 @@ def test_torchrun_says_how_many_processes_there_are(strategy, monkeypatch):
         trainer = composed(f"strategy={strategy}").trainer
         assert (trainer.devices, trainer.num_nodes) == (2, nodes)
         assert composed(f"strategy={strategy}", "trainer.devices=8").trainer.devices == 8
+    assert "torchrun has started 6 processes" in batch({"trainer": {"devices": 1, "num_nodes": 1}})[0]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "x")
+    assert batch({}) == ["LOCAL_WORLD_SIZE=x and WORLD_SIZE=6 are not what torchrun sets"]
