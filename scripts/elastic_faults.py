@@ -56,6 +56,16 @@ def until(folder: Path, rows: int, process: subprocess.Popen[bytes], seconds: fl
         time.sleep(0.05)
 
 
+def opened(port: int, seconds: float) -> None:
+    """Waits until the first node has opened it: another one on this machine may be sooner, and is to be killed."""
+    deadline = time.monotonic() + seconds
+    with socket.socket() as probe:
+        while probe.connect_ex(("127.0.0.1", port)):
+            if time.monotonic() > deadline:
+                sys.exit(f"torchrun has not opened port {port} within {seconds:.0f} s")
+            time.sleep(0.05)
+
+
 def started_by(process: subprocess.Popen[bytes]) -> list[int]:
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
     return [int(pid) for pid in found.stdout.split()]
@@ -87,8 +97,10 @@ def main() -> None:
                f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic", f"--rdzv-conf={PATIENCE}",
                "train.py", "strategy=ddp", *WORDS]  # fmt: skip
     what = "node" if given.processes == 1 else "process"
-    nodes = [start(folder / "elastic", command) for _ in range(given.nodes)]
+    nodes = [start(folder / "elastic", command)]
     try:
+        opened(port, given.seconds)
+        nodes += [start(folder / "elastic", command) for _ in range(1, given.nodes)]
         for i in range(given.kills):
             until(folder / "elastic", 6 + i * (STEPS - 12) // max(1, given.kills), nodes[0], given.seconds)
             if what == "node":
