@@ -2,10 +2,13 @@
 
     python scripts/elastic_faults.py                      # two nodes, of which one dies; about two minutes of a core
     python scripts/elastic_faults.py --nodes 3 --kills 2
+    python scripts/elastic_faults.py --nodes 1 --processes 2 --kills 2    # one node, of which a process dies, twice
 
 A node is a torchrun with one process, on a CPU by gloo. Killed are all processes of a node at once, by SIGKILL, when a
-step after a checkpoint has ended; the first node, on which they meet, stays. The run must end, with every step once and
-the losses of a run of one process. What the processes print is in a file that is named where something is wrong.
+step after a checkpoint has ended; the first node, on which they meet, stays. With several processes a node, one process
+of the first node is killed and torchrun stays: the last one, then the first one, and so on. The run must end, with
+every step once and the losses of a run of one process. What the processes print is in a file that is named where
+something is wrong.
 """
 
 from __future__ import annotations
@@ -53,10 +56,24 @@ def until(folder: Path, rows: int, process: subprocess.Popen[bytes], seconds: fl
         time.sleep(0.05)
 
 
+def opened(port: int, seconds: float) -> None:
+    """Waits until the first node has opened it: another one on this machine may be sooner, and is to be killed."""
+    deadline = time.monotonic() + seconds
+    with socket.socket() as probe:
+        while probe.connect_ex(("127.0.0.1", port)):
+            if time.monotonic() > deadline:
+                sys.exit(f"torchrun has not opened port {port} within {seconds:.0f} s")
+            time.sleep(0.05)
+
+
+def started_by(process: subprocess.Popen[bytes]) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split()]
+
+
 def killed(process: subprocess.Popen[bytes]) -> None:
     """The node's processes: torchrun leads a session, and so does each of what it has started."""
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
-    for pid in (process.pid, *map(int, found.stdout.split())):
+    for pid in (process.pid, *started_by(process)):
         os.kill(pid, signal.SIGKILL)
     process.wait()
 
@@ -64,7 +81,8 @@ def killed(process: subprocess.Popen[bytes]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--kills", type=int, default=1, help="fewer than nodes")
+    parser.add_argument("--processes", type=int, default=1, help="of a node; of several only processes are killed")
+    parser.add_argument("--kills", type=int, default=1, help="fewer than nodes, or at most three of processes")
     parser.add_argument("--seconds", type=float, default=300, help="that a part may take")
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="elastic-"))
@@ -74,15 +92,22 @@ def main() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes=1:{given.nodes}", "--nproc-per-node=1",
-               "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic",
-               f"--rdzv-conf={PATIENCE}", "train.py", "strategy=ddp", *WORDS]  # fmt: skip
-    nodes = [start(folder / "elastic", command) for _ in range(given.nodes)]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes=1:{given.nodes}",
+               f"--nproc-per-node={given.processes}", "--max-restarts=3", "--rdzv-backend=c10d",
+               f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic", f"--rdzv-conf={PATIENCE}",
+               "train.py", "strategy=ddp", *WORDS]  # fmt: skip
+    what = "node" if given.processes == 1 else "process"
+    nodes = [start(folder / "elastic", command)]
     try:
+        opened(port, given.seconds)
+        nodes += [start(folder / "elastic", command) for _ in range(1, given.nodes)]
         for i in range(given.kills):
             until(folder / "elastic", 6 + i * (STEPS - 12) // max(1, given.kills), nodes[0], given.seconds)
-            killed(nodes.pop())
-            print(f"a node was killed after step {len(losses(folder / 'elastic'))}", flush=True)
+            if what == "node":
+                killed(nodes.pop())
+            else:
+                os.kill(started_by(nodes[0])[i % 2 - 1], signal.SIGKILL)
+            print(f"a {what} was killed after step {len(losses(folder / 'elastic'))}", flush=True)
         until(folder / "elastic", STEPS + 1, nodes[0], given.seconds)
         code = nodes[0].wait()
     finally:

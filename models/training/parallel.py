@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from models.training.background import ShardedFiles
 from models.training.captured import refusal
+from models.training.meeting import meet
 from models.training.shards import SHARDED, parts, parts_of, read_parts
 
 PIECE = 2**26  # gradients that are averaged by one call: 256 MiB in float32
@@ -50,6 +51,10 @@ class DDP(DDPStrategy):
         super().__init__(bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True, **settings)
         self.dtype = one_of("trainer.strategy.reduction", reduction, REDUCTIONS)
         self.at_the_end = False
+
+    def setup_environment(self) -> None:
+        meet()
+        super().setup_environment()
 
     def configure_ddp(self) -> None:
         module: Any = self.lightning_module
@@ -116,6 +121,7 @@ class Sharded(ModelParallelStrategy):
         world = self._data_parallel_size = self.num_nodes * self.num_processes
         if self.replicas < 1 or world % self.replicas:
             raise ValueError(f"trainer.strategy.replicas={self.replicas} does not divide the {world} device(s)")
+        meet()
         super().setup_environment()
         if self.sharded_files and self.files is None:
             self.files = ShardedFiles(self.root_device)
