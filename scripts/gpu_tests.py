@@ -179,9 +179,9 @@ class Run:
         left = [name for chunk in [*self.held.values(), *self.chunks] for name in chunk]
         if left:
             self.say(f"{len(left)} were not done after {self.limit:.0f} s, of {', '.join(left[:10])} ..")
-        self.say(f"{self.done} of {self.total} done, {self.failures} failed")
         if not self.gpus:
             print("There is no GPU here, so that the tests that need one were skipped.")
+        self.say(f"{self.done} of {self.total} done, {self.failures} failed")
         return int(bool(self.failures or left or not self.total or self.done < self.total or not self.gpus))
 
 
