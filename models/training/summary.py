@@ -49,6 +49,12 @@ def summary(model: LanguageModel, seq_len: int, device: torch.device, dtype: tor
             fitted.append(f"feed-forward: linear, gradient step for {block.feed_forward.grad_batch} pairs")
         if not isinstance(mixer, Baseline) and mixer.features.width != mixer.key_dim:
             widened.append(f"{key}: {type(mixer.features).__name__}, {mixer.features.width:,} of {mixer.key_dim}")
+    first = model.blocks[0].feed_forward
+    if isinstance(first, InPlace) and first.grad_batch >= seq_len:
+        lines.append(
+            f"warning: model.feed_forward_grad_batch={first.grad_batch}: a layer that steps behind a mini-batch learns "
+            f"nothing within {seq_len} tokens"
+        )
     if fitted:
         lines.append(f"(memories: {'; '.join(dict.fromkeys(fitted))})")
     if widened:

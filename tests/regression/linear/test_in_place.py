@@ -11,6 +11,7 @@ from models.cache import leaves
 from models.decoding import step as steps
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.regression.linear.in_place import recurrent_in_place
+from models.training.summary import summary
 from tests.laws.presets import HIDDEN, inputs, largest_difference, mixer, recipe
 from tests.test_decoding import GPU
 
@@ -182,3 +183,12 @@ def test_its_settings_elsewhere_are_refused():
         ((name, value),) = given.items()
         with pytest.raises(ValueError, match=rf"model\.feed_forward_{name}={value} is of model\.feed_forward=in_place"):
             feed_forward("swiglu", HIDDEN, mixer("softmax"), **given)
+
+
+def test_a_mini_batch_as_long_as_the_sequence_is_told():
+    sizes = {"vocab_size": 61, "hidden_size": HIDDEN, "num_layers": 1, "feed_forward_grad_batch": 8}
+    mixers = {"main": recipe("sliding_window")}
+    m = LanguageModel(LanguageModelConfig(mixers=mixers, pattern=["main"], feed_forward="in_place", **sizes))
+    for seq_len, told in ((8, True), (9, False)):
+        said = summary(m, seq_len, torch.device("cpu"), torch.float32)
+        assert ("grad_batch=8: a layer that steps behind a mini-batch learns nothing within 8 tokens" in said) == told
