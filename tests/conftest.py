@@ -1,4 +1,5 @@
-"""What all tests share: no network, one thread a worker, a cache of their own, and train.py run as a user does."""
+"""What all tests share: no network, one thread a worker, a cache of their own, configs that are parsed once, and train.py
+run as a user does."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.parsed import parse_once
 from tests.started import Started
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ["OMP_NUM_THREADS"] = "1"  # pytest runs as many workers as there are cores; children take it too
 torch.set_num_threads(1)
+parse_once()
 
 
 @pytest.hookimpl(wrapper=True)
