@@ -1,5 +1,5 @@
-"""What all tests share: no network, one thread a worker, a cache of their own, configs that are parsed once, and train.py
-run as a user does."""
+"""What all tests share: no network, one thread a worker, a cache of their own, files of the config parsed once, and
+train.py run as a user does."""
 
 from __future__ import annotations
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ CHOICES = {path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.gl
 PARTS = sorted(choice for choice in CHOICES if choice.startswith(("decay/", "features/", "regressor/")))
 MIXERS = {path.stem for path in (CONF / "mixer").glob("*.yaml")}
 MODELS = sorted(choice for choice in CHOICES if choice.startswith("model/") and Path(choice).name in MIXERS)
-GROUPS = sorted(c for c in CHOICES.difference(PARTS, MODELS) if not c.startswith("mixer/"))
+REST = sorted(c for c in CHOICES.difference(PARTS, MODELS) if not c.startswith("mixer/"))
 
 
 def composed(*overrides: str):
@@ -40,10 +42,22 @@ def composed(*overrides: str):
     return cfg
 
 
-@pytest.mark.parametrize("choice", GROUPS)
-def test_every_choice_composes_and_names_what_exists(choice):
-    extra = ["data.corpus.path=x"] if choice == "data/text_files" else []
-    cfg = composed(choice.replace("/", "="), *extra)
+def together() -> Iterator[tuple[str, ...]]:
+    """Each choice once, those of several groups in one config; but an overlay alone, since it chooses of other groups
+    too."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for choice in REST:
+        groups[choice.split("/")[0]].append(choice)
+    for overlay in ("debug", "experiment"):
+        yield from ((choice,) for choice in groups.pop(overlay))
+    for chosen in zip_longest(*groups.values()):
+        yield tuple(choice for choice in chosen if choice)
+
+
+@pytest.mark.parametrize("choices", together(), ids=" ".join)
+def test_every_choice_composes_and_names_what_exists(choices):
+    extra = ["data.corpus.path=x"] if "data/text_files" in choices else []
+    cfg = composed(*(choice.replace("/", "=") for choice in choices), *extra)
     assert list(problems(OmegaConf.to_container(cfg, resolve=True))) == []
 
 

@@ -18,7 +18,7 @@ from models.decoding import step as steps
 from models.decoding.held import Held, leaves
 from models.language_model import LanguageModel
 from scripts.evaluating.writing import Writer, greedy
-from tests.laws.presets import PRESETS
+from tests.laws.presets import PRESETS, marked
 from tests.test_calls import IDS, model
 
 GPU = pytest.param(
@@ -78,7 +78,7 @@ def layers_of(m: LanguageModel) -> Callable[[Tensor, Cache], tuple[Tensor, Cache
     return go_on
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", marked(PRESETS))
 @torch.no_grad()
 def test_a_step_is_the_model(preset):
     m = recurrent(preset)

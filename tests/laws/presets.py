@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -85,6 +86,15 @@ def recipes() -> dict[str, dict[str, Any]]:
 
 def recipe(preset: str) -> dict[str, Any]:
     return recipes()[preset]
+
+
+def marked(presets: list[str]) -> list[Any]:
+    """The presets as cases of a test. Of those that share the class of the mixer and of its memory's regressor only the
+    first is in the quick look (pytest -m "not slow"); what is written twice for two classes is tried there on both."""
+    first: dict[tuple[str, str], str] = {}
+    for preset in presets:
+        first.setdefault((recipe(preset)["_target_"], parts(recipe(preset))[0]["regressor"]["_target_"]), preset)
+    return [preset if preset in first.values() else pytest.param(preset, marks=pytest.mark.slow) for preset in presets]
 
 
 def parts(node: dict[str, Any]) -> list[dict[str, Any]]:

@@ -10,9 +10,21 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.mixers.mixer import Mixer
-from tests.laws.presets import CHUNK, DECAYS, PRESETS, inputs, largest_difference, mixer, outcome, part, probe, tensors
+from tests.laws.presets import (
+    CHUNK,
+    DECAYS,
+    PRESETS,
+    inputs,
+    largest_difference,
+    marked,
+    mixer,
+    outcome,
+    part,
+    probe,
+    tensors,
+)
 
-every_preset = pytest.mark.parametrize("preset", PRESETS)
+every_preset = pytest.mark.parametrize("preset", marked(PRESETS))
 every_form = pytest.mark.parametrize("backend", ["torch", "recurrent"])
 T = 2 * CHUNK + 5  # two chunks and a rest
 

@@ -15,12 +15,12 @@ from models.regression.deep.rules import AtEnd
 from models.regression.regressor import Regressor, Tokens
 from models.training import probe
 from models.training.regression import ages_of, row_of
-from tests.laws.presets import CHUNK, PRESETS, inputs, mixer
+from tests.laws.presets import CHUNK, PRESETS, inputs, marked, mixer
 
 T = CHUNK + 5
 AGES = [-1, 0, 1, 3, 6]
 pytestmark = pytest.mark.usefixtures("no_gradient")
-every_preset = pytest.mark.parametrize("preset", PRESETS)
+every_preset = pytest.mark.parametrize("preset", marked(PRESETS))
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,11 @@ from models.training.optimizer import adamw, clip, muon, orthogonal, parameter_g
 from models.training.run import difference
 from models.training.schedule import warmup_cosine, warmup_stable_decay
 from models.training.speed import peak_flops
-from tests.laws.presets import PRESETS
+from tests.laws.presets import PRESETS, marked
 from tests.test_language_model import model
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", marked(PRESETS))
 @pytest.mark.parametrize("tied", [True, False])
 def test_only_matrices_decay(preset, tied):
     m = model(preset, tie_embeddings=tied)
@@ -34,7 +34,7 @@ def test_only_matrices_decay(preset, tied):
     assert adamw(m, lr=1.0).param_groups[1]["weight_decay"] == 0
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", marked(PRESETS))
 def test_muon_takes_the_matrices_and_nothing_else(preset):
     """By what a parameter is, not by its number of axes: https://github.com/AI-Hypercomputer/maxtext/pull/4843 (of
     filters), https://github.com/KellerJordan/Muon/pull/22, https://github.com/deepspeedai/DeepSpeed/pull/7641."""
