@@ -1,5 +1,5 @@
-"""Each file of the config is parsed once in a process. Hydra reads thirty for a config, and parses them anew for the next,
-which is a third of the time that composing takes."""
+"""Each file of the config is parsed once in a process. Hydra reads thirty for a config, and parses them anew for the
+next, which is a third of the time that composing takes."""
 
 from __future__ import annotations
 
