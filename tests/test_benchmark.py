@@ -75,11 +75,13 @@ def test_a_row_for_each_or_a_reason(rows, folder):
     assert written["torch"] == torch.__version__ and written["device"] == "cpu"
 
 
+@pytest.mark.slow
 def test_all_train(rows):
     """They know after three steps that tokens are drawn from 64."""
     assert all(row.loss < 6 for row in rows.values() if row.loss is not None)
 
 
+@pytest.mark.slow
 def test_equal_parameters(rows):
     """Within the step of the feed-forward layer's width, 1.6 % of a block at this width and 0.2 % at 1,024."""
     counts = [row.num_params for row in rows.values() if row.num_params]

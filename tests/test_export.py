@@ -160,6 +160,7 @@ def test_what_is_exported_computes_the_same_elsewhere(elsewhere):
         assert torch.equal(found.tokens, expected.tokens), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["titans_mag", "ttt_mlp"])
 def test_the_code_asks_for_nothing_that_may_not_be_installed(preset, tmp_path):
     """From the hub, transformers wants every package that any file imports, anywhere in it, to be installed, and takes
@@ -199,6 +200,7 @@ def test_what_is_another_function_is_refused(to, mixers, settings, message, tmp_
     assert architecture != to and message in " ".join(reasons)
 
 
+@pytest.mark.slow
 def test_the_card_says_what_the_model_is(tmp_path, capsys):
     """Of a run: its data, metrics, config, command and commit, and how to open it."""
     run = tmp_path / "mine"

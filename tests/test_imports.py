@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -41,7 +42,8 @@ FILES = {name_of(path): path for path in ROOT.rglob("*.py") if path.relative_to(
          ("train.py", "scripts", "conf", "data", "models")}  # fmt: skip
 
 
-def imports(name: str) -> set[str]:
+@cache
+def imports(name: str) -> frozenset[str]:
     """Every module that it names in an import, wherever in the file; a package where no module of it is named."""
     found = set()
     for node in ast.walk(ast.parse(FILES[name].read_text())):
@@ -50,7 +52,7 @@ def imports(name: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             inside = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= inside & FILES.keys() or {node.module}
-    return found
+    return frozenset(found)
 
 
 def floor(name: str) -> int:

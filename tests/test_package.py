@@ -89,6 +89,7 @@ def test_every_folder_is_packed():
     assert {f"conf.{path.parent.name}" for path in (ROOT / "conf").glob("*/*.yaml")} <= packed
 
 
+@pytest.mark.slow
 def test_it_can_be_imported_from_another_folder(tmp_path):
     def run(code: str) -> int:
         return subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode

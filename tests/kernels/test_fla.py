@@ -81,6 +81,7 @@ def test_routes(monkeypatch):
     assert fla.route_gated_delta(cuda).startswith("chunk_kda") and "3.6.0" in fla.route_gated_delta(cuda)
 
 
+@pytest.mark.slow
 def test_importing_the_models_does_not_import_fla():
     code = "import sys, models.regression.linear; assert not {'fla', 'triton'} & {m.split('.')[0] for m in sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,7 +17,19 @@ from models.mixers.mixer import Mixer
 from models.regression.memory import Memory
 from models.regression.regressor import Regressor
 from tests.laws import test_laws as laws
-from tests.laws.presets import CHUNK, HEADS, HIDDEN, PRESETS, inputs, largest_difference, mixer, outcome, probe, recipe
+from tests.laws.presets import (
+    CHUNK,
+    HEADS,
+    HIDDEN,
+    PRESETS,
+    inputs,
+    largest_difference,
+    marked,
+    mixer,
+    outcome,
+    probe,
+    recipe,
+)
 from tests.test_config import composed
 
 TRIO = ("titans_mac", "titans_mag", "titans_mal")
@@ -139,7 +151,7 @@ def test_they_keep_the_laws_with_other_settings(preset, changes, monkeypatch):
     laws.test_9_counts(preset)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", marked(MEMORIES))
 @pytest.mark.parametrize("preset", TRIO)
 def test_any_memory_takes_the_place(preset, memory):
     """By its recipe; any split into calls and packed documents stay what they are."""

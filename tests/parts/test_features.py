@@ -121,6 +121,7 @@ def test_cosformer_fades_to_zero_at_its_length():
     assert (found[:, :-1] >= 0).all() and found[:, -1].abs().max() < 1e-12
 
 
+@pytest.mark.slow
 def test_dpfp_and_rebased_are_flas():
     theirs = pytest.importorskip("fla.modules.feature_map")
     q, k, positions = draw()

@@ -210,6 +210,7 @@ def test_who_a_run_is(tmp_path):
         identity.known(tmp_path / "a", "wandb")
 
 
+@pytest.mark.slow
 def test_rows_that_a_killed_wandb_has_not_written_are_logged_again(resumed, tmp_path):
     """Its last block is lost with its process. The file is cut off behind some rows, as a kill leaves it."""
     folder = tmp_path / "run"

@@ -77,7 +77,9 @@ def largest_error(found: list[Tensor], exact: list[Tensor]) -> float:
 
 
 @every_model
-@pytest.mark.parametrize("grad_batch", [1, 4, 16, 100])
+@pytest.mark.parametrize(
+    "grad_batch", [1, pytest.param(4, marks=pytest.mark.slow), 16, pytest.param(100, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("documents", [False, True])
 def test_the_dual_form_is_the_token_loop(inner_model, grad_batch, documents):
     """Float64 to 1e-10, float32 to 1e-4, of every output, weight and gradient, in one call and in several."""
