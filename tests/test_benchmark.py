@@ -231,6 +231,7 @@ def test_forked_from_a_process_that_has_imported_all():
         list(apart.forked("steps.train", given, 0.1))
 
 
+@pytest.mark.slow
 def test_as_many_tokens_in_longer_sequences(folder):
     rows = read(folder, "length")["rows"]
     assert [(row["tokens"], row["seq_len"]) for row in rows] == [(64, 32), (64, 64)]

@@ -59,6 +59,7 @@ def same(a, b, ids: int = 300) -> None:
     assert torch.equal(*new)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QWENS)
 def test_a_qwen_computes_the_same_here_and_goes_back(name, tmp_path):
     """Grouped heads, theirs eps, tied or not; of Qwen3-Next also the gate of its attention and the quarter of channels

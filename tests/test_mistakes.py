@@ -464,7 +464,7 @@ VALID = {  # what is typed, of which any combination is right
 }
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", [*range(20), *(pytest.param(i, marks=pytest.mark.slow) for i in range(20, 60))])
 def test_any_combination_of_right_settings_is_right(seed):
     random = Random(seed)
     some = [name for name in VALID if random.random() < 0.6]

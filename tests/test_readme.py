@@ -32,7 +32,9 @@ def recipes() -> list[Recipe]:
     return [recipe(preset, "340m") for preset in PRESETS]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [line if line in README else pytest.param(line, marks=pytest.mark.slow) for line in COMMANDS]
+)
 def test_commands_compose(command):
     """Every override names something that exists; sweeps are tried at each of their points' first values."""
     words = shlex.split(command.split(" # ")[0], comments=True)

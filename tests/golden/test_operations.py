@@ -70,6 +70,7 @@ def kept() -> dict[str, Counts]:
     return {name: Counts(*map(float, numbers)) for name, *numbers in lines}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(f"torch {torch.__version__}" not in FILE.read_text(), reason="kept of another release of torch")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_step_asks_for_no_more_than_before(preset):

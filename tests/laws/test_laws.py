@@ -24,8 +24,10 @@ from tests.laws.presets import (
     tensors,
 )
 
+QUICK = ("none", "scalar", "channel", "signed")  # a decay of each kind
+of_many = [pytest.mark.slow] if len(PRESETS) > 1 else []  # the quick look at many presets leaves it out
 every_preset = pytest.mark.parametrize("preset", marked(PRESETS))
-every_form = pytest.mark.parametrize("backend", ["torch", "recurrent"])
+every_form = pytest.mark.parametrize("backend", ["torch", pytest.param("recurrent", marks=of_many)])
 T = 2 * CHUNK + 5  # two chunks and a rest
 
 
@@ -130,7 +132,7 @@ def test_5_gradients_cross_chunks(preset):
 @every_preset
 @every_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("T", [1, 2 * CHUNK, 19])
+@pytest.mark.parametrize("T", [1, pytest.param(2 * CHUNK, marks=of_many), 19])
 def test_7_finite_at_the_extremes(preset, backend, dtype, T):
     """Zero keys, repeated keys, saturated gates, T = 1, T a multiple of nothing: outputs and gradients are finite. Two
     rows of each case, which are independent (law 2): what is not finite in one is not in the sum of all."""
@@ -174,7 +176,7 @@ def test_9_it_says_how_it_is_fitted(preset):
 
 
 @every_preset
-@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("decay", [pytest.param(d, marks=[] if d in QUICK else of_many) for d in DECAYS])
 def test_an_impossible_decay_is_refused_when_built(preset, decay):
     """And a possible one makes another mixer that obeys law 3."""
     if DECAYS[decay] not in mixer(preset).regressor.accepts_decay:

@@ -134,7 +134,7 @@ def assert_same(ours: Fit, theirs: Fit) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-@pytest.mark.parametrize("step", [1, 6])  # 6 ends with a validation
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 6])  # 6 ends with a validation
 def test_a_signal_ends_the_run_after_the_step_and_it_goes_on(number, step, undisturbed, tmp_path):
     """In the middle of an accumulation window, and once more: the same code, and one checkpoint of that step."""
 

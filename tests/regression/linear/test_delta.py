@@ -161,6 +161,7 @@ def test_many_documents_in_a_chunk_keep_the_digits_of_float32():
     assert_same(exact, form, 3e-6)
 
 
+@pytest.mark.slow
 def test_equals_the_peers_chunked_form():
     modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
     q, k, v, step_size, log_decay, memory = draw(dtype=torch.float32)
