@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
+from tests.parsed import parse_once
+
 ROOT = Path(__file__).parents[1]
 SERVER, FORK = multiprocessing.get_context("forkserver"), multiprocessing.get_context("fork")
 IMPORTED = ["train", "scripts.prepare_data", "matplotlib.figure", "matplotlib.backends.backend_agg", "tests.started"]
@@ -118,6 +120,7 @@ class Rank:
 
 def main(log: str, words: list[str], environment: dict[str, str], module: str, fork_ranks: bool) -> None:
     """In the process itself."""
+    parse_once()  # the jobs of a sweep read the same files
     gc.freeze()  # what was imported is no garbage: Lightning looks for some again and again
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
