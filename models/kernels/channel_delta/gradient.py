@@ -13,7 +13,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.kernels.channel_delta.tiles import AFTER, BEFORE, FROM, UP_TO, meet, sums, wide_sums
+from models.kernels.channel_delta.tiles import (
+    AFTER,
+    BEFORE,
+    FROM,
+    LEAST,
+    UP_TO,
+    log_gates_gradient,
+    meet,
+    sums,
+    wide_sums,
+)
 from models.kernels.delta.tiles import place
 from models.kernels.momentum.tiles import dot, of_gates, of_matrix, of_square, of_tokens
 
@@ -115,10 +125,13 @@ def gradient(
     states,  # [B H N, K, V]
     dstates,  # [B H N, K, V]
     dreader,  # [B, T, H, K]
+    log_rate,  # [H], or None: log decays were given
     dq,  # in: readers' dquery; out, [B, T, H, K]
     dk,  # out, [B, T, H, K]
     dstep_size,  # out, [K / BK, B, T, H], to be summed
-    dlog_decay,  # out, [B, T, H, K]
+    dlog_decay,  # out, [B, T, H, K]; with a rate, by what log decays are made of
+    dbias,  # out, [B N, H K], to be summed, or None
+    drate,  # out, [B N K / BK, H], to be summed, or None: by log_rate
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -174,8 +187,17 @@ def gradient(
     dwriter += dended
     keys = tl.load(at_k, mask=mask_k, other=0.0)
     dgates += wide_sums(same, LOG_C + BEFORE, b * keys * dended, C, PRECISION)
+    if log_rate is not None:
+        at, mask = of_tokens(gates, bh, n, first, T, H, K, C, BK)
+        gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        row, channels = bh // H * N + n, first + tl.arange(0, BK)
+        rates = tl.sum(tl.sum(tl.where(gate > LEAST, dgates * gate, 0.0), 1), 0)
+        tl.store(drate + (row * BLOCKS + block).to(tl.int64) * H + bh % H, rates)
+        dgates *= log_gates_gradient(gate, tl.exp(tl.load(log_rate + bh % H)))
+        at = dbias + row.to(tl.int64) * (H * K) + bh % H * K + channels
+        tl.store(at, tl.sum(dgates, 0), mask=channels < K)
     at, mask = of_tokens(dlog_decay, bh, n, first, T, H, K, C, BK)
-    tl.store(at, dgates, mask=mask)
+    tl.store(at, dgates.to(dlog_decay.dtype.element_ty), mask=mask)
     at, mask = of_tokens(dk, bh, n, first, T, H, K, C, BK)
     tl.store(at, (tl.load(at_readers, mask=mask, other=0.0) + b * dwriter).to(TYPE), mask=mask)
     begin = block.to(tl.int64) * (num_chunks // (H * N)) * T * H

@@ -12,6 +12,7 @@ from models.kernels.channel_delta.gradient import gradient, readers, scores_grad
 from models.kernels.channel_delta.prepare import fade, scores
 from models.kernels.channel_delta.scans import scan, scan_gradient
 from models.kernels.channel_delta.tiles import ORDERS, write_ones
+from models.kernels.columns import summed
 from models.kernels.delta.launch import CHUNK, Configuration
 
 # By kernel, of 16 bits and of 32. block: channels of the keys that a program has or takes at a time, columns of the
@@ -86,11 +87,12 @@ class Launch:
         self.ones, self.same = q.new_empty(ones, dtype=dtype_of_gates(q)), q.new_empty(ones)
         write_ones[(len(self.ones),)](self.ones, self.same, CHUNK, LOG_CHUNK)
 
-    def fade(self, log_decay: Tensor | None, gates: Tensor) -> Faded:
+    def fade(self, gates: Tensor, *made_of: Tensor | None) -> Faded:
+        """made_of: what prepare.py's `fade` makes the gates of, where they are not known."""
         q = self.given[0]
         ended = q.new_empty(self.B * self.H * self.N, self.K, dtype=torch.float32)
         faded = Faded(torch.empty_like(q), torch.empty_like(q), torch.empty_like(q), ended)
-        self.launch("fade", fade, *self.given, log_decay, self.ones, gates, *faded)
+        self.launch("fade", fade, *self.given, *(made_of or (None,) * 4), self.ones, gates, *faded)
         return faded
 
     def launch(self, name: str, kernel, *tensors: Tensor | None, programs: int | None = None, **sizes: int) -> None:
@@ -108,21 +110,24 @@ class Launch:
             *tensors, *self.sizes, **self.common, BK=self.BK, BV=BV, **configuration.options
         )
 
-    def forward(self, v: Tensor, log_decay: Tensor, first: Tensor, keep: bool) -> tuple[Tensor, Tensor, Kept]:
-        """The outputs, the last memory, and what is kept."""
+    def forward(
+        self, v: Tensor, gates: tuple[Tensor | None, ...], first: Tensor, keep: bool
+    ) -> tuple[Tensor, Tensor, Kept]:
+        """The outputs, the last memory, and what is kept. gates: what prepare.py's `fade` makes them of."""
         v, first = v.contiguous(), first.contiguous()
         kept, o, last = new_kept(self.given[0], v, keep), torch.empty_like(v), torch.empty_like(first)
-        faded = self.fade(log_decay.contiguous(), kept.gates)
+        faded = self.fade(kept.gates, *(None if x is None else x.contiguous() for x in gates))
         self.launch("scores", scores, *self.given, kept.gates, self.ones, kept.R, kept.attend, programs=2)
         further = (kept.errors, kept.states) if keep else (None, None)
         self.scan("scan", scan, *faded, v, kept.R, kept.attend, first, o, last, *further)
         return o, last, kept
 
-    def backward(self, kept: Kept, do: Tensor, dlast: Tensor | None) -> list[Tensor]:
-        """The gradients by q, k, v, the step sizes, the log decays and the first memory."""
+    def backward(self, kept: Kept, log_rate: Tensor | None, do: Tensor, dlast: Tensor | None) -> list[Tensor]:
+        """The gradients by q, k, v, the step sizes, the log decays or what they are made of, with rates by the bias and
+        by the rates, and by the first memory."""
         do, dlast = do.contiguous(), None if dlast is None else dlast.contiguous()
         (q, k, step_size), (gates, R, attend, errors, states) = self.given, kept
-        faded = self.fade(None, gates)
+        faded = self.fade(gates)
         dv, dstates = torch.empty_like(do), torch.empty_like(states)
         dfirst = faded.ended.new_empty(self.B, self.H, self.K, self.V)
         self.scan("scan_gradient", scan_gradient, *faded, R, attend, do, dlast, dv, dstates, dfirst)
@@ -133,15 +138,20 @@ class Launch:
             **self.configurations["scores_gradient"].options,
         )  # fmt: skip
         dq, dk, dreader = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
-        dlog_decay = torch.empty_like(q, dtype=torch.float32)
+        dlog_decay = torch.empty_like(q, dtype=torch.float32 if log_rate is None else q.dtype)
         of_values = {"V": self.V, "BV": self.BV}
         self.launch(
             "readers", readers, k, gates, self.ones, dscores, do, dv, states, dq, dreader, **of_values
         )  # fmt: skip
         num_blocks = triton.cdiv(self.K, min(self.configurations["gradient"].block, self.BK))
         dsteps = step_size.new_empty(num_blocks, *step_size.shape)
+        dbias, drate = None, None
+        if log_rate is not None:
+            dbias = step_size.new_empty(self.B * self.N, self.H * self.K)
+            drate = step_size.new_empty(self.B * self.N * num_blocks, self.H)
         self.launch(
             "gradient", gradient, *self.given, gates, self.ones, self.same, dscores, down, errors, states, dstates,
-            dreader, dq, dk, dsteps, dlog_decay, **of_values,
+            dreader, log_rate, dq, dk, dsteps, dlog_decay, dbias, drate, **of_values,
         )  # fmt: skip
-        return [dq, dk, dv, dsteps.sum(0), dlog_decay, dfirst]
+        shared = [] if log_rate is None else [summed(dbias, dbias[0]), summed(drate, log_rate)]
+        return [dq, dk, dv, dsteps.sum(0), dlog_decay, *shared, dfirst]
