@@ -32,7 +32,7 @@ from models.kernels.momentum.tiles import dot, of_gates, of_matrix, of_square, o
 def scores_gradient(
     step_size,  # [B, T, H]
     do,  # [B, T, H, V]
-    errors,  # [B, T, H, V]
+    errors,  # [B H N, V, C]
     dv,  # [B, T, H, V]
     dscores,  # out, [2, B H N, C, C]: by queries' scores, and by keys'
     down,  # out, [B, T, H]: W_tt; what a token reads of its own write has not faded
@@ -45,7 +45,7 @@ def scores_gradient(
     t = tl.arange(0, C)
     at_gates, real = of_gates(step_size, bh, n, T, H, C)
     b = tl.load(at_gates, mask=real, other=0.0)
-    at, mask = of_tokens(errors, bh, n, 0, T, H, V, C, BV)
+    at, mask = of_matrix(errors, chunk, 0, V, C, BV, C)
     error = tl.load(at, mask=mask, other=0.0)
     if of_queries:
         dy, sign = do, 1.0
@@ -55,9 +55,9 @@ def scores_gradient(
     given = tl.load(at, mask=mask, other=0.0)
     if of_queries:
         at_gates, real = of_gates(down, bh, n, T, H, C)
-        tl.store(at_gates, tl.sum(given.to(tl.float32) * error, 1), mask=real)
-    by_readers = dot(given, tl.trans(error), PRECISION) * b[None, :]
-    by_writers = dot(error, tl.trans(given), PRECISION)
+        tl.store(at_gates, tl.sum(given.to(tl.float32) * tl.trans(error), 1), mask=real)
+    by_readers = dot(given, error, PRECISION) * b[None, :]
+    by_writers = dot(tl.trans(error), tl.trans(given), PRECISION)
     found = sign * tl.where(t[:, None] > t[None, :], by_readers, by_writers)
     at = of_square(dscores, tl.program_id(0) % 2 * (tl.num_programs(0) // 2) + chunk, C)
     tl.store(at, found.to(dscores.dtype.element_ty))
@@ -71,7 +71,7 @@ def readers(
     dscores,  # [2, B H N, C, C]
     do,  # [B, T, H, V]
     dv,  # [B, T, H, V]
-    states,  # [B H N, K, V]
+    states,  # [B H N, V, K]
     dquery,  # out, [B, T, H, K]: sum_i W_ti b_i k_i + e^c dO S^T, whose sums fade by channel
     dreader,  # out, [B, T, H, K]: sum_i X_ti b_i k_i - e^c dV S^T
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr,
@@ -98,8 +98,8 @@ def readers(
         by_queries += dot(dscore, writers, PRECISION) * reading
         dscore = tl.where(pairs, tl.load(at_scores + further), 0.0).to(TYPE)
         by_keys += dot(dscore, writers, PRECISION) * reading
-    at, inside = of_matrix(states, chunk, 0, K, V, BK, BV, first)
-    memory = tl.trans(tl.load(at, mask=inside, other=0.0))
+    at, inside = of_matrix(states, chunk, first, V, K, BV, BK)
+    memory = tl.load(at, mask=inside, other=0.0)
     left = tl.exp(sums(ones, LOG_C + UP_TO, gate, C, PRECISION))
     at, mask = of_tokens(do, bh, n, 0, T, H, V, C, BV)
     by_queries += dot(tl.load(at, mask=mask, other=0.0), memory, PRECISION) * left
@@ -121,9 +121,9 @@ def gradient(
     same,  # in the dtype of q and k
     dscores,  # [2, B H N, C, C]
     down,  # [B, T, H]
-    errors,  # [B, T, H, V]
-    states,  # [B H N, K, V]
-    dstates,  # [B H N, K, V]
+    errors,  # [B H N, V, C]
+    states,  # [B H N, V, K]
+    dstates,  # [B H N, V, K]
     dreader,  # [B, T, H, K]
     log_rate,  # [H], or None: log decays were given
     dq,  # in: readers' dquery; out, [B, T, H, K]
@@ -177,12 +177,12 @@ def gradient(
     dgates = wide_sums(same, LOG_C + FROM, here, C, PRECISION)
     dwriter += itself * queries
 
-    at, inside = of_matrix(dstates, chunk, 0, K, V, BK, BV, first)
+    at, inside = of_matrix(dstates, chunk, first, V, K, BV, BK)
     dmemory = tl.load(at, mask=inside, other=0.0)
-    at, mask = of_tokens(errors, bh, n, 0, T, H, V, C, BV)
-    dended = dot(tl.load(at, mask=mask, other=0.0), tl.trans(dmemory), PRECISION)
-    at, inside = of_matrix(states, chunk, 0, K, V, BK, BV, first)
-    dgates += (ended * tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float32) * dmemory, 1))[None, :]
+    at, mask = of_matrix(errors, chunk, 0, V, C, BV, C)
+    dended = dot(tl.trans(tl.load(at, mask=mask, other=0.0)), dmemory, PRECISION)
+    at, inside = of_matrix(states, chunk, first, V, K, BV, BK)
+    dgates += (ended * tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float32) * dmemory, 0))[None, :]
     dended *= tl.exp(sums(ones, LOG_C + AFTER, gate, C, PRECISION))
     dwriter += dended
     keys = tl.load(at_k, mask=mask_k, other=0.0)

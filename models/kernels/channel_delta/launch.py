@@ -13,12 +13,12 @@ from models.kernels.channel_delta.prepare import fade, scores
 from models.kernels.channel_delta.scans import scan, scan_gradient
 from models.kernels.channel_delta.tiles import ORDERS, write_ones
 from models.kernels.columns import summed
-from models.kernels.delta.launch import CHUNK, Configuration
+from models.kernels.delta.launch import CHUNK, WHOLE, Configuration, many
 
 # By kernel, of 16 bits and of 32. block: channels of the keys that a program has or takes at a time, columns of the
 # values that a scan's has. Products of 16 bits with fewer than 64 columns may be wrong: docs/kernels.md.
 HALF = {
-    "fade": Configuration(128, 4, 2),
+    "fade": Configuration(64, 4, 2),
     "scores": Configuration(64, 4, 2),
     "scan": Configuration(64, 4, 2),
     "scan_gradient": Configuration(64, 4, 2),
@@ -35,6 +35,7 @@ SINGLE = {
     "readers": Configuration(32, 4, 1),
     "gradient": Configuration(16, 4, 1),
 }
+WHOLE_SHARED = 200 << 10  # of a scan by delta/launch.py's WHOLE
 LOG_CHUNK = CHUNK.bit_length() - 1
 
 
@@ -45,8 +46,8 @@ class Kept(NamedTuple):
     gates: Tensor  # [B, T, H, K], in 16 bits fp16: 3 digits of log decays of any size
     R: Tensor  # [B H N, C, C]
     attend: Tensor  # [B H N, C, C]
-    errors: Tensor  # [B, T, H, V]
-    states: Tensor  # [B H N, K, V]
+    errors: Tensor  # [B H N, V, C]
+    states: Tensor  # [B H N, V, K]
 
 
 class Faded(NamedTuple):
@@ -62,7 +63,7 @@ def new_kept(q: Tensor, v: Tensor, keep: bool) -> Kept:
     B, T, H, K = q.shape
     chunks = B * H * -(-T // CHUNK)
     gates = q.new_empty(q.shape, dtype=dtype_of_gates(q))
-    further = (v.shape, (chunks, K, v.shape[-1])) if keep else [(0,)] * 2
+    further = ((chunks, v.shape[-1], CHUNK), (chunks, v.shape[-1], K)) if keep else [(0,)] * 2
     return Kept(gates, *(q.new_empty(shape) for shape in [(chunks, CHUNK, CHUNK)] * 2 + list(further)))
 
 
@@ -105,6 +106,8 @@ class Launch:
 
     def scan(self, name: str, kernel, *tensors: Tensor | None) -> None:
         configuration = self.configurations[name]
+        if self.BV > configuration.block >= 64 and many(self.given[0], WHOLE_SHARED):
+            configuration = WHOLE
         BV = min(configuration.block, self.BV)
         kernel[triton.cdiv(self.V, BV), self.B * self.H](
             *tensors, *self.sizes, **self.common, BK=self.BK, BV=BV, **configuration.options
