@@ -26,6 +26,7 @@ TAKES = {  # of a recipe
 HIDDEN = 4  # the hidden layer's width over that of keys
 MINI_BATCH = 16  # the smallest that Triton's products take, and the paper's
 WIDTHS = {"linear": (16, 32, 64, 128), "mlp": (16, 32, 64)}  # of keys; wider ones' weights do not fit on chip
+KEPT = 7  # tensors, for the backward pass
 TILE = 64  # tokens that the linear model's kernels take at a time
 SLAB = 4096  # spans of MINI_BATCH tokens that the MLP's kernels take at a time, of all heads of all sequences
 
@@ -89,9 +90,11 @@ def _kernels(call: Call) -> Any:
 
 
 @torch.library.custom_op("test_time_regression::ttt_scan", mutates_args=())
-def _forward(given: list[Tensor], names: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward(
+    given: list[Tensor], names: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the last weights, and what is kept for the backward pass: of the MLP the weights at the first mini-batch of
-    each slab [B, H, *, P] and four empty tensors; of the linear model what Linear.forward says."""
+    each slab [B, H, *, P] and six empty tensors; of the linear model what Linear.forward says."""
     call = unpacked(Call, given, names)
     with torch.cuda.device_of(call.q):
         return _kernels(call).forward()
@@ -102,12 +105,14 @@ def _(given, names):
     call = unpacked(Call, given, names)
     (B, H, P), G, K = call.init.shape, call.group.shape[1] - 1, call.q.shape[-1]
     if call.inner_model == "mlp":
-        kept = call.init.new_empty(B, H, -(-G // slab(B * H)), P), *(call.init.new_empty(0) for _ in range(4))
+        kept = call.init.new_empty(B, H, -(-G // slab(B * H)), P), *(call.init.new_empty(0) for _ in range(6))
     else:
         from models.kernels.ttt.linear_tiles import NUMBERS
 
         biases, numbers = call.init.new_empty(B, H, G, K), call.init.new_empty(B, H, NUMBERS.value, call.q.shape[1])
-        kept = call.q.new_empty(B, H, G, K, K), biases, torch.empty_like(call.v), torch.empty_like(call.v), numbers
+        u, y, read_y = (torch.empty_like(call.v) for _ in range(3))
+        scales = call.init.new_empty(B, H, call.q.shape[1])
+        kept = call.q.new_empty(B, H, G, K, K), biases, u, y, numbers, read_y, scales
     return torch.empty_like(call.v), torch.empty_like(call.init), *kept
 
 
@@ -135,7 +140,7 @@ def _keep(ctx, inputs, output):
 
 
 def _gradients(ctx, do, dlast, *_):
-    given, kept = ctx.saved_tensors[:-5], ctx.saved_tensors[-5:]
+    given, kept = ctx.saved_tensors[:-KEPT], ctx.saved_tensors[-KEPT:]
     call = unpacked(Call, given, ctx.names)
     do = torch.zeros_like(call.v) if do is None else do.contiguous()
     dlast = torch.zeros_like(call.init) if dlast is None else dlast.contiguous()

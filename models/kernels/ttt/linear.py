@@ -1,7 +1,7 @@
 """TTT-Linear by Triton kernels: scans of what a mini-batch waits for (linear_scans.py), a program a head of a sequence,
 and all else for all spans of tokens at once (linear_reads.py). linear_tiles.py has the formulas.
 
-    forward    scan -> u, y, the weights that each span begins with -> read -> o
+    forward    scan -> u, y, the weights that each span begins with -> read -> o, y and s of the queries
     backward   read_gradient, from these; scan_gradient, backwards -> dl/dz of errors, and the gradient by the weights
                at the end of each span; key_gradient
 
@@ -43,27 +43,30 @@ class Linear:
         W, b = self.start.split([K * K, K], dim=1)
         self.opening = W.to(self.q.dtype).contiguous(), b.contiguous()
         edges = self.first.gather(1, self.group.long())
-        self.where = self.sizes, *self.norm, edges, call.position
+        self.where = edges, call.position
 
     def forward(self) -> tuple[Tensor, ...]:
         """o, the last weights, and for the backward pass the weights of each span [B, H, G, K, K], their biases [B, H,
-        G, K], u and y [B, L, H, K], and numbers [B, H, 6, L].
+        G, K], u and y [B, L, H, K], numbers [B, H, 6, L], and of the queries y [B, L, H, K] and s [B, H, L].
         """
-        (B, L, H, K), (o, u, y) = self.q.shape, (torch.empty_like(self.v) for _ in range(3))
+        (B, L, H, K), (o, u, y, read_y) = self.q.shape, (torch.empty_like(self.v) for _ in range(4))
         last, numbers = torch.empty_like(self.init), self.steps.new_empty(B, H, linear_tiles.NUMBERS.value, L)
+        scales = self.steps.new_empty(B, H, L)
         kept, biases = self.q.new_empty(*self.spans, K, K), self.init.new_empty(*self.spans, K)
         scan[(self.rows,)](
             self.k, self.v, self.steps, self.sizes, self.start, *self.norm, self.init, self.first, self.group,
             self.fresh, last, kept, biases, u, y, numbers, **self.scans,
         )  # fmt: skip
         read[(self.spans[2], self.rows)](
-            self.q, self.k, *self.where, *self.opening, kept, biases, u, o, **self._reads("read")
-        )
-        return o, last, kept, biases, u, y, numbers
+            self.q, self.k, self.sizes, *self.norm, *self.where, *self.opening, kept, biases, u, o, read_y, scales,
+            **self._reads("read"),
+        )  # fmt: skip
+        return o, last, kept, biases, u, y, numbers, read_y, scales
 
     def backward(
-        self, do: Tensor, dlast: Tensor, kept: Tensor, biases: Tensor, u: Tensor, y: Tensor, numbers: Tensor
-    ) -> list[Tensor]:
+        self, do: Tensor, dlast: Tensor, kept: Tensor, biases: Tensor, u: Tensor, y: Tensor, numbers: Tensor,
+        read_y: Tensor, scales: Tensor,
+    ) -> list[Tensor]:  # fmt: skip
         """The gradients by all tensors of the call up to init; by what heads or rows share, of each row."""
         (B, _, H, K), C, grid = self.q.shape, len(self.sizes), (self.spans[2], self.rows)
         dq, dk, dv, derrors, dreads, dback = (torch.empty_like(self.q) for _ in range(6))
@@ -72,7 +75,7 @@ class Linear:
         each = [self.steps.new_empty(B, H, n) for n in (1, K, K)]
         dkept, dbiases = torch.empty_like(kept), torch.empty_like(biases)
         read_gradient[grid](
-            self.q, self.k, *self.where, *self.opening, kept, biases, u, do,
+            self.q, self.k, self.sizes, self.norm[0], *self.where, self.opening[0], kept, u, read_y, scales, do,
             dq, dsizes, dgammas, dbetas, derrors, dreads, **self._reads("read_gradient"),
         )  # fmt: skip
         scan_gradient[(self.rows,)](
@@ -81,7 +84,7 @@ class Linear:
             **self.scans,
         )  # fmt: skip
         key_gradient[grid](
-            self.q, self.k, self.sizes, *self.where[3:], self.opening[0], kept, u, dreads,
+            self.q, self.k, self.sizes, *self.where, self.opening[0], kept, u, dreads,
             dkept, dback, dv, dk, **self._reads("key_gradient"),
         )  # fmt: skip
         dsizes, dgamma, dbeta = (x.sum(2) for x in (dsizes, dgammas, dbetas))

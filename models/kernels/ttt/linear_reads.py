@@ -14,6 +14,7 @@ from models.kernels.ttt.linear_tiles import (
     no_gradients,
     part,
     rows,
+    scores_of,
     shares,
     span_tokens,
 )  # fmt: skip
@@ -39,11 +40,11 @@ def _store_part(x, value, batch, head, token, real, j, L, H, K: tl.constexpr, PA
 @triton.jit(do_not_specialize=["L", "G"])
 def read(
     q, k, sizes, gammas, betas, edges, position, opening, opening_biases, kept, biases, errors,
-    o,
+    o, standard, scales,
     L, H, G, C: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
     DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """opening [H, K, K] and opening_biases [H, K]: what a document begins with."""
+    """opening [H, K, K] and opening_biases [H, K]: what a document begins with. Beside o, y and s of the queries."""
     g, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head, key = row // H, row % H, tl.arange(0, K)
     TYPE: tl.constexpr = q.dtype.element_ty
@@ -51,22 +52,25 @@ def read(
     if begin == end:
         return
     # on its way before the products that it is not for
-    u, query = (_rows(errors, batch, head, token, real, L, H, K), _rows(q, batch, head, token, real, L, H, K))
+    u = _rows(errors, batch, head, token, real, L, H, K)
     carried, others = carried_on(begin, real, document_of)
     gamma, beta = tl.load(gammas + head * K + key)[None, :], tl.load(betas + head * K + key)[None, :]
     slot, opening, opening_biases = row * G + g, opening + head * (K * K), opening_biases + head * K
-    c = shares(token, batch_of, document_of, tl.load(sizes + place), tl.load(sizes + C - 1))
     z, scores = layer(
         q, k, kept + slot * (K * K), biases + slot * K, opening, opening_biases, carried, others, batch, head, token,
         real, L, H, TILE, K, PART, DOCUMENTS,
     )  # fmt: skip
-    y, _ = standardise(z - dot(c * scores, u, TYPE), K)
+    c = shares(token, batch_of, document_of, tl.load(sizes + place), tl.load(sizes + C - 1))
+    y, scale = standardise(z - dot(c * scores, u, TYPE), K)
+    tl.store(scales + row * L + token[:, None], scale, mask=real[:, None])
+    _store(standard, y, batch, head, token, real, L, H, K)
+    query = _rows(q, batch, head, token, real, L, H, K)
     _store(o, query + gamma * y + beta, batch, head, token, real, L, H, K)
 
 
 @triton.jit(do_not_specialize=["L", "G"])
 def read_gradient(
-    q, k, sizes, gammas, betas, edges, position, opening, opening_biases, kept, biases, errors, do,
+    q, k, sizes, gammas, edges, position, opening, kept, errors, standard, scales, do,
     dq, dsizes, dgammas, dbetas, derrors, dreads,
     L, H, G, C: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -82,31 +86,27 @@ def read_gradient(
     if begin == end:
         return
     # on their way before the products that they are not for
-    u, dout = (_rows(errors, batch, head, token, real, L, H, K), _rows(do, batch, head, token, real, L, H, K))
+    y, dout = (_rows(standard, batch, head, token, real, L, H, K), _rows(do, batch, head, token, real, L, H, K))
+    u, scale = _rows(errors, batch, head, token, real, L, H, K), tl.load(scales + row * L + token, mask=real, other=0.0)
     carried, others = carried_on(begin, real, document_of)
     gamma = tl.load(gammas + head * K + key)[None, :]
-    slot, opening, opening_biases = row * G + g, opening + head * (K * K), opening_biases + head * K
-    kept, biases = kept + slot * (K * K), biases + slot * K
-    c = shares(token, batch_of, document_of, tl.load(sizes + place), tl.load(sizes + C - 1))
-    z, A = layer(
-        q, k, kept, biases, opening, opening_biases, carried, others, batch, head, token,
-        real, L, H, TILE, K, PART, DOCUMENTS,
-    )  # fmt: skip
-    z -= dot(c * A, u, TYPE)
-    y, scale = standardise(z, K)
-    dout = dout.to(tl.float32)
+    slot, opening = row * G + g, opening + head * (K * K)
+    kept = kept + slot * (K * K)
+    y, dout = y.to(tl.float32), dout.to(tl.float32)
     tl.store(dgammas + slot * K + key, tl.sum(dout * y, 0))
     tl.store(dbetas + slot * K + key, tl.sum(dout, 0))
-    dz = project(dout * gamma, y, scale, K)
+    dz = project(dout * gamma, y, scale[:, None], K).to(TYPE)
     _store(dreads, dz, batch, head, token, real, L, H, K)
-    pulls = dot(dz, tl.trans(u), TYPE)
+    pulls = tl.dot(dz, tl.trans(u))
+    A = scores_of(q, k, batch, head, token, real, L, H, TILE, K, PART)
+    c = shares(token, batch_of, document_of, tl.load(sizes + place), tl.load(sizes + C - 1))
     same = (batch_of[:, None] == batch_of[None, :]) & (token[:, None] >= token[None, :])
     dc = tl.sum(tl.where(same, A * pulls, 0.0), 1)
     each = tl.arange(0, C)
     tl.store(dsizes + slot * C + each, -tl.sum(tl.where(place[:, None] == each[None, :], dc[:, None], 0.0), 0))
     du = dot(tl.trans(tl.where(same, -c * A, 0.0)), dz, TYPE)
     _store(derrors, du, batch, head, token, real, L, H, K)
-    pulls, dz = (c * pulls).to(TYPE), dz.to(TYPE)
+    pulls = (c * pulls).to(TYPE)
     inside = tl.where(carried[:, None], 0.0, dz)
     if DOCUMENTS:
         dz = tl.where(carried[:, None], dz, 0.0)

@@ -53,7 +53,7 @@ class MLP:
         self.weights, self.biases = q.new_empty(self.rows, self.spans, 2 * F * K), self._new(self.spans, F + K)
 
     def forward(self) -> tuple[Tensor, ...]:
-        """o, the last weights, those at the first mini-batch of each slab [B, H, slabs, P], and four empty tensors."""
+        """o, the last weights, those at the first mini-batch of each slab [B, H, slabs, P], and six empty tensors."""
         o, last, (B, H, P) = torch.empty_like(self.v), self.init.clone(), self.init.shape
         kept = last.new_empty(B, H, len(self.slabs), P)
         for i, (g0, g1) in enumerate(self.slabs):
@@ -63,7 +63,7 @@ class MLP:
                 self.q, self.k, self.v, *self.given, self.opening, self.opening_biases, self.weights, self.biases, o,
                 g0=g0, **self._options("read"),
             )  # fmt: skip
-        return o, last, kept, *(last.new_empty(0) for _ in range(4))
+        return o, last, kept, *(last.new_empty(0) for _ in range(6))
 
     def backward(self, do: Tensor, dlast: Tensor, kept: Tensor, *_: Tensor) -> list[Tensor]:
         """The gradients by all tensors of the call up to init; by what heads or rows share, of each row."""
