@@ -121,7 +121,7 @@ def errors_of_rates(
 
 RATES = {
     "rates": {"K": 20, "V": 24, "T": 70, "documents": 23},
-    "rates of many sizes": {"spread": 4.0, "bias": 0.0, "documents": 40},
+    "rates of many sizes": {"spread": 4.0, "bias": -4.0, "documents": 40},
     "rates of slow decay": {"spread": 0.3, "bias": -11.0, "T": 130},
 }
 
