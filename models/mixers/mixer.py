@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from models.kernels import pairs as kernels
 from models.kernels import read_out
 from models.parts.convolution import Shift, ShortConvolution
-from models.parts.decay import Decay, Rates
+from models.parts.decay import Decay
 from models.parts.features import FeatureMap, Identity
 from models.parts.linear import Products, is_its_weight, one_product, read
 from models.parts.norm import RMSNorm, is_plain, sum_to_one, unit
@@ -212,7 +212,7 @@ class Mixer(nn.Module):
         q, k, v, gate, tails, seen = self._pairs(x, positions, tails, segments)
         n = self.regressor.pairs_per_token
         q, k = self._features(q, positions), self._features(k, _each(positions, n))
-        log_decay, signs = self._decay(seen if self.decay.reads else x, v)
+        log_decay, signs = self._log_decay(seen if self.decay.reads else x, v)
         if signs is not None:
             turn = _turns(signs, turn)
             q, k = q * turn.unsqueeze(-1), k * _each(turn, n).unsqueeze(-1)
@@ -330,9 +330,10 @@ class Mixer(nn.Module):
             x = norm(x)
         return x if self.rotary is None else rotate(x, positions, self.rotary, self.rotary_channels)
 
-    def _decay(self, x: Any, v: Tensor) -> tuple[Tensor | Rates | None, Tensor | None]:
-        """The log decay and its signs; where gradients are wanted, and the kernels can, left to them to make. (Who looks
-        inside a memory wants no gradients, and finds the log decay itself.)"""
+    def _log_decay(self, x: Any, v: Tensor) -> tuple[Any, Tensor | None]:
+        """The log decay and its signs. Where gradients are wanted the regressor's kernels may be left to make it; who
+        looks inside a memory wants none, and finds the log decay itself.
+        """
         left = self.decay.unmade(x) if torch.is_grad_enabled() and self.regressor.makes_decay(v) else None
         return self.decay(x) if left is None else (left, None)
 
@@ -341,7 +342,7 @@ class Mixer(nn.Module):
         x = self.features(x, positions)
         return x if self.feature_norm is None else self.feature_norm(x, self.norm_eps)
 
-    def _written(self, v: Tensor, log_decay: Tensor | Rates | None) -> Tensor:
+    def _written(self, v: Tensor, log_decay: Tensor | None) -> Tensor:
         """Values as the memory gets them, [B, T n, H, V]."""
         return v
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from models.mixers.mixer import GATES, Gate, Mixer, Tails, check_choice
 from models.parts.convolution import ShortConvolution
-from models.parts.decay import Rates, ScalarDecay
+from models.parts.decay import ScalarDecay
 from models.parts.norm import RMSNorm
 
 OWN_GATES: dict[str, Any] = GATES | {"gelu": partial(F.gelu, approximate="tanh")}
@@ -96,7 +96,7 @@ class PublishedReadOut(Mixer):
         }[read_norm]()
         self.skip = nn.Parameter(torch.ones(H)) if skip else None
 
-    def _written(self, v: Tensor, log_decay: Tensor | Rates | None) -> Tensor:
+    def _written(self, v: Tensor, log_decay: Tensor | None) -> Tensor:
         if not self.stepped:
             return v
         assert log_decay is not None and isinstance(self.decay, ScalarDecay)

@@ -17,7 +17,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.parts.decay import Rates
 from models.parts.sizes import Sizes
 
 # What a decay can be: no log_decay; one per head [B, T, H]; one per key channel [B, T, H, K]; one per head of which
@@ -36,8 +35,8 @@ class Tokens(NamedTuple):
     x [B, T, D]: the layer's input, from which the regressor projects its own step sizes.
     q, k [B, T, H, K] and v [B, T, H, V]: queries, keys, values. With n pairs per token k and v are [B, T n, H, *], a
         token's one after another.
-    log_decay [B, T, H] or [B, T, H, K]: natural logarithm of gamma, <= 0, float32; None forgets nothing. Or the Rates of
-        which a regressor's kernels make it, if it has said so (`makes_decay`).
+    log_decay [B, T, H] or [B, T, H, K]: natural logarithm of gamma, <= 0, float32; None forgets nothing. Of a regressor
+        that `makes_decay`, the Rates of parts/decay.py.
     segments [B, T]: integers, the document of each token, changing where one ends and the next begins. Documents do not
         see each other. None: one document a row.
     """
@@ -46,7 +45,7 @@ class Tokens(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    log_decay: Tensor | Rates | None = None
+    log_decay: Tensor | Any | None = None
     segments: Tensor | None = None
 
 
@@ -117,7 +116,7 @@ class Regressor(nn.Module):
         return Choice(name, "; ".join(filter(None, [*reasons, self.route(name, device, dtype)])))
 
     def makes_decay(self, v: Tensor) -> bool:
-        """Whether for these values the regressor takes Rates for a log decay."""
+        """Whether for these values it takes for a log decay the Rates that it is made of."""
         return False
 
     def diagnostics(self) -> dict[str, Tensor]:

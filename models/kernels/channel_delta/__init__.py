@@ -53,6 +53,7 @@ def delta_rule(
     """delta.py's map. Arguments and results as recurrent_delta's, log_decay [B, T, H, K]; q and k are cast to v's
     dtype, as is what log decays are made of."""
     given = (q.to(v.dtype), k.to(v.dtype), v, step_size.float())
+    gates: tuple[Tensor | None, ...]
     if isinstance(log_decay, Gates):
         raw, bias, log_rate, segments = log_decay
         gates = (raw.to(v.dtype), bias.float(), log_rate.float(), segments)

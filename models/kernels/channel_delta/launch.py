@@ -148,13 +148,13 @@ class Launch:
         )  # fmt: skip
         num_blocks = triton.cdiv(self.K, min(self.configurations["gradient"].block, self.BK))
         dsteps = step_size.new_empty(num_blocks, *step_size.shape)
-        dbias, drate = None, None
+        sums: tuple[Tensor | None, Tensor | None] = None, None  # by the bias and by the rates, of each program
         if log_rate is not None:
-            dbias = step_size.new_empty(self.B * self.N, self.H * self.K)
-            drate = step_size.new_empty(self.B * self.N * num_blocks, self.H)
+            rows = self.B * self.N
+            sums = step_size.new_empty(rows, self.H * self.K), step_size.new_empty(rows * num_blocks, self.H)
         self.launch(
             "gradient", gradient, *self.given, gates, self.ones, self.same, dscores, down, errors, states, dstates,
-            dreader, log_rate, dq, dk, dsteps, dlog_decay, dbias, drate, **of_values,
+            dreader, log_rate, dq, dk, dsteps, dlog_decay, *sums, **of_values,
         )  # fmt: skip
-        shared = [] if log_rate is None else [summed(dbias, dbias[0]), summed(drate, log_rate)]
+        shared = [summed(x, x[0]) for x in sums if x is not None]
         return [dq, dk, dv, dsteps.sum(0), dlog_decay, *shared, dfirst]
