@@ -212,7 +212,7 @@ class Mixer(nn.Module):
         q, k, v, gate, tails, seen = self._pairs(x, positions, tails, segments)
         n = self.regressor.pairs_per_token
         q, k = self._features(q, positions), self._features(k, _each(positions, n))
-        log_decay, signs = self.decay(seen if self.decay.reads else x)
+        log_decay, signs = self._log_decay(seen if self.decay.reads else x, v)
         if signs is not None:
             turn = _turns(signs, turn)
             q, k = q * turn.unsqueeze(-1), k * _each(turn, n).unsqueeze(-1)
@@ -329,6 +329,13 @@ class Mixer(nn.Module):
         if norm is not None:
             x = norm(x)
         return x if self.rotary is None else rotate(x, positions, self.rotary, self.rotary_channels)
+
+    def _log_decay(self, x: Any, v: Tensor) -> tuple[Any, Tensor | None]:
+        """The log decay and its signs. Where gradients are wanted the regressor's kernels may be left to make it; who
+        looks inside a memory wants none, and finds the log decay itself.
+        """
+        left = self.decay.unmade(x) if torch.is_grad_enabled() and self.regressor.makes_decay(v) else None
+        return self.decay(x) if left is None else (left, None)
 
     def _features(self, x: Tensor, positions: Tensor) -> Tensor:
         """Queries or keys as the memory sees them, [B, T, H, width]."""

@@ -12,7 +12,7 @@ or -1, or None where all are positive. Its `kind` says of what shape the logarit
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,33 @@ from models.parts.precision import sum_dtype, wide
 from models.parts.sizes import Sizes
 
 
+class Rates(NamedTuple):
+    """A log decay per channel that is not made yet: kernels make it where they read it.
+
+        log gamma = -exp(log_rate) softplus(raw + bias)
+
+    raw [B, T, H, K], in the dtype of products; bias [H K]; log_rate [H].
+    """
+
+    raw: Tensor
+    bias: Tensor
+    log_rate: Tensor
+
+    def made(self) -> Tensor:
+        """[B, T, H, K]."""
+        rate = wide(self.log_rate).exp().unsqueeze(-1)
+        return -rate * F.softplus(wide(self.raw) + self.bias.unflatten(0, self.raw.shape[2:]))
+
+
 class Decay(nn.Module):
     """What all decays share. reads: the layers that act on its input, if it takes no more of it than they `read`."""
 
     kind: str
     reads: ClassVar[tuple[str, ...]] = ()
+
+    def unmade(self, x: Tensor) -> Rates | None:
+        """What forward would make, left to whom it is for; None where it has another form."""
+        return None
 
     def flops_per_token(self) -> int:
         return 0
@@ -207,12 +229,18 @@ class ChannelRateDecay(Decay):
         if lower_bound is not None:
             nn.init.zeros_(self.log_rate)
 
+    def unmade(self, x: Tensor) -> Rates | None:
+        return self._rates(x) if self.lower_bound is None else None
+
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        raw = wide(self.expansion(read(self.projection, x))) + self.bias
-        rate = wide(self.log_rate).exp().unsqueeze(-1)
-        if self.lower_bound is not None:
-            return self.lower_bound * (rate * raw.unflatten(-1, self.heads)).sigmoid(), None
-        return -rate * F.softplus(raw).unflatten(-1, self.heads), None
+        rates = self._rates(x)
+        if self.lower_bound is None:
+            return rates.made(), None
+        rate, bias = wide(self.log_rate).exp().unsqueeze(-1), self.bias.unflatten(0, self.heads)
+        return self.lower_bound * (rate * (wide(rates.raw) + bias)).sigmoid(), None
+
+    def _rates(self, x: Tensor) -> Rates:
+        return Rates(self.expansion(read(self.projection, x)).unflatten(-1, self.heads), self.bias, self.log_rate)
 
     def flops_per_token(self) -> int:
         return 2 * (self.projection.weight.numel() + self.expansion.weight.numel())

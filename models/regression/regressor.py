@@ -35,7 +35,8 @@ class Tokens(NamedTuple):
     x [B, T, D]: the layer's input, from which the regressor projects its own step sizes.
     q, k [B, T, H, K] and v [B, T, H, V]: queries, keys, values. With n pairs per token k and v are [B, T n, H, *], a
         token's one after another.
-    log_decay [B, T, H] or [B, T, H, K]: natural logarithm of gamma, <= 0, float32; None forgets nothing.
+    log_decay [B, T, H] or [B, T, H, K]: natural logarithm of gamma, <= 0, float32; None forgets nothing. Of a regressor
+        that `makes_decay`, the Rates of parts/decay.py.
     segments [B, T]: integers, the document of each token, changing where one ends and the next begins. Documents do not
         see each other. None: one document a row.
     """
@@ -44,7 +45,7 @@ class Tokens(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    log_decay: Tensor | None = None
+    log_decay: Tensor | Any | None = None
     segments: Tensor | None = None
 
 
@@ -113,6 +114,10 @@ class Regressor(nn.Module):
             said = [f"{name}: {why}" for name, why in refusals.items() if why]
             reasons = [] if possible else said if device.type == "cuda" else ["no GPU"] if refusals else []
         return Choice(name, "; ".join(filter(None, [*reasons, self.route(name, device, dtype)])))
+
+    def makes_decay(self, v: Tensor) -> bool:
+        """Whether for these values it takes for a log decay the Rates that it is made of."""
+        return False
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Of the last forward pass, what is worth a column in metrics.csv: numbers, as tensors on the device."""

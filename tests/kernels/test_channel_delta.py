@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from models.kernels import backend, channel_delta, delta, fla
+from models.parts.decay import Rates
 from models.parts.sizes import Sizes
 from models.regression.documents import forget_at_starts
-from models.regression.linear.delta import Delta, kernel_delta, recurrent_delta
+from models.regression.linear.delta import Delta, kernel_delta, kernel_delta_of_rates, recurrent_delta
 from tests.kernels.interpreter import run_interpreted
 
 CASES = {  # what differs from one head width of 16, 100 tokens, gates around 0.95
@@ -77,17 +78,67 @@ def errors(
     return [((a.double() - b).norm() / b.norm().clamp(min=1e-9)).item() for a, b in pairs]
 
 
+def errors_of_rates(
+    device: str,
+    dtype: torch.dtype,
+    K: int = 16,
+    V: int = 16,
+    T: int = 100,
+    spread: float = 1.0,
+    bias: float = -4.0,
+    documents: int | None = None,
+    rows: int = 2,
+) -> list[float]:
+    """The same distances where the kernels make the log decays, gradients by raw, bias and log_rate among them. spread,
+    bias: the deviation of raw, and the mean of the bias."""
+    B, H, g = rows, 2, torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(device)
+
+    inputs = [normal(B, T, H, K), F.normalize(normal(B, T, H, K), dim=-1), normal(B, T, H, V)]
+    inputs = [x.to(dtype) for x in (*inputs, spread * normal(B, T, H, K))]
+    gates = [normal(B, T, H).sigmoid(), bias + normal(H * K), normal(H), 0.1 * normal(B, H, K, V)]
+    inputs += [x.float() for x in gates]
+    segments = None if documents is None else (torch.arange(T, device=device) // documents).expand(B, T)
+
+    def call(exact: bool) -> list[torch.Tensor]:
+        own = [x.to(torch.float64 if exact else x.dtype).requires_grad_() for x in inputs]
+        q, k, v, raw, b, bias, log_rate, memory = own
+        rates = Rates(raw, bias, log_rate)
+        if exact:
+            found = recurrent_delta(q, k, v, b, forget_at_starts(rates.made(), segments), memory)
+        else:
+            found = kernel_delta_of_rates(q, k, v, b, rates, memory, segments)
+        generator = torch.Generator().manual_seed(1)
+        weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in found]
+        total = sum((x * w).sum() for x, w in zip(found, weights, strict=True))
+        return [*found, *torch.autograd.grad(total, own)]
+
+    pairs = zip(call(False), call(True), strict=True)
+    return [((a.double() - b).norm() / b.norm().clamp(min=1e-9)).item() for a, b in pairs]
+
+
+RATES = {
+    "rates": {"K": 20, "V": 24, "T": 70, "documents": 23},
+    "rates of many sizes": {"spread": 4.0, "bias": -4.0, "documents": 40},
+    "rates of slow decay": {"spread": 0.3, "bias": -11.0, "T": 130},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_kernels_are_the_recurrence():
     """Through the interpreter, float32."""
     code = """
     import json, torch
-    from tests.kernels.test_channel_delta import CASES, INTERPRETED, errors
-    print("FOUND", json.dumps({name: max(errors("cpu", torch.float32, rows=1, **CASES[name])) for name in INTERPRETED}))
+    from tests.kernels.test_channel_delta import CASES, INTERPRETED, RATES, errors, errors_of_rates
+    found = {name: max(errors("cpu", torch.float32, rows=1, **CASES[name])) for name in INTERPRETED}
+    found |= {name: max(errors_of_rates("cpu", torch.float32, rows=1, **case)) for name, case in RATES.items()}
+    print("FOUND", json.dumps(found))
     """
     found = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
-    assert found.keys() == set(INTERPRETED) and all(error < 1e-5 for error in found.values()), found
+    assert found.keys() == {*INTERPRETED, *RATES} and all(error < 1e-5 for error in found.values()), found
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -106,6 +157,16 @@ def test_on_a_gpu(name, dtype, tolerance):
     # where half of the gates are closed 1.0e-2 in bf16, and in fp16, of eight times the digits, 1.3e-3
     assert max(found) < (2 * tolerance if dtype is torch.bfloat16 else tolerance), found
     assert max(x for i, x in enumerate(found) if i != LOG_DECAY) < tolerance, found
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("case", RATES.values(), ids=RATES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["float32", "bf16"])
+def test_rates_on_a_gpu(case, dtype, tolerance):
+    width = {"K": 128, "V": 128, "T": 300} if dtype is torch.bfloat16 else {}
+    found = errors_of_rates("cuda", dtype, **(case | width))
+    assert max(found) < tolerance, found
 
 
 @pytest.mark.gpu

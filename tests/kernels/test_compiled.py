@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 
 import pytest
@@ -38,12 +39,12 @@ def test_kernels_fit_on_an_h100(case):
 
 
 @pytest.mark.slow
-def test_scans_of_many_heads_fit_where_they_say(monkeypatch):
+@pytest.mark.parametrize("preset, folder", [("gated_delta", "delta"), ("kda", "channel_delta")])
+def test_scans_of_many_heads_fit_where_they_say(preset, folder, monkeypatch):
     """A program of eight warps for all values of a head, beside what is compiled above."""
-    from models.kernels.delta import launch
-
-    monkeypatch.setattr(launch.Launch, "many", lambda _: True)
-    scans = [kernel for kernel in kernels_of("gated_delta", 128, torch.bfloat16) if kernel.name.startswith("scan")]
+    launch = importlib.import_module(f"models.kernels.{folder}.launch")
+    monkeypatch.setattr(launch, "many", lambda *_: True)
+    scans = [kernel for kernel in kernels_of(preset, 128, torch.bfloat16) if kernel.name.startswith("scan")]
     assert [kernel.warps for kernel in scans] == [8, 8]
     assert all(kernel.shared <= launch.WHOLE_SHARED for kernel in scans), "\n".join(map(str, scans))
 

@@ -13,7 +13,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.kernels.channel_delta.tiles import AFTER, BEFORE, FROM, UP_TO, meet, sums, wide_sums
+from models.kernels.channel_delta.tiles import (
+    AFTER,
+    BEFORE,
+    FROM,
+    LEAST,
+    UP_TO,
+    log_gates_gradient,
+    meet,
+    sums,
+    wide_sums,
+)
 from models.kernels.delta.tiles import place
 from models.kernels.momentum.tiles import dot, of_gates, of_matrix, of_square, of_tokens
 
@@ -22,7 +32,7 @@ from models.kernels.momentum.tiles import dot, of_gates, of_matrix, of_square, o
 def scores_gradient(
     step_size,  # [B, T, H]
     do,  # [B, T, H, V]
-    errors,  # [B, T, H, V]
+    errors,  # [B H N, V, C]
     dv,  # [B, T, H, V]
     dscores,  # out, [2, B H N, C, C]: by queries' scores, and by keys'
     down,  # out, [B, T, H]: W_tt; what a token reads of its own write has not faded
@@ -35,7 +45,7 @@ def scores_gradient(
     t = tl.arange(0, C)
     at_gates, real = of_gates(step_size, bh, n, T, H, C)
     b = tl.load(at_gates, mask=real, other=0.0)
-    at, mask = of_tokens(errors, bh, n, 0, T, H, V, C, BV)
+    at, mask = of_matrix(errors, chunk, 0, V, C, BV, C)
     error = tl.load(at, mask=mask, other=0.0)
     if of_queries:
         dy, sign = do, 1.0
@@ -45,9 +55,9 @@ def scores_gradient(
     given = tl.load(at, mask=mask, other=0.0)
     if of_queries:
         at_gates, real = of_gates(down, bh, n, T, H, C)
-        tl.store(at_gates, tl.sum(given.to(tl.float32) * error, 1), mask=real)
-    by_readers = dot(given, tl.trans(error), PRECISION) * b[None, :]
-    by_writers = dot(error, tl.trans(given), PRECISION)
+        tl.store(at_gates, tl.sum(given.to(tl.float32) * tl.trans(error), 1), mask=real)
+    by_readers = dot(given, error, PRECISION) * b[None, :]
+    by_writers = dot(tl.trans(error), tl.trans(given), PRECISION)
     found = sign * tl.where(t[:, None] > t[None, :], by_readers, by_writers)
     at = of_square(dscores, tl.program_id(0) % 2 * (tl.num_programs(0) // 2) + chunk, C)
     tl.store(at, found.to(dscores.dtype.element_ty))
@@ -61,7 +71,7 @@ def readers(
     dscores,  # [2, B H N, C, C]
     do,  # [B, T, H, V]
     dv,  # [B, T, H, V]
-    states,  # [B H N, K, V]
+    states,  # [B H N, V, K]
     dquery,  # out, [B, T, H, K]: sum_i W_ti b_i k_i + e^c dO S^T, whose sums fade by channel
     dreader,  # out, [B, T, H, K]: sum_i X_ti b_i k_i - e^c dV S^T
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr,
@@ -88,8 +98,8 @@ def readers(
         by_queries += dot(dscore, writers, PRECISION) * reading
         dscore = tl.where(pairs, tl.load(at_scores + further), 0.0).to(TYPE)
         by_keys += dot(dscore, writers, PRECISION) * reading
-    at, inside = of_matrix(states, chunk, 0, K, V, BK, BV, first)
-    memory = tl.trans(tl.load(at, mask=inside, other=0.0))
+    at, inside = of_matrix(states, chunk, first, V, K, BV, BK)
+    memory = tl.load(at, mask=inside, other=0.0)
     left = tl.exp(sums(ones, LOG_C + UP_TO, gate, C, PRECISION))
     at, mask = of_tokens(do, bh, n, 0, T, H, V, C, BV)
     by_queries += dot(tl.load(at, mask=mask, other=0.0), memory, PRECISION) * left
@@ -111,14 +121,17 @@ def gradient(
     same,  # in the dtype of q and k
     dscores,  # [2, B H N, C, C]
     down,  # [B, T, H]
-    errors,  # [B, T, H, V]
-    states,  # [B H N, K, V]
-    dstates,  # [B H N, K, V]
+    errors,  # [B H N, V, C]
+    states,  # [B H N, V, K]
+    dstates,  # [B H N, V, K]
     dreader,  # [B, T, H, K]
+    log_rate,  # [H], or None: log decays were given
     dq,  # in: readers' dquery; out, [B, T, H, K]
     dk,  # out, [B, T, H, K]
     dstep_size,  # out, [K / BK, B, T, H], to be summed
-    dlog_decay,  # out, [B, T, H, K]
+    dlog_decay,  # out, [B, T, H, K]; with a rate, by what log decays are made of
+    dbias,  # out, [B N, H K], to be summed, or None
+    drate,  # out, [B N K / BK, H], to be summed, or None: by log_rate
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -164,18 +177,27 @@ def gradient(
     dgates = wide_sums(same, LOG_C + FROM, here, C, PRECISION)
     dwriter += itself * queries
 
-    at, inside = of_matrix(dstates, chunk, 0, K, V, BK, BV, first)
+    at, inside = of_matrix(dstates, chunk, first, V, K, BV, BK)
     dmemory = tl.load(at, mask=inside, other=0.0)
-    at, mask = of_tokens(errors, bh, n, 0, T, H, V, C, BV)
-    dended = dot(tl.load(at, mask=mask, other=0.0), tl.trans(dmemory), PRECISION)
-    at, inside = of_matrix(states, chunk, 0, K, V, BK, BV, first)
-    dgates += (ended * tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float32) * dmemory, 1))[None, :]
+    at, mask = of_matrix(errors, chunk, 0, V, C, BV, C)
+    dended = dot(tl.trans(tl.load(at, mask=mask, other=0.0)), dmemory, PRECISION)
+    at, inside = of_matrix(states, chunk, first, V, K, BV, BK)
+    dgates += (ended * tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float32) * dmemory, 0))[None, :]
     dended *= tl.exp(sums(ones, LOG_C + AFTER, gate, C, PRECISION))
     dwriter += dended
     keys = tl.load(at_k, mask=mask_k, other=0.0)
     dgates += wide_sums(same, LOG_C + BEFORE, b * keys * dended, C, PRECISION)
+    if log_rate is not None:
+        at, mask = of_tokens(gates, bh, n, first, T, H, K, C, BK)
+        gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        row, channels = bh // H * N + n, first + tl.arange(0, BK)
+        rates = tl.sum(tl.sum(tl.where(gate > LEAST, dgates * gate, 0.0), 1), 0)
+        tl.store(drate + (row * BLOCKS + block).to(tl.int64) * H + bh % H, rates)
+        dgates *= log_gates_gradient(gate, tl.exp(tl.load(log_rate + bh % H)))
+        at = dbias + row.to(tl.int64) * (H * K) + bh % H * K + channels
+        tl.store(at, tl.sum(dgates, 0), mask=channels < K)
     at, mask = of_tokens(dlog_decay, bh, n, first, T, H, K, C, BK)
-    tl.store(at, dgates, mask=mask)
+    tl.store(at, dgates.to(dlog_decay.dtype.element_ty), mask=mask)
     at, mask = of_tokens(dk, bh, n, first, T, H, K, C, BK)
     tl.store(at, (tl.load(at_readers, mask=mask, other=0.0) + b * dwriter).to(TYPE), mask=mask)
     begin = block.to(tl.int64) * (num_chunks // (H * N)) * T * H

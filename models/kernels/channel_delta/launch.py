@@ -12,12 +12,13 @@ from models.kernels.channel_delta.gradient import gradient, readers, scores_grad
 from models.kernels.channel_delta.prepare import fade, scores
 from models.kernels.channel_delta.scans import scan, scan_gradient
 from models.kernels.channel_delta.tiles import ORDERS, write_ones
-from models.kernels.delta.launch import CHUNK, Configuration
+from models.kernels.columns import summed
+from models.kernels.delta.launch import CHUNK, WHOLE, Configuration, many
 
 # By kernel, of 16 bits and of 32. block: channels of the keys that a program has or takes at a time, columns of the
 # values that a scan's has. Products of 16 bits with fewer than 64 columns may be wrong: docs/kernels.md.
 HALF = {
-    "fade": Configuration(128, 4, 2),
+    "fade": Configuration(64, 4, 2),
     "scores": Configuration(64, 4, 2),
     "scan": Configuration(64, 4, 2),
     "scan_gradient": Configuration(64, 4, 2),
@@ -34,6 +35,7 @@ SINGLE = {
     "readers": Configuration(32, 4, 1),
     "gradient": Configuration(16, 4, 1),
 }
+WHOLE_SHARED = 200 << 10  # of a scan by delta/launch.py's WHOLE
 LOG_CHUNK = CHUNK.bit_length() - 1
 
 
@@ -44,8 +46,8 @@ class Kept(NamedTuple):
     gates: Tensor  # [B, T, H, K], in 16 bits fp16: 3 digits of log decays of any size
     R: Tensor  # [B H N, C, C]
     attend: Tensor  # [B H N, C, C]
-    errors: Tensor  # [B, T, H, V]
-    states: Tensor  # [B H N, K, V]
+    errors: Tensor  # [B H N, V, C]
+    states: Tensor  # [B H N, V, K]
 
 
 class Faded(NamedTuple):
@@ -61,7 +63,7 @@ def new_kept(q: Tensor, v: Tensor, keep: bool) -> Kept:
     B, T, H, K = q.shape
     chunks = B * H * -(-T // CHUNK)
     gates = q.new_empty(q.shape, dtype=dtype_of_gates(q))
-    further = (v.shape, (chunks, K, v.shape[-1])) if keep else [(0,)] * 2
+    further = ((chunks, v.shape[-1], CHUNK), (chunks, v.shape[-1], K)) if keep else [(0,)] * 2
     return Kept(gates, *(q.new_empty(shape) for shape in [(chunks, CHUNK, CHUNK)] * 2 + list(further)))
 
 
@@ -86,11 +88,12 @@ class Launch:
         self.ones, self.same = q.new_empty(ones, dtype=dtype_of_gates(q)), q.new_empty(ones)
         write_ones[(len(self.ones),)](self.ones, self.same, CHUNK, LOG_CHUNK)
 
-    def fade(self, log_decay: Tensor | None, gates: Tensor) -> Faded:
+    def fade(self, gates: Tensor, *made_of: Tensor | None) -> Faded:
+        """made_of: what prepare.py's `fade` makes the gates of, where they are not known."""
         q = self.given[0]
         ended = q.new_empty(self.B * self.H * self.N, self.K, dtype=torch.float32)
         faded = Faded(torch.empty_like(q), torch.empty_like(q), torch.empty_like(q), ended)
-        self.launch("fade", fade, *self.given, log_decay, self.ones, gates, *faded)
+        self.launch("fade", fade, *self.given, *(made_of or (None,) * 4), self.ones, gates, *faded)
         return faded
 
     def launch(self, name: str, kernel, *tensors: Tensor | None, programs: int | None = None, **sizes: int) -> None:
@@ -103,26 +106,31 @@ class Launch:
 
     def scan(self, name: str, kernel, *tensors: Tensor | None) -> None:
         configuration = self.configurations[name]
+        if self.BV > configuration.block >= 64 and many(self.given[0], WHOLE_SHARED):
+            configuration = WHOLE
         BV = min(configuration.block, self.BV)
         kernel[triton.cdiv(self.V, BV), self.B * self.H](
             *tensors, *self.sizes, **self.common, BK=self.BK, BV=BV, **configuration.options
         )
 
-    def forward(self, v: Tensor, log_decay: Tensor, first: Tensor, keep: bool) -> tuple[Tensor, Tensor, Kept]:
-        """The outputs, the last memory, and what is kept."""
+    def forward(
+        self, v: Tensor, gates: tuple[Tensor | None, ...], first: Tensor, keep: bool
+    ) -> tuple[Tensor, Tensor, Kept]:
+        """The outputs, the last memory, and what is kept. gates: what prepare.py's `fade` makes them of."""
         v, first = v.contiguous(), first.contiguous()
         kept, o, last = new_kept(self.given[0], v, keep), torch.empty_like(v), torch.empty_like(first)
-        faded = self.fade(log_decay.contiguous(), kept.gates)
+        faded = self.fade(kept.gates, *(None if x is None else x.contiguous() for x in gates))
         self.launch("scores", scores, *self.given, kept.gates, self.ones, kept.R, kept.attend, programs=2)
         further = (kept.errors, kept.states) if keep else (None, None)
         self.scan("scan", scan, *faded, v, kept.R, kept.attend, first, o, last, *further)
         return o, last, kept
 
-    def backward(self, kept: Kept, do: Tensor, dlast: Tensor | None) -> list[Tensor]:
-        """The gradients by q, k, v, the step sizes, the log decays and the first memory."""
+    def backward(self, kept: Kept, log_rate: Tensor | None, do: Tensor, dlast: Tensor | None) -> list[Tensor]:
+        """The gradients by q, k, v, the step sizes, the log decays or what they are made of, with rates by the bias and
+        by the rates, and by the first memory."""
         do, dlast = do.contiguous(), None if dlast is None else dlast.contiguous()
         (q, k, step_size), (gates, R, attend, errors, states) = self.given, kept
-        faded = self.fade(None, gates)
+        faded = self.fade(gates)
         dv, dstates = torch.empty_like(do), torch.empty_like(states)
         dfirst = faded.ended.new_empty(self.B, self.H, self.K, self.V)
         self.scan("scan_gradient", scan_gradient, *faded, R, attend, do, dlast, dv, dstates, dfirst)
@@ -133,15 +141,20 @@ class Launch:
             **self.configurations["scores_gradient"].options,
         )  # fmt: skip
         dq, dk, dreader = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
-        dlog_decay = torch.empty_like(q, dtype=torch.float32)
+        dlog_decay = torch.empty_like(q, dtype=torch.float32 if log_rate is None else q.dtype)
         of_values = {"V": self.V, "BV": self.BV}
         self.launch(
             "readers", readers, k, gates, self.ones, dscores, do, dv, states, dq, dreader, **of_values
         )  # fmt: skip
         num_blocks = triton.cdiv(self.K, min(self.configurations["gradient"].block, self.BK))
         dsteps = step_size.new_empty(num_blocks, *step_size.shape)
+        sums: tuple[Tensor | None, Tensor | None] = None, None  # by the bias and by the rates, of each program
+        if log_rate is not None:
+            rows = self.B * self.N
+            sums = step_size.new_empty(rows, self.H * self.K), step_size.new_empty(rows * num_blocks, self.H)
         self.launch(
             "gradient", gradient, *self.given, gates, self.ones, self.same, dscores, down, errors, states, dstates,
-            dreader, dq, dk, dsteps, dlog_decay, **of_values,
+            dreader, log_rate, dq, dk, dsteps, dlog_decay, *sums, **of_values,
         )  # fmt: skip
-        return [dq, dk, dv, dsteps.sum(0), dlog_decay, dfirst]
+        shared = [summed(x, x[0]) for x in sums if x is not None]
+        return [dq, dk, dv, dsteps.sum(0), dlog_decay, *shared, dfirst]

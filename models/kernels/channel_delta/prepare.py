@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.kernels.channel_delta.tiles import AFTER, LEAST, UP_TO, meet, sums
+from models.kernels.channel_delta.tiles import AFTER, LEAST, UP_TO, log_gates, meet, sums
 from models.kernels.delta.tiles import place, system_inverse
 from models.kernels.momentum.tiles import dot, of_gates, of_square, of_tokens
 
@@ -15,7 +15,10 @@ def fade(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
     step_size,  # [B, T, H]
-    log_decay,  # [B, T, H, K], or None: `gates` is made
+    log_decay,  # [B, T, H, K], or None: `gates` is made; with a bias and a rate what log decays are made of
+    bias,  # [H K], or None
+    log_rate,  # [H], or None
+    segments,  # [B, T], or None: at a document's start nothing is left
     ones,  # [LOG_C + ORDERS, C, C], by tiles.py's write_ones
     gates,  # [B, T, H, K], in the dtype of ones, out where log_decay is given: log decays, rounded and bounded
     reads,  # out, [B, T, H, K]: e^c q
@@ -38,7 +41,16 @@ def fade(
     at_gates, mask = of_tokens(gates, bh, n, first, T, H, K, C, BK)
     if log_decay is not None:
         at_k, mask = of_tokens(log_decay, bh, n, first, T, H, K, C, BK)
-        gate = tl.maximum(tl.load(at_k, mask=mask, other=0.0), LEAST).to(gates.dtype.element_ty)
+        log_gate = tl.load(at_k, mask=mask, other=0.0).to(tl.float32)
+        if bias is not None:
+            log_gate = log_gates(log_gate, bias, log_rate, bh % H, first, K, BK)
+        if segments is not None:
+            token = n * C + tl.arange(0, C)
+            at = segments + (bh // H).to(tl.int64) * T + token
+            inner = (token > 0) & (token < T)
+            starts = tl.load(at, mask=inner, other=0) != tl.load(at - 1, mask=inner, other=0)
+            log_gate = tl.where(starts[:, None], LEAST, log_gate)
+        gate = tl.where(mask, tl.maximum(log_gate, LEAST), 0.0).to(gates.dtype.element_ty)
         tl.store(at_gates, gate, mask=mask)
     else:
         gate = tl.load(at_gates, mask=mask, other=0.0)

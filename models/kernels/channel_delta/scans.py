@@ -1,11 +1,17 @@
-"""The memory from chunk to chunk, and its gradient: delta/scans.py's, with keys and queries that have faded before."""
+"""The memory from chunk to chunk, and its gradient: delta/scans.py's, with keys and queries that have faded before.
+
+As there the memory is turned around, [BV, K], as are a chunk's errors, [BV, C], and what a chunk has found is stored
+while the next one's tiles are on their way.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from models.kernels.momentum.tiles import dot, of_matrix, of_square, of_tokens
+from models.kernels.delta.scans import leave
+from models.kernels.delta.tiles import of_memory, of_state, of_tokens
+from models.kernels.momentum.tiles import dot, of_square
 
 
 @triton.jit
@@ -20,45 +26,55 @@ def scan(
     first,  # [B, H, K, V]
     o,  # out, [B, T, H, V]
     last,  # out, [B, H, K, V]
-    errors,  # out, [B, T, H, V], or None
-    states,  # out, [B H N, K, V], what every chunk begins with, or None
+    errors,  # out, [B H N, V, C], or None
+    states,  # out, [B H N, V, K], what every chunk begins with, or None
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U = R (V - K' S), O = Q' S + attend U, and the memory S after them, diag(e^{c_C}) S + W^T U, of the keys K' that
     erase, the queries Q' that read and the keys W that write."""
     first_v, bh = tl.program_id(0) * BV, tl.program_id(1)
-    rows = tl.arange(0, BK)
-    at, inside = of_matrix(first, bh, first_v, K, V, BK, BV)
+    t = tl.arange(0, C)
+    rows, columns = first_v + tl.arange(0, BV), tl.arange(0, BK)
+    TYPE: tl.constexpr = writes.dtype.element_ty
+    at, inside = of_memory(first, bh, rows, columns, V, K)
     memory = tl.load(at, mask=inside, other=0.0)
-    for n in range(N):
+    one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(TYPE)
+    error_before, output_before = tl.zeros([BV, C], tl.float32), tl.zeros([BV, C], tl.float32)
+    for n in tl.range(N, disable_licm=True):
         chunk = bh * N + n
+        leave(output_before, o, bh, n - 1, first_v, n > 0, T, H, V, C, BV)
+        if errors is not None:
+            at_u, inside_u = of_state(errors, chunk - 1, rows, t, V, C)
+            tl.store(at_u, error_before.to(TYPE), mask=inside_u & (n > 0))
+        operand = memory.to(TYPE)
+        if states is not None:
+            at_states, inside = of_state(states, chunk, rows, columns, V, K)
+            tl.store(at_states, operand, mask=inside)
         at_k, mask_k = of_tokens(erases, bh, n, 0, T, H, K, C, BK)
         erase = tl.load(at_k, mask=mask_k, other=0.0)
+        at_k, mask_k = of_tokens(reads, bh, n, 0, T, H, K, C, BK)
+        read = tl.load(at_k, mask=mask_k, other=0.0)
         at_k, mask_k = of_tokens(writes, bh, n, 0, T, H, K, C, BK)
         write = tl.load(at_k, mask=mask_k, other=0.0)
         at_v, mask_v = of_tokens(v, bh, n, first_v, T, H, V, C, BV)
-        error = tl.load(at_v, mask=mask_v, other=0.0).to(tl.float32)
+        values = tl.load(at_v, mask=mask_v, other=0.0)
         inverse = tl.load(of_square(R, chunk, C))
-        kept = tl.load(ended + chunk.to(tl.int64) * K + rows, mask=rows < K, other=0.0)
+        similar = tl.load(of_square(attend, chunk, C))
+        kept = tl.load(ended + chunk.to(tl.int64) * K + columns, mask=columns < K, other=0.0)[None, :]
 
-        operand = memory.to(erase.dtype)
-        error -= dot(erase, operand, PRECISION)
-        if states is not None:
-            at_states, inside_states = of_matrix(states, chunk, first_v, K, V, BK, BV)
-            tl.store(at_states, operand, mask=inside_states)
-        at_q, mask_q = of_tokens(reads, bh, n, 0, T, H, K, C, BK)
-        output = dot(tl.load(at_q, mask=mask_q, other=0.0), operand, PRECISION)
-        error += dot(inverse, error.to(erase.dtype), PRECISION)
-        rounded = error.to(erase.dtype)
-        memory = dot(tl.trans(write), rounded, PRECISION, memory * kept[:, None])
-        output = dot(tl.load(of_square(attend, chunk, C)), rounded, PRECISION, output)
-        at_o, mask_v = of_tokens(o, bh, n, first_v, T, H, V, C, BV)
-        tl.store(at_o, output.to(erase.dtype), mask=mask_v)
-        if errors is not None:
-            at_u, mask_v = of_tokens(errors, bh, n, first_v, T, H, V, C, BV)
-            tl.store(at_u, rounded, mask=mask_v)
-    at, inside = of_matrix(last, bh, first_v, K, V, BK, BV)
+        error = dot(tl.trans(values), one, PRECISION) - dot(operand, tl.trans(erase), PRECISION)
+        output = dot(operand, tl.trans(read), PRECISION)
+        error += dot(error.to(TYPE), tl.trans(inverse), PRECISION)
+        rounded = error.to(TYPE)
+        memory = dot(rounded, write, PRECISION, memory * kept)
+        output = dot(rounded, tl.trans(similar), PRECISION, output)
+        error_before, output_before = error, output
+    leave(output_before, o, bh, N - 1, first_v, True, T, H, V, C, BV)
+    if errors is not None:
+        at_u, inside_u = of_state(errors, bh * N + N - 1, rows, t, V, C)
+        tl.store(at_u, error_before.to(TYPE), mask=inside_u)
+    at, inside = of_memory(last, bh, rows, columns, V, K)
     tl.store(at, memory, mask=inside)
 
 
@@ -73,42 +89,48 @@ def scan_gradient(
     do,  # [B, T, H, V]
     dlast,  # [B, H, K, V], or None
     dv,  # out, [B, T, H, V]
-    dstates,  # out, [B H N, K, V]: by what every chunk ends with
+    dstates,  # out, [B H N, V, K]: by what every chunk ends with
     dfirst,  # out, [B, H, K, V]
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each line is the transpose of one of scan's. The gradient by the right-hand side of a system is that by v."""
     first_v, bh = tl.program_id(0) * BV, tl.program_id(1)
-    rows = tl.arange(0, BK)
-    dmemory = tl.zeros([BK, BV], tl.float32)
+    t = tl.arange(0, C)
+    rows, columns = first_v + tl.arange(0, BV), tl.arange(0, BK)
+    TYPE: tl.constexpr = writes.dtype.element_ty
+    dmemory = tl.zeros([BV, BK], tl.float32)
     if dlast is not None:
-        at, inside = of_matrix(dlast, bh, first_v, K, V, BK, BV)
+        at, inside = of_memory(dlast, bh, rows, columns, V, K)
         dmemory = tl.load(at, mask=inside, other=0.0)
-    for i in range(N):
+    one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(TYPE)
+    derror_before = tl.zeros([BV, C], tl.float32)
+    for i in tl.range(N, disable_licm=True):
         n = N - 1 - i
         chunk = bh * N + n
+        leave(derror_before, dv, bh, n + 1, first_v, i > 0, T, H, V, C, BV)
+        operand = dmemory.to(TYPE)
+        at_states, inside = of_state(dstates, chunk, rows, columns, V, K)
+        tl.store(at_states, operand, mask=inside)
         at_k, mask_k = of_tokens(writes, bh, n, 0, T, H, K, C, BK)
         write = tl.load(at_k, mask=mask_k, other=0.0)
-        at_k, mask_k = of_tokens(erases, bh, n, 0, T, H, K, C, BK)
-        erase = tl.load(at_k, mask=mask_k, other=0.0)
-        at_q, mask_q = of_tokens(reads, bh, n, 0, T, H, K, C, BK)
-        read = tl.load(at_q, mask=mask_q, other=0.0)
         at_v, mask_v = of_tokens(do, bh, n, first_v, T, H, V, C, BV)
         doutput = tl.load(at_v, mask=mask_v, other=0.0)
-        inverse = tl.load(of_square(R, chunk, C))
         similar = tl.load(of_square(attend, chunk, C))
-        kept = tl.load(ended + chunk.to(tl.int64) * K + rows, mask=rows < K, other=0.0)
+        inverse = tl.load(of_square(R, chunk, C))
+        at_k, mask_k = of_tokens(reads, bh, n, 0, T, H, K, C, BK)
+        read = tl.load(at_k, mask=mask_k, other=0.0)
+        at_k, mask_k = of_tokens(erases, bh, n, 0, T, H, K, C, BK)
+        erase = tl.load(at_k, mask=mask_k, other=0.0)
+        kept = tl.load(ended + chunk.to(tl.int64) * K + columns, mask=columns < K, other=0.0)[None, :]
 
-        operand = dmemory.to(write.dtype)
-        at_states, inside = of_matrix(dstates, chunk, first_v, K, V, BK, BV)
-        tl.store(at_states, operand, mask=inside)
-        derror = dot(write, operand, PRECISION)
-        derror = dot(tl.trans(similar), doutput, PRECISION, derror)
-        derror += dot(tl.trans(inverse), derror.to(write.dtype), PRECISION)
-        dmemory = dot(tl.trans(read), doutput, PRECISION, dmemory * kept[:, None])
-        dmemory -= dot(tl.trans(erase), derror.to(write.dtype), PRECISION)
-        at_e, mask_v = of_tokens(dv, bh, n, first_v, T, H, V, C, BV)
-        tl.store(at_e, derror.to(write.dtype), mask=mask_v)
-    at, inside = of_matrix(dfirst, bh, first_v, K, V, BK, BV)
+        derror = dot(operand, tl.trans(write), PRECISION)
+        doutput = dot(tl.trans(doutput), one, PRECISION).to(TYPE)
+        derror = dot(doutput, similar, PRECISION, derror)
+        derror += dot(derror.to(TYPE), inverse, PRECISION)
+        dmemory = dot(doutput, read, PRECISION, dmemory * kept)
+        dmemory = dot((-derror).to(TYPE), erase, PRECISION, dmemory)
+        derror_before = derror
+    leave(derror_before, dv, bh, 0, first_v, True, T, H, V, C, BV)
+    at, inside = of_memory(dfirst, bh, rows, columns, V, K)
     tl.store(at, dmemory, mask=inside)

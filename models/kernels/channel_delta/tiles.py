@@ -86,6 +86,27 @@ def wide_sums(ones, which, x, C: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def log_gates(raw, bias, log_rate, head, first, K: tl.constexpr, BK: tl.constexpr):
+    """-exp(log_rate) softplus(raw + bias) [C, BK], of a head's channels from `first`."""
+    channels = first + tl.arange(0, BK)
+    x = raw + tl.load(bias + head * K + channels, mask=channels < K, other=0.0)[None, :]
+    e = tl.exp(-tl.abs(x))
+    small = e * (1 - e * (0.5 - e * (1 / 3 - 0.25 * e)))  # log(1 + e), which 1 + e has not the digits for
+    softplus = tl.maximum(x, 0.0) + tl.where(e < 0.03, small, tl.log(1 + e))
+    return -tl.exp(tl.load(log_rate + head)) * softplus
+
+
+@triton.jit
+def log_gates_gradient(gates, rate):
+    """By raw [C, BK], for 1 by the log gates: -rate sigmoid(raw + bias), which is 1 - e^(log gate / rate) of them. None
+    of a gate that a document's start has closed."""
+    x = gates / rate
+    small = -x * (1 + x * (0.5 + x * (1 / 6 + x / 24)))
+    opened = tl.where(x > -0.03, small, 1 - tl.exp(x))
+    return tl.where(gates > LEAST, -rate * opened, 0.0)
+
+
+@triton.jit
 def meet(ones, halving, gates, reader, C: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """How tokens of a halving's pairs of blocks meet: by what those are multiplied [C, BK] that have a row, the readers
     (or the writers), and by what the others; the pairs of tokens [C, C] that do; and the next halving, or -1.

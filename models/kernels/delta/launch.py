@@ -70,6 +70,16 @@ def new_kept(q: Tensor, v: Tensor, keep: bool) -> Kept:
     return Kept(R, attend, vectors, *(q.new_empty(shape) for shape in shapes))
 
 
+def many(q: Tensor, shared: int) -> bool:
+    """Whether there are more programs of a scan by halves than multiprocessors, of which each has one at a time, and
+    room for one of the whole, which wants so many bytes of shared memory."""
+    if not q.is_cuda:
+        return False
+    gpu: Any = torch.cuda.get_device_properties(q.device)
+    halves = 2 * q.shape[0] * q.shape[2]
+    return halves > gpu.multi_processor_count and gpu.shared_memory_per_block_optin >= shared
+
+
 class Launch:
     """One call: its tensors, contiguous, and what its kernels have in common."""
 
@@ -86,7 +96,7 @@ class Launch:
 
     def scan(self, name: str, kernel, *tensors: Tensor | None) -> None:
         configuration = self.configurations[name]
-        if self.BV > configuration.block >= 64 and self.many():
+        if self.BV > configuration.block >= 64 and many(self.q, WHOLE_SHARED):
             configuration = WHOLE
         BV = min(configuration.block, self.BV)
         kernel[triton.cdiv(self.V, BV), self.B * self.H](
@@ -97,15 +107,6 @@ class Launch:
             BV=BV,
             **configuration.options,
         )
-
-    def many(self) -> bool:
-        """Whether there are more programs of a scan by halves than multiprocessors, of which each has one at a time,
-        and room for one of the whole."""
-        if not self.q.is_cuda:
-            return False
-        gpu: Any = torch.cuda.get_device_properties(self.q.device)
-        halves = 2 * self.B * self.H
-        return halves > gpu.multi_processor_count and gpu.shared_memory_per_block_optin >= WHOLE_SHARED
 
     def forward(
         self, v: Tensor, step_size: Tensor, log_decay: Tensor | None, first: Tensor, keep: bool

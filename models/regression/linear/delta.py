@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from models.kernels import channel_delta, delta, fla, momentum
+from models.parts.decay import Rates
 from models.parts.linear import read
 from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
@@ -148,6 +149,20 @@ def kernel_delta(
     return o, matrices.squeeze(2)
 
 
+def kernel_delta_of_rates(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step_size: Tensor,
+    rates: Rates,
+    memory: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """kernel_delta with the log decay forget_at_starts(rates.made(), segments), which the kernels make."""
+    gates = channel_delta.Gates(rates.raw, rates.bias, rates.log_rate, segments)
+    return channel_delta.delta_rule(q, k, v, step_size, gates, first_memory(k, v, memory))
+
+
 def _decayed_share(s: Tensor) -> Tensor:
     """(1 - e^-s) / s, which is 1 at 0. For small s by its series: the derivative of the quotient is a difference of two
     terms of 1 / s, and 1e-3 is where the series to the fourth order is as exact as float64 needs."""
@@ -212,10 +227,18 @@ class Delta(Memory):
         step_size = self.steps(x, k)
         if log_decay is not None and self.gradient_before_decay:
             log_decay = log_decay.clamp(min=FORGET / 2)  # a gate that closes is no document's end: e^-32 is 0 to it too
+        if isinstance(log_decay, Rates):
+            return kernel_delta_of_rates(q, k, v, step_size, log_decay, state, segments)
         log_decay = forget_at_starts(log_decay, segments, like=q)
         # one token is the definition itself, on every backend
         backend = "recurrent" if q.shape[1] == 1 else self.choose(v.device, v.dtype).backend
         return self.solve(backend, q, k, v, step_size, log_decay, state)
+
+    def makes_decay(self, v: Tensor) -> bool:
+        """Relatives, which read it themselves, do not."""
+        if type(self) is not Delta or self.decay_kind != "channel" or v.shape[1] == 1:
+            return False
+        return self.choose(v.device, v.dtype).backend == "triton"
 
     def steps(self, x: Tensor, k: Tensor) -> Tensor:
         """b f(b |k|^2), [B, T n, H]."""
