@@ -85,18 +85,26 @@ class Told:
             rows = {each["name"]: each for each in self.found[kind]}
             self.found[kind] = list((rows | {row["name"]: row}).values())
         self._compare()
+        self._write()
+
+    def _write(self) -> None:
         if self.path:
             self.path.write_text(json.dumps(self.found, indent=1) + "\n")
 
     def _compare(self) -> None:
-        """Each row with the one that it is to be seen beside, and with what it sends by the formulas."""
+        """Each row with the one that it is to be seen beside."""
         speeds = {row["name"]: row["tokens_per_second"] for row in self.found["rows"]}
         for row in self.found["rows"]:
             if (alone := speeds.get(row["beside"])) and row["tokens_per_second"]:
                 row["of_linear"] = row["tokens_per_second"] / alone / row["devices"]
+
+    def finish(self) -> None:
+        """Adds to each row what it sends by the formulas. It takes seconds, so no GPU waits for it."""
+        for row in self.found["rows"]:
             if row["devices"] > 1 and not row.get("sent"):
                 words = [*(TOY_WORDS if self.found["toy"] else GPU_WORDS), *row["words"]]
                 row["sent"] = sending.of_step(words, row["devices"], row.get("whole_for"), self.found["toy"])
+        self._write()
 
     def row(self, name: str) -> dict[str, Any]:
         return next(row for row in self.found["rows"] if row["name"] == name)
@@ -204,7 +212,7 @@ def main() -> None:
     groups = [group for of_item in todo.values() for group in of_item]
     checked = {item: Checked(item, given, scratch) for item in given.only if item in CHECKED and given.devices > 1}
     if "link" in given.only and given.devices > 1:
-        found = link.measured(given.devices, given.toy, scratch.folder("link"), given.limit)
+        found = link.measured(given.devices, given.toy, scratch.folder("link"), min(40, given.limit))
         told.add("link", found)
         for line in link.told(found):
             told.say(line)
@@ -246,6 +254,7 @@ def main() -> None:
     finally:
         for rows in ahead.values():
             rows.close()  # type: ignore[attr-defined]
+    told.finish()
 
 
 if __name__ == "__main__":
