@@ -136,8 +136,7 @@ def several(run: Run) -> Iterator[str]:
     """Of the rows that were timed, those of as many GPUs as there were."""
     yield "## Several GPUs of one host"
     yield ""
-    commit = f", commit {run['commit']}" if run.get("commit") else ""
-    yield f"`python scripts/scaling.py` on {run['date']}: {run['machine']}, torch {run['torch']}{commit}."
+    yield f"`python scripts/scaling.py` on {run['machine']}, {' and '.join(of_days(run))}."
     yield f"Training by `train.py`, {run['steps']} steps after a first one. *Linear* is tokens/s beside those of as"
     yield "many single GPUs, each as fast as `one`, or as `one, no graph` where there is no CUDA graph, or for 1300m as"
     yield "its first row. GB are the peak of a GPU, and *memory* is what the run itself said before its first step."
@@ -151,17 +150,81 @@ def several(run: Run) -> Iterator[str]:
             number(row["tokens_per_second"]),
             *(number(row[key], digits) for key, digits in (("of_linear", 3), ("peak_gb", 1), ("first_s", 0))),
             row.get("memory", "").removeprefix("memory").strip(),
+            row["commit"],
         ]
         for row in timed(run)
     ]
-    yield from table(["", "words", "tokens/s", "linear", "GB", "first step, s", "memory"], rows)
+    yield from table(["", "words", "tokens/s", "linear", "GB", "first step, s", "memory", "commit"], rows)
     yield from left_out(run, lambda row: row["name"])
+    if run["link"] and not run["link"]["reason"]:
+        yield from linked(run)
     if run["checks"]:
         yield ""
         yield "The largest relative difference of a loss, of 40 steps at toy size:"
         yield ""
-        found = [[row["name"], row["like"], row["reason"] or f"{row['difference']:.1e}"] for row in run["checks"]]
-        yield from table(["", "beside", "difference"], found)
+        found = [
+            [row["name"], row["like"], row["reason"] or f"{row['difference']:.1e}", row["commit"]]
+            for row in run["checks"]
+        ]
+        yield from table(["", "beside", "difference", "commit"], found)
+
+
+def of_days(run: Run) -> list[str]:
+    """On which days which commits were run."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in (*run["rows"], *run["checks"], *([run["link"]] if run["link"] else [])):
+        commits = found.setdefault((row["date"], row["torch"]), [])
+        commits += [row["commit"]] if row["commit"] not in commits else []
+    return [f"{date} with torch {torch} ({', '.join(commits)})" for (date, torch), commits in found.items()]
+
+
+def linked(run: Run) -> Iterator[str]:
+    """How fast the GPUs exchange, and what a step takes longer than if it sent nothing."""
+    link = run["link"]
+    sizes = sorted({row["bytes"] for row in link["rates"]})
+    rates = {(row["kind"], row["bytes"]): row["gb_per_second"] for row in link["rates"]}
+    peer = "can" if link["peer"] else "can't"
+    yield ""
+    yield f"A GPU of this host {peer} reach the other's memory, says `torch.cuda.can_device_access_peer`."
+    if link["topology"]:
+        yield f"`nvidia-smi topo -m` has `{'; '.join(link['topology'])}`."
+    if link["transport"]:
+        yield f"NCCL says that it goes by {' and '.join(f'`{way}`' for way in link['transport'])}."
+    if link["copy_gb_per_second"]:
+        yield f"A copy from one to the other makes {link['copy_gb_per_second']:.1f} GB/s."
+    yield "What a device sends through NCCL in GB/s, by the size of what all have together:"
+    yield ""
+    names = {"gather": "all-gather", "divide": "reduce-scatter", "sum": "all-reduce"}
+    cells = [[f"{size / 2**20:,.0f} MiB", *(number(rates[kind, size], 1) for kind in names)] for size in sizes]
+    yield from table(["", *names.values()], cells)
+    yield ""
+    yield "What a device sends in a step by the formulas ([scaling](scaling.md)), how long that takes at the speed of"
+    yield f"{sizes[len(sizes) // 2] / 2**20:,.0f} MiB, and how much longer the step was than a linear one, in seconds."
+    yield "*Sending* is the share of the step that it takes if nothing is hidden behind the computation:"
+    yield ""
+    speeds = {row["name"]: row["tokens_per_second"] for row in timed(run)}
+    rows = []
+    for row in timed(run):
+        alone = speeds.get(row["beside"])
+        if (
+            row["devices"] == 1 or not alone or "context_parallel" in row["name"]
+        ):  # whose states are not in the formulas
+            continue
+        tokens = row["sent"]["tokens"]
+        step, linear = tokens / row["tokens_per_second"], tokens / alone / row["devices"]
+        sent = {kind: row["sent"][kind] / 1e9 for kind in names}
+        seconds = sum(sent[kind] / rates[kind, sizes[len(sizes) // 2]] for kind in names)
+        rows.append(
+            [
+                row["name"],
+                number(sum(sent.values()), 2),
+                number(seconds, 2),
+                number(step - linear, 2),
+                number(step, 2),
+                share(seconds / step),
+            ]
+        )
+    yield from table(["", "GB sent", "expected, s", "longer, s", "step, s", "sending"], rows)
 
 
 def losses(run: Run) -> Iterator[str]:

@@ -24,12 +24,10 @@ def of_step(words: Sequence[str], devices: int, whole_for: str | None, toy: bool
     strategy. whole_for: what `auto` was."""
     own = [word for word in words if not word.startswith("data.corpus")]
     config: Any = composed(*_model(own), f"trainer.devices={devices}")
-    strategy = next((word.split("=")[1] for word in own if word.startswith("strategy=")), "ddp")
-    given = OmegaConf.to_container(config.trainer.strategy, resolve=True) if strategy != "ddp" else {}
-    assert isinstance(given, dict)
+    strategy = next(word.split("=")[1] for word in own if word.startswith("strategy="))
+    given: Any = OmegaConf.to_container(config.trainer.strategy, resolve=True)
     kept = whole_for if given.get("whole_for") == "auto" else given.get("whole_for")
-    reduction = BYTES[config.trainer.strategy.reduction]
-    place = Placing(strategy, devices, int(given.get("replicas", 1)), kept or "block", reduction)
+    place = Placing(strategy, devices, given.get("replicas", 1), kept or "block", BYTES[given["reduction"]])
     sizes = config.batch_tokens, config.seq_len, schema.at_first(config.micro_batch), devices, config.tokens
     batch = batch_arithmetic(*sizes, config.context_parallel)
     n = _parameters(tuple(word for word in own if word.startswith(("model", "size="))), 64 if toy else VOCABULARY)
