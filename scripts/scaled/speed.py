@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
 
+from models.training.traced import FILE
 from scripts import prepare_data
 from scripts.scaled.launch import Run, Scratch
 
@@ -23,6 +25,7 @@ TOY_WORDS = ["data=mqar", "data.vocab_size=64", "data.num_pairs=4", "model.hidde
 ALONE = ["log_every=1", "validate_every=1000000", "checkpoint_every=1000000", "guard.timeout=120", "~callbacks.plot",
          "~callbacks.sample", "~callbacks.regression"]  # fmt: skip
 HELD_OUT = "data.corpus.validation_fraction=0.2"  # of python_source: more than one sequence of 262,144 tokens
+TRACED = 30.0  # seconds in which the step that is traced, after those that are timed, is to be there
 FIRST = 1  # steps before those that are timed: they compile, and record
 
 
@@ -44,7 +47,8 @@ class Timed:
     itself reports. of_linear: beside `devices` times the row that it is compared with. peak_gb: what torch has held at
     most on the first device; held_gb: what each device's driver counts at the end, everything included. first_s: until
     the first step was done. losses: of each step. whole_for: what `auto` was. sent: the bytes that a device sends in a
-    step, by the formulas (sending.py), and its tokens. date, commit, torch: of this row.
+    step, by the formulas (sending.py), and its tokens. traced: what the first of several GPUs did in a later step
+    (models/training/traced.py). date, commit, torch: of this row.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Timed:
     memory: str = ""
     whole_for: str | None = None
     sent: dict[str, float] | None = None
+    traced: dict[str, Any] | None = None
     date: str = ""
     commit: str = ""
     torch: str = ""
@@ -176,6 +181,9 @@ def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fo
     row = Timed(case.name, case.devices, case.words, case.beside)
     words = [*(TOY_WORDS if toy else GPU_WORDS), *ALONE, *case.words]
     tokens = 64 * 512 if toy else 10**9
+    if case.devices > 1:
+        words += ["+callbacks.traced._target_=models.training.traced.Traced", "+callbacks.traced.folder=${run_dir}",
+                  f"+callbacks.traced.first={FIRST + steps}"]  # fmt: skip
     run = Run(scratch.folder(case.name), [*words, f"tokens={tokens}"], gpus, fork, case.memory_gb)
     began = time.monotonic()
     seen: list[float] = []  # when each step's row was there
@@ -194,16 +202,19 @@ def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fo
             yield row
         seen += [time.monotonic()] * (len(run.rows()) - len(seen))
         row.held_gb = [] if toy else held(gpus)
+        late = time.monotonic() + TRACED
+        while case.devices > 1 and not (run.folder / FILE).exists() and not run.ended() and time.monotonic() < late:
+            yield row
     finally:
         found = run.rows()
-        late = run.where() if going and len(seen) < FIRST + steps else ""
+        where = run.where() if going and len(seen) < FIRST + steps else ""
         run.end()
         row.losses = [each["train/loss"] for each in found]
         row.memory = run.line("memory ")
         if seen:
             row.first_s = seen[0] - began
         if len(seen) < FIRST + steps:
-            row.reason = late or run.said()
+            row.reason = where or run.said()
         if told := run.line("shards "):
             row.whole_for = told.partition("whole for a ")[2].split()[0]
     if len(seen) >= FIRST + steps:
@@ -211,7 +222,9 @@ def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fo
         each = found[-1]["progress/tokens"] / len(found)
         row.step = median(each / x["speed/tokens_per_second"] for x in timed)
         row.tokens_per_second = each * steps / max(seen[FIRST + steps - 1] - seen[FIRST - 1], 1e-9)
-        row.peak_gb = found[-1].get("speed/peak_memory_gb")
+        row.peak_gb = found[FIRST + steps - 1].get("speed/peak_memory_gb")
+    if (path := run.folder / FILE).exists():
+        row.traced = json.loads(path.read_text()) or None
     yield row
 
 
