@@ -58,6 +58,7 @@ from scripts.scaled.speed import (
 CHECKED = ("kills", "checks")
 ITEMS = ("link", "one", "ddp", "fsdp", "hsdp", "1300m", "card", *CHECKED, "context", "block", "more", "bf16")
 CHECKS_AT_ONCE = 3
+LEAST = 5  # seconds: less is not worth to begin
 
 
 class Told:
@@ -208,43 +209,52 @@ def main() -> None:
         sys.exit(f"error: {error}")
     scratch = Scratch(given.scratch)
     print(f"{'':10}{HEAD}")
-    todo = {item: [group for group in cases(given.devices, given.toy) if group[0].item == item] for item in given.only}
-    groups = [group for of_item in todo.values() for group in of_item]
+    found = [group for group in cases(given.devices, given.toy) if group[0].item in given.only]
     checked = {item: Checked(item, given, scratch) for item in given.only if item in CHECKED and given.devices > 1}
     if "link" in given.only and given.devices > 1:
-        found = link.measured(given.devices, given.toy, scratch.folder("link"), min(40, given.limit))
-        told.add("link", found)
-        for line in link.told(found):
+        of_link = link.measured(given.devices, given.toy, scratch.folder("link"), min(40, given.limit))
+        told.add("link", of_link)
+        for line in link.told(of_link):
             told.say(line)
-    if groups and not given.toy:
-        for more in sorted({HELD_OUT in case.words for group in groups for case in group}):
+    if found and not given.toy:
+        for more in sorted({HELD_OUT in case.words for group in found for case in group}):
             prepare(*([HELD_OUT] if more else []))
         told.say("data are prepared")
     if given.warm:
-        first = [] if given.toy else warming(groups)
-        compiling = {case.name: warm(case, 0, scratch, not given.apart) for case in first}
-        told.say(f"compiling for {', '.join(compiling) or 'nothing'}")
-        tasks = compiling | {item: each.turns() for item, each in checked.items()}
-        failed = side_by_side(tasks, given.warm)
-        told.say(f"compiled; {', '.join(each for each in failed if each in compiling) or 'nothing'} was not in time")
-        for each in checked.values():
-            each.tell(told, failed)
+        compiled([] if given.toy else warming(found), checked, told, scratch, given)
         checked = {}
-
-    def left(name: str) -> float:
-        left = given.limit if given.total is None else min(given.limit, given.total - (time.monotonic() - told.began))
-        if left < 5:
-            told.say(f"left out, for the time was over: {name}")
-        return left if left >= 5 else 0
-
     works: list[tuple[str, list[Case]]] = []
     for item in given.only:
-        works += [(item, group) for group in todo[item]]
+        works += [(item, group) for group in found if group[0].item == item]
         works += [(item, [])] if item in checked else []
+    one_after_the_other(works, checked, told, scratch, given)
+    told.finish()
+
+
+def compiled(
+    cases: list[Case], checked: dict[str, Checked], told: Told, scratch: Scratch, given: argparse.Namespace
+) -> None:
+    """And checked meanwhile."""
+    compiling = {case.name: warm(case, 0, scratch, not given.apart) for case in cases}
+    told.say(f"compiling for {', '.join(compiling) or 'nothing'}")
+    failed = side_by_side(compiling | {item: each.turns() for item, each in checked.items()}, given.warm)
+    told.say(f"compiled; {', '.join(case.name for case in cases if case.name in failed) or 'nothing'} was not in time")
+    for each in checked.values():
+        each.tell(told, failed)
+
+
+def one_after_the_other(
+    works: list[tuple[str, list[Case]]], checked: dict[str, Checked], told: Told, scratch: Scratch, given: Any
+) -> None:
+    """Each of an item and the cases of a row, of which checks have none."""
     ahead: Rows = {}
     try:
         for (item, group), (_, after) in zip(works, [*works[1:], ("", [])], strict=True):
-            if not (limit := left(group[0].name if group else f"the {item}")):
+            limit = given.limit
+            if given.total is not None:
+                limit = min(limit, given.total - (time.monotonic() - told.began))
+            if limit < LEAST:
+                told.say(f"left out, for the time was over: {group[0].name if group else f'the {item}'}")
                 continue
             if not group:
                 checked[item].tell(told, side_by_side({item: checked[item].turns()}, limit))
@@ -254,7 +264,6 @@ def main() -> None:
     finally:
         for rows in ahead.values():
             rows.close()  # type: ignore[attr-defined]
-    told.finish()
 
 
 if __name__ == "__main__":
