@@ -158,6 +158,8 @@ def several(run: Run) -> Iterator[str]:
     yield from left_out(run, lambda row: row["name"])
     if run["link"] and not run["link"]["reason"]:
         yield from linked(run)
+    if any(row.get("traced") for row in timed(run)):
+        yield from traced(run)
     if run["checks"]:
         yield ""
         yield "The largest relative difference of a loss, of 40 steps at toy size:"
@@ -225,6 +227,18 @@ def linked(run: Run) -> Iterator[str]:
             ]
         )
     yield from table(["", "GB sent", "expected, s", "longer, s", "step, s", "sending"], rows)
+
+
+def traced(run: Run) -> Iterator[str]:
+    """What the first GPU did in a step."""
+    yield ""
+    yield "What the first GPU did in a later step, by a trace of its kernels, in seconds. *Sending* has the time in"
+    yield "which a kernel of NCCL waits for the other GPU. *Only sending* is the part in which nothing is computed, and"
+    yield "*idle* that in which no kernel runs:"
+    yield ""
+    keys = ("span", "computing", "sending", "sending_alone", "idle")
+    rows = [[row["name"], *(number(row["traced"][key], 2) for key in keys)] for row in timed(run) if row.get("traced")]
+    yield from table(["", "step", "computing", "sending", "only sending", "idle"], rows)
 
 
 def losses(run: Run) -> Iterator[str]:
