@@ -157,7 +157,8 @@ def several(run: Run) -> Iterator[str]:
     yield from table(["", "words", "tokens/s", "linear", "GB", "first step, s", "memory", "commit"], rows)
     yield from left_out(run, lambda row: row["name"])
     if run["link"] and not run["link"]["reason"]:
-        yield from linked(run)
+        yield from linked(run["link"])
+    yield from sending(run)
     if any(row.get("traced") for row in timed(run)):
         yield from traced(run)
     if run["checks"]:
@@ -180,14 +181,16 @@ def of_days(run: Run) -> list[str]:
     return [f"{date} with torch {torch} ({', '.join(commits)})" for (date, torch), commits in found.items()]
 
 
-def linked(run: Run) -> Iterator[str]:
-    """How fast the GPUs exchange, and what a step takes longer than if it sent nothing."""
-    link = run["link"]
+SENT = {"gather": "all-gather", "divide": "reduce-scatter", "sum": "all-reduce"}
+
+
+def linked(link: Run) -> Iterator[str]:
+    """How fast the GPUs exchange."""
     sizes = sorted({row["bytes"] for row in link["rates"]})
     rates = {(row["kind"], row["bytes"]): row["gb_per_second"] for row in link["rates"]}
-    peer = "can" if link["peer"] else "can't"
     yield ""
-    yield f"A GPU of this host {peer} reach the other's memory, says `torch.cuda.can_device_access_peer`."
+    yield f"A GPU of this host {'can' if link['peer'] else 'can not'} reach the other's memory, says"
+    yield "`torch.cuda.can_device_access_peer`."
     if link["topology"]:
         yield f"`nvidia-smi topo -m` has `{'; '.join(link['topology'])}`."
     if link["transport"]:
@@ -196,15 +199,18 @@ def linked(run: Run) -> Iterator[str]:
         yield f"A copy from one to the other makes {link['copy_gb_per_second']:.1f} GB/s."
     yield "What a device sends through NCCL in GB/s, by the size of what all have together:"
     yield ""
-    names = {"gather": "all-gather", "divide": "reduce-scatter", "sum": "all-reduce"}
-    cells = [[f"{size / 2**20:,.0f} MiB", *(number(rates[kind, size], 1) for kind in names)] for size in sizes]
-    yield from table(["", *names.values()], cells)
-    yield ""
-    yield "What a device sends in a step by the formulas ([scaling](scaling.md)), how long that takes at the speed of"
-    yield f"{sizes[len(sizes) // 2] / 2**20:,.0f} MiB, and how much longer the step was than a linear one, in seconds."
-    yield "*Sending* is the share of the step that it takes if nothing is hidden behind the computation:"
-    yield ""
+    cells = [[f"{size / 2**20:,.0f} MiB", *(number(rates[kind, size], 1) for kind in SENT)] for size in sizes]
+    yield from table(["", *SENT.values()], cells)
+
+
+def sending(run: Run) -> Iterator[str]:
+    """What a step takes longer than if nothing was sent, beside what it sends."""
     speeds = {row["name"]: row["tokens_per_second"] for row in timed(run)}
+    rates, at = {}, ""
+    if linked := run["link"] and not run["link"]["reason"]:
+        size = sorted({row["bytes"] for row in run["link"]["rates"]})[-2]
+        rates = {row["kind"]: row["gb_per_second"] for row in run["link"]["rates"] if row["bytes"] == size}
+        at = f" *Expected* is the time of that at the speed of {size / 2**20:,.0f} MiB, with nothing hidden."
     rows = []
     for row in timed(run):
         alone = speeds.get(row["beside"])
@@ -214,19 +220,17 @@ def linked(run: Run) -> Iterator[str]:
             continue
         tokens = row["sent"]["tokens"]
         step, linear = tokens / row["tokens_per_second"], tokens / alone / row["devices"]
-        sent = {kind: row["sent"][kind] / 1e9 for kind in names}
-        seconds = sum(sent[kind] / rates[kind, sizes[len(sizes) // 2]] for kind in names)
-        rows.append(
-            [
-                row["name"],
-                number(sum(sent.values()), 2),
-                number(seconds, 2),
-                number(step - linear, 2),
-                number(step, 2),
-                share(seconds / step),
-            ]
-        )
-    yield from table(["", "GB sent", "expected, s", "longer, s", "step, s", "sending"], rows)
+        sent = {kind: row["sent"][kind] / 1e9 for kind in SENT}
+        expected = [number(sum(sent[kind] / rates[kind] for kind in SENT), 3)] if linked else []
+        seconds = [number(x, 3) for x in (step, step - linear)]
+        rows.append([row["name"], *seconds, number(sum(sent.values()), 2), *expected])
+    if not rows:
+        return
+    yield ""
+    yield "The seconds of a step, how much longer it is than a linear one, and the GB that a device sends in it by the"
+    yield f"formulas ([scaling](scaling.md)).{at}"
+    yield ""
+    yield from table(["", "step, s", "longer, s", "GB sent", *(["expected, s"] if linked else [])], rows)
 
 
 def traced(run: Run) -> Iterator[str]:
