@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import asdict
 
 import pytest
 
 from scripts import scaling
+from scripts.figures.speed import several
+from scripts.scaled import link
 from scripts.scaled.faults import STEPS, Checks
-from scripts.scaled.launch import Scratch, side_by_side
-from scripts.scaled.speed import cases, warming
-from scripts.scaling import ITEMS
+from scripts.scaled.launch import Scratch, innermost, side_by_side
+from scripts.scaled.sending import of_step
+from scripts.scaled.speed import Timed, cases, warming
+from scripts.scaling import ITEMS, Told
+from tests.conftest import ROOT
+
+STACKS = f"""Thread 0x1 [watchdog] (most recent call first):
+  File "{ROOT}/models/training/watchdog.py", line 54 in _watch
+Thread 0x2 (most recent call first):
+  File "/site/torch/distributed.py", line 5 in work
+  File "{ROOT}/models/context.py", line 120 in backward
+  File "{ROOT}/models/training/module.py", line 9 in step
+
+Current thread 0x3 (most recent call first):
+  File "/site/torch/autograd.py", line 7 in backward
+"""
 
 
 def test_every_item_has_cases():
     """On eight GPUs; two of them have one size less, and no replicas that are sharded."""
     found = [case for group in cases(8, toy=False) for case in group]
-    assert {case.item for case in found} | {"checks", "kills"} == set(ITEMS)
+    assert {case.item for case in found} | {"link", "checks", "kills"} == set(ITEMS)
     assert len({case.name for case in found}) == len(found)
     assert {case.beside for case in found} <= {"", *(case.name for case in found)}
     assert {case.devices for case in found} == {1, 2, 4, 8}
@@ -38,6 +54,78 @@ def test_few_at_once():
 
     assert side_by_side({name: task(name) for name in "abc"}, 60, 2) == {}
     assert order == ["a", "b", "a", "b", "c", "c"]
+
+
+def test_a_check_has_a_time_of_its_own():
+    def task(turns):
+        for _ in range(turns):
+            yield
+
+    failed = side_by_side({"long": task(10**9), "short": task(2)}, 60, 1, each=0.05)
+    assert failed == {"long": "not done within 0 s"}
+
+
+def test_where_a_run_is():
+    """The innermost line of models/ of each thread, but of the one that watches."""
+    assert innermost(STACKS) == ["models/context.py:120 backward"]
+
+
+def test_checks_are_chosen_by_their_names(tmp_path):
+    """With what they are compared with."""
+    checks = Checks(2, Scratch(str(tmp_path)), toy=True, fork=True)
+    assert list(checks.chosen(checks.kills(), ["fsdp, step", "shards x2, SIGTERM"])) == [
+        "one", "fsdp, step x2, SIGKILL", "fsdp, step x2, SIGTERM", "fsdp, shards x2, SIGTERM"]  # fmt: skip
+    assert set(checks.like) == {"fsdp, step x2, SIGKILL", "fsdp, step x2, SIGTERM", "fsdp, shards x2, SIGTERM"}
+
+
+def told(path, machine="2 x CPU", **stamp):
+    return Told(path, {"machine": machine, "devices": 2, "toy": True, "steps": 3, "warm": False}, stamp)
+
+
+def test_rows_stay_until_they_are_measured_again(tmp_path):
+    """Each with its date and commit; and the page has them all, with what is sent beside what a step takes longer."""
+    path, model = tmp_path / "found.json", ["model=gated_delta"]
+    first = told(path, date="one day", commit="a", torch="2")
+    first.add("rows", asdict(Timed("one", 1, model, tokens_per_second=100.0)))
+    first.add("rows", asdict(Timed("ddp x2", 2, [*model, "strategy=ddp"], "one", tokens_per_second=150.0)))
+    first.add("rows", asdict(Timed("context_parallel=2", 2, [*model, "strategy=ddp"], reason="not done")))
+    again = told(path, date="another", commit="b", torch="2")
+    again.add("rows", asdict(Timed("ddp x2", 2, [*model, "strategy=ddp"], "one", tokens_per_second=160.0)))
+    rates = [{"kind": kind, "bytes": size, "seconds": 1.0, "gb_per_second": 1e-3} for kind in link.KINDS
+             for size in (2**20, 2**25)]  # fmt: skip
+    given = {"rates": rates, "peer": False, "topology": ["GPU0 X SYS"], "transport": ["SHM/direct"]}
+    again.add("link", given | {"copy_gb_per_second": 2.0, "reason": ""})
+    again.finish()
+    found = json.loads(path.read_text())
+    assert [(row["name"], row["commit"]) for row in found["rows"]] == [
+        ("one", "a"), ("ddp x2", "b"), ("context_parallel=2", "a")]  # fmt: skip
+    row = found["rows"][1]
+    assert row["of_linear"] == 0.8 and row["sent"]["sum"] > 0 and row["sent"]["tokens"] == 512
+    page = "\n".join(several(found))
+    longer = 512 / 160 - 512 / 200
+    expected = row["sent"]["sum"] / 1e6
+    assert f"| ddp x2 | 3.200 | {longer:.3f} | 0.00 | {expected:.3f} |" in page
+    assert "one day with torch 2 (a) and another with torch 2 (b)" in page and "`SHM/direct`" in page
+    with pytest.raises(ValueError, match=r"rows with machine=2 x CPU, and these have 2 x H200"):
+        told(path, "2 x H200")
+
+
+def test_what_a_row_sends():
+    """`auto` is what the run said it was."""
+    words = ["data=python_source", "tokenizer=bpe", "model=gated_delta", "size=340m"]
+    step, block = (of_step([*words, "strategy=fsdp"], 2, whole_for, toy=False) for whole_for in ("step", "block"))
+    assert step["gather"] == step["divide"] and block["divide"] == 8 * step["divide"] and step["sum"] == 0
+    assert of_step([*words, "strategy=ddp"], 2, None, toy=False)["sum"] == 2 * step["gather"]
+
+
+@pytest.mark.slow
+def test_a_link_is_measured(tmp_path):
+    found = link.measured(2, True, tmp_path, 60)
+    assert not found["reason"] and {row["kind"] for row in found["rates"]} == set(link.KINDS)
+    assert all(row["gb_per_second"] > 0 for row in found["rates"]) and found["peer"] is None
+    assert link.measured(2, True, tmp_path, 0)["reason"] == "not done within 0 s"
+    (tmp_path / "nccl.txt").write_text("0[0] -> 1[1] via P2P/CUMEM\n1[1] -> 0[0] via P2P/CUMEM\n")
+    assert link.transport(tmp_path / "nccl.txt") == ["P2P/CUMEM"]
 
 
 def test_what_was_begun_ends_with_the_script():

@@ -40,9 +40,10 @@ class DDP(DDPStrategy):
     """Copies of the model, gradients averaged.
 
     Where a micro-batch is one CUDA graph (captured.py), nothing meets in it: gradients are averaged after a step's
-    last one, all together, which takes milliseconds of a step. So it is with reduction=bfloat16. Elsewhere torch's
-    DistributedDataParallel does it, while the last micro-batch is in its backward pass; bucket_mb: of gradients, that
-    it averages at a time.
+    last one, all together, which takes milliseconds of a step. So it is with reduction=bfloat16, and where processes
+    share their sequences: a sum that waits for a process would run beside a message that this one waits for, and NCCL
+    promises no progress to two groups at a time. Elsewhere torch's DistributedDataParallel does it, while the last
+    micro-batch is in its backward pass; bucket_mb: of gradients, that it averages at a time.
     """
 
     averages = True  # what captured.py asks
@@ -59,7 +60,7 @@ class DDP(DDPStrategy):
     def configure_ddp(self) -> None:
         module: Any = self.lightning_module
         graph = module.cuda_graph and refusal(module.trainer, module.context_parallel) is None
-        self.at_the_end = graph or self.dtype is torch.bfloat16
+        self.at_the_end = graph or self.dtype is torch.bfloat16 or module.context_parallel > 1
         if self.at_the_end:
             for x in (*module.parameters(), *module.buffers()):
                 dist.broadcast(x.detach(), 0)

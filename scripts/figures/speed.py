@@ -136,8 +136,7 @@ def several(run: Run) -> Iterator[str]:
     """Of the rows that were timed, those of as many GPUs as there were."""
     yield "## Several GPUs of one host"
     yield ""
-    commit = f", commit {run['commit']}" if run.get("commit") else ""
-    yield f"`python scripts/scaling.py` on {run['date']}: {run['machine']}, torch {run['torch']}{commit}."
+    yield f"`python scripts/scaling.py` on {run['machine']}, {' and '.join(of_days(run))}."
     yield f"Training by `train.py`, {run['steps']} steps after a first one. *Linear* is tokens/s beside those of as"
     yield "many single GPUs, each as fast as `one`, or as `one, no graph` where there is no CUDA graph, or for 1300m as"
     yield "its first row. GB are the peak of a GPU, and *memory* is what the run itself said before its first step."
@@ -151,17 +150,99 @@ def several(run: Run) -> Iterator[str]:
             number(row["tokens_per_second"]),
             *(number(row[key], digits) for key, digits in (("of_linear", 3), ("peak_gb", 1), ("first_s", 0))),
             row.get("memory", "").removeprefix("memory").strip(),
+            row["commit"],
         ]
         for row in timed(run)
     ]
-    yield from table(["", "words", "tokens/s", "linear", "GB", "first step, s", "memory"], rows)
+    yield from table(["", "words", "tokens/s", "linear", "GB", "first step, s", "memory", "commit"], rows)
     yield from left_out(run, lambda row: row["name"])
+    if run["link"] and not run["link"]["reason"]:
+        yield from linked(run["link"])
+    yield from sending(run)
+    if any(row.get("traced") for row in timed(run)):
+        yield from traced(run)
     if run["checks"]:
         yield ""
         yield "The largest relative difference of a loss, of 40 steps at toy size:"
         yield ""
-        found = [[row["name"], row["like"], row["reason"] or f"{row['difference']:.1e}"] for row in run["checks"]]
-        yield from table(["", "beside", "difference"], found)
+        found = [
+            [row["name"], row["like"], row["reason"] or f"{row['difference']:.1e}", row["commit"]]
+            for row in run["checks"]
+        ]
+        yield from table(["", "beside", "difference", "commit"], found)
+
+
+def of_days(run: Run) -> list[str]:
+    """On which days which commits were run."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in (*run["rows"], *run["checks"], *([run["link"]] if run["link"] else [])):
+        commits = found.setdefault((row["date"], row["torch"]), [])
+        commits += [row["commit"]] if row["commit"] not in commits else []
+    return [f"{date} with torch {torch} ({', '.join(commits)})" for (date, torch), commits in found.items()]
+
+
+SENT = {"gather": "all-gather", "divide": "reduce-scatter", "sum": "all-reduce"}
+
+
+def linked(link: Run) -> Iterator[str]:
+    """How fast the GPUs exchange."""
+    sizes = sorted({row["bytes"] for row in link["rates"]})
+    rates = {(row["kind"], row["bytes"]): row["gb_per_second"] for row in link["rates"]}
+    yield ""
+    yield f"A GPU of this host {'can' if link['peer'] else 'can not'} reach the other's memory, says"
+    yield "`torch.cuda.can_device_access_peer`."
+    if link["topology"]:
+        yield f"`nvidia-smi topo -m` has `{'; '.join(link['topology'])}`."
+    if link["transport"]:
+        yield f"NCCL says that it goes by {' and '.join(f'`{way}`' for way in link['transport'])}."
+    if link["copy_gb_per_second"]:
+        yield f"A copy from one to the other makes {link['copy_gb_per_second']:.1f} GB/s."
+    yield "What a device sends through NCCL in GB/s, by the size of what all have together:"
+    yield ""
+    cells = [[f"{size / 2**20:,.0f} MiB", *(number(rates[kind, size], 1) for kind in SENT)] for size in sizes]
+    yield from table(["", *SENT.values()], cells)
+
+
+def sending(run: Run) -> Iterator[str]:
+    """What a step takes longer than if nothing was sent, beside what it sends."""
+    speeds = {row["name"]: row["tokens_per_second"] for row in timed(run)}
+    rates, at = {}, ""
+    if linked := run["link"] and not run["link"]["reason"]:
+        size = sorted({row["bytes"] for row in run["link"]["rates"]})[-2]
+        rates = {row["kind"]: row["gb_per_second"] for row in run["link"]["rates"] if row["bytes"] == size}
+        at = f" *Expected* is the time of that at the speed of {size / 2**20:,.0f} MiB, with nothing hidden."
+    rows = []
+    for row in timed(run):
+        alone = speeds.get(row["beside"])
+        if (
+            row["devices"] == 1 or not alone or "context_parallel" in row["name"]
+        ):  # whose states are not in the formulas
+            continue
+        tokens = row["sent"]["tokens"]
+        step, linear = tokens / row["tokens_per_second"], tokens / alone / row["devices"]
+        sent = {kind: row["sent"][kind] / 1e9 for kind in SENT}
+        expected = [number(sum(sent[kind] / rates[kind] for kind in SENT), 3)] if linked else []
+        seconds = [number(x, 3) for x in (step, step - linear)]
+        rows.append([row["name"], *seconds, number(sum(sent.values()), 2), *expected])
+    if not rows:
+        return
+    yield ""
+    yield "The seconds of a step, how much longer it is than a linear one, and the GB that a device sends in it by the"
+    yield f"formulas ([scaling](scaling.md)).{at}"
+    yield ""
+    yield from table(["", "step, s", "longer, s", "GB sent", *(["expected, s"] if linked else [])], rows)
+
+
+def traced(run: Run) -> Iterator[str]:
+    """What the first GPU did in a step."""
+    yield ""
+    yield "What the first GPU did in a later step, by a trace of its kernels, in seconds. *Sending* has the time in"
+    yield "which a kernel of NCCL waits for the other GPU. *Only sending* is the part in which nothing is computed, and"
+    yield "*idle* that in which no kernel runs:"
+    yield ""
+    keys = ("span", "computing", "sending", "sending_alone", "idle")
+    rows = [[row["name"], *(number(row["traced"][key], 2) for key in keys)] for row in timed(run) if row.get("traced")]
+    yield from table(["", "step", "computing", "sending", "only sending", "idle"], rows)
 
 
 def losses(run: Run) -> Iterator[str]:

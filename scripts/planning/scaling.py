@@ -66,15 +66,17 @@ class Placing(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """Bytes that a device sends in a step, within its replica and among replicas."""
+    """Bytes that a device sends in a step: of parameters that are gathered and of gradients that are divided, within
+    its replica, and of gradients that are averaged among replicas."""
 
-    within: float
+    gathered: float
+    divided: float
     among: float
 
     def seconds(self, place: Placing, inside: float) -> float:
         """With nothing hidden behind a computation, and no time for the way of a first byte. inside: of INSIDE."""
         among = self.among / bandwidth(place.devices, place.shards, inside)
-        return self.within / bandwidth(place.shards, 1, inside) + among
+        return (self.gathered + self.divided) / bandwidth(place.shards, 1, inside) + among
 
 
 def bandwidth(span: int, stride: int, inside: float) -> float:
@@ -93,8 +95,9 @@ def sent(n: Parameters, place: Placing, accumulation: int) -> Sent:
     S, copies = place.shards, place.devices // place.shards
     gathered = {"block": 2 * n.all - n.root - n.block}.get(place.whole_for, n.all)
     times = 1 if place.whole_for == "step" else accumulation
-    within = times * (S - 1) / S * (4 * gathered + place.reduction * n.all)
-    return Sent(within, 2 * (copies - 1) / copies * place.reduction * n.all / S)
+    part = times * (S - 1) / S
+    among = 2 * (copies - 1) / copies * place.reduction * n.all / S
+    return Sent(part * 4 * gathered, part * place.reduction * n.all, among)
 
 
 def more_tokens(batch: int, noise_scale: float) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from models.training.preemption import UNFINISHED
 from scripts.scaled.launch import Run, Scratch
@@ -45,6 +47,7 @@ class Checks:
         self.words = [*SMALL, micro_batch, *(["trainer.accelerator=cpu"] if toy else [])]
         self.losses: dict[str, list[float]] = {}
         self.like: dict[str, tuple[str, float]] = {}
+        self.stuck: dict[str, str] = {}  # where the runs were whose time was over
 
     def runs(self) -> dict[str, Iterator[None]]:
         """Of every strategy from the first step to the last; and of sequences that devices share."""
@@ -79,19 +82,15 @@ class Checks:
         return {name: self.whole(name, self.count, words)}
 
     def whole(self, name: str, devices: int, words: Sequence[str]) -> Iterator[None]:
-        run = Run(self.scratch.folder(name), [*self.words, *words], range(devices), self.fork)
-        try:
+        with self._run(name, self.scratch.folder(name), words, devices) as run:
             yield from self._to_the_end(run, name)
-        finally:
-            run.end()
 
     def killed(self, name: str, words: Sequence[str], number: signal.Signals) -> Iterator[None]:
         """Killed on all devices, then on half of them, and finished on all: the same command three times."""
         folder = self.scratch.folder(name)
         for devices, rows in ((self.count, 8), (max(1, self.count // 2), 22), (self.count, None)):
             own = words if devices == self.count else strategies(devices).get("ddp", [])
-            run = Run(folder, [*self.words, *EXACT, *own], range(devices), self.fork)
-            try:
+            with self._run(name, folder, [*EXACT, *own], devices) as run:
                 if rows is None:
                     yield from self._to_the_end(run, name)
                     continue
@@ -101,8 +100,17 @@ class Checks:
                 yield from run.until(STEPS + 1)
                 wanted = -number if number == signal.SIGKILL else UNFINISHED
                 assert wanted in run.codes, f"{number.name} on {devices}: exit codes {run.codes}: {run.said()}"
-            finally:
-                run.end()
+
+    @contextmanager
+    def _run(self, name: str, folder: Path, words: Sequence[str], devices: int) -> Iterator[Run]:
+        run = Run(folder, [*self.words, *words], range(devices), self.fork)
+        try:
+            yield run
+        except GeneratorExit:
+            self.stuck[name] = f"on {devices}, with {len(run.rows())} steps: {run.where() or run.said()}"
+            raise
+        finally:
+            run.end()
 
     def _to_the_end(self, run: Run, name: str) -> Iterator[None]:
         yield from run.until(STEPS + 1)  # rows that never come
@@ -110,6 +118,13 @@ class Checks:
         steps = [int(row["step"]) for row in run.rows()]
         assert steps == list(range(STEPS)), f"steps lost or repeated: {steps}"
         self.losses[name] = [row["train/loss"] for row in run.rows()]
+
+    def chosen(self, found: dict[str, Iterator[None]], parts: Sequence[str]) -> dict[str, Iterator[None]]:
+        """Of `runs` or `kills` those whose names have one of these parts in them, and what they are compared with."""
+        names = {name for name in self.like if any(part in name for part in parts)}
+        self.like = {name: like for name, like in self.like.items() if name in names}
+        names |= {like for like, _ in self.like.values()}
+        return {name: task for name, task in found.items() if name in names}
 
     def told(self, failed: dict[str, str]) -> list[dict[str, object]]:
         """A row for each: the largest difference of a loss, relative, and the most that it may be."""
@@ -120,6 +135,7 @@ class Checks:
                 pairs = zip(self.losses[name], self.losses[other], strict=True)
                 row["difference"] = max(abs(a - b) / abs(b) for a, b in pairs)
             else:
-                row["reason"] = failed.get(name) or failed.get(other) or "not run"
+                which = name if name in failed else other
+                row["reason"] = ", ".join(x for x in (failed.get(which), self.stuck.get(which)) if x) or "not run"
             found.append(row)
         return found

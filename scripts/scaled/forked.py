@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+import torch.distributed as dist
+
 import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,4 +46,6 @@ def forked(
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        if dist.is_initialized():  # as Lightning does when Python ends
+            dist.destroy_process_group()
         os._exit(code)

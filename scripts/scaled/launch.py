@@ -5,7 +5,9 @@ or each started as Python starts (`fork=False`), where what was imported can't b
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
+import re
 import shutil
 import signal
 import socket
@@ -24,6 +26,7 @@ from models.training.logger import read_metrics
 from scripts.scaled.forked import ROOT, forked
 
 PAUSE = 0.005  # seconds between two looks
+ASKED = signal.SIGQUIT  # where a process is; nothing else uses it
 
 
 class Run:
@@ -46,16 +49,13 @@ class Run:
         self.words = ["name=run", *words]
         common = {"RUNS": str(folder), "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), **environment}
         if len(gpus) > 1:  # what torchrun sets
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "scaling"}
+            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "scaling"}
             common |= {"WORLD_SIZE": str(len(gpus)), "LOCAL_WORLD_SIZE": str(len(gpus)), "GROUP_RANK": "0"}
             self.words.append(f"trainer.devices={len(gpus)}")
         self.codes: list[int | None] = [None] * len(gpus)
         self._rows: list[dict[str, float]] = []
         self._stamp: Any = None  # of the file that they are from
-        self.first = partial(as_on_a_card_of, memory_gb) if memory_gb else None
+        self.fork, self.first = fork, partial(_first, folder, memory_gb)
         assert fork or not memory_gb
         start = self._fork if fork else self._start
         own = [{"RANK": str(r), "LOCAL_RANK": str(r)} if len(gpus) > 1 else {} for r in range(len(gpus))]
@@ -106,6 +106,21 @@ class Run:
                 os.waitpid(pid, 0)
         self.codes = [-signal.SIGKILL if code is None else code for code in self.codes]
 
+    def where(self) -> str:
+        """For a run that does not go on: where in models/ the threads of each process are, by its own word."""
+        if not self.fork or self.ended():
+            return ""
+        self.send(ASKED)
+        time.sleep(1)
+        return "; ".join(f"process {rank} {self._word(rank)}" for rank in range(len(self.pids)))
+
+    def _word(self, rank: int) -> str:
+        if (code := self.codes[rank]) is not None:
+            return f"has ended with {code} ({self.said()})" if code else "has ended"
+        path = self.log.with_name(f"stacks-{rank}.txt")
+        places = innermost(path.read_text(errors="replace")) if path.exists() else []
+        return f"is in {', '.join(places) or 'no line of models/'}"
+
     def line(self, begin: str) -> str:
         """The first of what it printed that begins so."""
         lines = self.log.read_text(errors="replace").splitlines()
@@ -115,6 +130,27 @@ class Run:
         """The last line that names an error, else the last one."""
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         return ([line for line in lines if "Error" in line or line.startswith("error:")] or lines or [""])[-1][:300]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def innermost(stacks: str) -> list[str]:
+    """Of each thread that faulthandler has told of, the line of models/ that it is in; but the one that watches."""
+    threads = re.split(r"(?m)^(?:Current thread|Thread) .*$", stacks)
+    found = (re.search(r'File ".*?/(models/[^"]+)", line (\d+) in (\S+)', thread) for thread in threads)
+    return list(dict.fromkeys(f"{each[1]}:{each[2]} {each[3]}" for each in found if each and "watchdog" not in each[1]))
+
+
+def _first(folder: Path, memory_gb: float | None) -> None:
+    """What a forked process does before all else: asked where it is, it writes it into a file of its own."""
+    stacks = (folder / f"stacks-{os.environ.get('RANK', 0)}.txt").open("w")
+    faulthandler.register(ASKED, stacks, all_threads=True)
+    if memory_gb:
+        as_on_a_card_of(memory_gb)
 
 
 def as_on_a_card_of(memory_gb: float) -> None:
@@ -143,31 +179,46 @@ def _remove(path: Path, pid: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def side_by_side(tasks: dict[str, Iterator[None]], limit: float, at_once: int | None = None) -> dict[str, str]:
+def side_by_side(
+    tasks: dict[str, Iterator[None]], limit: float, at_once: int | None = None, each: float | None = None
+) -> dict[str, str]:
     """Takes turns among them until all are done, among no more than `at_once`. Why one is not, by its name: an
-    AssertionError's words, or that the time of `limit` seconds was over."""
+    AssertionError's words, or that the time of `limit` seconds was over, or for this one that of `each` since its
+    first turn."""
     failed: dict[str, str] = {}
     deadline = time.monotonic() + limit
+    turns = in_turns(tasks, failed, at_once, each)
     try:
-        return _turns(tasks, failed, deadline, limit, at_once)
+        for _ in turns:
+            if time.monotonic() > deadline:
+                return failed | dict.fromkeys(tasks, f"not done within {limit:.0f} s")
+            time.sleep(PAUSE)
+        return failed
     finally:
-        for task in tasks.values():  # an exception, ctrl-c or a signal: what was begun is not left to run on
-            task.close()  # type: ignore[attr-defined]  # a generator, whose `finally` ends its run
+        turns.close()  # type: ignore[attr-defined]  # a generator
 
 
-def _turns(
-    tasks: dict[str, Iterator[None]], failed: dict[str, str], deadline: float, limit: float, at_once: int | None
-) -> dict[str, str]:
-    while tasks:
-        for name, task in list(tasks.items())[:at_once]:
-            try:
-                next(task)
-            except StopIteration:
+def in_turns(
+    tasks: dict[str, Iterator[None]], failed: dict[str, str], at_once: int | None = None, each: float | None = None
+) -> Iterator[None]:
+    """As a task of side_by_side itself. What is done leaves `tasks`; why another is not is written into `failed`."""
+    began: dict[str, float] = {}
+    try:
+        while tasks:
+            for name, task in list(tasks.items())[:at_once]:
+                began.setdefault(name, time.monotonic())
+                try:
+                    next(task)
+                    if each is None or time.monotonic() - began[name] < each:
+                        continue
+                    task.close()  # type: ignore[attr-defined]  # a generator, whose `finally` ends its run
+                    failed[name] = f"not done within {each:.0f} s"
+                except StopIteration:
+                    pass
+                except AssertionError as error:
+                    failed[name] = str(error)
                 del tasks[name]
-            except AssertionError as error:
-                failed[name] = str(error)
-                del tasks[name]
-        if time.monotonic() > deadline:
-            return failed | dict.fromkeys(tasks, f"not done within {limit:.0f} s")
-        time.sleep(PAUSE)
-    return failed
+            yield
+    finally:  # an exception, ctrl-c or a signal: what was begun is not left to run on
+        for task in tasks.values():
+            task.close()  # type: ignore[attr-defined]

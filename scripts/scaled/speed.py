@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
 
+from models.training.traced import FILE
 from scripts import prepare_data
 from scripts.scaled.launch import Run, Scratch
 
@@ -23,6 +25,7 @@ TOY_WORDS = ["data=mqar", "data.vocab_size=64", "data.num_pairs=4", "model.hidde
 ALONE = ["log_every=1", "validate_every=1000000", "checkpoint_every=1000000", "guard.timeout=120", "~callbacks.plot",
          "~callbacks.sample", "~callbacks.regression"]  # fmt: skip
 HELD_OUT = "data.corpus.validation_fraction=0.2"  # of python_source: more than one sequence of 262,144 tokens
+TRACED = 30.0  # seconds in which the step that is traced, after those that are timed, is to be there
 FIRST = 1  # steps before those that are timed: they compile, and record
 
 
@@ -43,12 +46,15 @@ class Timed:
     """tokens_per_second: by the clock, over the steps that were timed. step: the median of them in seconds, as the run
     itself reports. of_linear: beside `devices` times the row that it is compared with. peak_gb: what torch has held at
     most on the first device; held_gb: what each device's driver counts at the end, everything included. first_s: until
-    the first step was done. losses: of each step.
+    the first step was done. losses: of each step. whole_for: what `auto` was. sent: the bytes that a device sends in a
+    step, by the formulas (sending.py), and its tokens. traced: what the first of several GPUs did in a later step
+    (models/training/traced.py). date, commit, torch: of this row.
     """
 
     name: str
     devices: int
     words: list[str]
+    beside: str = ""
     tokens_per_second: float | None = None
     step: float | None = None
     of_linear: float | None = None
@@ -58,6 +64,12 @@ class Timed:
     losses: list[float] = field(default_factory=list)
     reason: str = ""
     memory: str = ""
+    whole_for: str | None = None
+    sent: dict[str, float] | None = None
+    traced: dict[str, Any] | None = None
+    date: str = ""
+    commit: str = ""
+    torch: str = ""
 
     def __str__(self) -> str:
         def shown(x: float | None, form: str) -> str:
@@ -94,10 +106,13 @@ def cases(count: int, toy: bool) -> list[list[Case]]:
         found += [of("ddp", f"ddp x{n}", n, [*model, "strategy=ddp"])]
         found += [of("fsdp", f"fsdp x{n}", n, [*model, "strategy=fsdp"])]
     for n in worlds[-1:]:
-        found += [of("fsdp", f"fsdp x{n}, block", n, [*model, "strategy=fsdp", block])]
-        found += [of("hsdp", f"hsdp x{n}", n, [*model, "strategy=hsdp", "trainer.strategy.replicas=2"])]
+        replicas = [*model, "strategy=hsdp", "trainer.strategy.replicas=2"]
+        found += [of("hsdp", f"hsdp x{n}", n, replicas)]
+        found += [of("block", f"fsdp x{n}, block", n, [*model, "strategy=fsdp", block])]
+        found += [of("block", f"hsdp x{n}, block", n, [*replicas, block])]
         words = [*model, *long, "strategy=ddp", f"context_parallel={n}"]
-        found += [of("context", f"context_parallel={n}, {sequence}", n, words, "")]
+        found += [of("context", f"context_parallel={n}, {sequence}", n, words, f"one, {sequence}")]
+        found += [of("context", f"one, {sequence}", 1, [*model, *long], "")]
         found += [of("more", f"ddp x{n}, no graph", n, [*model, "strategy=ddp", *plain], "one, no graph")]
         found += [of("more", f"fsdp x{n}, pass", n, [*model, "strategy=fsdp", whole])]
         found += [of("more", f"fsdp x{n}, block, 32", n, [*model, "strategy=fsdp", block, *double])]
@@ -123,7 +138,10 @@ def large_cases(worlds: Sequence[int], toy: bool) -> list[list[Case]]:
 
     pair = [card("", auto), card(", all recomputed", ["recompute=all"])]
     found = [pair] if worlds else [[each] for each in pair]
-    found += [[Case(f"1300m fsdp x{n}", "1300m", n, [*size, *batch[n], "strategy=fsdp", *auto], name)] for n in worlds]
+    for n in worlds:
+        words = [*size, *batch[n], "strategy=fsdp", *auto]
+        found += [[Case(f"1300m fsdp x{n}", "1300m", n, words, name)]]
+        found += [[Case(f"1300m fsdp x{n}, block", "block", n, [*words, "trainer.strategy.whole_for=block"], name)]]
     return [*found, [card(", micro_batch=8", [*wide, *auto])]]
 
 
@@ -135,7 +153,7 @@ def warming(groups: Sequence[Sequence[Case]]) -> list[Case]:
     for case in sorted((case for group in groups for case in group), key=lambda case: -case.devices):
         sizes = [word for word in case.words if word.startswith(("size=", "seq_len=", "micro_batch="))]
         kind = [word.replace("hsdp", "fsdp") for word in case.words if word.startswith("strategy=")]
-        if case.item == "more":  # they come last, if at all
+        if case.item in ("more", "block"):  # they come late, if at all; and a block is compiled alike
             continue
         if case.devices > 1 or not any(set(sizes) <= set(key) for key in found):
             found.setdefault((*sizes, *kind), case)
@@ -149,6 +167,9 @@ def warm(case: Case, first: int, scratch: Scratch, fork: bool) -> Iterator[None]
     run = Run(scratch.folder(f"warm {case.name}"), words, range(first, first + case.devices), fork)
     try:
         yield from run.until(1)
+    except GeneratorExit:  # its time is over
+        print(f"{case.name}, not compiled: {run.where() or run.said()}", flush=True)
+        raise
     finally:
         run.end()
 
@@ -157,12 +178,16 @@ def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fo
     """Gives way with None until the model is built, on the CPU; then, stopped, once with the row, for the GPUs may be
     another's still; then with the row that grows, until it is whole. first: the place of the first device."""
     gpus = range(first, first + case.devices)
-    row = Timed(case.name, case.devices, case.words)
+    row = Timed(case.name, case.devices, case.words, case.beside)
     words = [*(TOY_WORDS if toy else GPU_WORDS), *ALONE, *case.words]
     tokens = 64 * 512 if toy else 10**9
+    if case.devices > 1:
+        words += ["+callbacks.traced._target_=models.training.traced.Traced", "+callbacks.traced.folder=${run_dir}",
+                  f"+callbacks.traced.first={FIRST + steps}"]  # fmt: skip
     run = Run(scratch.folder(case.name), [*words, f"tokens={tokens}"], gpus, fork, case.memory_gb)
     began = time.monotonic()
     seen: list[float] = []  # when each step's row was there
+    going = False
     try:
         while not run.line("with ") and not run.ended():
             yield None
@@ -170,27 +195,36 @@ def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fo
         waited = time.monotonic()
         yield row
         run.send(signal.SIGCONT)
+        going = True
         began += time.monotonic() - waited
         while len(seen) < FIRST + steps and not run.ended():
             seen += [time.monotonic()] * (len(run.rows()) - len(seen))
             yield row
         seen += [time.monotonic()] * (len(run.rows()) - len(seen))
         row.held_gb = [] if toy else held(gpus)
+        late = time.monotonic() + TRACED
+        while case.devices > 1 and not (run.folder / FILE).exists() and not run.ended() and time.monotonic() < late:
+            yield row
     finally:
         found = run.rows()
+        where = run.where() if going and len(seen) < FIRST + steps else ""
         run.end()
         row.losses = [each["train/loss"] for each in found]
         row.memory = run.line("memory ")
         if seen:
             row.first_s = seen[0] - began
         if len(seen) < FIRST + steps:
-            row.reason = run.said()
+            row.reason = where or run.said()
+        if told := run.line("shards "):
+            row.whole_for = told.partition("whole for a ")[2].split()[0]
     if len(seen) >= FIRST + steps:
         timed = found[FIRST : FIRST + steps]
         each = found[-1]["progress/tokens"] / len(found)
         row.step = median(each / x["speed/tokens_per_second"] for x in timed)
         row.tokens_per_second = each * steps / max(seen[FIRST + steps - 1] - seen[FIRST - 1], 1e-9)
-        row.peak_gb = found[-1].get("speed/peak_memory_gb")
+        row.peak_gb = found[FIRST + steps - 1].get("speed/peak_memory_gb")
+    if (path := run.folder / FILE).exists():
+        row.traced = json.loads(path.read_text()) or None
     yield row
 
 
