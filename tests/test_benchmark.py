@@ -283,8 +283,19 @@ def test_a_page_is_made_of_what_is_stored(folder):
         assert line in page
     assert "| gated_delta | 3 |" in page and "| 0.0000 |" in page and (folder / "losses.svg").stat().st_size > 5_000
     assert "| 43.2 % |" in page and "| tokens | softmax |" in page and "| softmax | 2 x 8 |" in page
+    assert (
+        "without a limit of memory" in page and "one process at a time" in page and "Without a first step" not in page
+    )
     speed.write(folder)
     assert (folder / "speed.md").read_text() == page
+
+
+def test_what_does_not_start_is_told(folder):
+    run = read(folder, "starts")
+    rows = [run["rows"][0] | {"peak_gb": 71.25, "recomputed": 3}, run["rows"][0] | {"name": "mesa", "reason": "no"}]
+    lines = "\n".join(speed.starting(run | {"rows": rows, "at_once": 10, "memory_gb": 80.0}))
+    assert "of 80 GB of a GPU" in lines and "10 such processes at a time" in lines
+    assert "| gated_delta | 71.2 | 3 of 4 |" in lines and "* `mesa`: no" in lines
 
 
 def test_the_tables_are_what_the_script_makes():
