@@ -135,7 +135,8 @@ def _keep(ctx, inputs, output):
 
 
 def _gradients(ctx, do, dlast, *_):
-    given, kept = ctx.saved_tensors[:-5], ctx.saved_tensors[-5:]
+    saved = ctx.saved_tensors  # once: recomputed blocks give them no second time
+    given, kept = saved[:-5], saved[-5:]
     call = unpacked(Call, given, ctx.names)
     do = torch.zeros_like(call.v) if do is None else do.contiguous()
     dlast = torch.zeros_like(call.init) if dlast is None else dlast.contiguous()
