@@ -13,11 +13,11 @@
 of the repeats, the ratio to the first row of its size, on a GPU the time in kernels, without the waits for the host
 between them, and the peak of allocated memory, and the difference of the output from that row's where they compute the
 same. `train` times steps of whole models of equal parameters (scripts/benchmarks/contenders.py), each in a process of
-its own; `starts` takes two steps of every preset, several at a time, to see which start, and in what time and memory
-(they slow each other: their tokens/s say nothing); `length` the same number of tokens in longer and longer sequences;
-`decode` texts that go on by generate (scripts/benchmarks/decoding.py); `losses` trains by kernels and by PyTorch alone,
-to see that both learn the same (scripts/benchmarks/losses.py). `prepare` turns text into token shards, and `loader`
-reads batches from them (scripts/benchmarks/data.py).
+its own; `starts` takes two steps of every preset, to see which start, and in what time and memory: several at a time
+compile few layers, and each in its turn takes the whole model (scripts/benchmarks/starting.py); `length` the same
+number of tokens in longer and longer sequences; `decode` texts that go on by generate (scripts/benchmarks/decoding.py);
+`losses` trains by kernels and by PyTorch alone, to see that both learn the same (scripts/benchmarks/losses.py).
+`prepare` turns text into token shards, and `loader` reads batches from them (scripts/benchmarks/data.py).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import importlib.util
 import json
 import os
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from scripts.benchmarks import contenders, data, decoding, losses, operators, steps, whole
+from scripts.benchmarks import contenders, data, decoding, losses, operators, starting, steps, whole
 from scripts.benchmarks.apart import apart, forked
 from scripts.benchmarks.timing import HEAD, compare, machine
 from scripts.recipes import CONF
@@ -73,23 +74,32 @@ def train(given: argparse.Namespace) -> None:
 
 
 def starts(given: argparse.Namespace) -> None:
-    """Two steps of every preset. Those that share a GPU get equal parts of its memory."""
+    """Two steps of every preset: few layers beside others', and then the whole model, one at a time on each GPU."""
     if given.at_once < 1:
         sys.exit(f"error: --at-once={given.at_once} must be at least 1")
     device, sizes = place(given, contenders.PRESETS, given.batch, given.seq_len)
-    limit = limits(given)
+    gpus: list[dict[str, str]] = [{}]
+    whole_gb = share_gb = 0.0
     if device == "cuda":
         seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         gpus = [{"CUDA_VISIBLE_DEVICES": each} for each in seen.split(",")]
-        limit = limit._replace(slots=tuple(gpus * given.at_once))
-        if given.at_once > 1 and given.memory_gb is None:  # a process holds about one more, beside what it allocates
-            given.memory_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 / given.at_once - 1
-    else:
-        limit = limit._replace(slots=({},) * given.at_once)
-    jobs = [step_job(name, sizes, device, given, documents=True) for name in given.only]
-    for job in jobs:
-        job.given.update(steps=1, warm_up=0, compiled=not given.eager)
-    whole.report(jobs, steps.HEAD, about(device, sizes), limit, given.json, apart if given.cold else forked)
+        there = torch.cuda.get_device_properties(0).total_memory / 1e9
+        whole_gb = min(there, given.memory_gb or (there if given.at_once == 1 else there / 2))
+        # a process holds about one more, beside what it allocates
+        share_gb = there if given.at_once == 1 else (there - whole_gb) / (given.at_once - 1) - 1
+        if share_gb <= 0:
+            sys.exit(
+                f"error: --at-once={given.at_once} leaves nothing of {there:.0f} GB beside --memory-gb={whole_gb:g}"
+            )
+    # in the environment of the process that all are forked from
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // given.at_once)))
+    limit = limits(given)._replace(slots=tuple(gpus * given.at_once))
+    with tempfile.TemporaryDirectory() as folder:
+        common = {"sizes": list(sizes), "device": device, "compiled": not given.eager}
+        common |= {"share_gb": share_gb, "memory_gb": whole_gb, "turn": f"{folder}/turn" if given.at_once > 1 else None}
+        jobs = [whole.Job("starting.start", {"name": n, **common}, starting.Started(n)) for n in given.only]
+        about_them = about(device, sizes) | {"at_once": given.at_once, "memory_gb": whole_gb, "eager": given.eager}
+        whole.report(jobs, starting.HEAD, about_them, limit, given.json, apart if given.cold else forked)
 
 
 def length(given: argparse.Namespace) -> None:
@@ -185,8 +195,12 @@ def main() -> None:
     command = commands.add_parser("starts", help="two training steps of every preset, to see which start")
     of_models(command, limit=150)
     command.add_argument("--eager", action="store_true", help="blocks are not compiled, which takes most of the time")
-    command.add_argument("--memory-gb", type=float, help="that each has, default: an equal part")
-    command.add_argument("--at-once", type=int, default=1, help="processes on each GPU, or on a CPU")
+    command.add_argument(
+        "--memory-gb",
+        type=float,
+        help="of the card that the whole model is to fit; default: all, or half of it beside others",
+    )
+    command.add_argument("--at-once", type=int, default=1, help="processes on each GPU, or on a CPU, which compile")
     command.add_argument("--batch", type=int, help="sequences of a step; default: the size's micro_batch")
     command.add_argument("--seq-len", type=int, help="tokens of a sequence; default: the size's")
     command = commands.add_parser("length", help="training steps of as many tokens in longer and longer sequences")

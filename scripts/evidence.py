@@ -5,13 +5,15 @@
     python scripts/evidence.py mqar --at-once 8 seed=1,2,3 optimizer.lr=1e-3,3.2e-3     # other points of the sweep
     python scripts/evidence.py ablation --rates ablation_rates --times 0.75          # each mixer's best rate there
 
-Small models leave most of a GPU idle: several of them, each in a process of its own, share it. The sweep is that of
-conf/experiment/NAME.yaml (hydra.sweeper.params); words behind the name replace or add settings, as with `train.py -m`,
-which has the same jobs in the same folders. A job that is not finished when the time is up is asked to save, and goes
-on with the next call. A result is a line of docs/evidence/NAME/results.jsonl: the job, its words, the command, the
-commit, the device, the seconds, the validation. A job that has a line there is done, whatever is left of its folder; so
-this file is all that has to travel between machines. scripts/figures/evidence.py draws from it. Models of a package of
-your own are found by "hydra.searchpath=[file:///your/conf]" and TTR_PACKAGES, as by train.py.
+Small models leave most of a GPU idle: several of them, each in a process of its own, share it. Where there are several
+GPUs, each process sees one of them. The sweep is that of conf/experiment/NAME.yaml (hydra.sweeper.params); words behind
+the name replace or add settings, as with `train.py -m`, which has the same jobs in the same folders. A job that is not
+finished when the time is up is asked to save, and goes on with the next call. A result is a line of
+docs/evidence/NAME/results.jsonl: the job, its words, the command, the commit, the device, the seconds, the validation.
+A job that has a line there is done, whatever is left of its folder; so this file is all that has to travel between
+machines. What ended in an error has a line in failures.jsonl beside it, until it has a result.
+scripts/figures/evidence.py draws from both. Models of a package of your own are found by
+"hydra.searchpath=[file:///your/conf]" and TTR_PACKAGES, as by train.py.
 """
 
 from __future__ import annotations
@@ -75,12 +77,16 @@ class Job(NamedTuple):
         return " ".join(word for word in self.words[1:] if not word.startswith("hydra."))
 
 
+Slot = dict[str, str]  # what is another in a process's environment: the GPU that it sees
+
+
 class Running(NamedTuple):
-    """A job's process, and when it began, in seconds of time.time()."""
+    """A job's process, when it began, in seconds of time.time(), and where."""
 
     job: Job
     process: subprocess.Popen[bytes]
     began: float
+    slot: Slot
 
 
 @cache
@@ -127,15 +133,7 @@ class Results:
         self.path, self.commit = path, commit
 
     def read(self) -> list[dict[str, Any]]:
-        """A line that a kill has cut off is left out."""
-        text = self.path.read_text() if self.path.exists() else ""
-        found = []
-        for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{self.path}, line {number}, is not the line of a result ({error.msg})") from None
-        return found
+        return lines(self.path)
 
     def have(self) -> set[str]:
         return {row["job"] for row in self.read()}
@@ -145,14 +143,42 @@ class Results:
         row = {"job": job.key, "words": list(job.words), "date": datetime.now(UTC).date().isoformat(), **result}
         row["command"] = shlex.join(["python", "train.py", "-m", *job.words])
         row["commit"] = row.get("commit") or self.commit
-        self.write([*self.read(), row])
+        write(self.path, [*self.read(), row])
+        if others := self.failures():
+            write(self._failed, [each for each in others if each["job"] != job.key])
         return row
 
-    def write(self, rows: list[dict[str, Any]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_name(f".{self.path.name}.draft")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        draft.replace(self.path)
+    @property
+    def _failed(self) -> Path:
+        return self.path.with_name("failures.jsonl")
+
+    def failures(self) -> list[dict[str, Any]]:
+        """Of jobs that ended in an error the last time, and why."""
+        return lines(self._failed)
+
+    def fail(self, job: Job, reason: str) -> None:
+        row = {"job": job.key, "words": list(job.words), "date": datetime.now(UTC).date().isoformat()}
+        others = [each for each in self.failures() if each["job"] != job.key]
+        write(self._failed, [*others, {**row, "commit": self.commit, "reason": reason[:300]}])
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """A line that a kill has cut off is left out."""
+    text = path.read_text() if path.exists() else ""
+    found = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}, is not the line of a result ({error.msg})") from None
+    return found
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draft.replace(path)
 
 
 def with_rates(every: list[Job], found: list[dict[str, Any]], times: float) -> list[Job]:
@@ -195,19 +221,32 @@ def left(every: Iterable[Job], results: Results) -> Iterator[Job]:
             yield job
 
 
+def slots(at_once: int) -> list[Slot]:
+    """For as many processes: each sees one of the GPUs, in turn. One alone sees them all."""
+    if at_once == 1:
+        return [{}]
+    import torch  # two seconds that --jobs need not pay
+
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = [{"CUDA_VISIBLE_DEVICES": each} for each in seen.split(",")] if seen else [{}]
+    return [gpus[i % len(gpus)] for i in range(at_once)]
+
+
 def run(todo: list[Job], results: Results, at_once: int, until: float) -> list[Job]:
     """Runs them, in order, so many at a time, until then. Returns those that failed, not those that only ran out of
     time."""
-    waiting, failed = list(todo), []
+    waiting, failed, free = list(todo), [], slots(at_once)
     running: list[Running] = []
-    threads = max(1, (os.cpu_count() or 1) // at_once)
-    environment = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"} | os.environ
+    threads = str(max(1, (os.cpu_count() or 1) // at_once))
+    # torch.compile, which deep memories use, would start as many processes as there are cores, for each job
+    few = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads, "PYTHONUNBUFFERED": "1"}
     try:
         while waiting or running:
-            while waiting and len(running) < at_once and time.time() < until:
-                running.append(start(waiting.pop(0), environment))
+            while waiting and free and time.time() < until:
+                running.append(start(waiting.pop(0), free.pop(0), few | os.environ))
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
+                free.append(one.slot)
                 failed += [one.job] if ended(one, results) else []
             if time.time() >= until:
                 break
@@ -217,12 +256,12 @@ def run(todo: list[Job], results: Results, at_once: int, until: float) -> list[J
     return failed
 
 
-def start(job: Job, environment: dict[str, str]) -> Running:
+def start(job: Job, slot: Slot, environment: dict[str, str]) -> Running:
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
         out: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(job.command, cwd=ROOT, env=environment, start_new_session=True, **out)
-    return Running(job, process, time.time())
+        process = subprocess.Popen(job.command, cwd=ROOT, env=environment | slot, start_new_session=True, **out)
+    return Running(job, process, time.time(), slot)
 
 
 def ended(one: Running, results: Results) -> bool:
@@ -236,7 +275,9 @@ def ended(one: Running, results: Results) -> bool:
         print(f"{seconds}  {one.job.label}   goes on next time", flush=True)
         return False
     said = one.job.log.read_text(errors="replace").strip().splitlines()
-    print(f"{seconds}  {one.job.label}   FAILED: {said[-1] if said else one.process.returncode}", flush=True)
+    reason = said[-1].strip() if said else f"it ended with {one.process.returncode}"
+    results.fail(one.job, reason)
+    print(f"{seconds}  {one.job.label}   FAILED: {reason}", flush=True)
     print(f"          {one.job.log}", flush=True)
     return True
 
@@ -267,7 +308,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", help="a file of conf/experiment")
     parser.add_argument("words", nargs="*", help="settings, as for train.py -m")
-    parser.add_argument("--at-once", type=int, default=1, help="processes at a time (default: 1)")
+    parser.add_argument("--at-once", type=int, default=1, help="processes at a time, on all GPUs (default: 1)")
     parser.add_argument("--minutes", type=float, help="after which runs are asked to save (default: no limit)")
     parser.add_argument("--results", type=Path, help="(default: docs/evidence/EXPERIMENT/results.jsonl)")
     parser.add_argument("--rates", metavar="EXPERIMENT", help="whose results say which rate is best; or such a file")

@@ -36,7 +36,7 @@ from data.text import IGNORE, Text
 from models.build import build
 from models.training.regression import InnerRegression, read_rows
 from models.training.weights import open_trained
-from scripts.evidence import Job, Results, params, results_of
+from scripts.evidence import Job, Results, params, results_of, write
 from scripts.figures.results import mean
 
 STRETCH, KNOWN = 64, 8  # tokens that are shown twice, and of these the first, which say which it is
@@ -149,7 +149,7 @@ def main() -> None:
             if any(key.startswith("memory/") for key in row) or not (folder / "result.json").exists():
                 continue
             rows[number] = row | {key: round(x, 5) for key, x in look(folder).items()}
-            results.write(rows)
+            write(results.path, rows)
             print(row["job"], json.dumps({k: v for k, v in rows[number].items() if "memory/" in k}), flush=True)
     except ValueError as error:
         sys.exit(f"error: {error}")

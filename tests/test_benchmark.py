@@ -15,7 +15,7 @@ import torch
 from models.kernels import delta, fla
 from models.training import captured
 from scripts import benchmark
-from scripts.benchmarks import apart, contenders, data, decoding, kinds, losses, steps, whole
+from scripts.benchmarks import apart, contenders, data, decoding, kinds, losses, starting, steps, whole
 from scripts.benchmarks.contenders import COMPILED, DEFAULT, PEERS, PRESETS, Sizes
 from scripts.figures import speed
 from tests.conftest import ROOT
@@ -25,7 +25,8 @@ SMALL = Sizes("tiny", vocabulary=64, D=96, H=3, layers=4, B=2, T=64)
 
 def in_process(function: str, given: dict, limit: float, cold: bool, slot: dict):
     """As the process of one model does it, by way of JSON too."""
-    called = {"steps.train": steps.train, "decoding.decode": decoding.decode, "losses.train": losses.train}[function]
+    made = {"decoding": decoding.decode, "losses": losses.train, "starting": starting.start, "steps": steps.train}
+    called = made[function.partition(".")[0]]
     return (json.loads(json.dumps(row)) for row in called(**json.loads(json.dumps(given))))
 
 
@@ -285,8 +286,19 @@ def test_a_page_is_made_of_what_is_stored(folder):
         assert line in page
     assert "| gated_delta | 3 |" in page and "| 0.0000 |" in page and (folder / "losses.svg").stat().st_size > 5_000
     assert "| 43.2 % |" in page and "| tokens | softmax |" in page and "| softmax | 2 x 8 |" in page
+    assert (
+        "without a limit of memory" in page and "one process at a time" in page and "Without a first step" not in page
+    )
     speed.write(folder)
     assert (folder / "speed.md").read_text() == page
+
+
+def test_what_does_not_start_is_told(folder):
+    run = read(folder, "starts")
+    rows = [run["rows"][0] | {"peak_gb": 71.25, "recomputed": 3}, run["rows"][0] | {"name": "mesa", "reason": "no"}]
+    lines = "\n".join(speed.starting(run | {"rows": rows, "at_once": 10, "memory_gb": 80.0}))
+    assert "of 80 GB of a GPU" in lines and "10 such processes at a time" in lines
+    assert "| gated_delta | 71.2 | 3 of 4 |" in lines and "* `mesa`: no" in lines
 
 
 def test_the_tables_are_what_the_script_makes():
@@ -303,7 +315,27 @@ def test_the_page_of_the_docs_is_what_the_script_makes():
 def test_presets_start(folder):
     """Two steps; the first one's loss is of the untrained model, the second's time is told."""
     (row,) = read(folder, "starts")["rows"]
-    assert row["name"] == "gated_delta" and row["first_s"] > 0 and len(row["steps"]) == 1 and 3.9 < row["loss"] < 6
+    assert row["name"] == "gated_delta" and row["first_s"] > 0 and row["ms"] > 0 and 3.9 < row["loss"] < 6
+    assert row["compiled_s"] > 0 and row["recomputed"] == 0 and row["layers"] == 4 and row["backend"] == "torch"
+
+
+def test_whole_models_take_turns(tmp_path):
+    """Few layers beside each other, and whole models alone: two processes that would both be in their turn wait."""
+    turn, inside, most = str(tmp_path / "turn"), [], []
+
+    def work() -> None:
+        with starting.in_turn(turn):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.05)
+            inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
 
 
 def test_several_at_a_time_each_in_a_slot_of_its_own():

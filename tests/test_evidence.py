@@ -73,6 +73,8 @@ def test_jobs_run_once_and_the_next_call_goes_on(tmp_path, monkeypatch, capsys):
     assert "seed=1   accuracy 0.500, at test points 0.25" in said and "seed=3   goes on next time" in said
     assert str(jobs[1].log) in said and "out of luck" in jobs[1].log.read_text()
     assert time.time() - began < 20, "a run that is asked to save is not waited for in vain"
+    (failure,) = results.failures()
+    assert failure["job"] == jobs[1].key and failure["reason"] == "error: seed=2 is out of luck"
     shutil.rmtree(jobs[0].folder)  # another machine has the results alone
     todo = list(evidence.left(jobs, results))
     assert todo == jobs[1:]
@@ -83,6 +85,15 @@ def test_jobs_run_once_and_the_next_call_goes_on(tmp_path, monkeypatch, capsys):
     with results.path.open("a") as file:
         file.write('{"job": "to')  # cut off by a kill
     assert results.read() == rows and list(evidence.left(jobs, results)) == [jobs[1]]
+
+
+def test_several_jobs_share_the_gpus_that_are_seen(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in evidence.slots(3)] == ["2", "5", "2"]
+    assert evidence.slots(1) == [{}], "which may take several"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert evidence.slots(2) == [{}, {}]
 
 
 def test_the_launcher_that_is_asked_to_stop_leaves_no_run_behind(tmp_path, monkeypatch):
@@ -117,7 +128,9 @@ def test_a_result_that_nobody_wrote_down_is_found(tmp_path, monkeypatch):
     results = evidence.Results(tmp_path / "results.jsonl", commit="abc")
     job.folder.mkdir(parents=True)
     (job.folder / "result.json").write_text(json.dumps({"validation/nats": 1.0}))
+    results.fail(job, "error: out of luck")
     assert list(evidence.left([job], results)) == [] and results.have() == {job.key}
+    assert results.failures() == [], "it has a result now"
     assert evidence.summary(results.read()[0]) == "1.0000 nats per token" and results.read()[0]["commit"] == "abc"
     assert job.command[1] == "train.py" and Path(job.command[-1].partition("=")[2].strip("'")).is_absolute()
 

@@ -93,6 +93,13 @@ def cut(positions: Tensor, segment: int) -> Cut:
     return Cut(place, source, list(_spans(lengths, number[:, -1], begins[:, 0])))
 
 
+def uncut(positions: Tensor, segment: int) -> Cut:
+    """The same for rows of one document each, from its first token on. A GPU is not waited for."""
+    (B, T), index = positions.shape, torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    opens = torch.ones(B, dtype=torch.bool, device=positions.device)
+    return Cut(index, index, [Span(slice(n, min(n + segment, T)), opens, None) for n in range(0, T, segment)])
+
+
 def _spans(lengths: Tensor, last: Tensor, begins: Tensor) -> Iterator[Span]:
     """A segment's places, in pieces where rows end whose state others must not touch: at the end of the call, and where
     the segment ends that a call goes on with. lengths [B, segments], last [B]: which is the row's last, begins [B]:
@@ -189,13 +196,14 @@ class MemoryAsContext(MemoryAttention):
             documents, segment = segments, segments[:, -1]
             position = None if position is None else position.masked_fill(before != segments[:, 0], 0)
         positions = positions_of(x, position, segments)
+        layout = (uncut if state is None and segments is None else cut)(positions, self.segment)
         form = self._in_turn if self.memory_update == "attention_output" else self._at_once
-        o, held = form(x, documents, positions, held)
+        o, held = form(layout, x, documents, positions, held)
         return self.output(o), State(held, (), positions[:, -1] + 1, segment)
 
-    def _in_turn(self, x: Tensor, documents: Tensor, positions: Tensor, held: Held) -> tuple[Tensor, Held]:
+    def _in_turn(self, layout: Cut, x: Tensor, documents: Tensor, positions: Tensor, held: Held) -> tuple[Tensor, Held]:
         """A segment after the other: recall, attend, learn."""
-        layout, outputs = cut(positions, self.segment), []
+        outputs = []
         x, documents, positions = (layout.fill(y) for y in (x, documents, positions))
         for places, begins, active in layout.spans:
             memory, start, attention = old = self._begin(held, documents[:, places], begins)
@@ -207,9 +215,9 @@ class MemoryAsContext(MemoryAttention):
             outputs.append(self.product(y, m))
         return layout.empty(torch.cat(outputs, dim=1)), held
 
-    def _at_once(self, x: Tensor, documents: Tensor, positions: Tensor, held: Held) -> tuple[Tensor, Held]:
+    def _at_once(self, layout: Cut, x: Tensor, documents: Tensor, positions: Tensor, held: Held) -> tuple[Tensor, Held]:
         """The memory through all segments, which learns from x, and then attention in all of them."""
-        layout, context, read = cut(positions, self.segment), [], []
+        context, read = [], []
         filled = [layout.fill(y) for y in (x, documents, positions)]
         for places, begins, active in layout.spans:
             tokens, document, position = (y[:, places] for y in filled)

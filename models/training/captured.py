@@ -7,7 +7,8 @@ what an optimizer is given are these same tensors, step after step. There are tw
 step's first micro-batch, whose gradients are the first, and of the others, which add to them.
 
 What is recorded is a fixed sequence. Whatever waits for a number from the GPU can't be in it (a solver that looks
-whether it is done, for example); then nothing is recorded, and the reason is printed.
+whether it is done, for example); then batches of this kind go kernel by kernel, and the reason is printed. Batches of
+short rows are of two kinds: most have one document a row, and a mixer that counts documents waits in the others alone.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class Captured:
 
     `self(batch)` does it and returns outputs, whose tensors hold until the next call. The first WARM_UP calls of a kind
     of batch (its shapes, and whether it has documents) go kernel by kernel: to compile for it while it is recorded is
-    an error. A batch of another kind is recorded anew, in place of the old one. context: of the forward pass, that of
-    autocast.
+    an error. A batch of another kind is recorded anew, in place of the old one, if it can be. context: of the forward
+    pass, that of autocast.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class Captured:
     ) -> None:
         self.forward, self.context = forward, context
         self.parameters = list(parameters)
+        self.records = True  # False: all goes kernel by kernel
         self._ran: Counter[Any] = Counter()  # micro-batches of a kind that were not replayed
-        self.reason: str | None = None  # why it can't be recorded
+        self._refused: set[Any] = set()  # kinds that can't be recorded
+        self.reason: str | None = None  # why the last of them can't
         self._batch: Batch = {}
         self._first: Graph | None = None
         self._further: Graph | None = None
@@ -80,8 +83,8 @@ class Captured:
         if not self._fits(batch):
             kind = tuple((name, _kind(x)) for name, x in batch.items())
             self._ran[kind] += 1
-            if self.reason is None and self._ran[kind] > WARM_UP:
-                self._record(batch)
+            if self.records and kind not in self._refused and self._ran[kind] > WARM_UP:
+                self._record(batch, kind)
         if self._first is None or not self._fits(batch):
             return self._run(batch)
         for name, place in self._batch.items():
@@ -108,25 +111,28 @@ class Captured:
         loss.backward()
         return outputs
 
-    def _record(self, batch: Batch) -> None:
-        before, self._trained = [p.grad for p in self.parameters], [p.requires_grad for p in self.parameters]
-        self._first = self._further = None  # their memory is free again
-        self._batch = {name: x.clone() if isinstance(x, Tensor) else x for name, x in batch.items()}
+    def _record(self, batch: Batch, kind: Any) -> None:
+        """In the place of what was recorded before, which is kept where this kind can't be."""
+        before = [p.grad for p in self.parameters]
+        new = {name: x.clone() if isinstance(x, Tensor) else x for name, x in batch.items()}
         try:
             for p in self.parameters:
                 p.grad = None
-            self._without_waiting()
+            self._without_waiting(new)
             for p in self.parameters:
                 p.grad = None
+            self._first, self._further, self._gradients = None, None, []  # their memory is free again
+            self._batch, self._trained = new, [p.requires_grad for p in self.parameters]
             self._first = self._graph()
             self._gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
         except RuntimeError as error:
-            self.reason, self._first, self._gradients = str(error).strip().splitlines()[0], None, []
-            print(f"a micro-batch is not one CUDA graph, and the GPU may wait for the host: {self.reason}", flush=True)
+            self._refused.add(kind)
+            self.reason = why = str(error).strip().splitlines()[0]
+            print(f"{_called(batch)} is not one CUDA graph, and the GPU may wait for the host: {why}", flush=True)
         for p, gradient in zip(self.parameters, before, strict=True):
             p.grad = gradient
 
-    def _without_waiting(self) -> None:
+    def _without_waiting(self, batch: Batch) -> None:
         """A pass on a stream of its own, as recording wants it, in which whatever waits for the GPU is an error."""
         torch.cuda.empty_cache()  # what was used on another stream would be held beside it
         stream, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
@@ -134,7 +140,7 @@ class Captured:
         try:
             torch.cuda.set_sync_debug_mode("error")
             with torch.cuda.stream(stream):
-                self._run(self._batch)
+                self._run(batch)
         finally:
             torch.cuda.set_sync_debug_mode(mode)
             torch.cuda.current_stream().wait_stream(stream)
@@ -158,6 +164,10 @@ class Captured:
         if self._further is None:
             self._further = self._graph(first.pool)
         return self._further
+
+
+def _called(batch: Batch) -> str:
+    return "a micro-batch" if batch.get("segments") is None else "a micro-batch with documents in its rows"
 
 
 def _kind(x: Any) -> Any:

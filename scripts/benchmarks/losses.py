@@ -70,7 +70,7 @@ def trained(name: str, sizes: Sizes, device: str, path: str, seed: int, steps: i
         model = ours(name, sizes, device, seed=seed, compiled=not plain)
         taken = pass_of(model, device)
         if plain:
-            taken.reason = "by PyTorch's operators alone"
+            taken.records = False
         step, rates = step_of(model, taken), [group["lr"] for group in model.optimizer.param_groups]
         batches = batches_of(sizes, device)
         row.note = model.begin(first := next(batches))

@@ -19,10 +19,11 @@ from scripts.benchmarks.apart import ROOT, LeftOutError, apart, left
 from scripts.benchmarks.contenders import missing
 from scripts.benchmarks.decoding import Decoded
 from scripts.benchmarks.losses import Losses
+from scripts.benchmarks.starting import Started
 from scripts.benchmarks.steps import Trained
 from scripts.benchmarks.timing import machine
 
-Row = Trained | Decoded | Losses
+Row = Trained | Decoded | Losses | Started
 Apart = Callable[..., Iterator[dict[str, Any]]]
 
 

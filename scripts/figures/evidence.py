@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,8 @@ def differences(claim: Claim, rows: list[Row]) -> Iterator[str]:
                 yield f"* {row['mixer']}, {task.replace('_', ' ')}: {cell(ours)} here, {cell(float(value))} there."
 
 
-def page(name: str, claim: Claim, rows: list[Row], table: list[Row], notes: str) -> str:
-    """README.md."""
+def page(name: str, claim: Claim, rows: list[Row], table: list[Row], notes: str, failures: Sequence[Row] = ()) -> str:
+    """README.md. failures: runs that ended in an error."""
     jobs = {source: planned(source) for source in claim.sources}
     words: dict[str, set[str]] = {source: set() for source in jobs}
     for row in rows:
@@ -122,6 +122,9 @@ def page(name: str, claim: Claim, rows: list[Row], table: list[Row], notes: str)
     ]
     lines = [f"# {claim.title}", "", claim.says, "", f"![{claim.title}](figure.svg)", "", claim.shows, ""]
     lines += [*markdown(table), ""]
+    if failures:
+        lines += ["These ended in an error:", ""]
+        lines += [f"* `{' '.join(row['words'][1:])}`: {row['reason']}" for row in failures] + [""]
     if claim.published is not None:
         lines += ["## Beside the published numbers", "", f"Ours, and those of {claim.published.name}.", ""]
         lines += [*markdown(found), ""] if (found := beside(claim, table)) else ["None of these mixers is in it.", ""]
@@ -166,7 +169,9 @@ def write(name: str, folder: Path) -> list[Row]:
     table = claim.table(rows)
     notes = to / "notes.md"
     to.mkdir(parents=True, exist_ok=True)
-    (to / "README.md").write_text(page(name, claim, rows, table, notes.read_text() if notes.exists() else ""))
+    failures = [row for source in claim.sources for row in Results(folder / source / "results.jsonl").failures()]
+    said = notes.read_text() if notes.exists() else ""
+    (to / "README.md").write_text(page(name, claim, rows, table, said, failures))
     (to / "table.json").write_text(json.dumps(table, indent=1) + "\n")
     (to / "table.txt").write_text(text(table))
     look: dict[Any, Any] = {"svg.hashsalt": name, "svg.fonttype": "none"}

@@ -2,10 +2,10 @@
 
     python scripts/figures/speed.py [--folder docs]
 
-Reads train.json, length.json, decode.json and losses.json in docs/speed, which `python scripts/benchmark.py train
---json PATH` and the like have written, and scaling.json, which scripts/scaling.py has. One that is not there has no
-section. Writes the lines between the page's markers, and the pictures: speed.svg, tokens per second over the length of
-a sequence, and losses.svg, losses by kernels and by PyTorch alone.
+Reads train.json, starts.json, length.json, decode.json and losses.json in docs/speed, which
+`python scripts/benchmark.py train --json PATH` and the like have written, and scaling.json, which scripts/scaling.py
+has. One that is not there has no section. Writes the lines between the page's markers, and the pictures: speed.svg,
+tokens per second over the length of a sequence, and losses.svg, losses by kernels and by PyTorch alone.
 """
 
 from __future__ import annotations
@@ -130,6 +130,35 @@ def decoding(run: Run) -> Iterator[str]:
     ]
     yield from table(["model", "prompts", "prefill, ms", "GB", "ms a token", "GB"], rows)
     yield from left_out(run, lambda row: f"{row['name']}, {row['batch']} x {row['context']:,}")
+
+
+def starting(run: Run) -> Iterator[str]:
+    """Those that need most memory first, and those that don't start by themselves."""
+    yield "## Which presets start"
+    yield ""
+    yield where(run, "python scripts/benchmark.py starts")
+    card = f"of {run['memory_gb']:.0f} GB of a GPU" if run["memory_gb"] else "without a limit of memory"
+    yield f"Two steps of each preset, {card}, by recompute=auto. *Compiled* is the first step of few layers, with all"
+    beside = f"{run['at_once']} such processes at a time" if run["at_once"] > 1 else "one process at a time"
+    yield f"that is compiled in it, in {beside}; *first* is that of the whole model, which finds it compiled."
+    yield ""
+    head = ["preset", "peak GB", "blocks recomputed", "compiled, s", "first, s", "backend"]
+    rows = [
+        [
+            row["name"],
+            number(row["peak_gb"], 1),
+            f"{row['recomputed']} of {row['layers']}" if row["recomputed"] else "",
+            *(number(row[key], 1) for key in ("compiled_s", "first_s")),
+            row["backend"],
+        ]
+        for row in sorted(timed(run), key=lambda row: (-(row["peak_gb"] or 0), row["name"]))
+    ]
+    yield from table(head, rows)
+    if found := [f"* `{row['name']}`: {row['reason']}" for row in run["rows"] if row["reason"]]:
+        yield ""
+        yield "Without a first step:"
+        yield ""
+        yield from found
 
 
 def several(run: Run) -> Iterator[str]:
@@ -303,7 +332,14 @@ def smoothed(values: list[float]) -> list[float]:
     return [sum(found := values[max(0, i - LAST + 1) : i + 1]) / len(found) for i in range(len(values))]
 
 
-SECTIONS = {"train": training, "scaling": several, "losses": losses, "length": lengths, "decode": decoding}
+SECTIONS = {
+    "train": training,
+    "starts": starting,
+    "scaling": several,
+    "losses": losses,
+    "length": lengths,
+    "decode": decoding,
+}
 
 
 def section(folder: Path) -> str:

@@ -25,8 +25,8 @@ STEPS, PIECES = 6, 2
 class StandIn(Captured):
     """Records the call itself, on the places that a graph would read and write."""
 
-    def _without_waiting(self) -> None:
-        self._run(self._batch)
+    def _without_waiting(self, batch: dict[str, Any]) -> None:
+        self._run(batch)
 
     def _graph(self, pool: Any = None) -> Graph:
         first, before = pool is None, [p.grad if p.grad is None else p.grad.clone() for p in self.parameters]
@@ -120,8 +120,8 @@ def test_a_batch_of_another_kind_is_compiled_before_it_is_recorded():
     layer, compiled = nn.Linear(2, 1), set()
 
     class Compiles(StandIn):
-        def _without_waiting(self) -> None:
-            if captured._kind(self._batch["segments"]) not in compiled:
+        def _without_waiting(self, batch: dict[str, Any]) -> None:
+            if captured._kind(batch["segments"]) not in compiled:
                 raise RuntimeError("backend='inductor' raised: called a synchronizing CUDA operation")
 
     def forward(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,6 +136,29 @@ def test_a_batch_of_another_kind_is_compiled_before_it_is_recorded():
         call({"x": torch.ones(3, 2), "segments": segments})
     assert call.recorded and call.reason is None and call._batch["segments"].equal(documents)
     assert torch.equal(layer.weight.grad, torch.full((1, 2), 3.0 * (2 * WARM_UP + 4)))
+
+
+def test_a_kind_that_waits_leaves_the_graph_of_the_other(capsys):
+    """A deep memory counts the slots of its documents, and so waits where a row has several. Most short rows don't."""
+    layer = nn.Linear(2, 1)
+
+    class Counts(StandIn):
+        def _without_waiting(self, batch: dict[str, Any]) -> None:
+            if batch["segments"] is not None:
+                raise RuntimeError("called a synchronizing CUDA operation")
+
+    def forward(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        return layer(batch["x"]).sum(), batch["x"].sum()
+
+    documents = torch.zeros(3, dtype=torch.int64)
+    for before, after in ((None, documents), (documents, None)):  # whichever comes first
+        call, layer.weight.grad = Counts(forward, layer.parameters(), nullcontext), None
+        for segments in [before] * (WARM_UP + 2) + [after] * (WARM_UP + 2) + [None]:
+            assert call({"x": torch.ones(3, 2), "segments": segments}).item() == 6
+        assert call.recorded and call._batch["segments"] is None and "synchronizing" in str(call.reason)
+        assert torch.equal(layer.weight.grad, torch.full((1, 2), 3.0 * (2 * WARM_UP + 5)))
+        said = capsys.readouterr().out
+        assert said.count("is not one CUDA graph") == said.count("a micro-batch with documents in its rows") == 1
 
 
 def test_a_run_with_recorded_micro_batches_is_the_same(tmp_path, monkeypatch):

@@ -5,12 +5,15 @@ Users of others find by trial how many layers to recompute: https://github.com/p
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 import torch
 
 from models.training.recompute import GIB, Recompute, choose, measure, plan
 from scripts.benchmarks.contenders import model_of
 from scripts.recipes import composed
+from tests.conftest import ROOT
 
 SMALL = ("size=tiny", "model.hidden_size=32", "model.num_heads=2", "model.num_layers=3")
 
@@ -45,6 +48,22 @@ def test_recomputed_blocks_change_no_bit(preset):
         after = gradients(m, *given)
         assert len(calls) == count, setting
         assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True)), setting
+
+
+def test_saved_tensors_are_asked_for_once():
+    """A recomputed block gives them no second time (torch's CheckpointError). Kernels of a GPU are among those that
+    ask, so the source is read."""
+    functions = [
+        (path.relative_to(ROOT), found)
+        for path in (ROOT / "models").rglob("*.py")
+        for found in ast.walk(ast.parse(path.read_text()))
+        if isinstance(found, ast.FunctionDef | ast.Lambda)
+    ]
+    asked = [
+        (str(path), function.lineno, sum(getattr(x, "attr", "") == "saved_tensors" for x in ast.walk(function)))
+        for path, function in functions
+    ]
+    assert sum(times for *_, times in asked) > 15 and [each for each in asked if each[-1] > 1] == []
 
 
 class Saved:

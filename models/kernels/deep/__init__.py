@@ -118,8 +118,9 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, *gradients: Tensor) -> tuple[list[Tensor | None], None, None]:
-    found = _backward(list(ctx.saved_tensors), *ctx.known, *gradients)
-    return [*found, *[None] * (len(ctx.saved_tensors) - len(found))], None, None
+    saved = list(ctx.saved_tensors)  # once: recomputed blocks give them no second time
+    found = _backward(saved, *ctx.known, *gradients)
+    return [*found, *[None] * (len(saved) - len(found))], None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)

@@ -144,7 +144,8 @@ def _keep(ctx, inputs, output):
 
 
 def _gradients(ctx, do, dlast, *_):
-    given, kept = ctx.saved_tensors[:-KEPT], ctx.saved_tensors[-KEPT:]
+    saved = ctx.saved_tensors  # once: recomputed blocks give them no second time
+    given, kept = saved[:-KEPT], saved[-KEPT:]
     call = unpacked(Call, given, ctx.names)
     do = torch.zeros_like(call.v) if do is None else do.contiguous()
     dlast = None if dlast is None else dlast.contiguous()

@@ -27,6 +27,7 @@ from models.parts.precision import NOTHING, wide
 from models.parts.sizes import Sizes
 from models.regression.deep import forms
 from models.regression.deep.mlp import DeepMemory
+from models.regression.deep.rules import each
 from models.regression.documents import positions
 from models.regression.linear.linear import chunked_linear, recurrent_linear
 from models.regression.memory import Memory
@@ -87,14 +88,19 @@ class TNT(Memory):
         x, q, k, v, log_decay, segments = tokens
         o, memory = self.memory(tokens, None if state is None else state.memory)
         place = positions(k, None if state is None else state.place, segments)[0] % self.shard
-        shards = (place == 0).long().cumsum(1)
+        # to local memories a shard is a document; of rows that begin with one and have no other, all side by side
+        whole = state is None and segments is None and k.shape[1] % min(self.shard, k.shape[1]) == 0
+        times = -(-k.shape[1] // self.shard) if whole else 1
+        shards = None if whole else (place == 0).long().cumsum(1)
         begins, local, keys = place[:, 0] == 0, [], []
         for i, W in enumerate(self.memories[1:]):
             before = None if state is None else W.forget(state.local[i], begins)
             asked, P = self._asked(W.grad_batch, q, k, place, None if state is None else state.keys[i])
-            read, after = W(Tokens(x, asked, k, v, log_decay, shards), before)
-            o = o + read
-            local.append(after)
+            given = Tokens(x, asked, k, v, log_decay, shards)
+            given = Tokens._make(y if y is None else y.unflatten(1, (times, -1)).flatten(0, 1) for y in given)
+            read, after = W(given, before)
+            o = o + read.unflatten(0, (-1, times)).flatten(1, 2)
+            local.append(each(lambda y: y.unflatten(0, (-1, times))[:, -1], after))
             keys.append(P)
         return o, State(memory, tuple(local), tuple(keys), (place[:, -1] + 1) % self.shard)
 

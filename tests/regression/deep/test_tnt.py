@@ -32,3 +32,17 @@ def test_a_local_mini_batch_is_no_longer_than_a_shard():
         ValueError, match=r"regressor.local_batches=\[4, 9\] must be a list of numbers .* at most the shard=8"
     ):
         TNT(Sizes(4, H, H, K, V), local_batches=[4, 9], shard=8)
+
+
+@pytest.mark.parametrize("T", [7, 8, 24, 26])  # within a shard, whole shards, and one that is cut short
+def test_shards_of_rows_without_documents_are_rows_of_their_own(T):
+    """The same as of rows that are told to be of one document, where they are counted; and so is what comes next."""
+    torch.manual_seed(0)
+    tnt = TNT(Sizes(4, H, H, K, V), "torch", 4, 16, [4, 2], shard=8, expansion=1.5).double()
+    tokens = Tokens(*drawn("muon", 2 * T)[1])
+    first, rest = (Tokens(*(x[:, part] for x in tokens[:5])) for part in (slice(T), slice(T, None)))
+    one = torch.zeros(tokens.x.shape[:2], dtype=torch.long)
+    o, state = tnt(first)
+    assert torch.allclose(o, tnt(first._replace(segments=one[:, :T]))[0], atol=1e-12)
+    o = torch.cat([o, tnt(rest, state)[0]], dim=1)
+    assert torch.allclose(o, tnt(tokens._replace(segments=one))[0], atol=1e-12)
