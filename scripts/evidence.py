@@ -43,6 +43,7 @@ from conf import schema
 from conf.command import said
 from conf.folders import job_folder, runs
 from scripts.array_job import CONF, jobs
+from scripts.benchmarks.apart import reason
 
 ROOT = CONF.parent
 UNFINISHED = 75  # the exit code of a run that saved (models/training/preemption.py)
@@ -274,10 +275,9 @@ def ended(one: Running, results: Results) -> bool:
     if one.process.returncode in (UNFINISHED, -signal.SIGTERM):  # the latter before it had anything to save
         print(f"{seconds}  {one.job.label}   goes on next time", flush=True)
         return False
-    said = one.job.log.read_text(errors="replace").strip().splitlines()
-    reason = said[-1].strip() if said else f"it ended with {one.process.returncode}"
-    results.fail(one.job, reason)
-    print(f"{seconds}  {one.job.label}   FAILED: {reason}", flush=True)
+    why = reason(one.process.returncode, one.job.log.read_text(errors="replace"))
+    results.fail(one.job, why)
+    print(f"{seconds}  {one.job.label}   FAILED: {why}", flush=True)
     print(f"          {one.job.log}", flush=True)
     return True
 

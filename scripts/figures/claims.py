@@ -215,6 +215,7 @@ CLAIMS = {
         lambda row: -tiny.bits(row),
         tiny.table,
         tiny.figure,
+        options="--at-once 24 --minutes 9",
     ),
     "mqar": Claim(
         "Recall against the size of the memory",

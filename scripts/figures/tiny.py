@@ -6,9 +6,11 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from scripts.figures.results import COLOURS, Row, grouped, mean, settings
+from scripts.recipes import CONF
 from scripts.reports.presets import all_classes
 
-BASELINE, OWN = "no regression", "other"  # beside the branches of the family: baselines, and mixers of other packages
+# beside the branches of the family: baselines, models whose feed-forward layers learn, and mixers of other packages
+BASELINE, FEED_FORWARD, OWN = "no regression", "feed-forward", "other"
 
 
 def bits(row: Row) -> float:
@@ -21,7 +23,7 @@ def branch(model: str) -> str:
     """The folder of models/regression that its memory is in."""
     classes = all_classes().get(model)
     if classes is None:
-        return OWN
+        return FEED_FORWARD if (CONF / "model" / f"{model}.yaml").exists() else OWN
     memory = classes.get("regressor._target_", classes.get("memory.regressor._target_"))
     return BASELINE if memory is None else memory.split(".")[2]
 
