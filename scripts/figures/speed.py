@@ -243,9 +243,7 @@ def sending(run: Run) -> Iterator[str]:
     rows = []
     for row in timed(run):
         alone = speeds.get(row["beside"])
-        if (
-            row["devices"] == 1 or not alone or "context_parallel" in row["name"]
-        ):  # whose states are not in the formulas
+        if not alone or not row.get("sent"):  # of one GPU, or not in the formulas
             continue
         tokens = row["sent"]["tokens"]
         step, linear = tokens / row["tokens_per_second"], tokens / alone / row["devices"]

@@ -4,12 +4,14 @@ number shows that it changed none.
     python -m tests.golden.test_losses            # which lines of losses.txt are still the same, bit for bit
     python -m tests.golden.test_losses --write    # writes it anew, after a change that is meant to change numbers
     python -m tests.golden.test_losses --write kda mesa    # these lines alone
+    python -m tests.golden.test_losses --also kda mesa     # a second line each, by this processor
 
 A line is a preset and the nats per token of each of 20 steps at size=tiny, float32 on one thread of a CPU, with nine
 digits, which tell a float32 from its neighbours. The text is made here, so that no other Python or corpus changes it.
 Another processor, or another release of torch, sums in another order, and training makes a rounding grow: at step 20 of
 omega to 3e-3, which is what the first command prints since a product of it is rounded in another order. The test allows
-for that.
+for that. Where a preset's rounding grows further, as of yaad on a second AMD EPYC (1e-10 at the first step, 2e-2 at the
+fourth), it has a line for each of the processors, and one of them must be met.
 """
 
 from __future__ import annotations
@@ -60,18 +62,30 @@ def losses(preset: str) -> list[float]:
     return found
 
 
-def kept() -> dict[str, list[float]]:
-    """losses.txt."""
-    lines = (line.split() for line in FILE.read_text().splitlines() if not line.startswith("#"))
-    return {name: [float(x) for x in numbers] for name, *numbers in lines}
+def kept() -> dict[str, list[list[float]]]:
+    """losses.txt: a preset's lines."""
+    found: dict[str, list[list[float]]] = {}
+    for name, *numbers in (line.split() for line in FILE.read_text().splitlines() if not line.startswith("#")):
+        found.setdefault(name, []).append([float(x) for x in numbers])
+    return found
+
+
+def largest(now: list[float], before: list[float]) -> float:
+    """The relative difference, of the step where it is largest beside what the test allows."""
+    parts = [abs(a - b) / b for a, b in zip(now, before, strict=True)]
+    return max(zip(parts, TOLERANCES, strict=True), key=lambda pair: pair[0] / pair[1])[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", KEPT)
 def test_losses_are_those_that_were_kept(preset):
     found = losses(preset)
-    compared = zip(found, kept()[preset], TOLERANCES, strict=True)
-    assert all(abs(now - before) < tolerance * before for now, before, tolerance in compared)
+
+    def like(before: list[float]) -> bool:
+        compared = zip(found, before, TOLERANCES, strict=True)
+        return all(abs(now - then) < tolerance * then for now, then, tolerance in compared)
+
+    assert any(map(like, kept()[preset])), [largest(found, before) for before in kept()[preset]]
     assert found[-1] < found[0] - 0.3, "twenty steps hardly lower the loss"
 
 
@@ -79,23 +93,27 @@ def line(preset: str, found: list[float]) -> str:
     return " ".join([preset, *(f"{x:.9g}" for x in found)])
 
 
+def write(chosen: list[str], also: bool) -> None:
+    """Their lines, instead of those that are kept, or as well."""
+    head = f"# nats per token of {STEPS} steps; torch {torch.__version__}; python -m tests.golden.test_losses --write"
+    found = kept()
+    for preset in chosen:
+        found[preset] = [*(found.get(preset, []) if also else []), losses(preset)]
+    FILE.write_text("\n".join([head, *(line(preset, each) for preset in KEPT for each in found[preset])]) + "\n")
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    if "--write" in sys.argv:
-        head = (
-            f"# nats per token of {STEPS} steps; torch {torch.__version__}; python -m tests.golden.test_losses --write"
-        )
-        chosen = sys.argv[sys.argv.index("--write") + 1 :] or KEPT
-        found = kept() | {preset: losses(preset) for preset in chosen}
-        FILE.write_text("\n".join([head, *(line(preset, found[preset]) for preset in KEPT)]) + "\n")
+    if given := [word for word in ("--write", "--also") if word in sys.argv]:
+        write(sys.argv[sys.argv.index(given[0]) + 1 :] or KEPT, given == ["--also"])
         return
     same = 0
-    for preset, before in kept().items():
+    for preset, lines in kept().items():
         now = losses(preset)
-        equal = line(preset, now) == line(preset, before)
+        equal = line(preset, now) in [line(preset, before) for before in lines]
         same += equal
-        largest = max(abs(a - b) / b for a, b in zip(now, before, strict=True))
-        print(f"{preset:22} {'the same bits' if equal else f'relative difference up to {largest:.1e}'}", flush=True)
+        difference = min(largest(now, before) for before in lines)
+        print(f"{preset:22} {'the same bits' if equal else f'relative difference up to {difference:.1e}'}", flush=True)
     print(f"{same} of {len(kept())} are the same, bit for bit")
 
 

@@ -151,7 +151,10 @@ def test_a_model_of_them_decodes_decays_and_is_loaded_as_it_was(tmp_path):
     told = m.generate(ids, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(ids), pad_token_id=0)
     assert torch.equal(told[:, 9:], m(told).logits[:, 8:-1].argmax(-1))
     m.save_pretrained(tmp_path)
-    assert torch.equal(LanguageModel.from_pretrained(tmp_path).double()(told).logits, m(told).logits)
+    loaded = LanguageModel.from_pretrained(tmp_path).double()
+    assert all(torch.equal(x, m.state_dict()[name]) for name, x in loaded.state_dict().items())
+    # where its weights lie in memory may change the order of a sum, on some processors
+    torch.testing.assert_close(loaded(told).logits, m(told).logits, rtol=0, atol=1e-13)
     names = {id(p): name for name, p in m.named_parameters()}
     decayed, _ = parameter_groups(m, 0.1)
     ends = {names[id(p)].split(".", 2)[-1].removeprefix("mixer.") for p in decayed["params"]}
