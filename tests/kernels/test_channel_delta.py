@@ -119,6 +119,7 @@ def errors_of_rates(
     return [((a.double() - b).norm() / b.norm().clamp(min=1e-9)).item() for a, b in pairs]
 
 
+RAW, BIAS, LOG_RATE = 5, 7, 8  # in what errors_of_rates() returns
 RATES = {
     "rates": {"K": 20, "V": 24, "T": 70, "documents": 23},
     "rates of many sizes": {"spread": 4.0, "bias": -4.0, "documents": 40},

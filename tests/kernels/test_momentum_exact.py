@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels.momentum import CHUNK
-from models.regression.linear.momentum import chunked_momentum, kernel_momentum, recurrent_momentum
+from models.regression.linear.momentum import chunked_momentum, kernel_momentum
 
 NAMES = ("q", "k", "v", "step_size", "log_momentum", "log_decay")
 MODEL = (16, 2048, 8, 128)  # B, T, H, K = V of size=340m

@@ -34,8 +34,8 @@ def configurations(width: int, half: bool) -> dict[str, Configuration]:
     """By kernel, for keys up to 64, 128 or 256 wide.
 
     No loop with products has one stage: on an H200 (Triton 3.7.1) some of those are wrong by a fifth or read where they
-    must not, while others are right. Kernels without such loops have nothing to stage. gates_gradient with all of 128
-    columns and keys at a time gave other numbers in every call, wrong by a sixth (tests/kernels/test_momentum_exact.py).
+    must not, while others are right. Kernels without such loops have nothing to stage. gates_gradient with 128 columns
+    and keys at a time gave other numbers in every call, wrong by a sixth (tests/kernels/test_momentum_exact.py).
     """
     if not half:  # three products for one, of operands twice as large. With 8 warps: an illegal memory access
         few = Configuration(32 if width <= 64 else 16, 4, 2, 32)
