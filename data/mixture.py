@@ -50,6 +50,7 @@ class Mixture:
 
     targets_per_token = 1.0
     chance = None
+    packs_documents = True
 
     def __init__(
         self,

@@ -126,7 +126,7 @@ class DataModule(L.LightningDataModule):
     def _loader_settings(self, num_workers: int | None = None) -> dict[str, Any]:
         num_workers = self.num_workers if num_workers is None else num_workers
         return {
-            "collate_fn": collate,
+            "collate_fn": partial(collate, documents=packs(self.task)),
             "num_workers": num_workers,
             "persistent_workers": num_workers > 0,
             "pin_memory": self.trainer.strategy.root_device.type == "cuda",
@@ -150,15 +150,22 @@ def misfits(task: Any, batch: Batch) -> list[str]:
     return found
 
 
-def collate(samples: list[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
+def packs(task: Any) -> bool:
+    """Whether rows of a task may have several documents."""
+    return getattr(task, "packs_documents", False)
+
+
+def collate(samples: list[dict[str, Any]] | dict[str, Any], documents: bool = False) -> dict[str, Any]:
     """A batch, [B, T] each, of samples, or of what is one already. `segments` is None where every row is one document:
-    mixers then need no masks, and to see it here costs no transfer from the GPU. `part` is the number of the part of a
-    mixture that all samples are of.
+    mixers then need no masks, and to see it here costs no transfer from the GPU. documents: whether `segments` stay, for
+    other batches have several documents a row. A process that compiles its blocks would compile them again for one
+    without, in the middle of a run, and all others would wait meanwhile. `part` is the number of the part of a mixture
+    that all samples are of.
     """
     batch: dict[str, Any] = samples if isinstance(samples, dict) else default_collate(samples)
     if "part" in batch:
         batch["part"] = int(batch["part"][0])
-    return batch if batch["segments"].any() else {**batch, "segments": None}
+    return batch if documents or batch["segments"].any() else {**batch, "segments": None}
 
 
 class OtherDataError(ValueError):

@@ -37,6 +37,7 @@ class Text:
 
     targets_per_token = 1.0  # a thousandth less, in truth: nothing predicts the first token of a document
     chance = None  # no answer is right
+    packs_documents = True  # rows may have several
 
     def __init__(
         self, corpus: Corpus, tokenizer: Tokenizer, seq_len: int, name: str = "text", drop_duplicates: bool = False
