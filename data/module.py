@@ -33,7 +33,10 @@ class DataModule(L.LightningDataModule):
     batch                how a step's tokens are divided (data.batch)
     validation_tokens    how many tokens to validate on, rounded up to sequences, and at most what the split holds
     overfit              train on the first batch over and over
+    documents            whether a batch of text says where documents begin also where each row is one (collate)
     """
+
+    documents = False
 
     trainer: L.Trainer  # Lightning sets it before it asks for a loader
 
@@ -126,7 +129,7 @@ class DataModule(L.LightningDataModule):
     def _loader_settings(self, num_workers: int | None = None) -> dict[str, Any]:
         num_workers = self.num_workers if num_workers is None else num_workers
         return {
-            "collate_fn": partial(collate, documents=packs(self.task)),
+            "collate_fn": partial(collate, documents=self.documents and packs(self.task)),
             "num_workers": num_workers,
             "persistent_workers": num_workers > 0,
             "pin_memory": self.trainer.strategy.root_device.type == "cuda",
@@ -157,10 +160,9 @@ def packs(task: Any) -> bool:
 
 def collate(samples: list[dict[str, Any]] | dict[str, Any], documents: bool = False) -> dict[str, Any]:
     """A batch, [B, T] each, of samples, or of what is one already. `segments` is None where every row is one document:
-    mixers then need no masks, and to see it here costs no transfer from the GPU. documents: whether `segments` stay, for
-    other batches have several documents a row. A process that compiles its blocks would compile them again for one
-    without, in the middle of a run, and all others would wait meanwhile. `part` is the number of the part of a mixture
-    that all samples are of.
+    mixers then need no masks, and to see it here costs no transfer from the GPU. documents: but `segments` stay. For a
+    process that compiles its blocks compiles them again for the first batch without, and where processes meet in each
+    block all others wait meanwhile. `part` is the number of the part of a mixture that all samples are of.
     """
     batch: dict[str, Any] = samples if isinstance(samples, dict) else default_collate(samples)
     if "part" in batch:

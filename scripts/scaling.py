@@ -48,6 +48,7 @@ from scripts.scaled.speed import (
     Case,
     Timed,
     cases,
+    even,
     gpus_here,
     measured,
     prepare,
@@ -94,10 +95,12 @@ class Told:
 
     def _compare(self) -> None:
         """Each row with the one that it is to be seen beside."""
-        speeds = {row["name"]: row["tokens_per_second"] for row in self.found["rows"]}
-        for row in self.found["rows"]:
-            if (alone := speeds.get(row["beside"])) and row["tokens_per_second"]:
-                row["of_linear"] = row["tokens_per_second"] / alone / row["devices"]
+        known = [row for row in self.found["rows"] if row["tokens_per_second"]]
+        speeds = {row["name"]: row["tokens_per_second"] for row in known if even(row)}
+        for row in known:
+            row["of_linear"] = None
+            if row["beside"] in speeds and even(row):
+                row["of_linear"] = row["tokens_per_second"] / speeds[row["beside"]] / row["devices"]
 
     def finish(self) -> None:
         """Adds to each row what it sends by the formulas. It takes seconds, so no GPU waits for it."""

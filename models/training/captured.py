@@ -35,13 +35,19 @@ class Graph(NamedTuple):
     pool: Any = None
 
 
+def meet_in_blocks(strategy: Any, context_parallel: int = 1) -> bool:
+    """Whether processes wait for each other in each block, as of a sequence that they share or of its parameters."""
+    alone = isinstance(strategy, SingleDeviceStrategy) or getattr(strategy, "averages", False)
+    return context_parallel > 1 or not alone
+
+
 def refusal(trainer: L.Trainer, context_parallel: int = 1) -> str | None:
     """Why nothing is recorded in this run, or None."""
     if (device := trainer.strategy.root_device).type != "cuda":
         return f"CUDA graphs need a GPU, this is {device.type}"
     if context_parallel > 1:
         return f"with context_parallel={context_parallel} processes meet in each block, which a graph can't hold"
-    if not isinstance(trainer.strategy, SingleDeviceStrategy) and not getattr(trainer.strategy, "averages", False):
+    if meet_in_blocks(trainer.strategy):
         return "with strategy=fsdp or hsdp processes meet in each block, which a graph can't hold"
     if trainer.precision == "16-mixed":
         return "trainer.precision=16-mixed scales each loss by another number"

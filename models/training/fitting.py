@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from conf import schema
 from conf.checks import device, dtype
 from data.batch import batch_arithmetic
-from data.module import collate, packs
+from data.module import collate
 from data.shards import cache_folder
 from models.build import build
 from models.language_model import LanguageModel, LanguageModelConfig
@@ -105,8 +105,7 @@ class Trial:
         model: Any = self.model_of(LanguageModelConfig(vocab_size=self.task.vocab_size, **self.config["model"]))
         model.to(device=self.where)
         state = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # AdamW's two moments
-        samples = [self.samples[i % len(self.samples)] for i in range(sequences)]
-        batch = collate(samples, packs(self.task))
+        batch = collate([self.samples[i % len(self.samples)] for i in range(sequences)])
         length = self.config["seq_len"] // self.config["context_parallel"]
         parts = [batch[name] for name in ("input_ids", "labels", "segments")]
         inputs = [x if x is None else x[:, :length].to(self.where) for x in parts]

@@ -19,6 +19,7 @@ from models.language_model import LanguageModel, LanguageModelConfig
 from models.reconstruction import Reconstruction
 from models.training import fitting, weights
 from models.training.branch import branch
+from models.training.captured import meet_in_blocks
 from models.training.checkpoint import Checkpoint, newest_whole, step_of
 from models.training.finish import ending, finish
 from models.training.guards import Guard
@@ -158,6 +159,7 @@ def assemble(cfg: DictConfig, preemption: Preemption) -> tuple[L.Trainer, Traini
             f"trainer.devices={cfg.trainer.devices} means {batch.world_size} process(es), and {trainer.world_size} "
             f"were started; trainer.devices={trainer.world_size // cfg.trainer.num_nodes} fits these"
         )
+    datamodule.documents = meet_in_blocks(trainer.strategy, cfg.context_parallel)
     overview = summary(model, cfg.seq_len, trainer.strategy.root_device, dtype(trainer.precision))
     run.enter(trainer.is_global_zero, branch)
     return trainer, module, datamodule, run, overview

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.benchmarks.losses import LAST, PATHS
+from scripts.scaled.speed import even
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BEGIN, END = "<!-- tables: python scripts/figures/speed.py -->", "<!-- end of tables -->"
@@ -166,9 +167,12 @@ def several(run: Run) -> Iterator[str]:
     yield "## Several GPUs of one host"
     yield ""
     yield f"`python scripts/scaling.py` on {run['machine']}, {' and '.join(of_days(run))}."
-    yield f"Training by `train.py`, {run['steps']} steps after a first one. *Linear* is tokens/s beside those of as"
-    yield "many single GPUs, each as fast as `one`, or as `one, no graph` where there is no CUDA graph, or for 1300m as"
-    yield "its first row. GB are the peak of a GPU, and *memory* is what the run itself said before its first step."
+    yield f"Training by `train.py`, {run['steps']} steps after the first. *Step* is the median of them. *Linear* is"
+    yield "tokens/s beside those of as many single GPUs, each as fast as `one`, or as `one, no graph` where there is no"
+    yield "CUDA graph, or for 1300m as its first row. It is `uneven` where the mean of the steps is not near their"
+    yield "median: something was compiled or recorded in one of them. *Losses*: the largest relative difference to"
+    yield "those of that row, where batches are the same."
+    yield "GB are the peak of a GPU, and *memory* is what the run itself said before its first step."
     if run.get("warm"):
         yield "Blocks had been compiled before, so a first step of an empty cache takes longer."
     yield ""
@@ -177,13 +181,18 @@ def several(run: Run) -> Iterator[str]:
             row["name"],
             " ".join(f"`{word}`" for word in row["words"]),
             number(row["tokens_per_second"]),
-            *(number(row[key], digits) for key, digits in (("of_linear", 3), ("peak_gb", 1), ("first_s", 0))),
+            number(row["step"], 3),
+            number(row["of_linear"], 3) if even(row) else "uneven",
+            other_losses(run, row),
+            *(number(row[key], digits) for key, digits in (("peak_gb", 1), ("first_s", 0))),
             row.get("memory", "").removeprefix("memory").strip(),
             row["commit"],
         ]
         for row in timed(run)
     ]
-    yield from table(["", "words", "tokens/s", "linear", "GB", "first step, s", "memory", "commit"], rows)
+    yield from table(
+        ["", "words", "tokens/s", "step, s", "linear", "losses", "GB", "first step, s", "memory", "commit"], rows
+    )
     yield from left_out(run, lambda row: row["name"])
     if run["link"] and not run["link"]["reason"]:
         yield from linked(run["link"])
@@ -199,6 +208,15 @@ def several(run: Run) -> Iterator[str]:
             for row in run["checks"]
         ]
         yield from table(["", "beside", "difference", "commit"], found)
+
+
+def other_losses(run: Run, row: Run) -> str:
+    """Beside the row that it is compared with, step by step."""
+    like = next(
+        (each for each in timed(run) if each["name"] == row["beside"] and each["tokens"] == row["tokens"]), None
+    )
+    pairs = [] if like is None else list(zip(row["losses"], like["losses"], strict=False))
+    return f"{max(abs(a - b) / abs(b) for a, b in pairs):.0e}" if pairs else ""
 
 
 def of_days(run: Run) -> list[str]:
@@ -234,7 +252,6 @@ def linked(link: Run) -> Iterator[str]:
 
 def sending(run: Run) -> Iterator[str]:
     """What a step takes longer than if nothing was sent, beside what it sends."""
-    speeds = {row["name"]: row["tokens_per_second"] for row in timed(run)}
     rates, at = {}, ""
     if linked := run["link"] and not run["link"]["reason"]:
         size = sorted({row["bytes"] for row in run["link"]["rates"]})[-2]
@@ -242,11 +259,10 @@ def sending(run: Run) -> Iterator[str]:
         at = f" *Expected* is the time of that at the speed of {size / 2**20:,.0f} MiB, with nothing hidden."
     rows = []
     for row in timed(run):
-        alone = speeds.get(row["beside"])
-        if not alone or not row.get("sent"):  # of one GPU, or not in the formulas
+        if not row["of_linear"] or "context_parallel" in row["name"]:  # whose states are not in the formulas
             continue
-        tokens = row["sent"]["tokens"]
-        step, linear = tokens / row["tokens_per_second"], tokens / alone / row["devices"]
+        step = row["tokens"] / row["tokens_per_second"]
+        linear = step * row["of_linear"]
         sent = {kind: row["sent"][kind] / 1e9 for kind in SENT}
         expected = [number(sum(sent[kind] / rates[kind] for kind in SENT), 3)] if linked else []
         seconds = [number(x, 3) for x in (step, step - linear)]

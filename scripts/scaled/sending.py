@@ -20,7 +20,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def of_step(words: Sequence[str], devices: int, whole_for: str | None, toy: bool) -> dict[str, float]:
-    """Bytes that a device sends, by kind (link.py), and the tokens of the step. words: of a model, a size and a
+    """Bytes that a device sends, by kind (link.py). words: of a model, a size and a
     strategy. whole_for: what `auto` was."""
     own = [word for word in words if not word.startswith("data.corpus")]
     config: Any = composed(*_model(own), f"trainer.devices={devices}")
@@ -32,7 +32,7 @@ def of_step(words: Sequence[str], devices: int, whole_for: str | None, toy: bool
     batch = batch_arithmetic(*sizes, config.context_parallel)
     n = _parameters(tuple(word for word in own if word.startswith(("model", "size="))), 64 if toy else VOCABULARY)
     found: Sent = sent(n, place, batch.accumulation)
-    return {"gather": found.gathered, "divide": found.divided, "sum": found.among, "tokens": batch.tokens}
+    return {"gather": found.gathered, "divide": found.divided, "sum": found.among}
 
 
 def _model(words: Sequence[str]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
 
+from models.training.captured import WARM_UP
 from models.training.traced import FILE
 from scripts import prepare_data
 from scripts.scaled.launch import Run, Scratch
@@ -27,11 +28,12 @@ ALONE = ["log_every=1", "validate_every=1000000", "checkpoint_every=1000000", "g
 HELD_OUT = "data.corpus.validation_fraction=0.2"  # of python_source: more than one sequence of 262,144 tokens
 TRACED = 30.0  # seconds in which the step that is traced, after those that are timed, is to be there
 FIRST = 1  # steps before those that are timed: they compile, and record
+UNEVEN = 0.1  # more than so much between the mean and the median of its steps, and a row is compared with no other
 
 
 class Case(NamedTuple):
-    """A run to be timed: by what name, on how many devices, with which words; beside which row it is to be seen, and
-    how much of each GPU's memory it may take."""
+    """A run to be timed: by what name, on how many devices, with which words; beside which row it is to be seen, how
+    much of each GPU's memory it may take, and after how many steps it is timed."""
 
     name: str
     item: str
@@ -39,16 +41,17 @@ class Case(NamedTuple):
     words: list[str]
     beside: str = ""
     memory_gb: float | None = None
+    first: int = FIRST
 
 
 @dataclass
 class Timed:
     """tokens_per_second: by the clock, over the steps that were timed. step: the median of them in seconds, as the run
-    itself reports. of_linear: beside `devices` times the row that it is compared with. peak_gb: what torch has held at
-    most on the first device; held_gb: what each device's driver counts at the end, everything included. first_s: until
-    the first step was done. losses: of each step. whole_for: what `auto` was. sent: the bytes that a device sends in a
-    step, by the formulas (sending.py), and its tokens. traced: what the first of several GPUs did in a later step
-    (models/training/traced.py). date, commit, torch: of this row.
+    itself reports; tokens: of a step. of_linear: beside `devices` times the row that it is compared with. peak_gb: what
+    torch has held at most on the first device; held_gb: what each device's driver counts at the end, everything
+    included. first_s: until the first step was done. losses: of each step. whole_for: what `auto` was. sent: the bytes
+    that a device sends in a step, by the formulas (sending.py). traced: what the first of several GPUs did in a later
+    step (models/training/traced.py). date, commit, torch: of this row.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Timed:
     beside: str = ""
     tokens_per_second: float | None = None
     step: float | None = None
+    tokens: float | None = None
     of_linear: float | None = None
     peak_gb: float | None = None
     held_gb: list[float] = field(default_factory=list)
@@ -86,6 +90,11 @@ class Timed:
 HEAD = f"{'':<34}{'GPUs':>4}{'tokens/s':>12}{'s/step':>9}{'linear':>8}{'peak GB':>8}{'first s':>8}  held GB"
 
 
+def even(row: dict[str, Any]) -> bool:
+    """Whether its steps took about the same time. Else something was compiled or recorded in one of them."""
+    return abs(row["tokens"] / row["tokens_per_second"] / row["step"] - 1) <= UNEVEN
+
+
 def cases(count: int, toy: bool) -> list[list[Case]]:
     """Those of one list run side by side."""
     model = ["model=gated_delta", *([] if toy else ["size=340m"])]
@@ -97,8 +106,8 @@ def cases(count: int, toy: bool) -> list[list[Case]]:
         [] if toy else ["recompute=all", HELD_OUT]
     )
 
-    def of(item: str, name: str, n: int, words: Sequence[str], beside: str = "one") -> list[Case]:
-        return [Case(f"{name}", item, n, [*words], beside)]
+    def of(item: str, name: str, n: int, words: Sequence[str], beside: str = "one", first: int = FIRST) -> list[Case]:
+        return [Case(name, item, n, [*words], beside, first=first)]
 
     one = [*of("one", "one", 1, model, ""), *of("one", "one, no graph", 1, model + plain, "")][: min(2, count)]
     found = [one]
@@ -112,7 +121,7 @@ def cases(count: int, toy: bool) -> list[list[Case]]:
         found += [of("block", f"hsdp x{n}, block", n, [*replicas, block])]
         words = [*model, *long, "strategy=ddp", f"context_parallel={n}"]
         found += [of("context", f"context_parallel={n}, {sequence}", n, words, f"one, {sequence}")]
-        found += [of("context", f"one, {sequence}", 1, [*model, *long], "")]
+        found += [of("context", f"one, {sequence}", 1, [*model, *long], "", WARM_UP + 1)]  # a step is one micro-batch
         found += [of("more", f"ddp x{n}, no graph", n, [*model, "strategy=ddp", *plain], "one, no graph")]
         found += [of("more", f"fsdp x{n}, pass", n, [*model, "strategy=fsdp", whole])]
         found += [of("more", f"fsdp x{n}, block, 32", n, [*model, "strategy=fsdp", block, *double])]
@@ -183,7 +192,7 @@ def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fo
     tokens = 64 * 512 if toy else 10**9
     if case.devices > 1:
         words += ["+callbacks.traced._target_=models.training.traced.Traced", "+callbacks.traced.folder=${run_dir}",
-                  f"+callbacks.traced.first={FIRST + steps}"]  # fmt: skip
+                  f"+callbacks.traced.first={case.first + steps}"]  # fmt: skip
     run = Run(scratch.folder(case.name), [*words, f"tokens={tokens}"], gpus, fork, case.memory_gb)
     began = time.monotonic()
     seen: list[float] = []  # when each step's row was there
@@ -197,7 +206,7 @@ def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fo
         run.send(signal.SIGCONT)
         going = True
         began += time.monotonic() - waited
-        while len(seen) < FIRST + steps and not run.ended():
+        while len(seen) < case.first + steps and not run.ended():
             seen += [time.monotonic()] * (len(run.rows()) - len(seen))
             yield row
         seen += [time.monotonic()] * (len(run.rows()) - len(seen))
@@ -207,22 +216,23 @@ def measured(case: Case, first: int, scratch: Scratch, toy: bool, steps: int, fo
             yield row
     finally:
         found = run.rows()
-        where = run.where() if going and len(seen) < FIRST + steps else ""
+        where = run.where() if going and len(seen) < case.first + steps else ""
         run.end()
         row.losses = [each["train/loss"] for each in found]
         row.memory = run.line("memory ")
         if seen:
             row.first_s = seen[0] - began
-        if len(seen) < FIRST + steps:
+        if len(seen) < case.first + steps:
             row.reason = where or run.said()
         if told := run.line("shards "):
             row.whole_for = told.partition("whole for a ")[2].split()[0]
-    if len(seen) >= FIRST + steps:
-        timed = found[FIRST : FIRST + steps]
+    if len(seen) >= case.first + steps:
+        timed = found[case.first : case.first + steps]
         each = found[-1]["progress/tokens"] / len(found)
+        row.tokens = each
         row.step = median(each / x["speed/tokens_per_second"] for x in timed)
-        row.tokens_per_second = each * steps / max(seen[FIRST + steps - 1] - seen[FIRST - 1], 1e-9)
-        row.peak_gb = found[FIRST + steps - 1].get("speed/peak_memory_gb")
+        row.tokens_per_second = each * steps / max(seen[case.first + steps - 1] - seen[case.first - 1], 1e-9)
+        row.peak_gb = found[case.first + steps - 1].get("speed/peak_memory_gb")
     if (path := run.folder / FILE).exists():
         row.traced = json.loads(path.read_text()) or None
     yield row

@@ -10,9 +10,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from data.batch import batch_arithmetic
-from data.module import DataModule, TrainLoader
+from data.mixture import Mixture
+from data.module import DataModule, TrainLoader, collate, packs
 from data.synthetic import AssociativeRecall
-from data.text import IGNORE
+from data.text import IGNORE, Text
 
 N, B, STEPS = 53, 8, 12  # 6 steps an epoch: a run crosses its end
 
@@ -210,3 +211,13 @@ def test_errors_name_the_setting():
         module(num_workers=-1)
     with pytest.raises(ValueError, match=r"validation_tokens=0 must be positive"):
         module(validation_tokens=0)
+
+
+def test_text_always_says_where_documents_begin():
+    """Blocks would be compiled again for a batch that doesn't. Of a task whose rows are one document none does."""
+    one = {name: torch.zeros(2, 4, dtype=torch.int64) for name in ("input_ids", "labels", "segments")}
+    assert collate(one)["segments"] is None
+    assert packs(Text) and packs(Mixture) and not packs(recall())
+    assert collate(one, documents=True)["segments"].equal(one["segments"])
+    two = {**one, "segments": torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]])}
+    assert collate(two)["segments"].equal(two["segments"])
