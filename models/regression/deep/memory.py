@@ -161,4 +161,5 @@ class NetworkMemory(Memory):
 def shares(offset: Tensor) -> Tensor:
     """c [b] of the rule Averaged: max(1/p + learned, 0)."""
     learned = wide(offset)
-    return (1 / torch.arange(1, len(learned) + 1).to(learned) + learned).clamp(min=0.0)
+    number = torch.arange(1, len(learned) + 1, device=learned.device)  # from a CPU, a GPU would be waited for
+    return (1 / number.to(learned) + learned).clamp(min=0.0)
