@@ -13,7 +13,28 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from models.training.summary import say
 
 
-class Profile(Callback):
+class ByStep(Callback):
+    """A profiler of torch that is told of each step, and not of its micro-batches. step: the one that is done."""
+
+    profiler: profile | None = None
+    step = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if self.profiler is not None and trainer.global_step > self.step:
+            self.step = trainer.global_step
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # or the step's kernels would be counted in the next one
+            self.profiler.step()
+
+    def on_train_end(self, *_: Any) -> None:
+        if self.profiler is not None:
+            self.profiler.stop()
+
+    def on_exception(self, *_: Any) -> None:
+        self.on_train_end()
+
+
+class Profile(ByStep):
     """Traces `steps` steps on the first rank, after `first` others in which kernels are compiled and chosen, and fewer
     in a shorter run. Writes folder/profile.json, which chrome://tracing and ui.perfetto.dev show, and prints where
     most time went.
@@ -30,7 +51,6 @@ class Profile(Callback):
                 f"callbacks.profile: first={first} must be at least 0, steps={steps} and rows={rows} at least 1"
             )
         self.folder, self.first, self.steps, self.rows = Path(folder), first, steps, rows
-        self.profiler: profile | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.global_rank:
@@ -46,22 +66,8 @@ class Profile(Callback):
         )
         self.profiler.start()
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if self.profiler is not None and trainer.global_step > self.step:
-            self.step = trainer.global_step
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()  # or the step's kernels would be counted in the next one
-            self.profiler.step()
-
     def _write(self, traced: profile) -> None:
         key = "self_device_time_total" if torch.cuda.is_initialized() else "self_cpu_time_total"
         traced.export_chrome_trace(str(self.folder / self.FILE))
         say(traced.key_averages().table(sort_by=key, row_limit=self.rows, max_name_column_width=60))
         say(f"profile   {self.folder / self.FILE}")
-
-    def on_train_end(self, *_: Any) -> None:
-        if self.profiler is not None:
-            self.profiler.stop()
-
-    def on_exception(self, *_: Any) -> None:
-        self.on_train_end()

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch.profiler import ProfilerActivity, profile, schedule
+
+from models.training.profile import ByStep
 
 FILE = "traced.json"
 LONGEST = 12  # kernels, of which the names are kept
@@ -24,13 +25,12 @@ class Kernel(NamedTuple):
     end: float
 
 
-class Traced(Callback):
+class Traced(ByStep):
     """Traces the kernels of one step on the first rank, after `first` others and one in which it gets ready, and writes
     folder/traced.json. Only kernels: what the CPU does would be slower for it."""
 
     def __init__(self, folder: str, first: int) -> None:
         self.path, self.first = Path(folder) / FILE, first
-        self.profiler: profile | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.step = trainer.global_step
@@ -40,13 +40,6 @@ class Traced(Callback):
         when = schedule(wait=self.first, warmup=1, active=1, repeat=1)
         self.profiler = profile(activities=[what], schedule=when, on_trace_ready=self._write)
         self.profiler.start()
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if self.profiler is not None and trainer.global_step > self.step:
-            self.step = trainer.global_step
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()  # or the step's kernels would be counted in the next one
-            self.profiler.step()
 
     def _write(self, traced: profile) -> None:
         assert traced.profiler is not None and traced.profiler.kineto_results is not None
@@ -58,10 +51,6 @@ class Traced(Callback):
         draft = self.path.with_suffix(".draft")
         draft.write_text(json.dumps(summed(found)))
         draft.replace(self.path)
-
-    def on_train_end(self, *_: Any) -> None:
-        if self.profiler is not None:
-            self.profiler.stop()
 
 
 def summed(kernels: list[Kernel]) -> dict[str, Any]:

@@ -18,11 +18,10 @@ class Call(NamedTuple):
     start: Tensor  # [H, P]: of a document that begins inside the call
     gamma: Tensor  # [H, K]
     beta: Tensor  # [H, K]
-    init: Tensor | None  # [B, H, P]: of the first one, None for `start` (the linear model alone)
+    init: Tensor  # [B, H, P]: of the first one
     first: Tensor  # [B, N + 1]: the first token of each mini-batch, and where the last one ends
     group: Tensor  # [B, G + 1]: the first mini-batch of each span of tokens that the kernels take at a time
     position: Tensor  # [B, L]: how many tokens of its document, or of the mini-batch that goes on, come before each
-    edges: Tensor  # [B, G + 1]: the tokens where those begin, and where the last one ends
     fresh: Tensor | None  # [B, N]: which mini-batches begin a document, None where none does
 
     @property

@@ -14,7 +14,6 @@ from models.kernels.ttt.linear_tiles import (
     no_gradients,
     part,
     rows,
-    scores_of,
     shares,
     span_tokens,
 )  # fmt: skip
@@ -39,14 +38,12 @@ def _store_part(x, value, batch, head, token, real, j, L, H, K: tl.constexpr, PA
 
 @triton.jit(do_not_specialize=["L", "G"])
 def read(
-    q, k, sizes, gammas, betas, edges, position, opening, start, kept, biases, errors,
-    o, standard, scales,
+    q, k, sizes, gammas, betas, edges, position, opening, opening_biases, kept, biases, errors,
+    o,
     L, H, G, C: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
     DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """opening and start [H, P]: what a document begins with, the first in the type of q. Beside o it leaves y and s of
-    the queries behind.
-    """
+    """opening [H, K, K] and opening_biases [H, K]: what a document begins with."""
     g, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head, key = row // H, row % H, tl.arange(0, K)
     TYPE: tl.constexpr = q.dtype.element_ty
@@ -54,30 +51,27 @@ def read(
     if begin == end:
         return
     # on its way before the products that it is not for
-    u = _rows(errors, batch, head, token, real, L, H, K)
+    u, query = (_rows(errors, batch, head, token, real, L, H, K), _rows(q, batch, head, token, real, L, H, K))
     carried, others = carried_on(begin, real, document_of)
     gamma, beta = tl.load(gammas + head * K + key)[None, :], tl.load(betas + head * K + key)[None, :]
-    slot, opening, opening_bias = row * G + g, opening + head * (K * K + K), start + head * (K * K + K) + K * K
+    slot, opening, opening_biases = row * G + g, opening + head * (K * K), opening_biases + head * K
+    c = shares(token, batch_of, document_of, tl.load(sizes + place), tl.load(sizes + C - 1))
     z, scores = layer(
-        q, k, kept + slot * (K * K), biases + slot * K, opening, opening_bias, carried, others, batch, head, token,
+        q, k, kept + slot * (K * K), biases + slot * K, opening, opening_biases, carried, others, batch, head, token,
         real, L, H, TILE, K, PART, DOCUMENTS,
     )  # fmt: skip
-    c = shares(token, batch_of, document_of, tl.load(sizes + place), tl.load(sizes + C - 1))
-    y, scale = standardise(z - dot(c * scores, u, TYPE), K)
-    tl.store(scales + row * L + token[:, None], scale, mask=real[:, None])
-    _store(standard, y, batch, head, token, real, L, H, K)
-    query = _rows(q, batch, head, token, real, L, H, K)
+    y, _ = standardise(z - dot(c * scores, u, TYPE), K)
     _store(o, query + gamma * y + beta, batch, head, token, real, L, H, K)
 
 
 @triton.jit(do_not_specialize=["L", "G"])
 def read_gradient(
-    q, k, sizes, gammas, edges, position, opening, kept, errors, standard, scales, do,
-    dq, shared, derrors, dreads,
+    q, k, sizes, gammas, betas, edges, position, opening, opening_biases, kept, biases, errors, do,
+    dq, dsizes, dgammas, dbetas, derrors, dreads,
     L, H, G, C: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """dq, and the gradients by u and z because of queries; in shared [B H, G + 1, C + 2 K], which comes in as zeros, of
-    each span those by sizes, gamma and beta.
+    """dq, and the gradients by u and z because of queries; of each span dsizes [B H, G, C], dgammas and dbetas [B H, G,
+    K], which come in as zeros.
     """
     g, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head, key = row // H, row % H, tl.arange(0, K)
@@ -88,27 +82,31 @@ def read_gradient(
     if begin == end:
         return
     # on their way before the products that they are not for
-    y, dout = (_rows(standard, batch, head, token, real, L, H, K), _rows(do, batch, head, token, real, L, H, K))
-    u, scale = _rows(errors, batch, head, token, real, L, H, K), tl.load(scales + row * L + token, mask=real, other=0.0)
+    u, dout = (_rows(errors, batch, head, token, real, L, H, K), _rows(do, batch, head, token, real, L, H, K))
     carried, others = carried_on(begin, real, document_of)
     gamma = tl.load(gammas + head * K + key)[None, :]
-    kept, opening = kept + (row * G + g) * (K * K), opening + head * (K * K + K)
-    shared += (row * (G + 1) + g) * (C + 2 * K)
-    y, dout = y.to(tl.float32), dout.to(tl.float32)
-    tl.store(shared + C + key, tl.sum(dout * y, 0))
-    tl.store(shared + C + K + key, tl.sum(dout, 0))
-    dz = project(dout * gamma, y, scale[:, None], K).to(TYPE)
-    _store(dreads, dz, batch, head, token, real, L, H, K)
-    pulls = tl.dot(dz, tl.trans(u))
-    A = scores_of(q, k, batch, head, token, real, L, H, TILE, K, PART)
+    slot, opening, opening_biases = row * G + g, opening + head * (K * K), opening_biases + head * K
+    kept, biases = kept + slot * (K * K), biases + slot * K
     c = shares(token, batch_of, document_of, tl.load(sizes + place), tl.load(sizes + C - 1))
+    z, A = layer(
+        q, k, kept, biases, opening, opening_biases, carried, others, batch, head, token,
+        real, L, H, TILE, K, PART, DOCUMENTS,
+    )  # fmt: skip
+    z -= dot(c * A, u, TYPE)
+    y, scale = standardise(z, K)
+    dout = dout.to(tl.float32)
+    tl.store(dgammas + slot * K + key, tl.sum(dout * y, 0))
+    tl.store(dbetas + slot * K + key, tl.sum(dout, 0))
+    dz = project(dout * gamma, y, scale, K)
+    _store(dreads, dz, batch, head, token, real, L, H, K)
+    pulls = dot(dz, tl.trans(u), TYPE)
     same = (batch_of[:, None] == batch_of[None, :]) & (token[:, None] >= token[None, :])
     dc = tl.sum(tl.where(same, A * pulls, 0.0), 1)
     each = tl.arange(0, C)
-    tl.store(shared + each, -tl.sum(tl.where(place[:, None] == each[None, :], dc[:, None], 0.0), 0))
+    tl.store(dsizes + slot * C + each, -tl.sum(tl.where(place[:, None] == each[None, :], dc[:, None], 0.0), 0))
     du = dot(tl.trans(tl.where(same, -c * A, 0.0)), dz, TYPE)
     _store(derrors, du, batch, head, token, real, L, H, K)
-    pulls = (c * pulls).to(TYPE)
+    pulls, dz = (c * pulls).to(TYPE), dz.to(TYPE)
     inside = tl.where(carried[:, None], 0.0, dz)
     if DOCUMENTS:
         dz = tl.where(carried[:, None], dz, 0.0)
@@ -148,7 +146,7 @@ def key_gradient(
     dread = _rows(dreads, batch, head, token, real, L, H, K)
     carried, others = carried_on(begin, real, document_of)
     slot, last_c = row * G + g, tl.load(sizes + C - 1)
-    kept, dkept, opening = kept + slot * (K * K), dkept + slot * (K * K), opening + head * (K * K + K)
+    kept, dkept, opening = kept + slot * (K * K), dkept + slot * (K * K), opening + head * (K * K)
     reaches = _reaches(position, batch, batch_of, document_of, real, end, L, C)
     later = (document_of[:, None] == document_of[None, :]) & (batch_of[:, None] < batch_of[None, :])
     forth, back, pulls = tl.dot(u, tl.trans(dz)), tl.dot(dz, tl.trans(u)), tl.dot(u, tl.trans(dread))

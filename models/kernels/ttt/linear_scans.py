@@ -49,9 +49,9 @@ def scan(
     last, kept, biases, errors, standard, numbers,
     L, H, N, G, C: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """From init [B H, P], or if there is none from start [H, P]: last [B H, P]; of every token u and y, errors and
-    standard [B, L, H, K], and numbers [B H, 6, L]; and what stands before the first mini-batch of each span, kept [B H,
-    G, K, K] and, in float32, biases [B H, G, K].
+    """From init [B H, P]: last [B H, P]; of every token u and y, errors and standard [B, L, H, K], and numbers [B H, 6,
+    L]; and what stands before the first mini-batch of each span, kept [B H, G, K, K] and, in float32, biases [B H, G,
+    K].
     """
     row = tl.program_id(0).to(tl.int64)
     batch, head, P = row // H, row % H, K * K + K
@@ -65,13 +65,10 @@ def scan(
     slope, last_c = tl.sum(curve) / K, tl.load(sizes + C - 1)
     end, opening = tl.load(group + batch * (G + 1) + G), start + head * P
     begin, length, token, real, new = mini_batch(first, fresh, batch, 0, N, C, DOCUMENTS)
-    if init is None:
-        W, b = tl.load(opening + matrix), tl.load(opening + bias)
-    else:
-        init += row * P
-        if DOCUMENTS:
-            init = tl.where(new, opening, init)
-        W, b = tl.load(init + matrix), tl.load(init + bias)
+    init += row * P
+    if DOCUMENTS:
+        init = tl.where(new, opening, init)
+    W, b = tl.load(init + matrix), tl.load(init + bias)
     span = begin // SPAN
     if end > 0:
         tl.store(kept + (row * G + span) * (K * K) + matrix, W.to(TYPE))
@@ -136,13 +133,12 @@ def _gradient_inputs(q, k, v, standard, derrors, dreads, batch, head, token, rea
 @triton.jit(do_not_specialize=["L", "N", "G"])
 def scan_gradient(
     q, k, v, sizes, gammas, betas, first, group, fresh, standard, numbers, derrors, dreads,
-    dlast, dinit, dstart, dkept, dback, dv, dsteps, shared,
+    dinit, dstart, dkept, dbiases, dback, dv, dsteps, dlast_c, dgammas, dbetas,
     L, H, N, G, C: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Backwards, from the gradient by the last weights dlast [B H, P], or None, to that by the first, dinit [B H, P].
-    If it is None, these were start. dstart [B H, P] comes in as zeros. What stands at the end of each span is left in
-    dkept [B H, G, K, K], and the gradient by z of every token's error in dback [B, L, H, K]. dv and dsteps; and those
-    by sizes, gamma and beta in the last of shared [B H, G + 1, C + 2 K].
+    """Backwards, with dinit [B H, P] in and out the gradient by the weights; dstart [B H, P] comes in as zeros. What
+    stands at the end of each span is left in dkept [B H, G, K, K] and dbiases [B H, G, K], and the gradient by z of
+    every token's error in dback [B, L, H, K]. dv and dsteps; dlast_c [B H], dgammas and dbetas [B H, K].
     """
     row = tl.program_id(0).to(tl.int64)
     batch, head, P = row // H, row % H, K * K + K
@@ -156,11 +152,9 @@ def scan_gradient(
     before, opens = tl.arange(0, C), tl.load(first + batch * (N + 1))
     no_gradients(dv, opens, batch, head, L, H, C, K)
     tl.store(dsteps + (batch * L + before) * H + head, tl.zeros([C], tl.float32), mask=before < opens)
-    opening = dstart + row * P
-    D, d = tl.zeros([K, K], tl.float32), tl.zeros([K, 1], tl.float32)
-    if dlast is not None:
-        D, d = tl.load(dlast + row * P + matrix), tl.load(dlast + row * P + bias)
-    dgamma, dbeta, by_last_c = tl.zeros_like(d), tl.zeros_like(d), tl.zeros_like(d)
+    here, opening = dinit + row * P, dstart + row * P
+    D, d = tl.load(here + matrix), tl.load(here + bias)
+    dgamma, dbeta, shared = tl.zeros_like(d), tl.zeros_like(d), tl.zeros_like(d)
     end, span = tl.load(group + batch * (G + 1) + G), -1
     m = tl.maximum(end - 1, 0)
     begin, length, token, real, new = mini_batch(first, fresh, batch, m, N, C, DOCUMENTS)
@@ -174,6 +168,7 @@ def scan_gradient(
         if begin // SPAN != span:
             span = begin // SPAN
             tl.store(dkept + (row * G + span) * (K * K) + matrix, D.to(TYPE))
+            tl.store(dbiases + (row * G + span) * K + key[:, None], d)
         m = tl.maximum(end - 2 - i, 0)
         next_begin, next_length, next_token, next_real, next_new = mini_batch(first, fresh, batch, m, N, C, DOCUMENTS)
         next_query, next_x, next_value, next_y, next_du, next_dread = _gradient_inputs(
@@ -200,7 +195,7 @@ def scan_gradient(
         d += tl.sum(dz + _turned(dread), 1, keep_dims=True)
 
         step = tl.where(real[None, :], step / scale, 0.0)  # eta s
-        by_last_c += tl.sum(step * moved * (g - (level - bent) - y * cross), 1, keep_dims=True)
+        shared += tl.sum(step * moved * (g - (level - bent) - y * cross), 1, keep_dims=True)
         deta = scale * (K * (by_h + (turn - cross) * by_y + mean * bent) - by_both)
         tl.store(dsteps + (batch * L + token[None, :]) * H + head, deta, mask=real[None, :])
         dg = step * (p - y * by_y)
@@ -214,14 +209,8 @@ def scan_gradient(
                 D, d = tl.zeros_like(D), tl.zeros_like(d)
         begin, length, token, real, new = next_begin, next_length, next_token, next_real, next_new
         query, x, value, y_row, du, dread = next_query, next_x, next_value, next_y, next_du, next_dread
-    if dinit is None:
-        here = opening
-        D, d = D + tl.load(opening + matrix), d + tl.load(opening + bias)
-    else:
-        here = dinit + row * P
     tl.store(here + matrix, D)
     tl.store(here + bias, d)
-    shared += (row * (G + 1) + G) * (C + 2 * K)
-    tl.store(shared + C - 1, -tl.sum(by_last_c))
-    tl.store(shared + C + key[:, None], dgamma)
-    tl.store(shared + C + K + key[:, None], gamma * dbeta)
+    tl.store(dlast_c + row, -tl.sum(shared))
+    tl.store(dgammas + row * K + key[:, None], dgamma)
+    tl.store(dbetas + row * K + key[:, None], gamma * dbeta)

@@ -18,8 +18,8 @@ p = eta du has by the inner gradient the gradient dz = H p. For z - mean = y / s
     H p = s^2 [ (gamma^2 - <g y>) p' - <gamma^2 p'> - h <y p> - y <h p> ] ,   p' = p - <p> ,
     h = g + gamma^2 y - <g + gamma^2 y> - y (<gamma^2 y^2> + 3 <g y>) / 2 ,   < > the mean over values.
 
-Between the kernels there are, in the type of q as [B, L, H, K], u, y, of the queries y too, and their gradients by u
-and z; and in float32 numbers [B, H, 6, L], and of the queries s [B, H, L].
+Between the kernels there are, in the type of q as [B, L, H, K], u, y, and of the queries the gradients by u and z; and
+numbers [B, H, 6, L] in float32.
 """
 
 from __future__ import annotations
@@ -87,16 +87,6 @@ def rows(weights, j, K: tl.constexpr, PART: tl.constexpr):
 
 
 @triton.jit
-def scores_of(x, k, batch, head, token, real, L, H, TILE: tl.constexpr, K: tl.constexpr, PART: tl.constexpr):
-    """x k' + 1 [TILE, TILE], for x and k [B, L, H, K]."""
-    scores = tl.zeros([TILE, TILE], tl.float32) + 1.0
-    for j in tl.range(0, K, PART):
-        x_part = part(x, batch, head, token, real, j, L, H, K, PART)
-        scores = tl.dot(x_part, tl.trans(part(k, batch, head, token, real, j, L, H, K, PART)), scores)
-    return scores
-
-
-@triton.jit
 def layer(
     x, k, weights, bias, opening, opening_bias, carried, others, batch, head, token, real,
     L, H, TILE: tl.constexpr, K: tl.constexpr, PART: tl.constexpr, DOCUMENTS: tl.constexpr,
@@ -106,18 +96,15 @@ def layer(
     """
     key = tl.arange(0, K)
     z = tl.zeros([TILE, K], tl.float32) + tl.load(bias + key)[None, :]
-    if DOCUMENTS:
-        z = tl.where(carried[:, None], z, tl.load(opening_bias + key)[None, :])
     scores = tl.zeros([TILE, TILE], tl.float32) + 1.0
     for j in tl.range(0, K, PART):
         x_part = part(x, batch, head, token, real, j, L, H, K, PART)
-        scores = tl.dot(x_part, tl.trans(part(k, batch, head, token, real, j, L, H, K, PART)), scores)
-        if DOCUMENTS:
-            x_part = tl.where(carried[:, None], x_part, 0.0).to(x_part.dtype)
         z = tl.dot(x_part, rows(weights, j, K, PART), z)
+        scores = tl.dot(x_part, tl.trans(part(k, batch, head, token, real, j, L, H, K, PART)), scores)
     if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
         if others:
+            own = tl.zeros([TILE, K], tl.float32) + tl.load(opening_bias + key)[None, :]
             for j in tl.range(0, K, PART):
-                x_part = part(x, batch, head, token, real & (carried == 0), j, L, H, K, PART)
-                z = tl.dot(x_part, rows(opening, j, K, PART), z)
+                own = tl.dot(part(x, batch, head, token, real, j, L, H, K, PART), rows(opening, j, K, PART), own)
+            z = tl.where(carried[:, None], z, own)
     return z, scores

@@ -124,14 +124,12 @@ def kernel_averaged(rule: Averaged, call: Call) -> tuple[Tensor, State]:
         first = (first + b * torch.arange(-(-T // b) + 1, device=k.device)).clamp(max=T)
     learned = pack([w.float() for w in start.weights])
     fitted = rule.begin(start, B, torch.float32)
-    init = None
     if state is not None:
         mine, few = opens.cumsum(1) == 0, slice(min(b - 1, T))  # tokens of the mini-batch that the state has begun
         only = gates._replace(step_size=(gates.step_size * mine.unsqueeze(-1))[:, few])
         before, (fitted, *_) = deep_memory(rule, Call(start, q[:, few], k[:, few], v[:, few], only, state, b), chunk=b)
-        init = pack(fitted.weights)
     scale, shift = (x.squeeze(1) for x in start.norm)
-    given = (q, k, v, gates.step_size, gates.share, learned, scale, shift, init, first, position, fresh)
+    given = (q, k, v, gates.step_size, gates.share, learned, scale, shift, pack(fitted.weights), first, position, fresh)
     o, last = averaged.scan(*given)
     if state is not None:
         o = torch.where(mine[..., None, None], F.pad(before, (0, 0, 0, 0, 0, T - before.shape[1])), o)
