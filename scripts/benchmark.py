@@ -42,6 +42,7 @@ from scripts.benchmarks.timing import HEAD, compare, machine
 from scripts.recipes import CONF
 
 SIZES = sorted(path.stem for path in (CONF / "size").glob("*.yaml"))
+ABOVE_ZERO = ("limit", "total", "memory_gb", "batch", "seq_len", "steps", "repeats", "megabytes")
 
 
 def ops(only: str | None, repeats: int, kernels: bool, path: Path | None) -> None:
@@ -236,6 +237,12 @@ def main() -> None:
     command.add_argument("--num-workers", type=int, default=2, help="beside none")
     command.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
+    for name in ABOVE_ZERO:
+        if (value := getattr(arguments, name, None)) is not None and value <= 0:
+            sys.exit(f"error: --{name.replace('_', '-')}={value} must be above 0")
+    path = getattr(arguments, "json", None)
+    if path is not None and not path.parent.is_dir():
+        sys.exit(f"error: --json={path}: the folder {path.parent} is not there")
     if arguments.command == "ops":
         ops(arguments.only, arguments.repeats, arguments.kernels, arguments.json)
     elif arguments.command == "prepare":

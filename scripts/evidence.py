@@ -42,6 +42,7 @@ from hydra.errors import HydraException
 from conf import schema
 from conf.command import said
 from conf.folders import job_folder, runs
+from models.training import origin
 from scripts.array_job import CONF, jobs
 from scripts.benchmarks.apart import reason
 
@@ -160,7 +161,9 @@ class Results:
     def fail(self, job: Job, reason: str) -> None:
         row = {"job": job.key, "words": list(job.words), "date": datetime.now(UTC).date().isoformat()}
         others = [each for each in self.failures() if each["job"] != job.key]
-        write(self._failed, [*others, {**row, "commit": self.commit, "reason": reason[:300]}])
+        write(
+            self._failed, [*others, {**row, "commit": self.commit or origin.commit()["commit"], "reason": reason[:300]}]
+        )
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

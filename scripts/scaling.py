@@ -22,7 +22,6 @@ import json
 import os
 import platform
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ import torch
 
 import conf.checks  # noqa: F401  # with the next line, what train.py imports late
 import models.training.job  # noqa: F401
+from models.training import origin
 from scripts.scaled import link, sending
 from scripts.scaled.faults import Checks
 from scripts.scaled.launch import Scratch, in_turns, side_by_side
@@ -70,7 +70,7 @@ class Told:
         self.path, self.stamp, self.found = path, stamp, {**about, "link": None, "rows": [], "checks": []}
         self.began = time.monotonic()
         if path and path.exists():
-            before = json.loads(path.read_text())
+            before = rows_before(path)
             for key in ("machine", "toy", "steps"):
                 if before[key] != about[key]:
                     raise ValueError(f"--json={path} has rows with {key}={before[key]}, and these have {about[key]}")
@@ -114,13 +114,15 @@ class Told:
         return next(row for row in self.found["rows"] if row["name"] == name)
 
 
-def commit() -> str:
-    """Of these files, where git says it."""
-    asked = ["git", "describe", "--always", "--dirty"]
+def rows_before(path: Path) -> dict[str, Any]:
+    """What an earlier call wrote. Raises ValueError where the file is another."""
     try:
-        return subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        return ""
+        found = json.loads(path.read_text())
+        if {"machine", "toy", "steps", "rows", "checks"} <= found.keys() and all(row["name"] for row in found["rows"]):
+            return dict(found)
+    except (ValueError, TypeError, AttributeError, KeyError):
+        pass
+    raise ValueError(f"--json={path} is there and has no rows of this script; name another file, or remove it")
 
 
 Rows = dict[str, Iterator[Timed | None]]
@@ -194,6 +196,9 @@ def main() -> None:
     parser.add_argument("--apart", action="store_true", help="start each process by itself, and not by a fork")
     parser.add_argument("--scratch", help="a folder for the runs, to be kept")
     given = parser.parse_args()
+    for name in ("devices", "steps", "limit", "each"):
+        if (value := getattr(given, name)) is not None and value <= 0:
+            sys.exit(f"error: --{name}={value} must be above 0")
     gpus = [] if given.toy else gpus_here()
     given.devices = given.devices or (2 if given.toy else len(gpus))
     if not given.toy and not 1 <= given.devices <= len(gpus):
@@ -205,7 +210,11 @@ def main() -> None:
         os.environ["OMP_NUM_THREADS"] = "1"
     about: dict[str, Any] = {"machine": f"{given.devices} x {gpus[0] if gpus else 'CPU'}", "devices": given.devices}
     about |= {"python": platform.python_version(), "toy": given.toy, "steps": given.steps, "warm": given.warm > 0}
-    stamp = {"date": time.strftime("%Y-%m-%d"), "commit": given.commit or commit(), "torch": torch.__version__}
+    stamp = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": given.commit or origin.commit()["commit"] or "",
+        "torch": torch.__version__,
+    }
     try:
         told = Told(given.json, about, stamp)
     except ValueError as error:
@@ -214,6 +223,8 @@ def main() -> None:
     print(f"{'':10}{HEAD}")
     found = [group for group in cases(given.devices, given.toy) if group[0].item in given.only]
     checked = {item: Checked(item, given, scratch) for item in given.only if item in CHECKED and given.devices > 1}
+    if given.checks and not any(each.tasks for each in checked.values()):
+        sys.exit(f"error: --checks={' '.join(given.checks)} is part of no check of --only={' '.join(given.only)}")
     if "link" in given.only and given.devices > 1:
         of_link = link.measured(given.devices, given.toy, scratch.folder("link"), min(40, given.limit))
         told.add("link", of_link)
@@ -252,7 +263,7 @@ def one_after_the_other(
     """Each of an item and the cases of a row, of which checks have none."""
     ahead: Rows = {}
     try:
-        for (item, group), (_, after) in zip(works, [*works[1:], ("", [])], strict=True):
+        for (item, group), (_, after) in zip(works, [*works, ("", [])][1:], strict=True):
             limit = given.limit
             if given.total is not None:
                 limit = min(limit, given.total - (time.monotonic() - told.began))

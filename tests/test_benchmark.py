@@ -380,3 +380,18 @@ def test_a_loader_is_timed_beside_a_memory_map(capsys):
     said = capsys.readouterr().out
     for name in ("a plain memory map", "the loader, num_workers=0"):
         assert re.search(rf"seq_len=128 +{name} +[\d.]+ M tokens/s, +[\d.]+ a second of a core \(load", said)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["starts", "--memory-gb", "0"], "error: --memory-gb=0.0 must be above 0"),
+        (["train", "--limit", "0"], "error: --limit=0.0 must be above 0"),
+        (["train", "--batch", "-1"], "error: --batch=-1 must be above 0"),
+        (["train", "--json", "/nowhere/x.json"], "error: --json=/nowhere/x.json: the folder /nowhere is not there"),
+    ],
+)
+def test_what_can_not_be_is_told_before_anything_is_timed(monkeypatch, words, said):
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *words])
+    with pytest.raises(SystemExit, match=f"^{said}$"):
+        benchmark.main()

@@ -186,3 +186,15 @@ def test_rows_are_timed_and_kills_checked(tmp_path, monkeypatch, cache, capsys):
     killed, lost, left_out = checks.told({"lost": "a reason"})
     assert len(checks.losses["killed"]) == STEPS and killed["difference"] == pytest.approx(0.01, rel=0.02)
     assert (lost["reason"], left_out["reason"]) == ("a reason", "not run")
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", '{"a": 1}', '{"rows": [1]}'])
+def test_a_file_of_something_else_is_refused(tmp_path, text):
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ValueError, match=r"^--json=.*other\.json is there and has no rows of this script"):
+        scaling.rows_before(tmp_path / "other.json")
+    assert (tmp_path / "other.json").read_text() == text
+
+
+def test_nothing_after_the_link():
+    scaling.one_after_the_other([], {}, None, None, None)

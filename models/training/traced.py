@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from models.training.profile import ByStep
+from models.training.summary import say
 
 FILE = "traced.json"
 LONGEST = 12  # kernels, of which the names are kept
@@ -36,6 +37,8 @@ class Traced(ByStep):
         self.step = trainer.global_step
         if trainer.global_rank:
             return
+        if module.device.type != "cuda":
+            say(f"traced    has no effect here: only a GPU's kernels are traced, this is {module.device.type}")
         what = ProfilerActivity.CUDA if module.device.type == "cuda" else ProfilerActivity.CPU
         when = schedule(wait=self.first, warmup=1, active=1, repeat=1)
         self.profiler = profile(activities=[what], schedule=when, on_trace_ready=self._write)

@@ -71,7 +71,10 @@ class Watchdog(Callback):
             flush=True,
         )
         faulthandler.dump_traceback(stream)
-        for child in self.children:  # ranks that this one started: they end themselves too, if they still can
+        # Lightning's observer of the same list kills this process when it sees that one of them has ended
+        children = self.children.copy()
+        self.children.clear()
+        for child in children:  # ranks that this one started: they end themselves too, if they still can
             try:
                 child.wait(2 * self._pause)
             except subprocess.TimeoutExpired:

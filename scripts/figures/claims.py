@@ -207,11 +207,11 @@ CLAIMS = {
     "tiny_table": Claim(
         "Every preset on one text",
         ("tiny_table",),
-        "All mixers train from the command line, at equal parameters, on equal tokens of one text.",
+        "Mixers trained from the command line, at equal parameters, on equal tokens of one text.",
         "Bits per byte of files of Python's standard library that were not trained on, after 2.2 million bytes of the\n"
-        "others at size=tiny, and the largest difference between seeds. State: numbers held per sequence of 128 "
-        "bytes.\nHalf a million parameters tell little of large models, and a difference that is not much larger than "
-        "those\nbetween seeds is none.",
+        "others at size=tiny, where no further word says another number, and the largest difference between seeds.\n"
+        "State: numbers held per sequence of 128 bytes. Half a million parameters tell little of large models, and a\n"
+        "difference that is not much larger than those between seeds is none.",
         lambda row: -tiny.bits(row),
         tiny.table,
         tiny.figure,

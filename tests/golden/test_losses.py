@@ -104,8 +104,13 @@ def write(chosen: list[str], also: bool) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    if given := [word for word in ("--write", "--also") if word in sys.argv]:
-        write(sys.argv[sys.argv.index(given[0]) + 1 :] or KEPT, given == ["--also"])
+    if sys.argv[1:]:
+        flag, *names = sys.argv[1:]
+        if flag not in ("--write", "--also"):
+            sys.exit(f"error: {flag} is neither --write nor --also")
+        if unknown := [name for name in names if name not in KEPT]:
+            sys.exit(f"error: {unknown[0]} is no preset; there are {', '.join(KEPT)}")
+        write(names or KEPT, flag == "--also")
         return
     same = 0
     for preset, lines in kept().items():
