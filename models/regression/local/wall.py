@@ -87,6 +87,7 @@ class Wall(Softmax):
 
     def forward(self, tokens: Tokens, state: Pairs | None = None) -> tuple[Tensor, Pairs]:
         x, q, k, v, log_decay, segments = tokens
+        assert log_decay is not None
         return super().forward(Tokens(x, q, k, v, log_decay.flatten(2), segments), state)
 
     def read(self, q: Tensor, pairs: Pairs, view: View) -> Tensor:
