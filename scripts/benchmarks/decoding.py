@@ -120,8 +120,9 @@ def timed(row: Decoded, model: Any, vocabulary: int, tokens: int, repeats: int, 
 
     def write(count: int) -> Ticks:
         ticks = Ticks(device)
-        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count, "pad_token_id": 0}
-        settings |= {"attention_mask": torch.ones_like(prompts), "stopping_criteria": StoppingCriteriaList([ticks])}
+        settings: dict[str, Any] = {"attention_mask": torch.ones_like(prompts), "do_sample": False, "pad_token_id": 0}
+        settings |= {"max_new_tokens": count, "min_new_tokens": count}
+        settings |= {"stopping_criteria": StoppingCriteriaList([ticks])}
         with half(device) if dtype == "autocast" else torch.no_grad():
             written = model.generate(prompts, **settings)
         assert written.shape == (row.batch, row.context + count) and len(ticks.at) == 1 + count
