@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def forked(
             if late:
                 assert process.pid  # it has started
                 ask_where(process.pid, errors)
-                os.killpg(process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # asked before it could answer, it is gone
+                    os.killpg(process.pid, signal.SIGKILL)
             process.join()
         if late and time.monotonic() >= deadline:
             raise LeftOutError(f"not done within {limit:.0f} s")
