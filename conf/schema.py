@@ -112,6 +112,7 @@ def register(config: type[Config] = Config) -> None:
     OmegaConf.register_new_resolver("mul", lambda a, b: int(a) * int(b), replace=True)
     OmegaConf.register_new_resolver("width", width, replace=True)
     OmegaConf.register_new_resolver("quarter", lambda most, of: max(1, min(int(most), int(of) // 4)), replace=True)
+    OmegaConf.register_new_resolver("narrow", narrow, replace=True)
     OmegaConf.register_new_resolver("precision", default_precision, replace=True)
     OmegaConf.register_new_resolver("can_compile", can_compile, replace=True)
     OmegaConf.register_new_resolver("runs", runs, replace=True)
@@ -131,6 +132,14 @@ def width(times: float, hidden_size: int, parts: int) -> int:
     if found != int(found):
         raise ValueError(f"model.hidden_size={hidden_size}: {times} * {hidden_size} / {parts} is no whole number")
     return int(found)
+
+
+def narrow(most: int, num_heads: int, hidden_size: int) -> int:
+    """num_heads, doubled until none is wider than `most`, as far as they divide hidden_size."""
+    heads = int(num_heads)
+    while hidden_size > most * heads and hidden_size % (2 * heads) == 0:
+        heads *= 2
+    return heads
 
 
 # torch takes seconds to import, and is asked only where a config's values are worked out: not to find a misspelling.

@@ -98,9 +98,22 @@ def starts(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         common = {"sizes": list(sizes), "device": device, "compiled": not given.eager}
         common |= {"share_gb": share_gb, "memory_gb": whole_gb, "turn": f"{folder}/turn" if given.at_once > 1 else None}
-        jobs = [whole.Job("starting.start", {"name": n, **common}, starting.Started(n)) for n in given.only]
         about_them = about(device, sizes) | {"at_once": given.at_once, "memory_gb": whole_gb, "eager": given.eager}
-        whole.report(jobs, starting.HEAD, about_them, limit, given.json, apart if given.cold else forked)
+        known = started(given.json, about_them)
+        names = [name for name in given.only if name not in [row.name for row in known]]
+        jobs = [whole.Job("starting.start", {"name": n, **common}, starting.Started(n)) for n in names]
+        whole.report(jobs, starting.HEAD, about_them, limit, given.json, apart if given.cold else forked, known)
+
+
+def started(path: Path | None, about: dict[str, Any]) -> list[starting.Started]:
+    """The presets that have started in an earlier call, by the file that it wrote."""
+    if path is None or not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    for key in ("machine", "sizes", "memory_gb", "eager"):
+        if before[key] != about[key]:
+            sys.exit(f"error: --json={path} has rows of {key}={before[key]}, and this is {key}={about[key]}")
+    return [starting.Started(**row) for row in before["rows"] if not row["reason"]]
 
 
 def length(given: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("torch.cuda.is_available", lambda: False)
         patched.setattr(contenders, "sizes_of", lambda size, batch, seq_len: SMALL)
-        patched.setattr(whole.report, "__defaults__", (in_process,))
+        patched.setattr(whole.report, "__defaults__", (in_process, ()))
         patched.setattr(benchmark, "forked", in_process)
         for name, words in WORDS.items():
             path = folder / "speed" / f"{name}.json"
@@ -317,6 +318,16 @@ def test_presets_start(folder):
     (row,) = read(folder, "starts")["rows"]
     assert row["name"] == "gated_delta" and row["first_s"] > 0 and row["ms"] > 0 and 3.9 < row["loss"] < 6
     assert row["compiled_s"] > 0 and row["recomputed"] == 0 and row["layers"] == 4 and row["backend"] == "torch"
+
+
+def test_presets_that_have_started_are_not_started_again(tmp_path):
+    path, about = tmp_path / "starts.json", {"machine": "H200", "sizes": "340m", "memory_gb": 80.0, "eager": False}
+    rows = [asdict(starting.Started("kda", ms=1.0)), asdict(starting.Started("wall", reason="no"))]
+    assert benchmark.started(path, about) == []
+    path.write_text(json.dumps({**about, "rows": rows}))
+    assert [row.name for row in benchmark.started(path, about)] == ["kda"]
+    with pytest.raises(SystemExit, match="and this is memory_gb=40"):
+        benchmark.started(path, about | {"memory_gb": 40.0})
 
 
 def test_whole_models_take_turns(tmp_path):

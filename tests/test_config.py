@@ -217,3 +217,9 @@ def test_torchrun_says_how_many_processes_there_are(strategy, monkeypatch):
     assert "torchrun has started 6 processes" in batch({"trainer": {"devices": 1, "num_nodes": 1}})[0]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "x")
     assert batch({}) == ["LOCAL_WORLD_SIZE=x and WORLD_SIZE=6 are not what torchrun sets"]
+
+
+@pytest.mark.parametrize(("size", "heads"), [("tiny", 3), ("170m", 12), ("340m", 16), ("1300m", 32)])
+def test_networks_have_heads_of_at_most_64(size, heads):
+    for name in ("titans_mlp", "ttt_mlp"):
+        assert composed(f"model={name}", f"size={size}").model.mixers.main.num_heads == heads

@@ -14,7 +14,7 @@ import os
 import torch
 from torch import Tensor
 
-from models.kernels import backend
+from models.kernels import backend, tuning
 
 # The kernels sum decays over 64 tokens in float32, and a large one takes the digits of the small ones after it: with 7
 # documents in a chunk the error is 2e-5, with gates saturated at -1e4 it is 4e-3. exp(-32) = 1e-14 is nothing to
@@ -30,10 +30,13 @@ BROKEN_ON_HOPPER = ((3, 4, 0), (3, 7, 1))
 
 
 def refusal_linear(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why fla can't run linear attention here, or None if it can. dtype is that of q, k and v."""
+    """Why fla can't run linear attention here, or None if it can. dtype is that of q, k and v. Asked for each of fla's
+    kernels before its first call: where they can run, they are tuned side by side from here on."""
     if importlib.util.find_spec("fla") is None:
         return "flash-linear-attention is not installed"
-    return backend.refusal(device, dtype)
+    if (reason := backend.refusal(device, dtype)) is None:
+        tuning.side_by_side()
+    return reason
 
 
 def route_linear(device: torch.device, decay_kind: str) -> str:

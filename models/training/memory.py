@@ -18,13 +18,21 @@ def why(error: Exception, batch: Batch, recompute: str | int = "all") -> str:
     """Why training ended, in a sentence for its user. What is nothing of theirs is raised again."""
     if isinstance(error, RunError | OtherDataError):
         return str(error)
-    # torch has a class of its own for a GPU, and a bare RuntimeError for a CPU
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
+    if ran_out(error):
         again = "" if recompute == "all" else "; or set recompute=all, with which a block holds its input alone"
         return f"{needs(batch)} ({there(error)}); {lower(batch)}{again}"
     if "gloo/transport" in str(error) or isinstance(error, torch.distributed.DistNetworkError):
         return "another process of this run is gone, and says why if it can; the same command goes on"
     raise error
+
+
+def ran_out(error: BaseException | None) -> bool:
+    """Whether there was too little memory. torch has a class of its own for a GPU, and a bare RuntimeError for a CPU;
+    what its compiler tried out on a GPU comes as the cause of a failed compilation."""
+    if error is None:
+        return False
+    own = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    return own or ran_out(error.__cause__) or ran_out(getattr(error, "inner_exception", None))
 
 
 def needs(batch: Batch) -> str:

@@ -5,6 +5,7 @@ python -m scripts.benchmarks.apart REQUEST ANSWER     # both JSON; the parent wr
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import multiprocessing
@@ -15,9 +16,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+DEPTH = 30  # lines of the tracebacks of a process that is late
 ROOT = Path(__file__).parents[2]
 COLD = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 
@@ -44,11 +47,15 @@ def apart(
                 command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
             )
         deadline = time.monotonic() + limit
+        late = False
         try:
             yield from answers(lambda: process.poll() is None, answer, deadline)
+            late = process.poll() is None
         finally:
+            if late:
+                ask_where(process.pid, errors)
             end(process)
-        if process.returncode == -signal.SIGKILL and time.monotonic() >= deadline:
+        if late:
             raise LeftOutError(f"not done within {limit:.0f} s")
         if process.returncode:
             said = errors.read_text()
@@ -74,7 +81,10 @@ def forked(
         finally:
             late = process.is_alive()
             if late:
-                os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]  # it has started
+                assert process.pid  # it has started
+                ask_where(process.pid, errors)
+                with suppress(ProcessLookupError):  # asked before it could answer, it is gone
+                    os.killpg(process.pid, signal.SIGKILL)
             process.join()
         if late and time.monotonic() >= deadline:
             raise LeftOutError(f"not done within {limit:.0f} s")
@@ -84,6 +94,14 @@ def forked(
             raise LeftOutError(reason(process.exitcode, said))
 
 
+def ask_where(pid: int, errors: Path) -> None:
+    """Prints where a process is that is late, by its own tracebacks."""
+    os.kill(pid, signal.SIGUSR1)
+    time.sleep(0.5)
+    lines = [line for line in errors.read_text().splitlines() if line.startswith(("Current thread", "  File "))]
+    print("\n".join(lines[-DEPTH:]), file=sys.stderr, flush=True)
+
+
 def child(function: str, given: dict[str, Any], answer: str, errors: str, slot: dict[str, str]) -> None:
     """What a forked process does."""
     os.setsid()
@@ -91,6 +109,7 @@ def child(function: str, given: dict[str, Any], answer: str, errors: str, slot: 
     with open(errors, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.register(signal.SIGUSR1)
     write(function, given, Path(answer))
 
 
@@ -137,6 +156,7 @@ def write(function: str, given: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     request, answer = map(Path, sys.argv[1:])
+    faulthandler.register(signal.SIGUSR1)
     write(**json.loads(request.read_text()), path=answer)
 
 

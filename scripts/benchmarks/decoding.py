@@ -1,21 +1,22 @@
 """`benchmark.py decode`: texts that go on, greedily, through each model's own `generate`.
 
-prefill: `generate` of one token after a prompt of random tokens. A token: what `generate` of more tokens takes beyond
-that, divided by their number. Both are medians; the first calls, which compile and tune, are not counted.
+prefill: from the call of `generate` to the first token after a prompt of random tokens. A token: what those after it
+take, divided by their number. Both are medians; the first calls, which compile and tune, are not counted.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from scripts.benchmarks.contenders import PRESETS, Sizes, half, model_of, peer_model
-from scripts.benchmarks.timing import seconds
 from scripts.recipes import composed
 
 
@@ -81,31 +82,62 @@ def opened(name: str, sizes: Sizes, device: str, dtype: str) -> Any:
     return model.to(device, getattr(torch, dtype) if dtype != "autocast" else None).eval()
 
 
+class Ticks(StoppingCriteria):
+    """Ends nothing: notes when each token was there. On a GPU in the stream's own time."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.at = device, [now(device)]
+        self.first_peak: float | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
+        if len(self.at) == 1:
+            self.first_peak = peak(self.device)
+        self.at.append(now(self.device))
+        return cast("torch.BoolTensor", torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device))
+
+    def ms(self, first: int, last: int) -> float:
+        begin, end = self.at[first], self.at[last]
+        return (end - begin) * 1e3 if self.device == "cpu" else begin.elapsed_time(end)
+
+
+def now(device: str) -> Any:
+    """Seconds, or an event of the GPU's stream."""
+    if device == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def peak(device: str) -> float | None:
+    return torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
+
+
 def timed(row: Decoded, model: Any, vocabulary: int, tokens: int, repeats: int, device: str, dtype: str) -> None:
     """Fills the row."""
     draw = torch.Generator().manual_seed(0)
     prompts = torch.randint(vocabulary, (row.batch, row.context), generator=draw).to(device)
 
-    def write(count: int) -> None:
-        settings = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count, "pad_token_id": 0}
+    def write(count: int) -> Ticks:
+        ticks = Ticks(device)
+        settings: dict[str, Any] = {"attention_mask": torch.ones_like(prompts), "do_sample": False, "pad_token_id": 0}
+        settings |= {"max_new_tokens": count, "min_new_tokens": count}
+        settings |= {"stopping_criteria": StoppingCriteriaList([ticks])}
         with half(device) if dtype == "autocast" else torch.no_grad():
-            written = model.generate(prompts, attention_mask=torch.ones_like(prompts), **settings)
-        assert written.shape == (row.batch, row.context + count)
-
-    def peak() -> float | None:
-        return torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
-
-    def median(count: int) -> float:
+            written = model.generate(prompts, **settings)
+        assert written.shape == (row.batch, row.context + count) and len(ticks.at) == 1 + count
         if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        return statistics.median(seconds(lambda: write(count), device) for _ in range(repeats)) * 1e3
+            torch.cuda.synchronize()
+        return ticks
 
     for count in (1, 4):
         write(count)
-    prefill = median(1)
-    row.prefill_ms, row.prefill_gb = round(prefill, 3), peak()
-    row.token_ms = round((median(1 + tokens) - prefill) / tokens, 4)
-    row.peak_gb = peak()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    found = [write(1 + tokens) for _ in range(repeats)]
+    row.prefill_ms = round(statistics.median(each.ms(0, 1) for each in found), 3)
+    row.token_ms = round(statistics.median(each.ms(1, -1) / tokens for each in found), 4)
+    row.prefill_gb, row.peak_gb = found[0].first_peak, peak(device)
 
 
 def shapes_of(batches: list[int], contexts: list[int], most: int) -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 
 from models.mixers.baselines import Baseline
+from models.training.memory import ran_out
 from scripts.benchmarks.contenders import Contender, Sizes, batch_of, ours
 from scripts.benchmarks.steps import pass_of, peak_gb, step_of
 
@@ -72,7 +73,10 @@ def start(
     few = ours(name, every._replace(layers=max(FEW, period)), device, compiled=compiled)
     try:
         two_steps(few, every, device)
-    except torch.OutOfMemoryError:  # its share is small; what is not compiled now will be in its turn
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        # its share is small; what is not compiled now will be in its turn
         row.backend = "; few layers had too little memory beside others"
     row.compiled_s = round(time.perf_counter() - begin, 2)
     del few

@@ -6,7 +6,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -89,10 +89,12 @@ def report(
     limits: Limits,
     path: Path | None,
     run: Apart = apart,
+    known: Sequence[Row] = (),
 ) -> list[Row]:
-    """Prints, and writes after each row, so that what is done is kept whatever comes. about: see `environment`."""
+    """Prints, and writes after each row, so that what is done is kept whatever comes. about: see `environment`. known:
+    rows of an earlier call, which are written before the others."""
     print(f"{about['machine']}; {about['sizes']}\n{head}", flush=True)
-    done: list[Row] = []
+    done = list(known)
     for row in rows(jobs, about["device"], limits, run):
         print("\n".join(shown(row)), flush=True)
         done.append(row)

@@ -143,3 +143,11 @@ class TestOnAGPU:
         assert all(x.whole < 5e-3 for x in found.values()), "\n".join(f"{name} {x}" for name, x in found.items())
         if gates in ("usual", "decays near 0", "large steps"):
             assert max(by_gates.values()) < 4e-2, by_gates
+
+    @pytest.mark.parametrize("T", [40, 64])
+    def test_one_chunk_of_narrow_memories(self, T):
+        """A segment of titans_mac. Where Triton knew that there is one chunk, it made no loop of the scans, and they
+        ended in an illegal memory access."""
+        case = given((8, T, 3, 32))
+        assert not any(changed(case, 8).values())
+        assert all(x.whole < 5e-3 for x in distances(kernel_momentum, chunked_momentum, case).values())

@@ -12,6 +12,9 @@ from models.training.run import RunError
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
 
+COMPILING = RuntimeError("backend='inductor' raised: OutOfMemoryError")  # what it tried out did not fit
+COMPILING.__cause__ = FULL
+
 
 def batch(micro_batch: int, sequences: int = 24):
     return batch_arithmetic(512 * sequences, 512, micro_batch, 1, 512 * sequences)
@@ -25,6 +28,7 @@ def batch(micro_batch: int, sequences: int = 24):
         (FULL, 2, "set micro_batch=1, which needs 50% less"),
         (FULL, 1, "1 sequence of 512 tokens, needs"),
         (FULL, 1, "set seq_len=256, a smaller size=, or strategy=fsdp on more devices"),
+        (COMPILING, 8, "set micro_batch=6,"),
         (MemoryError(), 8, "set micro_batch=6,"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 8, "set micro_batch=6,"),
         (RunError("ten steps in a row"), 8, "ten steps in a row"),

@@ -14,7 +14,7 @@ from models.kernels.delta.tiles import of_memory, of_state, of_tokens
 from models.kernels.momentum.tiles import dot, of_square
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def scan(
     reads,  # [B, T, H, K]
     erases,  # [B, T, H, K]
@@ -78,7 +78,7 @@ def scan(
     tl.store(at, memory, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def scan_gradient(
     reads,  # [B, T, H, K]
     erases,  # [B, T, H, K]

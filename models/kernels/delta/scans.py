@@ -67,7 +67,7 @@ def leave(tile, pointer, bh, n, first, real, T, H: tl.constexpr, X: tl.constexpr
     tl.store(at, tl.trans(tile.to(pointer.dtype.element_ty)), mask=mask & real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def scan(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
@@ -131,7 +131,7 @@ def scan(
     tl.store(at, memory, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def scan_gradient(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]

@@ -15,7 +15,7 @@ from models.kernels.momentum import tiles
 from models.kernels.momentum.tiles import dot, of_matrix, of_square, of_tokens, wider_dot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def scan(
     k,  # [B, T, H, K]
     write_key,  # [B, T, H, K]
@@ -105,7 +105,7 @@ def scan(
         tl.store(at_last + (n_matrices - 1) * K * V, reference, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def scan_gradient(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]

@@ -131,7 +131,8 @@ def chunked_least_squares(
         laid = laid_out(q, k, v, write_weight, ridge, log_decay, first, mix, chunk)
         found = Solution(least_norm(laid.A, laid.q)) if ridge.size is None else solve(laid.A, laid.q, solver, pairs)
         o = laid.read(found.x)
-        found = Solution._make(None if x is None else from_chunks(x, (B, T, H)) for x in found)
+        x, *told = found
+        found = Solution(from_chunks(x, (B, T, H)), *[y if y is None else from_chunks(y, (B, T, H)) for y in told])
     return from_chunks(o, (B, T, H)).to(v.dtype), laid.moments(B), found
 
 

@@ -86,8 +86,9 @@ class Wall(Softmax):
         return "blocks of queries" if backend == "torch" else ""
 
     def forward(self, tokens: Tokens, state: Pairs | None = None) -> tuple[Tensor, Pairs]:
-        assert tokens.log_decay is not None
-        return super().forward(tokens._replace(log_decay=tokens.log_decay.flatten(2)), state)
+        x, q, k, v, log_decay, segments = tokens
+        assert log_decay is not None
+        return super().forward(Tokens(x, q, k, v, log_decay.flatten(2), segments), state)
 
     def read(self, q: Tensor, pairs: Pairs, view: View) -> Tensor:
         dtype, H = working_dtype(q, pairs.k), self.num_heads
