@@ -12,6 +12,7 @@ import importlib.util
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels import backend, tuning
@@ -51,8 +52,19 @@ def route_linear(device: torch.device, decay_kind: str) -> str:
 def linear(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, memory: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """linear.py's map by fla's kernels. Arguments and results as recurrent_linear's; q, k, v are cast to v's dtype."""
+    """linear.py's map by fla's kernels. Arguments and results as recurrent_linear's; q, k, v are cast to v's dtype.
+
+    In 16 bits fla's backward pass wants an even number of keys and values: others get one more of zeros.
+    """
     q, k = q.to(v.dtype), k.to(v.dtype)
+    K, V = k.shape[-1], v.shape[-1]
+    if K % 2 or V % 2:
+        q, k, v = (F.pad(x, (0, x.shape[-1] % 2)) for x in (q, k, v))
+        if log_decay is not None and log_decay.ndim == 4:
+            log_decay = F.pad(log_decay, (0, K % 2))
+        memory = None if memory is None else F.pad(memory, (0, V % 2, 0, K % 2))
+        o, memory = linear(q, k, v, log_decay, memory)
+        return o[..., :V], memory[..., :K, :V]
     options = {"scale": 1.0, "initial_state": None if memory is None else memory.float(), "output_final_state": True}
     kind = "none" if log_decay is None else "head" if log_decay.ndim == 3 else "channel"
     if log_decay is not None:

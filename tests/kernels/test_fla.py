@@ -6,11 +6,13 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from models.kernels import backend, fla
+from models.regression.linear.linear import recurrent_linear
 from models.regression.regressor import FORGET
 from tests.kernels.interpreter import run_interpreted
 from tests.regression.linear.test_delta import NAMES, draw, values_and_gradients
@@ -66,6 +68,24 @@ def test_refusals_say_why(monkeypatch):
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "Triton" in fla.refusal_linear(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("decay", [None, "head", "channel"])
+def test_odd_widths_get_zeros_beside_them(decay, monkeypatch):
+    """linear_published has a value more than keys, for the sum of the weights."""
+
+    def even(q, k, v, g=None, scale=1.0, initial_state=None, output_final_state=True):
+        assert scale == 1.0 and output_final_state and not (k.shape[-1] % 2 or v.shape[-1] % 2)
+        return recurrent_linear(q, k, v, g, initial_state)
+
+    ops = SimpleNamespace(chunk_simple_gla=even, chunk_gla=even)
+    for name in ("fla", "fla.ops", "fla.ops.simple_gla", "fla.ops.gla"):
+        monkeypatch.setitem(sys.modules, name, ops)
+    (q, k), v = (torch.randn(2, 7, 2, 5) for _ in range(2)), torch.randn(2, 7, 2, 9)
+    memory, shape = torch.randn(2, 2, 5, 9), {"head": (2, 7, 2), "channel": (2, 7, 2, 5)}
+    log_decay = None if decay is None else -torch.rand(shape[decay])
+    for x, y in zip(fla.linear(q, k, v, log_decay, memory), recurrent_linear(q, k, v, log_decay, memory), strict=True):
+        assert torch.allclose(x, y, atol=1e-6)
 
 
 def test_routes(monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from models.parts.decay import ScalarDecay
 from models.parts.sizes import Sizes
 from models.regression.local import Forgetting, Intention
-from models.regression.local.pairs import faded
+from models.regression.local.pairs import faded, running_sum
 from models.regression.regressor import Tokens
 
 LONG, LAST, SIZES = 8192, 64, Sizes(8, 1, 1, 8, 8)
@@ -54,3 +54,10 @@ def test_sums_are_per_document_and_have_the_digits_of_float64():
     assert found.dtype == torch.float64 and (found[:, -LAST:] - alone).abs().max() < 1e-11
     gates = ScalarDecay(SIZES)(torch.zeros(1, LONG, 8))[0]
     assert gates.dtype == torch.float32, "what is summed is float32 still"
+
+
+def test_the_running_sum_is_one_with_its_gradient():
+    """An operator that torch.compile leaves alone: https://github.com/pytorch/pytorch/issues/180221."""
+    x = torch.randn(2, 130, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(running_sum(x), x.cumsum(1)) and torch.autograd.gradcheck(running_sum, x[:, :5])
+    torch.library.opcheck(running_sum, (x,))
