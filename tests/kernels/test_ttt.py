@@ -6,11 +6,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import textwrap
+from itertools import pairwise
 
 import pytest
 import torch
 
-from models.kernels.ttt import refusal
+from models.kernels.ttt import TILE, refusal
 from models.parts.sizes import Sizes
 from models.regression.deep import TTT
 from models.regression.deep.accelerated import kernel_averaged
@@ -79,6 +80,51 @@ def test_spans_slabs_and_tiles_do_not_show_interpreted():
 def test_kernels_are_the_dual_form(inner_model, width, dtype):
     found = errors(inner_model, "cuda", width, dtype)
     assert max(found) < {torch.float32: 2e-2, torch.bfloat16: 5e-2}[dtype], found  # tensor cores round, to TF32 or bf16
+
+
+def spans(first: list[int], length: int) -> tuple[list[int], list[int]]:
+    """Where the spans of one row begin and end, and the span of each mini-batch: TILE tokens or fewer, in order."""
+    edges, span = [first[0]], []
+    for begin, end in pairwise([*(x for x in first if x < length), length]):
+        if end - edges[-1] > TILE:
+            edges.append(begin)
+        span.append(len(edges) - 1)
+    return [*edges, length], span
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_spans_take_what_a_tile_holds_interpreted():
+    """Documents of one token, of a few, and of many; a row that begins within a mini-batch, and one without any."""
+    length, rows = 300, []
+    for size, begin in ((1, 0), (5, 0), (40, 7), (1000, 0), (1000, 300)):
+        opens = [t for d in range(begin, length, size) for t in range(d, min(d + size, length), 16)]
+        rows.append(opens + [length] * (length + 1 - len(opens)))
+    code = f"""
+    import json, torch
+    from models.kernels.ttt import _spans
+    edges, spans, counts = _spans(torch.tensor({rows}, dtype=torch.int32), {length}, {-(-length // (TILE - 15))})
+    print("FOUND", json.dumps([edges.tolist(), spans.tolist(), counts.tolist()]))
+    """
+    found = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
+    for row, edges, span, count in zip(rows, *found, strict=True):
+        exact, of_batch = spans(row, length)
+        assert count == len(of_batch) and span[:count] == of_batch
+        assert edges[: len(exact)] == exact and set(edges[len(exact) :]) <= {length}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_same_bits_in_every_run():
+    """With documents, at a model's size."""
+    q, k, v = (torch.randn(4, 2048, 8, 128, device="cuda").bfloat16().requires_grad_() for _ in range(3))
+    x, segments = torch.randn(4, 2048, 1024, device="cuda"), torch.arange(2048, device="cuda") // 300
+    layer = TTT(Sizes(1024, 8, 8, 128, 128), "triton", "linear").to("cuda")
+    found = []
+    for _ in range(4):
+        o, _ = layer(Tokens(x, q, k, v, segments=segments.expand(4, -1)))
+        found.append([o, *torch.autograd.grad(o.float().square().sum(), [q, k, v, *layer.parameters()])])
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.gpu

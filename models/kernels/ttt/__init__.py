@@ -26,6 +26,7 @@ TAKES = {  # of a recipe
 HIDDEN = 4  # the hidden layer's width over that of keys
 MINI_BATCH = 16  # the smallest that Triton's products take, and the paper's
 WIDTHS = {"linear": (16, 32, 64, 128), "mlp": (16, 32, 64)}  # of keys; wider ones' weights do not fit on chip
+KEPT = 7  # tensors, for the backward pass
 TILE = 64  # tokens that the linear model's kernels take at a time
 SLAB = 4096  # spans of MINI_BATCH tokens that the MLP's kernels take at a time, of all heads of all sequences
 
@@ -53,28 +54,44 @@ def slab(rows: int) -> int:
     return max(SLAB // rows, 1)
 
 
-def spans(K: int, P: int, documents: bool) -> int:
-    """Tokens of a span, in which the mini-batches begin that the kernels take at a time."""
-    if K * (K + 1) != P:
-        return MINI_BATCH
-    return TILE - MINI_BATCH if documents else TILE  # the last one goes on for less than MINI_BATCH
+@torch.library.custom_op("test_time_regression::ttt_spans", mutates_args=())
+def _spans(first: Tensor, length: int, num: int) -> tuple[Tensor, Tensor, Tensor]:
+    """edges, spans and counts of a Call, with `num` spans or fewer."""
+    from models.kernels.ttt.linear_tiles import divide
+
+    found = _empty(first, length, num)
+    with torch.cuda.device_of(first):
+        divide[(len(first),)](first, *found, first.shape[1] - 1, num, length, TILE=TILE, num_warps=1)
+    return found
+
+
+@_spans.register_fake
+def _empty(first: Tensor, length: int, num: int) -> tuple[Tensor, Tensor, Tensor]:
+    (B, N), new = first.shape, first.new_empty
+    return new(B, num + 1), new(B, N - 1), new(B)
 
 
 def scan(
     q: Tensor, k: Tensor, v: Tensor, steps: Tensor, sizes: Tensor, start: Tensor, gamma: Tensor,
-    beta: Tensor, init: Tensor, first: Tensor, position: Tensor, fresh: Tensor | None,
+    beta: Tensor, init: Tensor | None, first: Tensor, position: Tensor, fresh: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """All mini-batches of a call, arguments as in Call. Returns o [B, L, H, K] in the dtype of v, and the weights of
-    the last mini-batch [B, H, P].
+    """All mini-batches of a call, arguments as in Call; without `init` the first one begins with `start`. Returns o [B,
+    L, H, K] in the dtype of v, and the weights of the last mini-batch [B, H, P].
     """
-    length, span = q.shape[1], spans(q.shape[-1], start.shape[1], fresh is not None)
-    edges = (torch.arange(-(-length // span) + 1, device=q.device) * span).clamp(max=length)
-    group = torch.searchsorted(first, edges.expand(len(q), -1).contiguous())
+    length, K, first, group, spans = q.shape[1], q.shape[-1], first.int().contiguous(), None, (None, None, None)
+    if start.shape[1] == K * (K + 1):
+        least = TILE if fresh is None else TILE - MINI_BATCH + 1  # tokens of a span that is not the last one
+        spans = _spans(first, length, -(-length // least))
+    else:
+        edges = (torch.arange(-(-length // MINI_BATCH) + 1, device=q.device) * MINI_BATCH).clamp(max=length)
+        group = torch.searchsorted(first, edges.int().expand(len(q), -1).contiguous()).int()
+        init = start.expand(len(q), -1, -1) if init is None else init
     tensors = (x.contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v))
-    numbers = (x.float().contiguous() for x in (steps, sizes, start, gamma, beta, init))
-    places = (x.int().contiguous() for x in (first, group, position))
+    numbers = (x.float().contiguous() for x in (steps, sizes, start, gamma, beta))
+    init = None if init is None else init.float().contiguous()
     fresh = None if fresh is None else fresh.to(torch.int8).contiguous()
-    o, last, *_ = _forward(*packed(Call._make((*tensors, *numbers, *places, fresh))))
+    call = Call._make((*tensors, *numbers, init, first, group, *spans, position.int().contiguous(), fresh))
+    o, last, *_ = _forward(*packed(call))
     return o, last
 
 
@@ -85,13 +102,15 @@ def _kernels(call: Call) -> Any:
         return MLP(call, slab(call.q.shape[0] * call.q.shape[2]))
     from models.kernels.ttt.linear import Linear
 
-    return Linear(call, TILE, spans(call.q.shape[-1], call.start.shape[1], call.fresh is not None))
+    return Linear(call, TILE)
 
 
 @torch.library.custom_op("test_time_regression::ttt_scan", mutates_args=())
-def _forward(given: list[Tensor], names: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward(
+    given: list[Tensor], names: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the last weights, and what is kept for the backward pass: of the MLP the weights at the first mini-batch of
-    each slab [B, H, *, P] and four empty tensors; of the linear model what Linear.forward says."""
+    each slab [B, H, *, P] and six empty tensors; of the linear model what Linear.forward says."""
     call = unpacked(Call, given, names)
     with torch.cuda.device_of(call.q):
         return _kernels(call).forward()
@@ -100,20 +119,26 @@ def _forward(given: list[Tensor], names: str) -> tuple[Tensor, Tensor, Tensor, T
 @_forward.register_fake
 def _(given, names):
     call = unpacked(Call, given, names)
-    (B, H, P), G, K = call.init.shape, call.group.shape[1] - 1, call.q.shape[-1]
-    if call.inner_model == "mlp":
-        kept = call.init.new_empty(B, H, -(-G // slab(B * H)), P), *(call.init.new_empty(0) for _ in range(4))
+    B, L, H, K = call.q.shape
+    P, new = call.start.shape[1], call.start.new_empty
+    if call.group is not None:
+        G = call.group.shape[1] - 1
+        kept = new(B, H, -(-G // slab(B * H)), P), *(new(0) for _ in range(KEPT - 1))
     else:
         from models.kernels.ttt.linear_tiles import NUMBERS
 
-        biases, numbers = call.init.new_empty(B, H, G, K), call.init.new_empty(B, H, NUMBERS.value, call.q.shape[1])
-        kept = call.q.new_empty(B, H, G, K, K), biases, torch.empty_like(call.v), torch.empty_like(call.v), numbers
-    return torch.empty_like(call.v), torch.empty_like(call.init), *kept
+        assert call.edges is not None
+        G = call.edges.shape[1] - 1
+        u, y, read_y = (torch.empty_like(call.v) for _ in range(3))
+        numbers, scales = new(B, H, NUMBERS.value, L), new(B, H, L)
+        kept = call.q.new_empty(B, H, G, K, K), new(B, H, G, K), u, y, numbers, read_y, scales
+    return torch.empty_like(call.v), new(B, H, P), *kept
 
 
 @torch.library.custom_op("test_time_regression::ttt_scan_backward", mutates_args=())
-def _backward(given: list[Tensor], names: str, kept: list[Tensor], do: Tensor, dlast: Tensor) -> list[Tensor]:
-    """The gradients by all tensors up to init; by what heads or rows share, of each row."""
+def _backward(given: list[Tensor], names: str, kept: list[Tensor], do: Tensor, dlast: Tensor | None) -> list[Tensor]:
+    """The gradients by q, k, v and the steps; side by side those by sizes, gamma and beta [B, H, b + 2 K], and that by
+    start [B, H, P], of each row; and that by init, if there is one."""
     call = unpacked(Call, given, names)
     with torch.cuda.device_of(call.q):
         return _kernels(call).backward(do, dlast, *kept)
@@ -122,10 +147,10 @@ def _backward(given: list[Tensor], names: str, kept: list[Tensor], do: Tensor, d
 @_backward.register_fake
 def _(given, names, *others):
     call = unpacked(Call, given, names)
-    (B, H, _), K = call.init.shape, call.q.shape[-1]
-    dsizes, dgamma, dbeta = (call.steps.new_empty(B, H, n) for n in (len(call.sizes), K, K))
-    dstart, dinit = torch.empty_like(call.init), torch.empty_like(call.init)
-    return [*(torch.empty_like(x) for x in call[:4]), dsizes, dstart, dgamma, dbeta, dinit]
+    B, _, H, K = call.q.shape
+    shared, weights = (call.steps.new_empty(B, H, n) for n in (len(call.sizes) + 2 * K, call.start.shape[1]))
+    found = [*(torch.empty_like(x) for x in call[:4]), shared, weights]
+    return found if call.init is None else [*found, torch.empty_like(weights)]
 
 
 def _keep(ctx, inputs, output):
@@ -136,13 +161,15 @@ def _keep(ctx, inputs, output):
 
 def _gradients(ctx, do, dlast, *_):
     saved = ctx.saved_tensors  # once: recomputed blocks give them no second time
-    given, kept = saved[:-5], saved[-5:]
+    given, kept = saved[:-KEPT], saved[-KEPT:]
     call = unpacked(Call, given, ctx.names)
     do = torch.zeros_like(call.v) if do is None else do.contiguous()
-    dlast = torch.zeros_like(call.init) if dlast is None else dlast.contiguous()
-    *each, dsizes, dstart, dgamma, dbeta, dinit = _backward(list(given), ctx.names, list(kept), do, dlast)
-    shared = [dsizes.sum((0, 1)), dstart.sum(0), dgamma.sum(0), dbeta.sum(0), dinit]
-    return [*each, *shared, *[None] * (len(given) - 9)], None
+    dlast = None if dlast is None else dlast.contiguous()
+    dq, dk, dv, dsteps, shared, dstart, *dinit = _backward(list(given), ctx.names, list(kept), do, dlast)
+    K = call.q.shape[-1]
+    dsizes, dgamma, dbeta = shared.sum(0).split([len(call.sizes), K, K], dim=-1)
+    found = [dq, dk, dv, dsteps, dsizes.sum(0), dstart.sum(0), dgamma, dbeta, *dinit]
+    return [*found, *[None] * (len(given) - len(found))], None
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)

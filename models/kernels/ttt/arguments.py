@@ -18,9 +18,14 @@ class Call(NamedTuple):
     start: Tensor  # [H, P]: of a document that begins inside the call
     gamma: Tensor  # [H, K]
     beta: Tensor  # [H, K]
-    init: Tensor  # [B, H, P]: of the first one
+    init: Tensor | None  # [B, H, P]: of the first one, None for `start` (the linear model alone)
     first: Tensor  # [B, N + 1]: the first token of each mini-batch, and where the last one ends
-    group: Tensor  # [B, G + 1]: the first mini-batch of each span of tokens that the kernels take at a time
+    # of the MLP alone:
+    group: Tensor | None  # [B, G + 1]: the first mini-batch of each span of tokens
+    # of the linear model alone:
+    edges: Tensor | None  # [B, G + 1]: the first token of each span of mini-batches, and where the last one ends
+    spans: Tensor | None  # [B, N]: the span of each mini-batch
+    counts: Tensor | None  # [B]: how many mini-batches begin in each row
     position: Tensor  # [B, L]: how many tokens of its document, or of the mini-batch that goes on, come before each
     fresh: Tensor | None  # [B, N]: which mini-batches begin a document, None where none does
 

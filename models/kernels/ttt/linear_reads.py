@@ -14,6 +14,7 @@ from models.kernels.ttt.linear_tiles import (
     no_gradients,
     part,
     rows,
+    scores_of,
     shares,
     span_tokens,
 )  # fmt: skip
@@ -38,12 +39,14 @@ def _store_part(x, value, batch, head, token, real, j, L, H, K: tl.constexpr, PA
 
 @triton.jit(do_not_specialize=["L", "G"])
 def read(
-    q, k, sizes, gammas, betas, edges, position, opening, opening_biases, kept, biases, errors,
-    o,
+    q, k, sizes, gammas, betas, edges, position, opening, start, kept, biases, errors,
+    o, standard, scales,
     L, H, G, C: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
     DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """opening [H, K, K] and opening_biases [H, K]: what a document begins with."""
+    """opening and start [H, P]: what a document begins with, the first in the type of q. Beside o, y and s of the
+    queries.
+    """
     g, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head, key = row // H, row % H, tl.arange(0, K)
     TYPE: tl.constexpr = q.dtype.element_ty
@@ -51,27 +54,30 @@ def read(
     if begin == end:
         return
     # on its way before the products that it is not for
-    u, query = (_rows(errors, batch, head, token, real, L, H, K), _rows(q, batch, head, token, real, L, H, K))
+    u = _rows(errors, batch, head, token, real, L, H, K)
     carried, others = carried_on(begin, real, document_of)
     gamma, beta = tl.load(gammas + head * K + key)[None, :], tl.load(betas + head * K + key)[None, :]
-    slot, opening, opening_biases = row * G + g, opening + head * (K * K), opening_biases + head * K
+    slot, opening, opening_bias = row * G + g, opening + head * (K * K + K), start + head * (K * K + K) + K * K
     c = shares(token, batch_of, document_of, tl.load(sizes + place), tl.load(sizes + C - 1))
     z, scores = layer(
-        q, k, kept + slot * (K * K), biases + slot * K, opening, opening_biases, carried, others, batch, head, token,
+        q, k, kept + slot * (K * K), biases + slot * K, opening, opening_bias, carried, others, batch, head, token,
         real, L, H, TILE, K, PART, DOCUMENTS,
     )  # fmt: skip
-    y, _ = standardise(z - dot(c * scores, u, TYPE), K)
+    y, scale = standardise(z - dot(c * scores, u, TYPE), K)
+    tl.store(scales + row * L + token[:, None], scale, mask=real[:, None])
+    _store(standard, y, batch, head, token, real, L, H, K)
+    query = _rows(q, batch, head, token, real, L, H, K)
     _store(o, query + gamma * y + beta, batch, head, token, real, L, H, K)
 
 
 @triton.jit(do_not_specialize=["L", "G"])
 def read_gradient(
-    q, k, sizes, gammas, betas, edges, position, opening, opening_biases, kept, biases, errors, do,
-    dq, dsizes, dgammas, dbetas, derrors, dreads,
+    q, k, sizes, gammas, edges, position, opening, kept, errors, standard, scales, do,
+    dq, shared, derrors, dreads,
     L, H, G, C: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """dq, and the gradients by u and z because of queries; of each span dsizes [B H, G, C], dgammas and dbetas [B H, G,
-    K], which come in as zeros.
+    """dq, and the gradients by u and z because of queries; in shared [B H, G + 1, C + 2 K], which comes in as zeros, of
+    each span those by sizes, gamma and beta.
     """
     g, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head, key = row // H, row % H, tl.arange(0, K)
@@ -82,42 +88,47 @@ def read_gradient(
     if begin == end:
         return
     # on their way before the products that they are not for
-    u, dout = (_rows(errors, batch, head, token, real, L, H, K), _rows(do, batch, head, token, real, L, H, K))
+    y, dout = (_rows(standard, batch, head, token, real, L, H, K), _rows(do, batch, head, token, real, L, H, K))
+    u, scale = _rows(errors, batch, head, token, real, L, H, K), tl.load(scales + row * L + token, mask=real, other=0.0)
     carried, others = carried_on(begin, real, document_of)
     gamma = tl.load(gammas + head * K + key)[None, :]
-    slot, opening, opening_biases = row * G + g, opening + head * (K * K), opening_biases + head * K
-    kept, biases = kept + slot * (K * K), biases + slot * K
-    c = shares(token, batch_of, document_of, tl.load(sizes + place), tl.load(sizes + C - 1))
-    z, A = layer(
-        q, k, kept, biases, opening, opening_biases, carried, others, batch, head, token,
-        real, L, H, TILE, K, PART, DOCUMENTS,
-    )  # fmt: skip
-    z -= dot(c * A, u, TYPE)
-    y, scale = standardise(z, K)
-    dout = dout.to(tl.float32)
-    tl.store(dgammas + slot * K + key, tl.sum(dout * y, 0))
-    tl.store(dbetas + slot * K + key, tl.sum(dout, 0))
-    dz = project(dout * gamma, y, scale, K)
+    kept, opening = kept + (row * G + g) * (K * K), opening + head * (K * K + K)
+    shared += (row * (G + 1) + g) * (C + 2 * K)
+    y, dout = y.to(tl.float32), dout.to(tl.float32)
+    tl.store(shared + C + key, tl.sum(dout * y, 0))
+    tl.store(shared + C + K + key, tl.sum(dout, 0))
+    dz = project(dout * gamma, y, scale[:, None], K).to(TYPE)
     _store(dreads, dz, batch, head, token, real, L, H, K)
-    pulls = dot(dz, tl.trans(u), TYPE)
+    pulls = tl.dot(dz, tl.trans(u))
+    A = scores_of(q, k, batch, head, token, real, L, H, TILE, K, PART)
+    c = shares(token, batch_of, document_of, tl.load(sizes + place), tl.load(sizes + C - 1))
     same = (batch_of[:, None] == batch_of[None, :]) & (token[:, None] >= token[None, :])
     dc = tl.sum(tl.where(same, A * pulls, 0.0), 1)
     each = tl.arange(0, C)
-    tl.store(dsizes + slot * C + each, -tl.sum(tl.where(place[:, None] == each[None, :], dc[:, None], 0.0), 0))
+    tl.store(shared + each, -tl.sum(tl.where(place[:, None] == each[None, :], dc[:, None], 0.0), 0))
     du = dot(tl.trans(tl.where(same, -c * A, 0.0)), dz, TYPE)
     _store(derrors, du, batch, head, token, real, L, H, K)
-    pulls, dz = (c * pulls).to(TYPE), dz.to(TYPE)
-    inside = tl.where(carried[:, None], 0.0, dz)
+    pulls = (c * pulls).to(TYPE)
+    mine = real
     if DOCUMENTS:
-        dz = tl.where(carried[:, None], dz, 0.0)
+        mine = real & carried
+    _query_gradient(dq, dz, pulls, kept, k, do, batch, head, token, real, mine, L, H, K, PART)
+    if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
+        if others:
+            mine = real & (carried == 0)
+            _query_gradient(dq, dz, pulls, opening, k, do, batch, head, token, real, mine, L, H, K, PART)
+
+
+@triton.jit
+def _query_gradient(
+    dq, dz, pulls, weights, k, do, batch, head, token, real, mine, L, H, K: tl.constexpr, PART: tl.constexpr
+):  # fmt: skip
+    """dz W' - pulls k + do of those tokens that are mine. A product under a condition inside this loop was wrong."""
     for j in tl.range(0, K, PART):
-        dquery = dot(dz, tl.trans(rows(kept, j, K, PART)), TYPE)
+        dquery = tl.dot(dz, tl.trans(rows(weights, j, K, PART)))
         dquery -= tl.dot(pulls, part(k, batch, head, token, real, j, L, H, K, PART))
-        if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
-            if others:
-                dquery += dot(inside, tl.trans(rows(opening, j, K, PART)), TYPE)
         dquery += part(do, batch, head, token, real, j, L, H, K, PART)
-        _store_part(dq, dquery, batch, head, token, real, j, L, H, K, PART)
+        _store_part(dq, dquery, batch, head, token, mine, j, L, H, K, PART)
 
 
 @triton.jit
@@ -146,7 +157,7 @@ def key_gradient(
     dread = _rows(dreads, batch, head, token, real, L, H, K)
     carried, others = carried_on(begin, real, document_of)
     slot, last_c = row * G + g, tl.load(sizes + C - 1)
-    kept, dkept, opening = kept + slot * (K * K), dkept + slot * (K * K), opening + head * (K * K)
+    kept, dkept, opening = kept + slot * (K * K), dkept + slot * (K * K), opening + head * (K * K + K)
     reaches = _reaches(position, batch, batch_of, document_of, real, end, L, C)
     later = (document_of[:, None] == document_of[None, :]) & (batch_of[:, None] < batch_of[None, :])
     forth, back, pulls = tl.dot(u, tl.trans(dz)), tl.dot(dz, tl.trans(u)), tl.dot(u, tl.trans(dread))
@@ -157,16 +168,28 @@ def key_gradient(
     c = tl.where(batch_of[:, None] == batch_of[None, :], tl.load(sizes + place)[None, :], last_c)
     pulls = tl.where(together & (token[:, None] <= token[None, :]), c * pulls, 0.0).to(TYPE)
     u = tl.where(reaches[:, None], last_c * u.to(tl.float32), 0.0).to(TYPE)
-    inside = tl.where(carried[:, None], 0.0, dz)
+    mine = real
     if DOCUMENTS:
-        dz = tl.where(carried[:, None], dz, 0.0)
+        mine = real & carried
+    _key_gradient(dk, u, scores, pulls, dz, kept, dkept, q, k, dv, batch, head, token, real, mine, L, H, K, PART)
+    if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
+        if others:
+            mine = real & (carried == 0)
+            _key_gradient(
+                dk, u, scores, pulls, dz, opening, dkept, q, k, dv, batch, head, token, real, mine, L, H, K, PART
+            )
+
+
+@triton.jit
+def _key_gradient(
+    dk, u, scores, pulls, dz, weights, dkept, q, k, dv, batch, head, token, real, mine, L, H, K: tl.constexpr,
+    PART: tl.constexpr,
+):  # fmt: skip
+    """dz W' - u D' - scores k - pulls q - dv of those tokens that are mine."""
     for j in tl.range(0, K, PART):
-        dx = dot(u, tl.trans(rows(dkept, j, K, PART)), TYPE)
+        dx = tl.dot(u, tl.trans(rows(dkept, j, K, PART)))
         dx = tl.dot(scores, part(k, batch, head, token, real, j, L, H, K, PART), dx)
         dx = tl.dot(pulls, part(q, batch, head, token, real, j, L, H, K, PART), dx)
-        dx = dot(dz, tl.trans(rows(kept, j, K, PART)), TYPE) - dx
-        if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
-            if others:
-                dx += dot(inside, tl.trans(rows(opening, j, K, PART)), TYPE)
+        dx = tl.dot(dz, tl.trans(rows(weights, j, K, PART))) - dx
         dx -= part(dv, batch, head, token, real, j, L, H, K, PART)
-        _store_part(dk, dx, batch, head, token, real, j, L, H, K, PART)
+        _store_part(dk, dx, batch, head, token, mine, j, L, H, K, PART)

@@ -33,8 +33,33 @@ def _rows(x, batch, head, token, real, L, H, K: tl.constexpr):
 
 
 @triton.jit
-def _turned(x):
-    return tl.trans(x.to(tl.float32))
+def _one(TYPE: tl.constexpr, C: tl.constexpr):
+    return tl.where(tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :], 1.0, 0.0).to(TYPE)
+
+
+@triton.jit
+def _turned(x, one):
+    """x' [K, C] of rows x [C, K], as the product with ones: it lies as products do, without a barrier. Of float32 the
+    product would be TF32's.
+    """
+    if x.dtype == tl.float32:
+        return tl.trans(x)
+    return tl.dot(tl.trans(x), one)
+
+
+@triton.jit
+def _store_both(a, b, x, y, batch, head, begin, length, L, H, K: tl.constexpr, C: tl.constexpr):
+    """Stores tiles [K, C] as rows, x in a and y in b: laid out so together, which are barriers."""
+    t = tl.arange(0, 2 * C)
+    rows = tl.reshape(tl.permute(tl.join(x, y), [2, 1, 0]), [2 * C, K])
+    place = (((batch * L + begin + t % C) * H + head) * K)[:, None] + tl.arange(0, K)[None, :]
+    tl.store(tl.where(t < C, a, b)[:, None] + place, rows, mask=(t % C < length)[:, None])
+
+
+@triton.jit
+def _fold(x, K: tl.constexpr, C: tl.constexpr):
+    """Sums [K, 4] of what one thread has of a product's result [K, C]."""
+    return tl.sum(tl.sum(tl.reshape(x, [K, C // 8, 4, 2]), 3), 1)
 
 
 @triton.jit
@@ -45,13 +70,13 @@ def _pairs(k, v, steps, batch, head, token, real, L, H, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["L", "N", "G"])
 def scan(
-    k, v, steps, sizes, start, gammas, betas, init, first, group, fresh,
+    k, v, steps, sizes, start, gammas, betas, init, first, spans, counts, fresh,
     last, kept, biases, errors, standard, numbers,
-    L, H, N, G, C: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, DOCUMENTS: tl.constexpr,
+    L, H, N, G, C: tl.constexpr, K: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """From init [B H, P]: last [B H, P]; of every token u and y, errors and standard [B, L, H, K], and numbers [B H, 6,
-    L]; and what stands before the first mini-batch of each span, kept [B H, G, K, K] and, in float32, biases [B H, G,
-    K].
+    """From init [B H, P], or if there is none from start [H, P]: last [B H, P]; of every token u and y, errors and
+    standard [B, L, H, K], and numbers [B H, 6, L]; and what stands before the first mini-batch of each span, kept [B H,
+    G, K, K] and, in float32, biases [B H, G, K].
     """
     row = tl.program_id(0).to(tl.int64)
     batch, head, P = row // H, row % H, K * K + K
@@ -59,52 +84,55 @@ def scan(
     key = tl.arange(0, K)
     matrix, bias = key[None, :] * K + key[:, None], K * K + key[:, None]
     which = tl.arange(0, 8)[:, None]
-    gamma_row, beta_row = tl.load(gammas + head * K + key)[None, :], tl.load(betas + head * K + key)[None, :]
-    gamma = tl.load(gammas + head * K + key[:, None])
+    gamma, beta = tl.load(gammas + head * K + key[:, None]), tl.load(betas + head * K + key[:, None])
+    one = _one(TYPE, C)
     curve = gamma * gamma
     slope, last_c = tl.sum(curve) / K, tl.load(sizes + C - 1)
-    end, opening = tl.load(group + batch * (G + 1) + G), start + head * P
+    end, opening = tl.load(counts + batch), start + head * P
     begin, length, token, real, new = mini_batch(first, fresh, batch, 0, N, C, DOCUMENTS)
-    init += row * P
-    if DOCUMENTS:
-        init = tl.where(new, opening, init)
-    W, b = tl.load(init + matrix), tl.load(init + bias)
-    span = begin // SPAN
+    if init is None:
+        W, b = tl.load(opening + matrix), tl.load(opening + bias)
+    else:
+        init += row * P
+        if DOCUMENTS:
+            init = tl.where(new, opening, init)
+        W, b = tl.load(init + matrix), tl.load(init + bias)
+    span = 0
     if end > 0:
-        tl.store(kept + (row * G + span) * (K * K) + matrix, W.to(TYPE))
-        tl.store(biases + (row * G + span) * K + key[:, None], b)
+        tl.store(kept + row * G * (K * K) + matrix, W.to(TYPE))
+        tl.store(biases + row * G * K + key[:, None], b)
     x, value, eta = _pairs(k, v, steps, batch, head, token, real, L, H, K)
     for n in tl.range(0, end, disable_licm=True):
         m = tl.minimum(n + 1, N - 1)
         next_begin, next_length, next_token, next_real, next_new = mini_batch(first, fresh, batch, m, N, C, DOCUMENTS)
         next_x, next_value, next_eta = _pairs(k, v, steps, batch, head, next_token, next_real, L, H, K)
+        next_span = tl.load(spans + batch * N + m)
 
-        pull = tl.trans(gamma_row * (beta_row - value.to(tl.float32) + x.to(tl.float32)))
+        pull = gamma * (beta + (_turned(x, one) - _turned(value, one)))
         z = dot(W, tl.trans(x), TYPE) + b
         bent = curve * z
         means = tl.reduce((z, z * z, bent, bent * z, pull * z, pull), 0, _add6, keep_dims=True)
         mean, square, linear, quadratic, cross, rest = means
         mean, rest = mean / K, rest / K
-        scale = 1 / tl.sqrt(tl.maximum(square / K - mean * mean, 0.0) + EPS)
+        scale = tl.rsqrt(tl.maximum(square / K - mean * mean, 0.0) + EPS)
         linear, y = linear / K - mean * slope, scale * (z - mean)  # <gamma^2 (z - mean)>
         quadratic = scale * (quadratic / K - mean * (2 * linear + mean * slope))
         cross = scale * (quadratic + cross / K - mean * rest)  # <g y>
         bent = scale * linear
         u = (eta[None, :] * scale) * (curve * y + pull - (bent + rest) - y * cross)
-        tl.store(tokens(errors, batch, head, token, L, H, K), tl.trans(u.to(TYPE)), mask=real[:, None])
-        tl.store(tokens(standard, batch, head, token, L, H, K), tl.trans(y.to(TYPE)), mask=real[:, None])
-        found = tl.where(which == at.SCALE, scale, eta[None, :] * scale * scale)
+        found = tl.where(which == at.SCALE, scale, eta[None, :] * scale)
         found = tl.where(which == at.CROSS, cross, found)
         found = tl.where(which == at.BENT, bent, found)
         found = tl.where(which == at.LEVEL, 2 * bent + rest, found)
         found = tl.where(which == at.TURN, 0.5 * scale * quadratic + 1.5 * cross, found)
+        step = tl.where(length == C, -last_c, 0.0) * u
+        W = add_dot(step, x, W, TYPE)
+        b += tl.sum(step, 1, keep_dims=True)
+        _store_both(errors, standard, u.to(TYPE), y.to(TYPE), batch, head, begin, length, L, H, K, C)
         tl.store(number_at(numbers, row, which, token[None, :], L), found, mask=real[None, :] & (which < at.NUMBERS))
-        u *= tl.where(length == C, -last_c, 0.0)
-        W = add_dot(u, x, W, TYPE)
-        b += tl.sum(u, 1, keep_dims=True)
         # before a document's own weights come in: after that Triton turns W around for this store in every mini-batch
-        if (next_begin // SPAN != span) & (n + 1 < end):
-            span = next_begin // SPAN
+        if (next_span != span) & (n + 1 < end):
+            span = next_span
             tl.store(kept + (row * G + span) * (K * K) + matrix, W.to(TYPE))
             tl.store(biases + (row * G + span) * K + key[:, None], b)
         if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
@@ -132,76 +160,76 @@ def _gradient_inputs(q, k, v, standard, derrors, dreads, batch, head, token, rea
 
 @triton.jit(do_not_specialize=["L", "N", "G"])
 def scan_gradient(
-    q, k, v, sizes, gammas, betas, first, group, fresh, standard, numbers, derrors, dreads,
-    dinit, dstart, dkept, dbiases, dback, dv, dsteps, dlast_c, dgammas, dbetas,
-    L, H, N, G, C: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, DOCUMENTS: tl.constexpr,
+    q, k, v, sizes, gammas, betas, first, spans, counts, fresh, standard, numbers, derrors, dreads,
+    dlast, dinit, dstart, dkept, dback, dv, dsteps, shared,
+    L, H, N, G, C: tl.constexpr, K: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Backwards, with dinit [B H, P] in and out the gradient by the weights; dstart [B H, P] comes in as zeros. What
-    stands at the end of each span is left in dkept [B H, G, K, K] and dbiases [B H, G, K], and the gradient by z of
-    every token's error in dback [B, L, H, K]. dv and dsteps; dlast_c [B H], dgammas and dbetas [B H, K].
+    """Backwards, from the gradient by the last weights dlast [B H, P], or None, to that by the first, dinit [B H, P].
+    If it is None, these were start. dstart [B H, P] comes in as zeros. What stands at the end of each span is left in
+    dkept [B H, G, K, K], and the gradient by z of every token's error in dback [B, L, H, K]. dv and dsteps; and those
+    by sizes, gamma and beta in the last of shared [B H, G + 1, C + 2 K].
     """
     row = tl.program_id(0).to(tl.int64)
     batch, head, P = row // H, row % H, K * K + K
     TYPE: tl.constexpr = k.dtype.element_ty
     key = tl.arange(0, K)
     matrix, bias = key[None, :] * K + key[:, None], K * K + key[:, None]
-    beta_row = tl.load(betas + head * K + key)[None, :]
-    gamma = tl.load(gammas + head * K + key[:, None])
+    gamma, beta = tl.load(gammas + head * K + key[:, None]), tl.load(betas + head * K + key[:, None])
+    one = _one(TYPE, C)
     curve = gamma * gamma
     slope, last_c = tl.sum(curve) / K, tl.load(sizes + C - 1)
     before, opens = tl.arange(0, C), tl.load(first + batch * (N + 1))
     no_gradients(dv, opens, batch, head, L, H, C, K)
     tl.store(dsteps + (batch * L + before) * H + head, tl.zeros([C], tl.float32), mask=before < opens)
-    here, opening = dinit + row * P, dstart + row * P
-    D, d = tl.load(here + matrix), tl.load(here + bias)
-    dgamma, dbeta, shared = tl.zeros_like(d), tl.zeros_like(d), tl.zeros_like(d)
-    end, span = tl.load(group + batch * (G + 1) + G), -1
+    opening = dstart + row * P
+    D, d = tl.zeros([K, K], tl.float32), tl.zeros([K, 1], tl.float32)
+    if dlast is not None:
+        D, d = tl.load(dlast + row * P + matrix), tl.load(dlast + row * P + bias)
+    dgamma, dbeta, by_last_c = tl.zeros([K, 4], tl.float32), tl.zeros([K, 4], tl.float32), tl.zeros([K, 4], tl.float32)
+    end, span = tl.load(counts + batch), -1
     m = tl.maximum(end - 1, 0)
     begin, length, token, real, new = mini_batch(first, fresh, batch, m, N, C, DOCUMENTS)
+    next_span = tl.load(spans + batch * N + m)
     query, x, value, y_row, du, dread = _gradient_inputs(
         q, k, v, standard, derrors, dreads, batch, head, token, real, L, H, K
     )
     for i in tl.range(0, end, disable_licm=True):
-        scale, step = _two(numbers, row, at.SCALE, at.STEP, token, real, L)
+        scale, eta_s = _two(numbers, row, at.SCALE, at.STEP, token, real, L)
         cross, bent = _two(numbers, row, at.CROSS, at.BENT, token, real, L)
         level, turn = _two(numbers, row, at.LEVEL, at.TURN, token, real, L)
-        if begin // SPAN != span:
-            span = begin // SPAN
+        if next_span != span:
+            span = next_span
             tl.store(dkept + (row * G + span) * (K * K) + matrix, D.to(TYPE))
-            tl.store(dbiases + (row * G + span) * K + key[:, None], d)
         m = tl.maximum(end - 2 - i, 0)
         next_begin, next_length, next_token, next_real, next_new = mini_batch(first, fresh, batch, m, N, C, DOCUMENTS)
+        next_span = tl.load(spans + batch * N + m)
         next_query, next_x, next_value, next_y, next_du, next_dread = _gradient_inputs(
             q, k, v, standard, derrors, dreads, batch, head, next_token, next_real, L, H, K
         )
 
         full = tl.where(length == C, 1.0, 0.0)
         moved = full * (dot(D, tl.trans(x), TYPE) + d)
-        # with a zero that lies as the product does these are laid out so once, and all that they go into with them
-        zero = tl.minimum(tl.abs(moved), 0.0)
-        y, pull = _turned(y_row) + zero, tl.trans(beta_row - value.to(tl.float32) + x.to(tl.float32)) + zero
+        y, pull = _turned(y_row, one), beta + (_turned(x, one) - _turned(value, one))
         g = curve * y + gamma * pull
-        h, p = g + curve * y, _turned(du) - last_c * moved
+        h, p = g + curve * y, _turned(du, one) - last_c * moved
+        read = _turned(dread, one)
         sums = tl.reduce((p, p * y, p * h, curve * p, curve * p * y), 0, _add5, keep_dims=True)
         mean, by_y, by_h, by_curve, by_both = sums
         mean, by_y = mean / K, by_y / K
         by_h = by_h / K - level * mean - turn * by_y
         p -= mean
         dz = (curve - cross) * p - (by_curve / K - mean * slope) - (h - level - turn * y) * by_y - y * by_h
-        dz = step * dz
-        tl.store(tokens(dback, batch, head, token, L, H, K), tl.trans(dz.to(TYPE)), mask=real[:, None])
-        D = add_dot(dz, x, D, TYPE)
-        D = add_dot(tl.trans(dread), query, D, TYPE)
-        d += tl.sum(dz + _turned(dread), 1, keep_dims=True)
+        dz = eta_s * scale * dz
+        D = add_dot(read, query, add_dot(dz, x, D, TYPE), TYPE)
+        d += tl.sum(dz + read, 1, keep_dims=True)
 
-        step = tl.where(real[None, :], step / scale, 0.0)  # eta s
-        shared += tl.sum(step * moved * (g - (level - bent) - y * cross), 1, keep_dims=True)
+        by_last_c += _fold(eta_s * moved * (g - (level - bent) - y * cross), K, C)
         deta = scale * (K * (by_h + (turn - cross) * by_y + mean * bent) - by_both)
         tl.store(dsteps + (batch * L + token[None, :]) * H + head, deta, mask=real[None, :])
-        dg = step * (p - y * by_y)
-        tl.store(tokens(dv, batch, head, token, L, H, K), tl.trans((-gamma * dg).to(TYPE)), mask=real[:, None])
-        dgamma += tl.sum(dg * (2 * gamma * y + pull), 1, keep_dims=True)
-        dbeta += tl.sum(dg, 1, keep_dims=True)
+        dg = eta_s * (p - y * by_y)
+        _store_both(dback, dv, dz.to(TYPE), (-gamma * dg).to(TYPE), batch, head, begin, length, L, H, K, C)
+        dgamma += _fold(dg * (2 * gamma * y + pull), K, C)
+        dbeta += _fold(dg, K, C)
         if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
             if new:  # what comes before is another document
                 tl.store(opening + matrix, tl.load(opening + matrix) + D)
@@ -209,8 +237,14 @@ def scan_gradient(
                 D, d = tl.zeros_like(D), tl.zeros_like(d)
         begin, length, token, real, new = next_begin, next_length, next_token, next_real, next_new
         query, x, value, y_row, du, dread = next_query, next_x, next_value, next_y, next_du, next_dread
+    if dinit is None:
+        here = opening
+        D, d = D + tl.load(opening + matrix), d + tl.load(opening + bias)
+    else:
+        here = dinit + row * P
     tl.store(here + matrix, D)
     tl.store(here + bias, d)
-    tl.store(dlast_c + row, -tl.sum(shared))
-    tl.store(dgammas + row * K + key[:, None], dgamma)
-    tl.store(dbetas + row * K + key[:, None], gamma * dbeta)
+    shared += (row * (G + 1) + G) * (C + 2 * K)
+    tl.store(shared + C - 1, -tl.sum(by_last_c))
+    tl.store(shared + C + key, tl.sum(dgamma, 1))
+    tl.store(shared + C + K + key[:, None], gamma * tl.sum(dbeta, 1, keep_dims=True))

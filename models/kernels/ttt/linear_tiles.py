@@ -10,16 +10,15 @@ with W_0, b_0 what a span of tokens begins with and j in that span and in the sa
 the span, W_0 and b_0 are its own. So once the scan has left u and the weights of each span, all tokens of a span are
 read at once, and the gradients go the same way from the end of a span, where scan_gradient has left them.
 
-A span's tokens are those of the mini-batches that begin in SPAN tokens of the row, at most TILE of them: the last one
-may end C - 1 tokens later, and so SPAN is C less than TILE where there are documents.
+A span has as many mini-batches as TILE tokens hold, each but the last of a row more than TILE - C.
 
 p = eta du has by the inner gradient the gradient dz = H p. For z - mean = y / s, g = gamma (gamma y + beta - target),
 
     H p = s^2 [ (gamma^2 - <g y>) p' - <gamma^2 p'> - h <y p> - y <h p> ] ,   p' = p - <p> ,
     h = g + gamma^2 y - <g + gamma^2 y> - y (<gamma^2 y^2> + 3 <g y>) / 2 ,   < > the mean over values.
 
-Between the kernels there are, in the type of q as [B, L, H, K], u, y, and of the queries the gradients by u and z; and
-numbers [B, H, 6, L] in float32.
+Between the kernels there are, in the type of q as [B, L, H, K], u, y, of the queries y too, and their gradients by u
+and z; and in float32 numbers [B, H, 6, L], and of the queries s [B, H, L].
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import triton.language as tl
 from models.kernels.ttt.parts import tokens
 
 NUMBERS = tl.constexpr(6)
-SCALE, STEP, CROSS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # s, eta s^2, <g y>
+SCALE, STEP, CROSS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # s, eta s, <g y>
 BENT, LEVEL, TURN = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)  # <gamma^2 y>, and of h what is taken from it
 
 
@@ -38,6 +37,23 @@ BENT, LEVEL, TURN = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)  # <gamma^
 def number_at(numbers, row, which, token, L):
     """Pointers to one of the numbers of tokens."""
     return numbers + (row * NUMBERS + which) * L + token
+
+
+@triton.jit(do_not_specialize=["N", "G", "L"])
+def divide(first, edges, span, count, N, G, L, TILE: tl.constexpr):
+    """What a Call says of spans, from first [B, N + 1]. A program a row."""
+    row, some, n = tl.program_id(0), tl.arange(0, TILE), 0
+    first, edges, span = first + row * (N + 1), edges + row * (G + 1), span + row * N
+    tl.store(edges, tl.load(first))
+    for g in range(0, G):
+        at, begin = n + some, tl.load(first + n)
+        here = tl.load(first + at, mask=at <= N, other=L)
+        end = tl.load(first + at + 1, mask=at < N, other=L)
+        mine = (here < L) & (end <= begin + TILE)
+        tl.store(span + at, g, mask=mine)
+        n += tl.sum(mine.to(tl.int32))
+        tl.store(edges + g + 1, tl.load(first + n))
+    tl.store(count + row, n)
 
 
 @triton.jit
@@ -87,6 +103,16 @@ def rows(weights, j, K: tl.constexpr, PART: tl.constexpr):
 
 
 @triton.jit
+def scores_of(x, k, batch, head, token, real, L, H, TILE: tl.constexpr, K: tl.constexpr, PART: tl.constexpr):
+    """x k' + 1 [TILE, TILE], for x and k [B, L, H, K]."""
+    scores = tl.zeros([TILE, TILE], tl.float32) + 1.0
+    for j in tl.range(0, K, PART):
+        x_part = part(x, batch, head, token, real, j, L, H, K, PART)
+        scores = tl.dot(x_part, tl.trans(part(k, batch, head, token, real, j, L, H, K, PART)), scores)
+    return scores
+
+
+@triton.jit
 def layer(
     x, k, weights, bias, opening, opening_bias, carried, others, batch, head, token, real,
     L, H, TILE: tl.constexpr, K: tl.constexpr, PART: tl.constexpr, DOCUMENTS: tl.constexpr,
@@ -102,9 +128,9 @@ def layer(
         z = tl.dot(x_part, rows(weights, j, K, PART), z)
         scores = tl.dot(x_part, tl.trans(part(k, batch, head, token, real, j, L, H, K, PART)), scores)
     if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
-        if others:
-            own = tl.zeros([TILE, K], tl.float32) + tl.load(opening_bias + key)[None, :]
+        if others:  # added to nothing, where there were zeros for x; a sum of its own would be a second tile
+            z = tl.where(carried[:, None], z, tl.load(opening_bias + key)[None, :])
             for j in tl.range(0, K, PART):
-                own = tl.dot(part(x, batch, head, token, real, j, L, H, K, PART), rows(opening, j, K, PART), own)
-            z = tl.where(carried[:, None], z, own)
+                x_part = part(x, batch, head, token, real & (carried == 0), j, L, H, K, PART)
+                z = tl.dot(x_part, rows(opening, j, K, PART), z)
     return z, scores

@@ -36,8 +36,9 @@ class MLP:
     """One call, and what its kernels have in common. slab: spans of C tokens that are taken at a time."""
 
     def __init__(self, call: Call, slab: int) -> None:
-        self.q, self.k, self.v, self.steps, self.sizes, self.start, gamma, beta, self.init, first, group = call[:11]
-        fresh = call.fresh
+        self.q, self.k, self.v, self.steps, self.sizes, self.start, gamma, beta, init, first, group = call[:11]
+        assert init is not None and group is not None
+        self.init, fresh = init, call.fresh
         self.given = self.steps, self.sizes, gamma, beta, first, group, fresh
         q, start = self.q, self.start
         (B, L, self.H, K), C, N, self.G = q.shape, len(self.sizes), first.shape[1] - 1, group.shape[1] - 1
@@ -53,7 +54,7 @@ class MLP:
         self.weights, self.biases = q.new_empty(self.rows, self.spans, 2 * F * K), self._new(self.spans, F + K)
 
     def forward(self) -> tuple[Tensor, ...]:
-        """o, the last weights, those at the first mini-batch of each slab [B, H, slabs, P], and four empty tensors."""
+        """o, the last weights, those at the first mini-batch of each slab [B, H, slabs, P], and six empty tensors."""
         o, last, (B, H, P) = torch.empty_like(self.v), self.init.clone(), self.init.shape
         kept = last.new_empty(B, H, len(self.slabs), P)
         for i, (g0, g1) in enumerate(self.slabs):
@@ -63,14 +64,14 @@ class MLP:
                 self.q, self.k, self.v, *self.given, self.opening, self.opening_biases, self.weights, self.biases, o,
                 g0=g0, **self._options("read"),
             )  # fmt: skip
-        return o, last, kept, *(last.new_empty(0) for _ in range(4))
+        return o, last, kept, *(last.new_empty(0) for _ in range(6))
 
-    def backward(self, do: Tensor, dlast: Tensor, kept: Tensor, *_: Tensor) -> list[Tensor]:
-        """The gradients by all tensors of the call up to init; by what heads or rows share, of each row."""
+    def backward(self, do: Tensor, dlast: Tensor | None, kept: Tensor, *_: Tensor) -> list[Tensor]:
+        """The gradients, as the operator has them."""
         K, C, F, new = self.q.shape[-1], len(self.sizes), self.common["F"], self._new
         # tokens before the first are in no mini-batch
         dq, dk, dv, dsteps = (torch.zeros_like(x) for x in (self.q, self.k, self.v, self.steps))
-        dstart, dinit = torch.zeros_like(dlast), dlast.clone()
+        dstart, dinit = torch.zeros_like(self.init), torch.zeros_like(self.init) if dlast is None else dlast.clone()
         dsizes, dgamma, dbeta = (new(self.G, n) for n in (C, K, K))
         scan_options, split = self._shared_out("scan_gradient")
         dlast_c = torch.zeros_like(new(split))
@@ -95,7 +96,7 @@ class MLP:
         B = len(self.q)
         dsizes, dgamma, dbeta, dlast_c = (x.sum(1).unflatten(0, (B, -1)) for x in (dsizes, dgamma, dbeta, dlast_c))
         dsizes[..., -1] += dlast_c
-        return [dq, dk, dv, dsteps, dsizes, dstart, dgamma, dbeta, dinit]
+        return [dq, dk, dv, dsteps, torch.cat([dsizes, dgamma, dbeta], -1), dstart, dinit]
 
     def _scan(self, last: Tensor, g0: int, g1: int) -> None:
         """Moves the weights `last` over the spans of a slab, and leaves those of its mini-batches behind."""

@@ -116,20 +116,22 @@ def kernel_averaged(rule: Averaged, call: Call) -> tuple[Tensor, State]:
     position, begins = positions(k, None if state is None else state.phase, segments)
     opens, first, fresh = position % b == 0, index.new_zeros(B, 1), None
     if segments is not None:  # there may be as many as tokens, and to count them a GPU would have to wait
-        first = torch.where(opens, index, T).sort(1).values
-        fresh = begins.gather(1, first.clamp(max=T - 1)) & (first < T)
-        first = F.pad(first, (0, 1), value=T)
+        place = torch.where(opens, opens.cumsum(1) - 1, T + 1)  # the last one for what begins none
+        first = index.new_full((B, T + 2), T).scatter(1, place, index.expand(B, T))[:, :-1]
+        fresh = begins.gather(1, first[:, :-1].clamp(max=T - 1)) & (first[:, :-1] < T)
     else:
         first = first if state is None else (-state.phase % b).unsqueeze(1)
         first = (first + b * torch.arange(-(-T // b) + 1, device=k.device)).clamp(max=T)
     learned = pack([w.float() for w in start.weights])
     fitted = rule.begin(start, B, torch.float32)
+    init = None
     if state is not None:
         mine, few = opens.cumsum(1) == 0, slice(min(b - 1, T))  # tokens of the mini-batch that the state has begun
         only = gates._replace(step_size=(gates.step_size * mine.unsqueeze(-1))[:, few])
         before, (fitted, *_) = deep_memory(rule, Call(start, q[:, few], k[:, few], v[:, few], only, state, b), chunk=b)
+        init = pack(fitted.weights)
     scale, shift = (x.squeeze(1) for x in start.norm)
-    given = (q, k, v, gates.step_size, gates.share, learned, scale, shift, pack(fitted.weights), first, position, fresh)
+    given = (q, k, v, gates.step_size, gates.share, learned, scale, shift, init, first, position, fresh)
     o, last = averaged.scan(*given)
     if state is not None:
         o = torch.where(mine[..., None, None], F.pad(before, (0, 0, 0, 0, 0, T - before.shape[1])), o)
