@@ -2,6 +2,9 @@
 
 As there the memory is turned around, [BV, K], as are a chunk's errors, [BV, C], and what a chunk has found is stored
 while the next one's tiles are on their way.
+
+A chunk's first memory is multiplied as e^m S, and its last one comes as what e^m is to be multiplied with: what both
+meet has e^-m in it. In fp16, which can't hold that, it is S, and fades by e^{c_C}.
 """
 
 from __future__ import annotations
@@ -15,11 +18,21 @@ from models.kernels.momentum.tiles import dot, of_square
 
 
 @triton.jit
+def of_starts(starts, bh, n, N, H, C: tl.constexpr):
+    """How many tokens come before the chunk's first start of a document, how many before its last, and what is left of
+    its first memory, 0 or 1."""
+    at = starts + (bh // H * N + n) * 2
+    until = tl.load(at)
+    return until, tl.load(at + 1), tl.where(until < C, 0.0, 1.0)
+
+
+@triton.jit
 def scan(
     reads,  # [B, T, H, K]
     erases,  # [B, T, H, K]
     writes,  # [B, T, H, K]
-    ended,  # [B H N, K]
+    scale,  # [B H N, 2, K]
+    starts,  # [B N, 2], or None
     v,  # [B, T, H, V]
     R,  # [B H N, C, C]
     attend,  # [B H N, C, C]
@@ -27,7 +40,7 @@ def scan(
     o,  # out, [B, T, H, V]
     last,  # out, [B, H, K, V]
     errors,  # out, [B H N, V, C], or None
-    states,  # out, [B H N, V, K], what every chunk begins with, or None
+    states,  # out, [B H N, V, K], what every chunk begins with, times e^m, or None
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -47,6 +60,9 @@ def scan(
         if errors is not None:
             at_u, inside_u = of_state(errors, chunk - 1, rows, t, V, C)
             tl.store(at_u, error_before.to(TYPE), mask=inside_u & (n > 0))
+        kept = tl.load(scale + chunk.to(tl.int64) * (2 * K) + columns, mask=columns < K, other=0.0)[None, :]
+        if not TYPE.is_fp16():
+            memory *= kept
         operand = memory.to(TYPE)
         if states is not None:
             at_states, inside = of_state(states, chunk, rows, columns, V, K)
@@ -61,14 +77,25 @@ def scan(
         values = tl.load(at_v, mask=mask_v, other=0.0)
         inverse = tl.load(of_square(R, chunk, C))
         similar = tl.load(of_square(attend, chunk, C))
-        kept = tl.load(ended + chunk.to(tl.int64) * K + columns, mask=columns < K, other=0.0)[None, :]
+        if starts is not None:
+            until, since, left = of_starts(starts, bh, n, N, H, C)
+            memory *= left
 
-        error = dot(tl.trans(values), one, PRECISION) - dot(operand, tl.trans(erase), PRECISION)
+        error = dot(operand, tl.trans(erase), PRECISION)
         output = dot(operand, tl.trans(read), PRECISION)
+        if starts is not None:
+            error = tl.where(t[None, :] < until, error, 0.0)
+            output = tl.where(t[None, :] < until, output, 0.0)
+        error = dot(tl.trans(values), one, PRECISION) - error
         error += dot(error.to(TYPE), tl.trans(inverse), PRECISION)
         rounded = error.to(TYPE)
-        memory = dot(rounded, write, PRECISION, memory * kept)
         output = dot(rounded, tl.trans(similar), PRECISION, output)
+        if starts is not None:
+            rounded = tl.where(t[None, :] >= since, error, 0.0).to(TYPE)
+        if TYPE.is_fp16():
+            memory = dot(rounded, write, PRECISION, memory * kept)
+        else:
+            memory = dot(rounded, write, PRECISION, memory) * kept
         error_before, output_before = error, output
     leave(output_before, o, bh, N - 1, first_v, True, T, H, V, C, BV)
     if errors is not None:
@@ -83,13 +110,14 @@ def scan_gradient(
     reads,  # [B, T, H, K]
     erases,  # [B, T, H, K]
     writes,  # [B, T, H, K]
-    ended,  # [B H N, K]
+    scale,  # [B H N, 2, K]
+    starts,  # [B N, 2], or None
     R,  # [B H N, C, C]
     attend,  # [B H N, C, C]
     do,  # [B, T, H, V]
     dlast,  # [B, H, K, V], or None
     dv,  # out, [B, T, H, V]
-    dstates,  # out, [B H N, V, K]: by what every chunk ends with
+    dstates,  # out, [B H N, V, K]: by what every chunk ends with, times e^m
     dfirst,  # out, [B, H, K, V]
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -109,6 +137,9 @@ def scan_gradient(
         n = N - 1 - i
         chunk = bh * N + n
         leave(derror_before, dv, bh, n + 1, first_v, i > 0, T, H, V, C, BV)
+        kept = tl.load(scale + chunk.to(tl.int64) * (2 * K) + columns, mask=columns < K, other=0.0)[None, :]
+        if not TYPE.is_fp16():
+            dmemory *= kept
         operand = dmemory.to(TYPE)
         at_states, inside = of_state(dstates, chunk, rows, columns, V, K)
         tl.store(at_states, operand, mask=inside)
@@ -122,15 +153,27 @@ def scan_gradient(
         read = tl.load(at_k, mask=mask_k, other=0.0)
         at_k, mask_k = of_tokens(erases, bh, n, 0, T, H, K, C, BK)
         erase = tl.load(at_k, mask=mask_k, other=0.0)
-        kept = tl.load(ended + chunk.to(tl.int64) * K + columns, mask=columns < K, other=0.0)[None, :]
+        if starts is not None:
+            until, since, left = of_starts(starts, bh, n, N, H, C)
+            dmemory *= left
 
         derror = dot(operand, tl.trans(write), PRECISION)
-        doutput = dot(tl.trans(doutput), one, PRECISION).to(TYPE)
-        derror = dot(doutput, similar, PRECISION, derror)
+        if starts is not None:
+            derror = tl.where(t[None, :] >= since, derror, 0.0)
+        doutput = dot(tl.trans(doutput), one, PRECISION)
+        rounded = doutput.to(TYPE)
+        derror = dot(rounded, similar, PRECISION, derror)
         derror += dot(derror.to(TYPE), inverse, PRECISION)
-        dmemory = dot(doutput, read, PRECISION, dmemory * kept)
-        dmemory = dot((-derror).to(TYPE), erase, PRECISION, dmemory)
         derror_before = derror
+        if starts is not None:
+            rounded = tl.where(t[None, :] < until, doutput, 0.0).to(TYPE)
+            derror = tl.where(t[None, :] < until, derror, 0.0)
+        if TYPE.is_fp16():
+            dmemory *= kept
+        dmemory = dot(rounded, read, PRECISION, dmemory)
+        dmemory = dot((-derror).to(TYPE), erase, PRECISION, dmemory)
+        if not TYPE.is_fp16():
+            dmemory *= kept
     leave(derror_before, dv, bh, 0, first_v, True, T, H, V, C, BV)
     at, inside = of_memory(dfirst, bh, rows, columns, V, K)
     tl.store(at, dmemory, mask=inside)

@@ -18,6 +18,34 @@ import triton.language as tl
 from models.kernels.momentum.tiles import dot, of_square
 
 LEAST = tl.constexpr(-1000.0)  # for the log of a gate of 0, which is infinite
+MOST = tl.constexpr(64.0)  # |log| of a factor that bf16 and float32 hold with all digits of what it multiplies
+
+
+@triton.jit
+def bound(TYPE: tl.constexpr):
+    """|log| of a chunk's factors at most: fp16 holds none that is above 1."""
+    return 0.0 if TYPE.is_fp16() else MOST
+
+
+@triton.jit
+def is_near(near, chunk, FLAGS: tl.constexpr):
+    """Whether all of a chunk's channels are, by prepare.py's `fade`."""
+    return tl.min(tl.load(near + chunk * FLAGS + tl.arange(0, FLAGS)), 0) == 1
+
+
+@triton.jit
+def unscaled(scale, chunk, first, K: tl.constexpr, BK: tl.constexpr, TYPE: tl.constexpr):
+    """What a chunk's first memory and the gradient by its last, as scans.py leaves them, are multiplied with [1, BK]."""
+    channels = first + tl.arange(0, BK)
+    at = scale + chunk.to(tl.int64) * (2 * K) + channels
+    return 1.0 if TYPE.is_fp16() else (1 / tl.load(at, mask=channels < K, other=1.0))[None, :]
+
+
+@triton.jit
+def documents(segments, bh, n, T, H, C: tl.constexpr):
+    """Of a chunk's tokens [C], which document each is of."""
+    token = n * C + tl.arange(0, C)
+    return tl.load(segments + (bh // H).to(tl.int64) * T + token, mask=token < T, other=0).to(tl.int32)
 
 
 @triton.jit
