@@ -74,7 +74,7 @@ def gradient(
         document = documents(segments, bh, n, T, H, C)
         alike = document[:, None] == document[None, :]
         below, up_to = below & alike, up_to & alike
-        until, since, left = of_starts(starts, bh, n, N, H, C)
+        until, since, carried = of_starts(starts, bh, n, N, H, C)
     by_queries = tl.where(up_to, dot(doutput, error, PRECISION), 0.0).to(TYPE)
     by_keys = tl.where(below, -dot(dvalue, error, PRECISION), 0.0).to(TYPE)
 
@@ -82,46 +82,55 @@ def gradient(
     memory = tl.load(at, mask=inside, other=0.0)
     at, inside = of_matrix(dstates, chunk, first, V, K, BV, BK)
     dmemory = tl.load(at, mask=inside, other=0.0)
+    total = tl.sum(memory.to(tl.float32) * dmemory, 0)
     at_k, mask_k = of_tokens(writes, bh, n, first, T, H, K, C, BK)
     write = tl.load(at_k, mask=mask_k, other=0.0)
+    at_k, mask_k = of_tokens(gates, bh, n, first, T, H, K, C, BK)
+    gate = tl.load(at_k, mask=mask_k, other=0.0)
     dread = dot(doutput, memory, PRECISION)
     derase = -dot(dvalue, memory, PRECISION)
-    total = tl.sum(memory.to(tl.float32) * dmemory, 0)
-    dwrite = dot(tl.trans(error), dmemory, PRECISION)
     if segments is not None:
         dread = tl.where(t[:, None] < until, dread, 0.0)
         derase = tl.where(t[:, None] < until, derase, 0.0)
-        dwrite = tl.where(t[:, None] >= since, dwrite, 0.0)
-        total *= left
-    total += tl.sum(write * dwrite, 0)
     dread = dot(by_queries, write, PRECISION, dread)
     derase = dot(by_keys, write, PRECISION, derase)
+
+    channels = first + tl.arange(0, BK)
+    at = scale + chunk.to(tl.int64) * (2 * K) + K + channels
+    half = tl.load(at, mask=channels < K, other=0.0)[None, :]
+    opened = tl.where(gate > LEAST, gate, 0.0).to(gate.dtype)
+    faded = sums(ones, LOG_C + UP_TO, opened, C, PRECISION) - half
+    kept = tl.exp(faded)
+    at, mask_k = of_tokens(dq, bh, n, first, T, H, K, C, BK)
+    tl.store(at, (dread * kept).to(TYPE), mask=mask_k)
     at_k, mask_k = of_tokens(reads, bh, n, first, T, H, K, C, BK)
     read = tl.load(at_k, mask=mask_k, other=0.0)
     at_k, mask_k = of_tokens(erases, bh, n, first, T, H, K, C, BK)
     erase = tl.load(at_k, mask=mask_k, other=0.0)
+    found = read * dread + erase * derase
+    dkey = derase * kept
+
+    dwrite = dot(tl.trans(error), dmemory, PRECISION)
+    if segments is not None:
+        dwrite = tl.where(t[:, None] >= since, dwrite, 0.0)
+        total *= carried
+    at_k, mask_k = of_tokens(writes, bh, n, first, T, H, K, C, BK)
+    write = tl.load(at_k, mask=mask_k, other=0.0)  # again, not held from before
+    total += tl.sum(write * dwrite, 0)
     dwrite = dot(tl.trans(by_queries), read, PRECISION, dwrite)
     dwrite = dot(tl.trans(by_keys), erase, PRECISION, dwrite)
-
-    dgates = wide_sums(same, LOG_C + FROM, read * dread + erase * derase - write * dwrite, C, PRECISION)
-    dgates += total[None, :]
-    at, mask_k = of_tokens(gates, bh, n, first, T, H, K, C, BK)
-    gate = tl.load(at, mask=mask_k, other=0.0)
+    found -= write * dwrite
     at, real = of_gates(step_size, bh, n, T, H, C)
     b = tl.load(at, mask=real, other=0.0)[:, None]
-    channels = first + tl.arange(0, BK)
-    at = scale + chunk.to(tl.int64) * (2 * K) + K + channels
-    half = tl.load(at, mask=channels < K, other=0.0)[None, :]
-    faded = sums(ones, LOG_C + UP_TO, tl.where(gate > LEAST, gate, 0.0).to(gate.dtype), C, PRECISION) - half
-    kept, left = tl.exp(faded), tl.exp(-faded)
-    at, mask_k = of_tokens(dq, bh, n, first, T, H, K, C, BK)
-    tl.store(at, (dread * kept).to(TYPE), mask=mask_k)
+    left = tl.exp(-faded)
     dwrite *= left
     at, mask_k = of_tokens(dk, bh, n, first, T, H, K, C, BK)
-    tl.store(at, (derase * kept + b * dwrite).to(TYPE), mask=mask_k)
+    tl.store(at, (dkey + b * dwrite).to(TYPE), mask=mask_k)
     begin = block.to(tl.int64) * (tl.num_programs(0) // (BLOCKS * H * N)) * T * H
     at, real = of_gates(dstep_size + begin, bh, n, T, H, C)
     tl.store(at, tl.sum(dwrite * (erase * left), 1), mask=real)
+
+    dgates = wide_sums(same, LOG_C + FROM, found, C, PRECISION) + total[None, :]
     if log_rate is not None:
         gate = gate.to(tl.float32)
         row = bh // H * N + n

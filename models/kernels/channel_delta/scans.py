@@ -27,6 +27,14 @@ def of_starts(starts, bh, n, N, H, C: tl.constexpr):
 
 
 @triton.jit
+def kept_again(scale, chunk, columns, K: tl.constexpr):
+    """e^m a second time: held through a chunk's products it would take 32 registers. How the cache is told to treat it
+    keeps the compiler from taking both loads for one."""
+    at = scale + chunk.to(tl.int64) * (2 * K) + columns
+    return tl.load(at, mask=columns < K, other=0.0, eviction_policy="evict_first")[None, :]
+
+
+@triton.jit
 def scan(
     reads,  # [B, T, H, K]
     erases,  # [B, T, H, K]
@@ -81,21 +89,23 @@ def scan(
             until, since, left = of_starts(starts, bh, n, N, H, C)
             memory *= left
 
-        error = dot(operand, tl.trans(erase), PRECISION)
+        known = dot(operand, tl.trans(erase), PRECISION)
+        if starts is not None:
+            known = tl.where(t[None, :] < until, known, 0.0)
+        error = dot(tl.trans(values), one, PRECISION) - known
         output = dot(operand, tl.trans(read), PRECISION)
         if starts is not None:
-            error = tl.where(t[None, :] < until, error, 0.0)
             output = tl.where(t[None, :] < until, output, 0.0)
-        error = dot(tl.trans(values), one, PRECISION) - error
         error += dot(error.to(TYPE), tl.trans(inverse), PRECISION)
+        output = dot(error.to(TYPE), tl.trans(similar), PRECISION, output)
         rounded = error.to(TYPE)
-        output = dot(rounded, tl.trans(similar), PRECISION, output)
         if starts is not None:
-            rounded = tl.where(t[None, :] >= since, error, 0.0).to(TYPE)
+            rounded = tl.where(t[None, :] >= since, rounded, 0.0).to(TYPE)
         if TYPE.is_fp16():
             memory = dot(rounded, write, PRECISION, memory * kept)
         else:
-            memory = dot(rounded, write, PRECISION, memory) * kept
+            memory = dot(rounded, write, PRECISION, memory)
+            memory *= kept_again(scale, chunk, columns, K)
         error_before, output_before = error, output
     leave(output_before, o, bh, N - 1, first_v, True, T, H, V, C, BV)
     if errors is not None:
@@ -173,7 +183,7 @@ def scan_gradient(
         dmemory = dot(rounded, read, PRECISION, dmemory)
         dmemory = dot((-derror).to(TYPE), erase, PRECISION, dmemory)
         if not TYPE.is_fp16():
-            dmemory *= kept
+            dmemory *= kept_again(scale, chunk, columns, K)
     leave(derror_before, dv, bh, 0, first_v, True, T, H, V, C, BV)
     at, inside = of_memory(dfirst, bh, rows, columns, V, K)
     tl.store(at, dmemory, mask=inside)

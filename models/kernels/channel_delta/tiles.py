@@ -128,7 +128,7 @@ def log_gates(raw, bias, log_rate, head, first, K: tl.constexpr, BK: tl.constexp
 def log_gates_gradient(gates, rate):
     """By raw [C, BK], for 1 by the log gates: -rate sigmoid(raw + bias), which is 1 - e^(log gate / rate) of them. None
     of a gate that a document's start has closed."""
-    x = gates / rate
+    x = gates * (1 / rate)
     small = -x * (1 + x * (0.5 + x * (1 / 6 + x / 24)))
     opened = tl.where(x > -0.03, small, 1 - tl.exp(x))
     return tl.where(gates > LEAST, -rate * opened, 0.0)
