@@ -88,7 +88,8 @@ def far_scores_gradient(
     near,  # [B H N, FLAGS]
     dscores,  # out, [2, B H N, C, C]: by queries' scores, and by keys'
     down,  # out, [B, T, H]: W_tt; what a token reads of its own write has not faded
-    T, N, H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, FLAGS: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    T, N, H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, FLAGS: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """W = dO U^T or X = -dV U^T: times b in the rows of readers, and transposed, without b, in those of writers."""
     of_queries = tl.program_id(0) % 2 == 0
@@ -130,8 +131,8 @@ def far_readers(
     scale,  # [B H N, 2, K]
     dquery,  # out, [B, T, H, K]: sum_i W_ti b_i k_i + e^c dO S^T, whose sums fade by channel
     dreader,  # out, [B, T, H, K]: sum_i X_ti b_i k_i - e^c dV S^T
-    T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, FLAGS: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, PRECISION: tl.constexpr,
+    T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
+    FLAGS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (K + BK - 1) // BK
     block = tl.program_id(0) % BLOCKS
@@ -192,8 +193,8 @@ def far_gradient(
     dlog_decay,  # out, [B, T, H, K]; with a rate, by what log decays are made of
     dbias,  # out, [B N, H K], to be summed, or None
     drate,  # out, [B N K / BK, H], to be summed, or None: by log_rate
-    T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, FLAGS: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, PRECISION: tl.constexpr,
+    T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
+    FLAGS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """By keys that write: sum_t W_ti q_t + X_ti k_t, and with dS by the memory the chunk ends with, e^{c_C - c} U dS^T.
     The product of all that with k is the gradient by b, and b times it that by k. A gate is in whatever is read at it

@@ -40,7 +40,7 @@ SINGLE = {
     "far_readers": Configuration(32, 4, 1),
     "far_gradient": Configuration(16, 4, 1),
 }
-WHOLE_SHARED = 200 << 10  # of a scan by delta/launch.py's WHOLE
+WHOLE_SHARED = 201 << 10  # of a scan by delta/launch.py's WHOLE
 LOG_CHUNK = CHUNK.bit_length() - 1
 
 
@@ -101,10 +101,9 @@ class Launch:
         """made_of: what prepare.py's `fade` makes the gates of, where they are not known."""
         q, chunks = self.given[0], self.B * self.H * self.N
         starts = None if segments is None else q.new_empty(self.B * self.N, 2, dtype=torch.int32)
-        faded = Faded(
-            *(torch.empty_like(q) for _ in range(3)), q.new_empty(chunks, 2, self.K, dtype=torch.float32),
-            q.new_empty(chunks, self.flags, dtype=torch.int32), starts,
-        )  # fmt: skip
+        reads, erases, writes = (torch.empty_like(q) for _ in range(3))
+        scale = q.new_empty(chunks, 2, self.K, dtype=torch.float32)
+        faded = Faded(reads, erases, writes, scale, q.new_empty(chunks, self.flags, dtype=torch.int32), starts)
         self.launch("fade", fade, *self.given, *(made_of or (None,) * 3), segments, self.ones, gates, *faded)
         return faded
 

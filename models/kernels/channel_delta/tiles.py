@@ -35,7 +35,7 @@ def is_near(near, chunk, FLAGS: tl.constexpr):
 
 @triton.jit
 def unscaled(scale, chunk, first, K: tl.constexpr, BK: tl.constexpr, TYPE: tl.constexpr):
-    """What a chunk's first memory and the gradient by its last, as scans.py leaves them, are multiplied with [1, BK]."""
+    """e^-m [1, BK], for a chunk's first memory and the gradient by its last as scans.py leaves them."""
     channels = first + tl.arange(0, BK)
     at = scale + chunk.to(tl.int64) * (2 * K) + channels
     return 1.0 if TYPE.is_fp16() else (1 / tl.load(at, mask=channels < K, other=1.0))[None, :]
