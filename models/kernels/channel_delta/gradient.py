@@ -9,14 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.kernels.channel_delta.scans import of_starts
 from models.kernels.channel_delta.tiles import (
     FROM,
     LEAST,
     UP_TO,
-    documents,
+    begins,
     is_near,
     log_gates_gradient,
+    of_starts,
     sums,
     wide_sums,
 )
@@ -35,8 +35,7 @@ def gradient(
     same,  # in the dtype of reads
     scale,  # [B H N, 2, K]
     near,  # [B H N, FLAGS]
-    starts,  # [B N, 2], or None
-    segments,  # [B, T], or None
+    starts,  # [B N, 1 + C], or None
     do,  # [B, T, H, V]
     dv,  # [B, T, H, V]
     errors,  # [B H N, V, C]
@@ -70,30 +69,46 @@ def gradient(
     at, mask = of_tokens(dv, bh, n, 0, T, H, V, C, BV)
     dvalue = tl.load(at, mask=mask, other=0.0)
     below, up_to = t[:, None] > t[None, :], t[:, None] >= t[None, :]
-    if segments is not None:
-        document = documents(segments, bh, n, T, H, C)
-        alike = document[:, None] == document[None, :]
+    remains = True
+    if starts is not None:
+        alike = t[None, :] >= begins(starts, bh, n, N, H, C)[:, None]
         below, up_to = below & alike, up_to & alike
-        until, since, carried = of_starts(starts, bh, n, N, H, C)
+        until, since = of_starts(starts, bh, n, N, H, C)
+        remains = until == C
     by_queries = tl.where(up_to, dot(doutput, error, PRECISION), 0.0).to(TYPE)
     by_keys = tl.where(below, -dot(dvalue, error, PRECISION), 0.0).to(TYPE)
 
-    at, inside = of_matrix(states, chunk, first, V, K, BV, BK)
-    memory = tl.load(at, mask=inside, other=0.0)
     at, inside = of_matrix(dstates, chunk, first, V, K, BV, BK)
     dmemory = tl.load(at, mask=inside, other=0.0)
-    total = tl.sum(memory.to(tl.float32) * dmemory, 0)
+    at, inside = of_matrix(states, chunk, first, V, K, BV, BK)
+    memory = tl.load(at, mask=inside, other=0.0)
     at_k, mask_k = of_tokens(writes, bh, n, first, T, H, K, C, BK)
     write = tl.load(at_k, mask=mask_k, other=0.0)
+    dwrite = dot(tl.trans(error), dmemory, PRECISION)
+    if starts is not None:
+        dwrite = tl.where(t[:, None] >= since, dwrite, 0.0)
+    carried = dot(tl.trans(memory), dmemory, PRECISION)
+    i = tl.arange(0, BK)
+    own = tl.where((i[:, None] == i[None, :]) & remains, carried, 0.0)
+    written = write * dwrite
+    total = tl.sum(written + own, 0) if BK == C else tl.sum(written, 0) + tl.sum(own, 0)  # one sum for two
+    at_k, mask_k = of_tokens(reads, bh, n, first, T, H, K, C, BK)
+    read = tl.load(at_k, mask=mask_k, other=0.0)
+    at_k, mask_k = of_tokens(erases, bh, n, first, T, H, K, C, BK)
+    erase = tl.load(at_k, mask=mask_k, other=0.0)
+    dwrite = dot(tl.trans(by_queries), read, PRECISION, dwrite)
+    dwrite = dot(tl.trans(by_keys), erase, PRECISION, dwrite)
+
     at_k, mask_k = of_tokens(gates, bh, n, first, T, H, K, C, BK)
     gate = tl.load(at_k, mask=mask_k, other=0.0)
     dread = dot(doutput, memory, PRECISION)
     derase = -dot(dvalue, memory, PRECISION)
-    if segments is not None:
+    if starts is not None:
         dread = tl.where(t[:, None] < until, dread, 0.0)
         derase = tl.where(t[:, None] < until, derase, 0.0)
     dread = dot(by_queries, write, PRECISION, dread)
     derase = dot(by_keys, write, PRECISION, derase)
+    found = read * dread + erase * derase - write * dwrite
 
     channels = first + tl.arange(0, BK)
     at = scale + chunk.to(tl.int64) * (2 * K) + K + channels
@@ -103,23 +118,7 @@ def gradient(
     kept = tl.exp(faded)
     at, mask_k = of_tokens(dq, bh, n, first, T, H, K, C, BK)
     tl.store(at, (dread * kept).to(TYPE), mask=mask_k)
-    at_k, mask_k = of_tokens(reads, bh, n, first, T, H, K, C, BK)
-    read = tl.load(at_k, mask=mask_k, other=0.0)
-    at_k, mask_k = of_tokens(erases, bh, n, first, T, H, K, C, BK)
-    erase = tl.load(at_k, mask=mask_k, other=0.0)
-    found = read * dread + erase * derase
     dkey = derase * kept
-
-    dwrite = dot(tl.trans(error), dmemory, PRECISION)
-    if segments is not None:
-        dwrite = tl.where(t[:, None] >= since, dwrite, 0.0)
-        total *= carried
-    at_k, mask_k = of_tokens(writes, bh, n, first, T, H, K, C, BK)
-    write = tl.load(at_k, mask=mask_k, other=0.0)  # again, not held from before
-    total += tl.sum(write * dwrite, 0)
-    dwrite = dot(tl.trans(by_queries), read, PRECISION, dwrite)
-    dwrite = dot(tl.trans(by_keys), erase, PRECISION, dwrite)
-    found -= write * dwrite
     at, real = of_gates(step_size, bh, n, T, H, C)
     b = tl.load(at, mask=real, other=0.0)[:, None]
     left = tl.exp(-faded)

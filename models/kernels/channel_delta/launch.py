@@ -64,7 +64,7 @@ class Faded(NamedTuple):
     writes: Tensor  # [B, T, H, K]
     scale: Tensor  # [B H N, 2, K]
     near: Tensor  # [B H N, FLAGS]
-    starts: Tensor | None  # [B N, 2]
+    starts: Tensor | None  # [B N, 1 + C]
 
 
 def new_kept(q: Tensor, v: Tensor, keep: bool) -> Kept:
@@ -100,7 +100,7 @@ class Launch:
     def fade(self, gates: Tensor, segments: Tensor | None, *made_of: Tensor | None) -> Faded:
         """made_of: what prepare.py's `fade` makes the gates of, where they are not known."""
         q, chunks = self.given[0], self.B * self.H * self.N
-        starts = None if segments is None else q.new_empty(self.B * self.N, 2, dtype=torch.int32)
+        starts = None if segments is None else q.new_empty(self.B * self.N, 1 + CHUNK, dtype=torch.int32)
         reads, erases, writes = (torch.empty_like(q) for _ in range(3))
         scale = q.new_empty(chunks, 2, self.K, dtype=torch.float32)
         faded = Faded(reads, erases, writes, scale, q.new_empty(chunks, self.flags, dtype=torch.int32), starts)
@@ -135,7 +135,7 @@ class Launch:
         *made_of, segments = (None if x is None else x.contiguous() for x in gates)
         faded = self.fade(kept.gates, segments, *made_of)
         found = faded.near, kept.R, kept.attend
-        self.launch("scores", scores, *faded[:3], faded.near, segments, kept.R, kept.attend, programs=1)
+        self.launch("scores", scores, *faded[:3], faded.near, faded.starts, kept.R, kept.attend, programs=1)
         self.launch("far_scores", far_scores, *self.given, kept.gates, self.ones, *found, programs=2)
         further = (kept.errors, kept.states) if keep else (None, None)
         scanned = *faded[:4], faded.starts
@@ -166,8 +166,8 @@ class Launch:
         found = dq, dk, dsteps, dlog_decay, *sums
         of_values = {"V": self.V, "BV": self.BV}
         self.launch(
-            "gradient", gradient, *faded[:3], step_size, gates, self.ones, self.same, scale, near, starts, segments, do,
-            dv, errors, states, dstates, log_rate, *found, **of_values,
+            "gradient", gradient, *faded[:3], step_size, gates, self.ones, self.same, scale, near, starts, do, dv,
+            errors, states, dstates, log_rate, *found, **of_values,
         )  # fmt: skip
         del faded
         dscores, down, dreader = R.new_empty(2, *R.shape), torch.empty_like(step_size), torch.empty_like(k)

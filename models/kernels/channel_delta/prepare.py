@@ -9,14 +9,23 @@ from models.kernels.channel_delta.tiles import (
     AFTER,
     LEAST,
     UP_TO,
+    begins,
     bound,
-    documents,
     is_near,
     log_gates,
     sums,
 )
 from models.kernels.delta.tiles import place, system_inverse
 from models.kernels.momentum.tiles import dot, of_gates, of_square, of_tokens
+
+
+@triton.jit
+def write_starts(at, begun, C: tl.constexpr):
+    """What tiles.py reads of the tokens [C] that documents begin with."""
+    t = tl.arange(0, C)
+    before = begun[None, :] & (t[None, :] <= t[:, None])
+    tl.store(at, tl.min(tl.where(begun, t, C), 0))
+    tl.store(at + 1 + t, tl.max(tl.where(before, t[None, :], 0), 1))
 
 
 @triton.jit
@@ -35,7 +44,8 @@ def fade(
     writes,  # out, [B, T, H, K]: b e^{c_C - c - m} k
     scale,  # out, [B H N, 2, K]: e^m, in fp16 e^{c_C}, and m
     near,  # out, [B H N, K / BK]: 1 where c_C is 2 m in all channels
-    starts,  # out, [B N, 2]: tokens up to the chunk's first start, and before its last; or None, as segments
+    starts,  # out, [B N, 1 + C]: where in the chunk its first document after the first token's begins, C for
+    # none, and where the document of each token does, 0 for one from before; or None, as segments
     T, N, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -59,10 +69,8 @@ def fade(
         at = segments + (bh // H).to(tl.int64) * T + token
         inner = (token > 0) & (token < T)
         begun = tl.load(at, mask=inner, other=0) != tl.load(at - 1, mask=inner, other=0)
-        writer = (bh % H == 0) & (first == 0)
-        at = starts + (bh // H * N + n) * 2
-        tl.store(at, tl.min(tl.where(begun, t, C), 0), mask=writer)
-        tl.store(at + 1, tl.max(tl.where(begun, t, 0), 0), mask=writer)
+        if (bh % H == 0) & (first == 0):
+            write_starts(starts + (bh // H * N + n) * (1 + C), begun, C)
     if log_decay is not None:
         at_k, mask = of_tokens(log_decay, bh, n, first, T, H, K, C, BK)
         log_gate = tl.load(at_k, mask=mask, other=0.0).to(tl.float32)
@@ -103,7 +111,7 @@ def scores(
     erases,  # [B, T, H, K]
     writes,  # [B, T, H, K]
     near,  # [B H N, FLAGS]
-    segments,  # [B, T], or None
+    starts,  # [B N, 1 + C], or None
     R,  # out, [B H N, C, C]: (I + A)^-1 without its ones, A_ti = b_i sum_j k_tj e^{c_tj - c_ij} k_ij for i < t
     attend,  # out, [B H N, C, C]: the same of q_t for k_t, and i <= t
     T, N, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, FLAGS: tl.constexpr, BK: tl.constexpr,
@@ -124,10 +132,9 @@ def scores(
     erase = tl.load(at_erases, mask=mask, other=0.0)
     read = tl.load(at_reads, mask=mask, other=0.0)
     below, up_to = t[:, None] > t[None, :], t[:, None] >= t[None, :]
-    if segments is not None:
-        document = documents(segments, bh, n, T, H, C)
-        same = document[:, None] == document[None, :]
-        below, up_to = below & same, up_to & same
+    if starts is not None:
+        alike = t[None, :] >= begins(starts, bh, n, N, H, C)[:, None]
+        below, up_to = below & alike, up_to & alike
     found = tl.where(up_to, dot(read, tl.trans(write), PRECISION), 0.0)
     tl.store(of_square(attend, chunk, C), found.to(TYPE))
     inverse = system_inverse(tl.where(below, dot(erase, tl.trans(write), PRECISION), 0.0), C, PRECISION)

@@ -12,18 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from models.kernels.channel_delta.tiles import of_starts
 from models.kernels.delta.scans import leave
 from models.kernels.delta.tiles import of_memory, of_state, of_tokens
 from models.kernels.momentum.tiles import dot, of_square
-
-
-@triton.jit
-def of_starts(starts, bh, n, N, H, C: tl.constexpr):
-    """How many tokens come before the chunk's first start of a document, how many before its last, and what is left of
-    its first memory, 0 or 1."""
-    at = starts + (bh // H * N + n) * 2
-    until = tl.load(at)
-    return until, tl.load(at + 1), tl.where(until < C, 0.0, 1.0)
 
 
 @triton.jit
@@ -40,7 +32,7 @@ def scan(
     erases,  # [B, T, H, K]
     writes,  # [B, T, H, K]
     scale,  # [B H N, 2, K]
-    starts,  # [B N, 2], or None
+    starts,  # [B N, 1 + C], or None
     v,  # [B, T, H, V]
     R,  # [B H N, C, C]
     attend,  # [B H N, C, C]
@@ -86,8 +78,8 @@ def scan(
         inverse = tl.load(of_square(R, chunk, C))
         similar = tl.load(of_square(attend, chunk, C))
         if starts is not None:
-            until, since, left = of_starts(starts, bh, n, N, H, C)
-            memory *= left
+            until, since = of_starts(starts, bh, n, N, H, C)
+            memory *= tl.where(until == C, 1.0, 0.0)
 
         known = dot(operand, tl.trans(erase), PRECISION)
         if starts is not None:
@@ -121,7 +113,7 @@ def scan_gradient(
     erases,  # [B, T, H, K]
     writes,  # [B, T, H, K]
     scale,  # [B H N, 2, K]
-    starts,  # [B N, 2], or None
+    starts,  # [B N, 1 + C], or None
     R,  # [B H N, C, C]
     attend,  # [B H N, C, C]
     do,  # [B, T, H, V]
@@ -164,8 +156,8 @@ def scan_gradient(
         at_k, mask_k = of_tokens(erases, bh, n, 0, T, H, K, C, BK)
         erase = tl.load(at_k, mask=mask_k, other=0.0)
         if starts is not None:
-            until, since, left = of_starts(starts, bh, n, N, H, C)
-            dmemory *= left
+            until, since = of_starts(starts, bh, n, N, H, C)
+            dmemory *= tl.where(until == C, 1.0, 0.0)
 
         derror = dot(operand, tl.trans(write), PRECISION)
         if starts is not None:

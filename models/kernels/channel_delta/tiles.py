@@ -42,10 +42,17 @@ def unscaled(scale, chunk, first, K: tl.constexpr, BK: tl.constexpr, TYPE: tl.co
 
 
 @triton.jit
-def documents(segments, bh, n, T, H, C: tl.constexpr):
-    """Of a chunk's tokens [C], which document each is of."""
-    token = n * C + tl.arange(0, C)
-    return tl.load(segments + (bh // H).to(tl.int64) * T + token, mask=token < T, other=0).to(tl.int32)
+def begins(starts, bh, n, N, H, C: tl.constexpr):
+    """Where in the chunk the document of each token [C] begins, 0 for one from before."""
+    return tl.load(starts + (bh // H * N + n) * (1 + C) + 1 + tl.arange(0, C))
+
+
+@triton.jit
+def of_starts(starts, bh, n, N, H, C: tl.constexpr):
+    """The tokens of a chunk that read its first memory are those before `until`, C if that is left after it; those
+    whose writes its last one has are from `since` on."""
+    at = starts + (bh // H * N + n) * (1 + C)
+    return tl.load(at), tl.load(at + C)
 
 
 @triton.jit
@@ -141,7 +148,7 @@ def meet(ones, halving, gates, reader, C: tl.constexpr, TYPE: tl.constexpr, PREC
 
     Where the gates of no block add up to less than -FAR, a factor's inverse is far from what 16 bits can't hold. Then
     a border does for all tokens on the same side of it too, and this halving is the last."""
-    FAR: tl.constexpr = 6.0 if TYPE.is_fp16() else 40.0
+    FAR: tl.constexpr = 6.0 if TYPE.is_fp16() else MOST
     summed = sums(ones, halving, gates, C, PRECISION)
     near = tl.min(tl.min(summed, 1), 0) >= -FAR
     t = tl.arange(0, C)
