@@ -256,7 +256,8 @@ def far_gradient(
         at, mask = of_tokens(gates, bh, n, first, T, H, K, C, BK)
         gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         row, channels = bh // H * N + n, first + tl.arange(0, BK)
-        rates = tl.sum(tl.sum(tl.where(gate > LEAST, dgates * gate, 0.0), 1), 0)
+        dgates = tl.where(gate > LEAST, dgates, 0.0)  # none of a gate that is closed
+        rates = tl.sum(tl.sum(dgates * gate, 1), 0)
         tl.store(drate + (row * BLOCKS + block).to(tl.int64) * H + bh % H, rates)
         dgates *= log_gates_gradient(gate, tl.exp(tl.load(log_rate + bh % H)))
         at = dbias + row.to(tl.int64) * (H * K) + bh % H * K + channels

@@ -16,12 +16,13 @@ from models.kernels.channel_delta.tiles import (
     begins,
     is_near,
     log_gates_gradient,
+    of_rows,
     of_starts,
     sums,
     wide_sums,
 )
-from models.kernels.delta.tiles import place
-from models.kernels.momentum.tiles import dot, of_gates, of_matrix, of_tokens
+from models.kernels.delta.tiles import of_tokens, place
+from models.kernels.momentum.tiles import dot, of_gates
 
 
 @triton.jit
@@ -64,32 +65,41 @@ def gradient(
     t = tl.arange(0, C)
     at, mask = of_tokens(do, bh, n, 0, T, H, V, C, BV)
     doutput = tl.load(at, mask=mask, other=0.0)
-    at, mask = of_matrix(errors, chunk, 0, V, C, BV, C)
+    at, mask = of_rows(errors, chunk, 0, V, C, BV, C)
     error = tl.load(at, mask=mask, other=0.0)
     at, mask = of_tokens(dv, bh, n, 0, T, H, V, C, BV)
     dvalue = tl.load(at, mask=mask, other=0.0)
-    below, up_to = t[:, None] > t[None, :], t[:, None] >= t[None, :]
-    remains = True
+    by_queries = tl.where(t[:, None] >= t[None, :], dot(doutput, error, PRECISION), 0.0).to(TYPE)
+    by_keys = tl.where(t[:, None] > t[None, :], -dot(dvalue, error, PRECISION), 0.0).to(TYPE)
+    until, since = C, 0
     if starts is not None:
-        alike = t[None, :] >= begins(starts, bh, n, N, H, C)[:, None]
-        below, up_to = below & alike, up_to & alike
         until, since = of_starts(starts, bh, n, N, H, C)
-        remains = until == C
-    by_queries = tl.where(up_to, dot(doutput, error, PRECISION), 0.0).to(TYPE)
-    by_keys = tl.where(below, -dot(dvalue, error, PRECISION), 0.0).to(TYPE)
+    if since > 0:
+        alike = t[None, :] >= begins(starts, bh, n, N, H, C)[:, None]
+        by_queries = tl.where(alike, by_queries, 0.0).to(TYPE)
+        by_keys = tl.where(alike, by_keys, 0.0).to(TYPE)
 
-    at, inside = of_matrix(dstates, chunk, first, V, K, BV, BK)
+    at_k, mask_k = of_tokens(gates, bh, n, first, T, H, K, C, BK)
+    gate = tl.load(at_k, mask=mask_k, other=0.0)
+    at, inside = of_rows(dstates, chunk, first, V, K, BV, BK)
     dmemory = tl.load(at, mask=inside, other=0.0)
-    at, inside = of_matrix(states, chunk, first, V, K, BV, BK)
+    at, inside = of_rows(states, chunk, first, V, K, BV, BK)
     memory = tl.load(at, mask=inside, other=0.0)
     at_k, mask_k = of_tokens(writes, bh, n, first, T, H, K, C, BK)
     write = tl.load(at_k, mask=mask_k, other=0.0)
+    channels = first + tl.arange(0, BK)
+    at = scale + chunk.to(tl.int64) * (2 * K) + K + channels
+    half = tl.load(at, mask=channels < K, other=0.0)[None, :]
+    opened = gate
+    if until < C:
+        opened = tl.where(gate > LEAST, gate, 0.0).to(gate.dtype)
+
     dwrite = dot(tl.trans(error), dmemory, PRECISION)
-    if starts is not None:
+    if since > 0:
         dwrite = tl.where(t[:, None] >= since, dwrite, 0.0)
     carried = dot(tl.trans(memory), dmemory, PRECISION)
     i = tl.arange(0, BK)
-    own = tl.where((i[:, None] == i[None, :]) & remains, carried, 0.0)
+    own = tl.where((i[:, None] == i[None, :]) & (until == C), carried, 0.0)
     written = write * dwrite
     total = tl.sum(written + own, 0) if BK == C else tl.sum(written, 0) + tl.sum(own, 0)  # one sum for two
     at_k, mask_k = of_tokens(reads, bh, n, first, T, H, K, C, BK)
@@ -98,42 +108,40 @@ def gradient(
     erase = tl.load(at_k, mask=mask_k, other=0.0)
     dwrite = dot(tl.trans(by_queries), read, PRECISION, dwrite)
     dwrite = dot(tl.trans(by_keys), erase, PRECISION, dwrite)
-
-    at_k, mask_k = of_tokens(gates, bh, n, first, T, H, K, C, BK)
-    gate = tl.load(at_k, mask=mask_k, other=0.0)
-    dread = dot(doutput, memory, PRECISION)
-    derase = -dot(dvalue, memory, PRECISION)
-    if starts is not None:
-        dread = tl.where(t[:, None] < until, dread, 0.0)
-        derase = tl.where(t[:, None] < until, derase, 0.0)
-    dread = dot(by_queries, write, PRECISION, dread)
-    derase = dot(by_keys, write, PRECISION, derase)
-    found = read * dread + erase * derase - write * dwrite
-
-    channels = first + tl.arange(0, BK)
-    at = scale + chunk.to(tl.int64) * (2 * K) + K + channels
-    half = tl.load(at, mask=channels < K, other=0.0)[None, :]
-    opened = tl.where(gate > LEAST, gate, 0.0).to(gate.dtype)
+    found = -write * dwrite
     faded = sums(ones, LOG_C + UP_TO, opened, C, PRECISION) - half
-    kept = tl.exp(faded)
-    at, mask_k = of_tokens(dq, bh, n, first, T, H, K, C, BK)
-    tl.store(at, (dread * kept).to(TYPE), mask=mask_k)
-    dkey = derase * kept
-    at, real = of_gates(step_size, bh, n, T, H, C)
-    b = tl.load(at, mask=real, other=0.0)[:, None]
     left = tl.exp(-faded)
     dwrite *= left
-    at, mask_k = of_tokens(dk, bh, n, first, T, H, K, C, BK)
-    tl.store(at, (dkey + b * dwrite).to(TYPE), mask=mask_k)
     begin = block.to(tl.int64) * (tl.num_programs(0) // (BLOCKS * H * N)) * T * H
     at, real = of_gates(dstep_size + begin, bh, n, T, H, C)
     tl.store(at, tl.sum(dwrite * (erase * left), 1), mask=real)
+    at, real = of_gates(step_size, bh, n, T, H, C)
+    dkey = tl.load(at, mask=real, other=0.0)[:, None] * dwrite
+
+    kept = tl.exp(faded)
+    dread = dot(doutput, memory, PRECISION)
+    if until < C:
+        dread = tl.where(t[:, None] < until, dread, 0.0)
+    dread = dot(by_queries, write, PRECISION, dread)
+    found += read * dread
+    at, mask_k = of_tokens(dq, bh, n, first, T, H, K, C, BK)
+    tl.store(at, (dread * kept).to(TYPE), mask=mask_k)
+    derase = -dot(dvalue, memory, PRECISION)
+    if until < C:
+        derase = tl.where(t[:, None] < until, derase, 0.0)
+    derase = dot(by_keys, write, PRECISION, derase)
+    found += erase * derase
+    dkey += derase * kept
+    at, mask_k = of_tokens(dk, bh, n, first, T, H, K, C, BK)
+    tl.store(at, dkey.to(TYPE), mask=mask_k)
 
     dgates = wide_sums(same, LOG_C + FROM, found, C, PRECISION) + total[None, :]
     if log_rate is not None:
+        if until < C:
+            dgates = tl.where(gate > LEAST, dgates, 0.0)
         gate = gate.to(tl.float32)
         row = bh // H * N + n
-        rates = tl.sum(tl.sum(tl.where(gate > LEAST, dgates * gate, 0.0), 1), 0)
+        rates = tl.sum(tl.sum(dgates * gate, 1), 0)
         tl.store(drate + (row * BLOCKS + block).to(tl.int64) * H + bh % H, rates)
         dgates *= log_gates_gradient(gate, tl.exp(tl.load(log_rate + bh % H)))
         at = dbias + row.to(tl.int64) * (H * K) + bh % H * K + channels

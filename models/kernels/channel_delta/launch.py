@@ -19,7 +19,7 @@ from models.kernels.delta.launch import CHUNK, WHOLE, Configuration, many
 # By kernel, of 16 bits and of 32. block: channels of the keys that a program has or takes at a time, columns of the
 # values that a scan's has. Products of 16 bits with fewer than 64 columns may be wrong: docs/kernels.md.
 HALF = {
-    "fade": Configuration(64, 4, 2),
+    "fade": Configuration(64, 4, 2, 128),
     "scores": Configuration(128, 4, 1, 168),
     "scan": Configuration(64, 4, 2),
     "scan_gradient": Configuration(64, 4, 2),

@@ -13,6 +13,7 @@ from models.kernels.channel_delta.tiles import (
     bound,
     is_near,
     log_gates,
+    of_starts,
     sums,
 )
 from models.kernels.delta.tiles import place, system_inverse
@@ -131,11 +132,14 @@ def scores(
     write = tl.load(at_writes, mask=mask, other=0.0)
     erase = tl.load(at_erases, mask=mask, other=0.0)
     read = tl.load(at_reads, mask=mask, other=0.0)
-    below, up_to = t[:, None] > t[None, :], t[:, None] >= t[None, :]
+    found = tl.where(t[:, None] >= t[None, :], dot(read, tl.trans(write), PRECISION), 0.0)
+    system = tl.where(t[:, None] > t[None, :], dot(erase, tl.trans(write), PRECISION), 0.0)
+    since = 0
     if starts is not None:
+        _, since = of_starts(starts, bh, n, N, H, C)
+    if since > 0:
         alike = t[None, :] >= begins(starts, bh, n, N, H, C)[:, None]
-        below, up_to = below & alike, up_to & alike
-    found = tl.where(up_to, dot(read, tl.trans(write), PRECISION), 0.0)
+        found, system = tl.where(alike, found, 0.0), tl.where(alike, system, 0.0)
     tl.store(of_square(attend, chunk, C), found.to(TYPE))
-    inverse = system_inverse(tl.where(below, dot(erase, tl.trans(write), PRECISION), 0.0), C, PRECISION)
+    inverse = system_inverse(system, C, PRECISION)
     tl.store(of_square(R, chunk, C), tl.where(t[:, None] > t[None, :], inverse, 0.0).to(TYPE))

@@ -53,13 +53,13 @@ def scan(
     at, inside = of_memory(first, bh, rows, columns, V, K)
     memory = tl.load(at, mask=inside, other=0.0)
     one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(TYPE)
-    error_before, output_before = tl.zeros([BV, C], tl.float32), tl.zeros([BV, C], tl.float32)
+    error_before, output_before = tl.zeros([BV, C], TYPE), tl.zeros([BV, C], TYPE)
     for n in tl.range(N, disable_licm=True):
         chunk = bh * N + n
         leave(output_before, o, bh, n - 1, first_v, n > 0, T, H, V, C, BV)
         if errors is not None:
             at_u, inside_u = of_state(errors, chunk - 1, rows, t, V, C)
-            tl.store(at_u, error_before.to(TYPE), mask=inside_u & (n > 0))
+            tl.store(at_u, error_before, mask=inside_u & (n > 0))
         kept = tl.load(scale + chunk.to(tl.int64) * (2 * K) + columns, mask=columns < K, other=0.0)[None, :]
         if not TYPE.is_fp16():
             memory *= kept
@@ -77,32 +77,34 @@ def scan(
         values = tl.load(at_v, mask=mask_v, other=0.0)
         inverse = tl.load(of_square(R, chunk, C))
         similar = tl.load(of_square(attend, chunk, C))
+        until, since = C, 0
         if starts is not None:
             until, since = of_starts(starts, bh, n, N, H, C)
-            memory *= tl.where(until == C, 1.0, 0.0)
+        if until < C:
+            memory *= 0.0
 
         known = dot(operand, tl.trans(erase), PRECISION)
-        if starts is not None:
+        if until < C:
             known = tl.where(t[None, :] < until, known, 0.0)
         error = dot(tl.trans(values), one, PRECISION) - known
         output = dot(operand, tl.trans(read), PRECISION)
-        if starts is not None:
+        if until < C:
             output = tl.where(t[None, :] < until, output, 0.0)
         error += dot(error.to(TYPE), tl.trans(inverse), PRECISION)
         output = dot(error.to(TYPE), tl.trans(similar), PRECISION, output)
         rounded = error.to(TYPE)
-        if starts is not None:
+        if since > 0:
             rounded = tl.where(t[None, :] >= since, rounded, 0.0).to(TYPE)
         if TYPE.is_fp16():
             memory = dot(rounded, write, PRECISION, memory * kept)
         else:
             memory = dot(rounded, write, PRECISION, memory)
             memory *= kept_again(scale, chunk, columns, K)
-        error_before, output_before = error, output
+        error_before, output_before = error.to(TYPE), output.to(TYPE)
     leave(output_before, o, bh, N - 1, first_v, True, T, H, V, C, BV)
     if errors is not None:
         at_u, inside_u = of_state(errors, bh * N + N - 1, rows, t, V, C)
-        tl.store(at_u, error_before.to(TYPE), mask=inside_u)
+        tl.store(at_u, error_before, mask=inside_u)
     at, inside = of_memory(last, bh, rows, columns, V, K)
     tl.store(at, memory, mask=inside)
 
@@ -134,7 +136,7 @@ def scan_gradient(
         at, inside = of_memory(dlast, bh, rows, columns, V, K)
         dmemory = tl.load(at, mask=inside, other=0.0)
     one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(TYPE)
-    derror_before = tl.zeros([BV, C], tl.float32)
+    derror_before = tl.zeros([BV, C], TYPE)
     for i in tl.range(N, disable_licm=True):
         n = N - 1 - i
         chunk = bh * N + n
@@ -155,19 +157,21 @@ def scan_gradient(
         read = tl.load(at_k, mask=mask_k, other=0.0)
         at_k, mask_k = of_tokens(erases, bh, n, 0, T, H, K, C, BK)
         erase = tl.load(at_k, mask=mask_k, other=0.0)
+        until, since = C, 0
         if starts is not None:
             until, since = of_starts(starts, bh, n, N, H, C)
-            dmemory *= tl.where(until == C, 1.0, 0.0)
+        if until < C:
+            dmemory *= 0.0
 
         derror = dot(operand, tl.trans(write), PRECISION)
-        if starts is not None:
+        if since > 0:
             derror = tl.where(t[None, :] >= since, derror, 0.0)
         doutput = dot(tl.trans(doutput), one, PRECISION)
         rounded = doutput.to(TYPE)
         derror = dot(rounded, similar, PRECISION, derror)
         derror += dot(derror.to(TYPE), inverse, PRECISION)
-        derror_before = derror
-        if starts is not None:
+        derror_before = derror.to(TYPE)
+        if until < C:
             rounded = tl.where(t[None, :] < until, doutput, 0.0).to(TYPE)
             derror = tl.where(t[None, :] < until, derror, 0.0)
         if TYPE.is_fp16():

@@ -42,6 +42,18 @@ def unscaled(scale, chunk, first, K: tl.constexpr, BK: tl.constexpr, TYPE: tl.co
 
 
 @triton.jit
+def of_rows(pointer, index, first, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+    """Addresses and mask [BV, BK] of matrix `index` of [*, V, K], from column `first`: no mask where tiles are full."""
+    v, k = tl.arange(0, BV), tl.arange(0, BK)
+    mask = tl.full([BV, BK], True, tl.int1)
+    if V != BV:
+        mask = mask & (v < V)[:, None]
+    if K % BK != 0:
+        mask = mask & (k < K - first)[None, :]
+    return pointer + index.to(tl.int64) * (K * V) + first + (v[:, None] * K + k[None, :]), mask
+
+
+@triton.jit
 def begins(starts, bh, n, N, H, C: tl.constexpr):
     """Where in the chunk the document of each token [C] begins, 0 for one from before."""
     return tl.load(starts + (bh // H * N + n) * (1 + C) + 1 + tl.arange(0, C))
@@ -133,12 +145,10 @@ def log_gates(raw, bias, log_rate, head, first, K: tl.constexpr, BK: tl.constexp
 
 @triton.jit
 def log_gates_gradient(gates, rate):
-    """By raw [C, BK], for 1 by the log gates: -rate sigmoid(raw + bias), which is 1 - e^(log gate / rate) of them. None
-    of a gate that a document's start has closed."""
+    """By raw [C, BK], for 1 by the log gates: -rate sigmoid(raw + bias), which is 1 - e^(log gate / rate) of them."""
     x = gates * (1 / rate)
     small = -x * (1 + x * (0.5 + x * (1 / 6 + x / 24)))
-    opened = tl.where(x > -0.03, small, 1 - tl.exp(x))
-    return tl.where(gates > LEAST, -rate * opened, 0.0)
+    return -rate * tl.where(x > -0.03, small, 1 - tl.exp(x))
 
 
 @triton.jit
