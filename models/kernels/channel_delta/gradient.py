@@ -74,10 +74,10 @@ def gradient(
     until, since = C, 0
     if starts is not None:
         until, since = of_starts(starts, bh, n, N, H, C)
-    if since > 0:
-        alike = t[None, :] >= begins(starts, bh, n, N, H, C)[:, None]
-        by_queries = tl.where(alike, by_queries, 0.0).to(TYPE)
-        by_keys = tl.where(alike, by_keys, 0.0).to(TYPE)
+        if since > 0:
+            alike = t[None, :] >= begins(starts, bh, n, N, H, C)[:, None]
+            by_queries = tl.where(alike, by_queries, 0.0).to(TYPE)
+            by_keys = tl.where(alike, by_keys, 0.0).to(TYPE)
 
     at_k, mask_k = of_tokens(gates, bh, n, first, T, H, K, C, BK)
     gate = tl.load(at_k, mask=mask_k, other=0.0)

@@ -134,12 +134,11 @@ def scores(
     read = tl.load(at_reads, mask=mask, other=0.0)
     found = tl.where(t[:, None] >= t[None, :], dot(read, tl.trans(write), PRECISION), 0.0)
     system = tl.where(t[:, None] > t[None, :], dot(erase, tl.trans(write), PRECISION), 0.0)
-    since = 0
     if starts is not None:
         _, since = of_starts(starts, bh, n, N, H, C)
-    if since > 0:
-        alike = t[None, :] >= begins(starts, bh, n, N, H, C)[:, None]
-        found, system = tl.where(alike, found, 0.0), tl.where(alike, system, 0.0)
+        if since > 0:
+            alike = t[None, :] >= begins(starts, bh, n, N, H, C)[:, None]
+            found, system = tl.where(alike, found, 0.0), tl.where(alike, system, 0.0)
     tl.store(of_square(attend, chunk, C), found.to(TYPE))
     inverse = system_inverse(system, C, PRECISION)
     tl.store(of_square(R, chunk, C), tl.where(t[:, None] > t[None, :], inverse, 0.0).to(TYPE))
