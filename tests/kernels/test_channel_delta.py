@@ -142,6 +142,29 @@ def test_kernels_are_the_recurrence():
     assert found.keys() == {*INTERPRETED, *RATES} and all(error < 1e-5 for error in found.values()), found
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_chunks_of_a_new_layer_are_near():
+    """So are those that documents begin in. Those that are not are for kernels several times slower."""
+    code = """
+    import torch
+    from models.kernels.channel_delta.launch import Launch
+    from models.parts.decay import ChannelRateDecay
+    from models.parts.sizes import Sizes
+    B, T, H, K = 1, 150, 4, 64
+    torch.manual_seed(0)
+    decay, x = ChannelRateDecay(Sizes(H * K, H, H, K, K)), torch.randn(B, T, H * K)
+    q, k = torch.randn(2, B, T, H, K)
+    launch, segments = Launch(q, k, torch.ones(B, T, H), K), (torch.arange(T) // 20).expand(B, T)
+    with torch.no_grad():
+        raw, bias, log_rate = decay.unmade(x)
+        for further in (0, 4):
+            faded = launch.fade(torch.empty_like(q), segments, raw, bias + further, log_rate)
+            print("near" if faded.near.all() else "far")
+    """
+    assert run_interpreted(textwrap.dedent(code), fla=False).split() == ["near", "far"]
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 

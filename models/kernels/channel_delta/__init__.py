@@ -86,19 +86,19 @@ def _(q, k, v, step_size, log_decay, bias, log_rate, segments, memory, keep):
 
 @torch.library.custom_op("test_time_regression::channel_delta_rule_backward", mutates_args=())
 def backward(
-    q: Tensor, k: Tensor, step_size: Tensor, log_rate: Tensor | None, kept: list[Tensor], do: Tensor,
-    dlast: Tensor | None,
+    q: Tensor, k: Tensor, step_size: Tensor, log_rate: Tensor | None, segments: Tensor | None, kept: list[Tensor],
+    do: Tensor, dlast: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients by q, k, v, the step sizes, the log decays or what they are made of, with rates by the bias and by
     the rates, and by the first memory."""
     from models.kernels.channel_delta.launch import Kept, Launch
 
     with torch.cuda.device_of(q):
-        return Launch(q, k, step_size, do.shape[-1]).backward(Kept(*kept), log_rate, do, dlast)
+        return Launch(q, k, step_size, do.shape[-1]).backward(Kept(*kept), log_rate, segments, do, dlast)
 
 
 @backward.register_fake
-def _(q, k, step_size, log_rate, kept, do, dlast):
+def _(q, k, step_size, log_rate, segments, kept, do, dlast):
     B, _, H, K = q.shape
     gates = [step_size.new_empty(q.shape)]
     if log_rate is not None:
@@ -108,17 +108,17 @@ def _(q, k, step_size, log_rate, kept, do, dlast):
 
 
 def _keep(ctx, inputs, output) -> None:
-    q, k, v, step_size, _, _, log_rate, *_ = inputs
+    q, k, v, step_size, _, _, log_rate, segments, *_ = inputs
     ctx.shape = v.shape
-    ctx.save_for_backward(q, k, step_size, log_rate, *output[2:])
+    ctx.save_for_backward(q, k, step_size, log_rate, segments, *output[2:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, do: Tensor | None, dlast: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    q, k, step_size, log_rate, *kept = ctx.saved_tensors
+    q, k, step_size, log_rate, segments, *kept = ctx.saved_tensors
     if do is None:
         do = q.new_zeros(ctx.shape)
-    *found, dfirst = backward(q, k, step_size, log_rate, kept, do, dlast)
+    *found, dfirst = backward(q, k, step_size, log_rate, segments, kept, do, dlast)
     return *found, *[None] * (8 - len(found)), dfirst, None
 
 

@@ -8,7 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from models.kernels.channel_delta.gradient import gradient, readers, scores_gradient
+from models.kernels.channel_delta.far import far_gradient, far_readers, far_scores, far_scores_gradient
+from models.kernels.channel_delta.gradient import gradient
 from models.kernels.channel_delta.prepare import fade, scores
 from models.kernels.channel_delta.scans import scan, scan_gradient
 from models.kernels.channel_delta.tiles import ORDERS, write_ones
@@ -18,24 +19,28 @@ from models.kernels.delta.launch import CHUNK, WHOLE, Configuration, many
 # By kernel, of 16 bits and of 32. block: channels of the keys that a program has or takes at a time, columns of the
 # values that a scan's has. Products of 16 bits with fewer than 64 columns may be wrong: docs/kernels.md.
 HALF = {
-    "fade": Configuration(64, 4, 2),
-    "scores": Configuration(64, 4, 2),
+    "fade": Configuration(64, 4, 2, 128),
+    "scores": Configuration(128, 4, 1, 168),
     "scan": Configuration(64, 4, 2),
     "scan_gradient": Configuration(64, 4, 2),
-    "scores_gradient": Configuration(0, 4, 2),
-    "readers": Configuration(64, 4, 2),
     "gradient": Configuration(64, 4, 2),
+    "far_scores": Configuration(64, 4, 2),
+    "far_scores_gradient": Configuration(0, 4, 2),
+    "far_readers": Configuration(64, 4, 2),
+    "far_gradient": Configuration(64, 4, 2),
 }
 SINGLE = {
     "fade": Configuration(32, 4, 1),
-    "scores": Configuration(32, 4, 1),
+    "scores": Configuration(64, 4, 1),
     "scan": Configuration(16, 4, 1),
     "scan_gradient": Configuration(16, 4, 1),
-    "scores_gradient": Configuration(0, 4, 1),
-    "readers": Configuration(32, 4, 1),
     "gradient": Configuration(16, 4, 1),
+    "far_scores": Configuration(32, 4, 1),
+    "far_scores_gradient": Configuration(0, 4, 1),
+    "far_readers": Configuration(32, 4, 1),
+    "far_gradient": Configuration(16, 4, 1),
 }
-WHOLE_SHARED = 200 << 10  # of a scan by delta/launch.py's WHOLE
+WHOLE_SHARED = 201 << 10  # of a scan by delta/launch.py's WHOLE
 LOG_CHUNK = CHUNK.bit_length() - 1
 
 
@@ -51,12 +56,15 @@ class Kept(NamedTuple):
 
 
 class Faded(NamedTuple):
-    """What the scans multiply with beside it: worked out again for the gradient."""
+    """What the scans multiply with beside it: worked out again for the gradient. prepare.py's `fade` says what is
+    what."""
 
     reads: Tensor  # [B, T, H, K]
     erases: Tensor  # [B, T, H, K]
     writes: Tensor  # [B, T, H, K]
-    ended: Tensor  # [B H N, K]
+    scale: Tensor  # [B H N, 2, K]
+    near: Tensor  # [B H N, FLAGS]
+    starts: Tensor | None  # [B N, 1 + C]
 
 
 def new_kept(q: Tensor, v: Tensor, keep: bool) -> Kept:
@@ -83,25 +91,30 @@ class Launch:
         self.BK, self.BV = (max(least, triton.next_power_of_2(width)) for width in (self.K, self.V))
         self.configurations = HALF if half else SINGLE
         self.common = {"C": CHUNK, "PRECISION": "tf32" if half else "tf32x3"}
+        self.flags = triton.cdiv(self.K, min(self.configurations["fade"].block, self.BK))
         self.sizes = (self.T, self.N, self.H, self.K, self.V)
         ones = (LOG_CHUNK + ORDERS, CHUNK, CHUNK)
         self.ones, self.same = q.new_empty(ones, dtype=dtype_of_gates(q)), q.new_empty(ones)
         write_ones[(len(self.ones),)](self.ones, self.same, CHUNK, LOG_CHUNK)
 
-    def fade(self, gates: Tensor, *made_of: Tensor | None) -> Faded:
+    def fade(self, gates: Tensor, segments: Tensor | None, *made_of: Tensor | None) -> Faded:
         """made_of: what prepare.py's `fade` makes the gates of, where they are not known."""
-        q = self.given[0]
-        ended = q.new_empty(self.B * self.H * self.N, self.K, dtype=torch.float32)
-        faded = Faded(torch.empty_like(q), torch.empty_like(q), torch.empty_like(q), ended)
-        self.launch("fade", fade, *self.given, *(made_of or (None,) * 4), self.ones, gates, *faded)
+        q, chunks = self.given[0], self.B * self.H * self.N
+        starts = None if segments is None else q.new_empty(self.B * self.N, 1 + CHUNK, dtype=torch.int32)
+        reads, erases, writes = (torch.empty_like(q) for _ in range(3))
+        scale = q.new_empty(chunks, 2, self.K, dtype=torch.float32)
+        faded = Faded(reads, erases, writes, scale, q.new_empty(chunks, self.flags, dtype=torch.int32), starts)
+        self.launch("fade", fade, *self.given, *(made_of or (None,) * 3), segments, self.ones, gates, *faded)
         return faded
 
     def launch(self, name: str, kernel, *tensors: Tensor | None, programs: int | None = None, **sizes: int) -> None:
         """A kernel of all chunks at once. programs: of a chunk, None for one for each block of channels."""
         configuration = self.configurations[name]
         BK = min(configuration.block, self.BK)
+        further = {"FLAGS": self.flags, "LOG_C": LOG_CHUNK, "BK": BK}
+        sizes |= {name: size for name, size in further.items() if name in kernel.arg_names}
         kernel[self.B * self.H * self.N * (programs or triton.cdiv(self.K, BK)),](
-            *tensors, *self.sizes[:4], **self.common, **sizes, LOG_C=LOG_CHUNK, BK=BK, **configuration.options
+            *tensors, *self.sizes[:4], **self.common, **sizes, **configuration.options
         )
 
     def scan(self, name: str, kernel, *tensors: Tensor | None) -> None:
@@ -119,42 +132,56 @@ class Launch:
         """The outputs, the last memory, and what is kept. gates: what prepare.py's `fade` makes them of."""
         v, first = v.contiguous(), first.contiguous()
         kept, o, last = new_kept(self.given[0], v, keep), torch.empty_like(v), torch.empty_like(first)
-        faded = self.fade(kept.gates, *(None if x is None else x.contiguous() for x in gates))
-        self.launch("scores", scores, *self.given, kept.gates, self.ones, kept.R, kept.attend, programs=2)
+        *made_of, segments = (None if x is None else x.contiguous() for x in gates)
+        faded = self.fade(kept.gates, segments, *made_of)
+        found = faded.near, kept.R, kept.attend
+        self.launch("scores", scores, *faded[:3], faded.near, faded.starts, kept.R, kept.attend, programs=1)
+        self.launch("far_scores", far_scores, *self.given, kept.gates, self.ones, *found, programs=2)
         further = (kept.errors, kept.states) if keep else (None, None)
-        self.scan("scan", scan, *faded, v, kept.R, kept.attend, first, o, last, *further)
+        scanned = *faded[:4], faded.starts
+        self.scan("scan", scan, *scanned, v, kept.R, kept.attend, first, o, last, *further)
         return o, last, kept
 
-    def backward(self, kept: Kept, log_rate: Tensor | None, do: Tensor, dlast: Tensor | None) -> list[Tensor]:
+    def backward(
+        self, kept: Kept, log_rate: Tensor | None, segments: Tensor | None, do: Tensor, dlast: Tensor | None
+    ) -> list[Tensor]:
         """The gradients by q, k, v, the step sizes, the log decays or what they are made of, with rates by the bias and
         by the rates, and by the first memory."""
         do, dlast = do.contiguous(), None if dlast is None else dlast.contiguous()
+        segments = None if segments is None else segments.contiguous()
         (q, k, step_size), (gates, R, attend, errors, states) = self.given, kept
-        faded = self.fade(gates)
+        faded = self.fade(gates, segments)
+        scale, near, starts = faded[3:]
         dv, dstates = torch.empty_like(do), torch.empty_like(states)
-        dfirst = faded.ended.new_empty(self.B, self.H, self.K, self.V)
-        self.scan("scan_gradient", scan_gradient, *faded, R, attend, do, dlast, dv, dstates, dfirst)
-        del faded
-        dscores, down = R.new_empty(2, *R.shape), torch.empty_like(step_size)
-        scores_gradient[2 * len(R),](
-            step_size, do, errors, dv, dscores, down, self.T, self.N, self.H, self.V, **self.common, BV=self.BV,
-            **self.configurations["scores_gradient"].options,
-        )  # fmt: skip
-        dq, dk, dreader = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
-        dlog_decay = torch.empty_like(q, dtype=torch.float32 if log_rate is None else q.dtype)
-        of_values = {"V": self.V, "BV": self.BV}
-        self.launch(
-            "readers", readers, k, gates, self.ones, dscores, do, dv, states, dq, dreader, **of_values
-        )  # fmt: skip
+        dfirst = scale.new_empty(self.B, self.H, self.K, self.V)
+        self.scan("scan_gradient", scan_gradient, *faded[:4], starts, R, attend, do, dlast, dv, dstates, dfirst)
+
         num_blocks = triton.cdiv(self.K, min(self.configurations["gradient"].block, self.BK))
-        dsteps = step_size.new_empty(num_blocks, *step_size.shape)
+        dq, dk, dsteps = torch.empty_like(q), torch.empty_like(k), step_size.new_empty(num_blocks, *step_size.shape)
+        dlog_decay = torch.empty_like(q, dtype=torch.float32 if log_rate is None else q.dtype)
         sums: tuple[Tensor | None, Tensor | None] = None, None  # by the bias and by the rates, of each program
         if log_rate is not None:
             rows = self.B * self.N
             sums = step_size.new_empty(rows, self.H * self.K), step_size.new_empty(rows * num_blocks, self.H)
+        found = dq, dk, dsteps, dlog_decay, *sums
+        of_values = {"V": self.V, "BV": self.BV}
         self.launch(
-            "gradient", gradient, *self.given, gates, self.ones, self.same, dscores, down, errors, states, dstates,
-            dreader, log_rate, dq, dk, dsteps, dlog_decay, *sums, **of_values,
+            "gradient", gradient, *faded[:3], step_size, gates, self.ones, self.same, scale, near, starts, do, dv,
+            errors, states, dstates, log_rate, *found, **of_values,
+        )  # fmt: skip
+        del faded
+        dscores, down, dreader = R.new_empty(2, *R.shape), torch.empty_like(step_size), torch.empty_like(k)
+        far_scores_gradient[2 * len(R),](
+            step_size, do, errors, dv, near, dscores, down, self.T, self.N, self.H, self.V, **self.common,
+            FLAGS=self.flags, BV=self.BV, **self.configurations["far_scores_gradient"].options,
+        )  # fmt: skip
+        self.launch(
+            "far_readers", far_readers, k, gates, self.ones, dscores, do, dv, states, near, scale, dq, dreader,
+            **of_values,
+        )  # fmt: skip
+        self.launch(
+            "far_gradient", far_gradient, *self.given, gates, self.ones, self.same, dscores, down, errors, states,
+            dstates, dreader, log_rate, near, scale, *found, **of_values,
         )  # fmt: skip
         shared = [summed(x, x[0]) for x in sums if x is not None]
         return [dq, dk, dv, dsteps.sum(0), dlog_decay, *shared, dfirst]

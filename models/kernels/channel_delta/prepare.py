@@ -1,13 +1,32 @@
-"""What the scans multiply with, of gates, queries, keys and step sizes alone, all chunks at once."""
+"""What the scans multiply with, of gates, queries, keys and step sizes alone, and the system of every chunk."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from models.kernels.channel_delta.tiles import AFTER, LEAST, UP_TO, log_gates, meet, sums
+from models.kernels.channel_delta.tiles import (
+    AFTER,
+    LEAST,
+    UP_TO,
+    begins,
+    bound,
+    is_near,
+    log_gates,
+    of_starts,
+    sums,
+)
 from models.kernels.delta.tiles import place, system_inverse
 from models.kernels.momentum.tiles import dot, of_gates, of_square, of_tokens
+
+
+@triton.jit
+def write_starts(at, begun, C: tl.constexpr):
+    """What tiles.py reads of the tokens [C] that documents begin with."""
+    t = tl.arange(0, C)
+    before = begun[None, :] & (t[None, :] <= t[:, None])
+    tl.store(at, tl.min(tl.where(begun, t, C), 0))
+    tl.store(at + 1 + t, tl.max(tl.where(before, t[None, :], 0), 1))
 
 
 @triton.jit
@@ -21,17 +40,24 @@ def fade(
     segments,  # [B, T], or None: at a document's start nothing is left
     ones,  # [LOG_C + ORDERS, C, C], by tiles.py's write_ones
     gates,  # [B, T, H, K], in the dtype of ones, out where log_decay is given: log decays, rounded and bounded
-    reads,  # out, [B, T, H, K]: e^c q
-    erases,  # out, [B, T, H, K]: e^c k
-    writes,  # out, [B, T, H, K]: b e^{c_C - c} k
-    ended,  # out, [B H N, K]: e^{c_C}
+    reads,  # out, [B, T, H, K]: e^{c - m} q
+    erases,  # out, [B, T, H, K]: e^{c - m} k
+    writes,  # out, [B, T, H, K]: b e^{c_C - c - m} k
+    scale,  # out, [B H N, 2, K]: e^m, in fp16 e^{c_C}, and m
+    near,  # out, [B H N, K / BK]: 1 where c_C is 2 m in all channels
+    starts,  # out, [B N, 1 + C]: where in the chunk its first document after the first token's begins, C for
+    # none, and where the document of each token does, 0 for one from before; or None, as segments
     T, N, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Sums of gates c here have none of a document's start, for which others have masks. m is c_C / 2, but at least
+    -bound: then all factors are at most e^bound."""
     BLOCKS: tl.constexpr = (K + BK - 1) // BK
     first = tl.program_id(0) % BLOCKS * BK
     bh, n = place(tl.program_id(0) // BLOCKS, N, H)
     chunk = bh * N + n
+    TYPE: tl.constexpr = k.dtype.element_ty
+    t = tl.arange(0, C)
     at, real = of_gates(step_size, bh, n, T, H, C)
     b = tl.load(at, mask=real, other=0.0)
     at_k, mask = of_tokens(k, bh, n, first, T, H, K, C, BK)
@@ -39,74 +65,80 @@ def fade(
     at_k, mask = of_tokens(q, bh, n, first, T, H, K, C, BK)
     queries = tl.load(at_k, mask=mask, other=0.0)
     at_gates, mask = of_tokens(gates, bh, n, first, T, H, K, C, BK)
+    if segments is not None:
+        token = n * C + t
+        at = segments + (bh // H).to(tl.int64) * T + token
+        inner = (token > 0) & (token < T)
+        begun = tl.load(at, mask=inner, other=0) != tl.load(at - 1, mask=inner, other=0)
+        if (bh % H == 0) & (first == 0):
+            write_starts(starts + (bh // H * N + n) * (1 + C), begun, C)
     if log_decay is not None:
         at_k, mask = of_tokens(log_decay, bh, n, first, T, H, K, C, BK)
         log_gate = tl.load(at_k, mask=mask, other=0.0).to(tl.float32)
         if bias is not None:
             log_gate = log_gates(log_gate, bias, log_rate, bh % H, first, K, BK)
         if segments is not None:
-            token = n * C + tl.arange(0, C)
-            at = segments + (bh // H).to(tl.int64) * T + token
-            inner = (token > 0) & (token < T)
-            starts = tl.load(at, mask=inner, other=0) != tl.load(at - 1, mask=inner, other=0)
-            log_gate = tl.where(starts[:, None], LEAST, log_gate)
+            log_gate = tl.where(begun[:, None], LEAST, log_gate)
         gate = tl.where(mask, tl.maximum(log_gate, LEAST), 0.0).to(gates.dtype.element_ty)
         tl.store(at_gates, gate, mask=mask)
     else:
         gate = tl.load(at_gates, mask=mask, other=0.0)
     channels = first + tl.arange(0, BK)
+    at = scale + chunk.to(tl.int64) * (2 * K) + channels
+    if TYPE.is_fp16():
+        tl.store(at, tl.exp(tl.sum(gate.to(tl.float32), 0)), mask=channels < K)
+    if segments is not None:
+        gate = tl.where(begun[:, None], 0.0, gate).to(gate.dtype)
     total = tl.sum(gate.to(tl.float32), 0)
-    tl.store(ended + chunk.to(tl.int64) * K + channels, tl.exp(total), mask=channels < K)
-    left = tl.exp(sums(ones, LOG_C + UP_TO, gate, C, PRECISION))
+    BOUND: tl.constexpr = bound(TYPE)
+    half = tl.maximum(0.5 * total, -BOUND)
+    if not TYPE.is_fp16():
+        tl.store(at, tl.exp(half), mask=channels < K)
+    tl.store(at + K, half, mask=channels < K)
+    tl.store(near + chunk * BLOCKS + first // BK, (tl.min(total, 0) >= -2 * BOUND).to(tl.int32))
+    left = tl.exp(sums(ones, LOG_C + UP_TO, gate, C, PRECISION) - half[None, :])
     at_k, mask = of_tokens(reads, bh, n, first, T, H, K, C, BK)
-    tl.store(at_k, (queries * left).to(keys.dtype), mask=mask)
+    tl.store(at_k, (queries * left).to(TYPE), mask=mask)
     at_k, mask = of_tokens(erases, bh, n, first, T, H, K, C, BK)
-    tl.store(at_k, (keys * left).to(keys.dtype), mask=mask)
-    left = tl.exp(sums(ones, LOG_C + AFTER, gate, C, PRECISION)) * b[:, None]
+    tl.store(at_k, (keys * left).to(TYPE), mask=mask)
+    left = tl.exp(sums(ones, LOG_C + AFTER, gate, C, PRECISION) - half[None, :]) * b[:, None]
     at_k, mask = of_tokens(writes, bh, n, first, T, H, K, C, BK)
-    tl.store(at_k, (keys * left).to(keys.dtype), mask=mask)
+    tl.store(at_k, (keys * left).to(TYPE), mask=mask)
 
 
 @triton.jit
 def scores(
-    q,  # [B, T, H, K]
-    k,  # [B, T, H, K]
-    step_size,  # [B, T, H]
-    gates,  # [B, T, H, K], in the dtype of ones
-    ones,  # [LOG_C + ORDERS, C, C], by tiles.py's write_ones
+    reads,  # [B, T, H, K]
+    erases,  # [B, T, H, K]
+    writes,  # [B, T, H, K]
+    near,  # [B H N, FLAGS]
+    starts,  # [B N, 1 + C], or None
     R,  # out, [B H N, C, C]: (I + A)^-1 without its ones, A_ti = b_i sum_j k_tj e^{c_tj - c_ij} k_ij for i < t
     attend,  # out, [B H N, C, C]: the same of q_t for k_t, and i <= t
-    T, N, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr,
+    T, N, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, FLAGS: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One of the two in a program: with both, registers went to memory and back."""
-    of_queries = tl.program_id(0) % 2 == 1
-    bh, n = place(tl.program_id(0) // 2, N, H)
+    """Of chunks that are near, where e^{c_t - c_i} = e^{c_t - m} e^{m - c_i} is a product of what scans multiply with.
+    far.py has the others'."""
+    bh, n = place(tl.program_id(0), N, H)
     chunk = bh * N + n
+    if not is_near(near, chunk, FLAGS):
+        return
     t = tl.arange(0, C)
-    TYPE: tl.constexpr = k.dtype.element_ty
-    x = q if of_queries else k
-    found = tl.zeros([C, C], tl.float32)
-    own = tl.zeros([C], tl.float32)
-    for first in range(0, K, BK):
-        at_k, mask = of_tokens(k, bh, n, first, T, H, K, C, BK)
-        keys = tl.load(at_k, mask=mask, other=0.0)
-        at_k, mask = of_tokens(x, bh, n, first, T, H, K, C, BK)
-        readers = tl.load(at_k, mask=mask, other=0.0)
-        own += tl.sum(readers.to(tl.float32) * keys, 1)
-        at_k, mask = of_tokens(gates, bh, n, first, T, H, K, C, BK)
-        gate = tl.load(at_k, mask=mask, other=0.0)
-        halving = LOG_C - 1
-        while halving >= 0:
-            reading, writing, pairs, halving = meet(ones, halving, gate, True, C, TYPE, PRECISION)
-            product = dot((readers * reading).to(TYPE), tl.trans((keys * writing).to(TYPE)), PRECISION)
-            found += tl.where(pairs, product, 0.0)
-    at, real = of_gates(step_size, bh, n, T, H, C)
-    b = tl.load(at, mask=real, other=0.0)
-    found *= b[None, :]
-    if of_queries:
-        found = tl.where(t[:, None] == t[None, :], (own * b)[:, None], found)
-        tl.store(of_square(attend, chunk, C), found.to(TYPE))
-    else:
-        inverse = system_inverse(found, C, PRECISION)
-        tl.store(of_square(R, chunk, C), tl.where(t[:, None] > t[None, :], inverse, 0.0).to(TYPE))
+    TYPE: tl.constexpr = writes.dtype.element_ty
+    at_reads, mask = of_tokens(reads, bh, n, 0, T, H, K, C, BK)
+    at_erases, mask = of_tokens(erases, bh, n, 0, T, H, K, C, BK)
+    at_writes, mask = of_tokens(writes, bh, n, 0, T, H, K, C, BK)
+    write = tl.load(at_writes, mask=mask, other=0.0)
+    erase = tl.load(at_erases, mask=mask, other=0.0)
+    read = tl.load(at_reads, mask=mask, other=0.0)
+    found = tl.where(t[:, None] >= t[None, :], dot(read, tl.trans(write), PRECISION), 0.0)
+    system = tl.where(t[:, None] > t[None, :], dot(erase, tl.trans(write), PRECISION), 0.0)
+    if starts is not None:
+        _, since = of_starts(starts, bh, n, N, H, C)
+        if since > 0:
+            alike = t[None, :] >= begins(starts, bh, n, N, H, C)[:, None]
+            found, system = tl.where(alike, found, 0.0), tl.where(alike, system, 0.0)
+    tl.store(of_square(attend, chunk, C), found.to(TYPE))
+    inverse = system_inverse(system, C, PRECISION)
+    tl.store(of_square(R, chunk, C), tl.where(t[:, None] > t[None, :], inverse, 0.0).to(TYPE))

@@ -2,6 +2,9 @@
 
 As there the memory is turned around, [BV, K], as are a chunk's errors, [BV, C], and what a chunk has found is stored
 while the next one's tiles are on their way.
+
+A chunk's first memory is multiplied as e^m S, and its last one comes as what e^m is to be multiplied with: what both
+meet has e^-m in it. In fp16, which can't hold that, it is S, and fades by e^{c_C}.
 """
 
 from __future__ import annotations
@@ -9,9 +12,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from models.kernels.channel_delta.tiles import of_starts
 from models.kernels.delta.scans import leave
 from models.kernels.delta.tiles import of_memory, of_state, of_tokens
 from models.kernels.momentum.tiles import dot, of_square
+
+
+@triton.jit
+def kept_again(scale, chunk, columns, K: tl.constexpr):
+    """e^m a second time: held through a chunk's products it would take 32 registers. How the cache is told to treat it
+    keeps the compiler from taking both loads for one."""
+    at = scale + chunk.to(tl.int64) * (2 * K) + columns
+    return tl.load(at, mask=columns < K, other=0.0, eviction_policy="evict_first")[None, :]
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -19,7 +31,8 @@ def scan(
     reads,  # [B, T, H, K]
     erases,  # [B, T, H, K]
     writes,  # [B, T, H, K]
-    ended,  # [B H N, K]
+    scale,  # [B H N, 2, K]
+    starts,  # [B N, 1 + C], or None
     v,  # [B, T, H, V]
     R,  # [B H N, C, C]
     attend,  # [B H N, C, C]
@@ -27,7 +40,7 @@ def scan(
     o,  # out, [B, T, H, V]
     last,  # out, [B, H, K, V]
     errors,  # out, [B H N, V, C], or None
-    states,  # out, [B H N, V, K], what every chunk begins with, or None
+    states,  # out, [B H N, V, K], what every chunk begins with, times e^m, or None
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -40,13 +53,16 @@ def scan(
     at, inside = of_memory(first, bh, rows, columns, V, K)
     memory = tl.load(at, mask=inside, other=0.0)
     one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(TYPE)
-    error_before, output_before = tl.zeros([BV, C], tl.float32), tl.zeros([BV, C], tl.float32)
+    error_before, output_before = tl.zeros([BV, C], TYPE), tl.zeros([BV, C], TYPE)
     for n in tl.range(N, disable_licm=True):
         chunk = bh * N + n
         leave(output_before, o, bh, n - 1, first_v, n > 0, T, H, V, C, BV)
         if errors is not None:
             at_u, inside_u = of_state(errors, chunk - 1, rows, t, V, C)
-            tl.store(at_u, error_before.to(TYPE), mask=inside_u & (n > 0))
+            tl.store(at_u, error_before, mask=inside_u & (n > 0))
+        kept = tl.load(scale + chunk.to(tl.int64) * (2 * K) + columns, mask=columns < K, other=0.0)[None, :]
+        if not TYPE.is_fp16():
+            memory *= kept
         operand = memory.to(TYPE)
         if states is not None:
             at_states, inside = of_state(states, chunk, rows, columns, V, K)
@@ -61,19 +77,34 @@ def scan(
         values = tl.load(at_v, mask=mask_v, other=0.0)
         inverse = tl.load(of_square(R, chunk, C))
         similar = tl.load(of_square(attend, chunk, C))
-        kept = tl.load(ended + chunk.to(tl.int64) * K + columns, mask=columns < K, other=0.0)[None, :]
+        until, since = C, 0
+        if starts is not None:
+            until, since = of_starts(starts, bh, n, N, H, C)
+        if until < C:
+            memory *= 0.0
 
-        error = dot(tl.trans(values), one, PRECISION) - dot(operand, tl.trans(erase), PRECISION)
+        known = dot(operand, tl.trans(erase), PRECISION)
+        if until < C:
+            known = tl.where(t[None, :] < until, known, 0.0)
+        error = dot(tl.trans(values), one, PRECISION) - known
         output = dot(operand, tl.trans(read), PRECISION)
+        if until < C:
+            output = tl.where(t[None, :] < until, output, 0.0)
         error += dot(error.to(TYPE), tl.trans(inverse), PRECISION)
+        output = dot(error.to(TYPE), tl.trans(similar), PRECISION, output)
         rounded = error.to(TYPE)
-        memory = dot(rounded, write, PRECISION, memory * kept)
-        output = dot(rounded, tl.trans(similar), PRECISION, output)
-        error_before, output_before = error, output
+        if since > 0:
+            rounded = tl.where(t[None, :] >= since, rounded, 0.0).to(TYPE)
+        if TYPE.is_fp16():
+            memory = dot(rounded, write, PRECISION, memory * kept)
+        else:
+            memory = dot(rounded, write, PRECISION, memory)
+            memory *= kept_again(scale, chunk, columns, K)
+        error_before, output_before = error.to(TYPE), output.to(TYPE)
     leave(output_before, o, bh, N - 1, first_v, True, T, H, V, C, BV)
     if errors is not None:
         at_u, inside_u = of_state(errors, bh * N + N - 1, rows, t, V, C)
-        tl.store(at_u, error_before.to(TYPE), mask=inside_u)
+        tl.store(at_u, error_before, mask=inside_u)
     at, inside = of_memory(last, bh, rows, columns, V, K)
     tl.store(at, memory, mask=inside)
 
@@ -83,13 +114,14 @@ def scan_gradient(
     reads,  # [B, T, H, K]
     erases,  # [B, T, H, K]
     writes,  # [B, T, H, K]
-    ended,  # [B H N, K]
+    scale,  # [B H N, 2, K]
+    starts,  # [B N, 1 + C], or None
     R,  # [B H N, C, C]
     attend,  # [B H N, C, C]
     do,  # [B, T, H, V]
     dlast,  # [B, H, K, V], or None
     dv,  # out, [B, T, H, V]
-    dstates,  # out, [B H N, V, K]: by what every chunk ends with
+    dstates,  # out, [B H N, V, K]: by what every chunk ends with, times e^m
     dfirst,  # out, [B, H, K, V]
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -104,11 +136,14 @@ def scan_gradient(
         at, inside = of_memory(dlast, bh, rows, columns, V, K)
         dmemory = tl.load(at, mask=inside, other=0.0)
     one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(TYPE)
-    derror_before = tl.zeros([BV, C], tl.float32)
+    derror_before = tl.zeros([BV, C], TYPE)
     for i in tl.range(N, disable_licm=True):
         n = N - 1 - i
         chunk = bh * N + n
         leave(derror_before, dv, bh, n + 1, first_v, i > 0, T, H, V, C, BV)
+        kept = tl.load(scale + chunk.to(tl.int64) * (2 * K) + columns, mask=columns < K, other=0.0)[None, :]
+        if not TYPE.is_fp16():
+            dmemory *= kept
         operand = dmemory.to(TYPE)
         at_states, inside = of_state(dstates, chunk, rows, columns, V, K)
         tl.store(at_states, operand, mask=inside)
@@ -122,15 +157,29 @@ def scan_gradient(
         read = tl.load(at_k, mask=mask_k, other=0.0)
         at_k, mask_k = of_tokens(erases, bh, n, 0, T, H, K, C, BK)
         erase = tl.load(at_k, mask=mask_k, other=0.0)
-        kept = tl.load(ended + chunk.to(tl.int64) * K + columns, mask=columns < K, other=0.0)[None, :]
+        until, since = C, 0
+        if starts is not None:
+            until, since = of_starts(starts, bh, n, N, H, C)
+        if until < C:
+            dmemory *= 0.0
 
         derror = dot(operand, tl.trans(write), PRECISION)
-        doutput = dot(tl.trans(doutput), one, PRECISION).to(TYPE)
-        derror = dot(doutput, similar, PRECISION, derror)
+        if since > 0:
+            derror = tl.where(t[None, :] >= since, derror, 0.0)
+        doutput = dot(tl.trans(doutput), one, PRECISION)
+        rounded = doutput.to(TYPE)
+        derror = dot(rounded, similar, PRECISION, derror)
         derror += dot(derror.to(TYPE), inverse, PRECISION)
-        dmemory = dot(doutput, read, PRECISION, dmemory * kept)
+        derror_before = derror.to(TYPE)
+        if until < C:
+            rounded = tl.where(t[None, :] < until, doutput, 0.0).to(TYPE)
+            derror = tl.where(t[None, :] < until, derror, 0.0)
+        if TYPE.is_fp16():
+            dmemory *= kept
+        dmemory = dot(rounded, read, PRECISION, dmemory)
         dmemory = dot((-derror).to(TYPE), erase, PRECISION, dmemory)
-        derror_before = derror
+        if not TYPE.is_fp16():
+            dmemory *= kept_again(scale, chunk, columns, K)
     leave(derror_before, dv, bh, 0, first_v, True, T, H, V, C, BV)
     at, inside = of_memory(dfirst, bh, rows, columns, V, K)
     tl.store(at, dmemory, mask=inside)

@@ -18,6 +18,53 @@ import triton.language as tl
 from models.kernels.momentum.tiles import dot, of_square
 
 LEAST = tl.constexpr(-1000.0)  # for the log of a gate of 0, which is infinite
+MOST = tl.constexpr(64.0)  # |log| of a factor that bf16 and float32 hold with all digits of what it multiplies
+
+
+@triton.jit
+def bound(TYPE: tl.constexpr):
+    """|log| of a chunk's factors at most: fp16 holds none that is above 1."""
+    return 0.0 if TYPE.is_fp16() else MOST
+
+
+@triton.jit
+def is_near(near, chunk, FLAGS: tl.constexpr):
+    """Whether all of a chunk's channels are, by prepare.py's `fade`."""
+    return tl.min(tl.load(near + chunk * FLAGS + tl.arange(0, FLAGS)), 0) == 1
+
+
+@triton.jit
+def unscaled(scale, chunk, first, K: tl.constexpr, BK: tl.constexpr, TYPE: tl.constexpr):
+    """e^-m [1, BK], for a chunk's first memory and the gradient by its last as scans.py leaves them."""
+    channels = first + tl.arange(0, BK)
+    at = scale + chunk.to(tl.int64) * (2 * K) + channels
+    return 1.0 if TYPE.is_fp16() else (1 / tl.load(at, mask=channels < K, other=1.0))[None, :]
+
+
+@triton.jit
+def of_rows(pointer, index, first, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+    """Addresses and mask [BV, BK] of matrix `index` of [*, V, K], from column `first`: no mask where tiles are full."""
+    v, k = tl.arange(0, BV), tl.arange(0, BK)
+    mask = tl.full([BV, BK], True, tl.int1)
+    if V != BV:
+        mask = mask & (v < V)[:, None]
+    if K % BK != 0:
+        mask = mask & (k < K - first)[None, :]
+    return pointer + index.to(tl.int64) * (K * V) + first + (v[:, None] * K + k[None, :]), mask
+
+
+@triton.jit
+def begins(starts, bh, n, N, H, C: tl.constexpr):
+    """Where in the chunk the document of each token [C] begins, 0 for one from before."""
+    return tl.load(starts + (bh // H * N + n) * (1 + C) + 1 + tl.arange(0, C))
+
+
+@triton.jit
+def of_starts(starts, bh, n, N, H, C: tl.constexpr):
+    """The tokens of a chunk that read its first memory are those before `until`, C if that is left after it; those
+    whose writes its last one has are from `since` on."""
+    at = starts + (bh // H * N + n) * (1 + C)
+    return tl.load(at), tl.load(at + C)
 
 
 @triton.jit
@@ -98,12 +145,10 @@ def log_gates(raw, bias, log_rate, head, first, K: tl.constexpr, BK: tl.constexp
 
 @triton.jit
 def log_gates_gradient(gates, rate):
-    """By raw [C, BK], for 1 by the log gates: -rate sigmoid(raw + bias), which is 1 - e^(log gate / rate) of them. None
-    of a gate that a document's start has closed."""
-    x = gates / rate
+    """By raw [C, BK], for 1 by the log gates: -rate sigmoid(raw + bias), which is 1 - e^(log gate / rate) of them."""
+    x = gates * (1 / rate)
     small = -x * (1 + x * (0.5 + x * (1 / 6 + x / 24)))
-    opened = tl.where(x > -0.03, small, 1 - tl.exp(x))
-    return tl.where(gates > LEAST, -rate * opened, 0.0)
+    return -rate * tl.where(x > -0.03, small, 1 - tl.exp(x))
 
 
 @triton.jit
@@ -113,7 +158,7 @@ def meet(ones, halving, gates, reader, C: tl.constexpr, TYPE: tl.constexpr, PREC
 
     Where the gates of no block add up to less than -FAR, a factor's inverse is far from what 16 bits can't hold. Then
     a border does for all tokens on the same side of it too, and this halving is the last."""
-    FAR: tl.constexpr = 6.0 if TYPE.is_fp16() else 40.0
+    FAR: tl.constexpr = 6.0 if TYPE.is_fp16() else MOST
     summed = sums(ones, halving, gates, C, PRECISION)
     near = tl.min(tl.min(summed, 1), 0) >= -FAR
     t = tl.arange(0, C)
