@@ -101,6 +101,8 @@ def starts(given: argparse.Namespace) -> None:
         about_them = about(device, sizes) | {"at_once": given.at_once, "memory_gb": whole_gb, "eager": given.eager}
         known = started(given.json, about_them)
         names = [name for name in given.only if name not in [row.name for row in known]]
+        if known:
+            print(f"{given.json} has {len(known)} that started in an earlier call; {len(names)} are left")
         jobs = [whole.Job("starting.start", {"name": n, **common}, starting.Started(n)) for n in names]
         whole.report(jobs, starting.HEAD, about_them, limit, given.json, apart if given.cold else forked, known)
 
