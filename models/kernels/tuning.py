@@ -1,6 +1,7 @@
 """The first call of fla's kernels. They are autotuned: of each, Triton compiles all candidates of launch, and keeps the
 fastest for this GPU and this version in its cache. It compiles them one after another, on one core, which takes minutes
-for linear attention. Here they are compiled side by side before they are timed.
+for linear attention. Here they are compiled side by side before they are timed, by a thread for each core that this
+process may use.
 
 Our own kernels have one launch each, and need none of this.
 """
@@ -61,7 +62,7 @@ def compile_all(kernel: Any, candidates: list[Any], asynchronous: ModuleType | A
     """Those that can't be compiled are left to the timing, which leaves them out."""
     args, kwargs = kernel.given
     given = {name: value for name, value in kwargs.items() if name != "warmup"}
-    threads = min(len(candidates), os.cpu_count() or 1)
+    threads = min(len(candidates), len(os.sched_getaffinity(0)))
     log.info(
         f"fla's {kernel.base_fn.__name__} is tuned once for this GPU: {len(candidates)} candidates, {threads} threads"
     )

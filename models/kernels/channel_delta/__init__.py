@@ -5,11 +5,12 @@
     scan        U = R (V - K' S), O = Q' S + attend U, and S from chunk to chunk
 backward, after fade again,
     scan_gradient   dV and the gradients by S, from chunk to chunk
-    scores_gradient, readers, gradient   all others, all chunks at once: gradient.py
+    gradient        all others, all chunks at once
 
-It is models/kernels/delta's plan. Products between tokens that fade channel by channel are made from borders between
-them: tiles.py. Kept between the passes are q and k, the gates in as many bits, R and `attend`, half of the size of q
-each, and U and S, which are as large as v and twice that.
+It is models/kernels/delta's plan. Where no channel of a chunk fades too far, products between its tokens are those of
+what the scans multiply with. far.py has the scores and the gradient of other chunks, from borders between tokens. Kept
+between the passes are q and k, the gates in as many bits, R and `attend`, half of the size of q each, and U and S,
+which are as large as v and twice that.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from models.kernels.channel_delta.tiles import (
     is_near,
     log_gates,
     of_starts,
+    reach,
     sums,
 )
 from models.kernels.delta.tiles import place, system_inverse
@@ -44,7 +45,7 @@ def fade(
     erases,  # out, [B, T, H, K]: e^{c - m} k
     writes,  # out, [B, T, H, K]: b e^{c_C - c - m} k
     scale,  # out, [B H N, 2, K]: e^m, in fp16 e^{c_C}, and m
-    near,  # out, [B H N, K / BK]: 1 where c_C is 2 m in all channels
+    near,  # out, [B H N, K / BK]: 1 where no channel's c_C is less than -reach
     starts,  # out, [B N, 1 + C]: where in the chunk its first document after the first token's begins, C for
     # none, and where the document of each token does, 0 for one from before; or None, as segments
     T, N, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr,
@@ -91,11 +92,12 @@ def fade(
         gate = tl.where(begun[:, None], 0.0, gate).to(gate.dtype)
     total = tl.sum(gate.to(tl.float32), 0)
     BOUND: tl.constexpr = bound(TYPE)
+    REACH: tl.constexpr = reach(TYPE)
     half = tl.maximum(0.5 * total, -BOUND)
     if not TYPE.is_fp16():
         tl.store(at, tl.exp(half), mask=channels < K)
     tl.store(at + K, half, mask=channels < K)
-    tl.store(near + chunk * BLOCKS + first // BK, (tl.min(total, 0) >= -2 * BOUND).to(tl.int32))
+    tl.store(near + chunk * BLOCKS + first // BK, (tl.min(total, 0) >= -REACH).to(tl.int32))
     left = tl.exp(sums(ones, LOG_C + UP_TO, gate, C, PRECISION) - half[None, :])
     at_k, mask = of_tokens(reads, bh, n, first, T, H, K, C, BK)
     tl.store(at_k, (queries * left).to(TYPE), mask=mask)

@@ -1,10 +1,12 @@
 """What the kernels share: the gates between two tokens of a chunk, channel by channel.
 
 With a decay per channel, sum_j x_tj e^{c_tj - c_ij} y_ij is no product of two tiles: e^{-c_ij} alone may be more than
-any number. It is one from a border r between them on, t >= r > i, as (x_t e^{c_t - c_r}) (y_i e^{c_r - c_i}): both
-factors are at most 1, whatever the gates. So a chunk is halved, and its halves, down to single tokens. In the halving
-at `size`, a pair of neighbouring blocks of so many tokens meets at its border, the first writes and the second reads,
-and each pair of tokens t > i is of one halving: that of the highest bit in which t and i differ.
+any number. In a chunk that is near it is not, and two factors do, e^{c_t - m} and e^{m - c_i}, with m half of the sum
+of the chunk's gates. Where channels fade further there is a border r between two tokens, t >= r > i, and (x_t e^{c_t -
+c_r}) (y_i e^{c_r - c_i}): both factors are at most 1, whatever the gates. So a chunk is halved, and its halves, down to
+single tokens. In the halving at `size`, a pair of neighbouring blocks of so many tokens meets at its border, the first
+writes and the second reads, and each pair of tokens t > i is of one halving: that of the highest bit in which t and i
+differ.
 
 A sum of gates is a product with zeros and ones. It has the gates between the two and no others, so that a gate that
 forgets, at a document's start, takes no digits of those after it.
@@ -25,6 +27,13 @@ MOST = tl.constexpr(64.0)  # |log| of a factor that bf16 and float32 hold with a
 def bound(TYPE: tl.constexpr):
     """|log| of a chunk's factors at most: fp16 holds none that is above 1."""
     return 0.0 if TYPE.is_fp16() else MOST
+
+
+@triton.jit
+def reach(TYPE: tl.constexpr):
+    """How far the channels of a chunk that is near fade at most. Sums of gates have the rounding of the largest, as
+    both of a pair's factors have, however little fades between them: float32 would lose more digits than it may."""
+    return MOST if TYPE.is_fp32() else 2 * bound(TYPE)
 
 
 @triton.jit
@@ -158,7 +167,7 @@ def meet(ones, halving, gates, reader, C: tl.constexpr, TYPE: tl.constexpr, PREC
 
     Where the gates of no block add up to less than -FAR, a factor's inverse is far from what 16 bits can't hold. Then
     a border does for all tokens on the same side of it too, and this halving is the last."""
-    FAR: tl.constexpr = 6.0 if TYPE.is_fp16() else MOST
+    FAR: tl.constexpr = 6.0 if TYPE.is_fp16() else 40.0 if TYPE.is_fp32() else MOST
     summed = sums(ones, halving, gates, C, PRECISION)
     near = tl.min(tl.min(summed, 1), 0) >= -FAR
     t = tl.arange(0, C)
