@@ -42,7 +42,10 @@ from scripts.benchmarks.timing import HEAD, compare, machine
 from scripts.recipes import CONF
 
 SIZES = sorted(path.stem for path in (CONF / "size").glob("*.yaml"))
-ABOVE_ZERO = ("limit", "total", "memory_gb", "batch", "seq_len", "steps", "repeats", "megabytes")
+ABOVE_ZERO = (
+    *("limit", "total", "memory_gb", "batch", "seq_len", "steps", "repeats", "megabytes", "tokens", "most"),
+    *("batches", "contexts", "lengths"),
+)
 
 
 def ops(only: str | None, repeats: int, kernels: bool, path: Path | None) -> None:
@@ -111,7 +114,12 @@ def started(path: Path | None, about: dict[str, Any]) -> list[starting.Started]:
     """The presets that have started in an earlier call, by the file that it wrote."""
     if path is None or not path.exists():
         return []
-    before = json.loads(path.read_text())
+    try:
+        before = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        before = None
+    if not isinstance(before, dict) or not {"machine", "sizes", "memory_gb", "eager", "rows"} <= before.keys():
+        sys.exit(f"error: --json={path} is there, and no file of `starts`; name another, or delete it")
     for key in ("machine", "sizes", "memory_gb", "eager"):
         if before[key] != about[key]:
             sys.exit(f"error: --json={path} has rows of {key}={before[key]}, and this is {key}={about[key]}")
@@ -253,11 +261,14 @@ def main() -> None:
     command.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     for name in ABOVE_ZERO:
-        if (value := getattr(arguments, name, None)) is not None and value <= 0:
+        given = getattr(arguments, name, None)
+        if given is not None and (value := min(given) if isinstance(given, list) else given) <= 0:
             sys.exit(f"error: --{name.replace('_', '-')}={value} must be above 0")
     path = getattr(arguments, "json", None)
     if path is not None and not path.parent.is_dir():
         sys.exit(f"error: --json={path}: the folder {path.parent} is not there")
+    if path is not None and path.is_dir():
+        sys.exit(f"error: --json={path} is a folder; name a file in it")
     if arguments.command == "ops":
         ops(arguments.only, arguments.repeats, arguments.kernels, arguments.json)
     elif arguments.command == "prepare":

@@ -328,6 +328,10 @@ def test_presets_that_have_started_are_not_started_again(tmp_path):
     assert [row.name for row in benchmark.started(path, about)] == ["kda"]
     with pytest.raises(SystemExit, match="and this is memory_gb=40"):
         benchmark.started(path, about | {"memory_gb": 40.0})
+    for other in ("", "{}", "[]"):
+        path.write_text(other)
+        with pytest.raises(SystemExit, match="is there, and no file of `starts`; name another, or delete it"):
+            benchmark.started(path, about)
 
 
 def test_whole_models_take_turns(tmp_path):
@@ -399,6 +403,9 @@ def test_a_loader_is_timed_beside_a_memory_map(capsys):
         (["starts", "--memory-gb", "0"], "error: --memory-gb=0.0 must be above 0"),
         (["train", "--limit", "0"], "error: --limit=0.0 must be above 0"),
         (["train", "--batch", "-1"], "error: --batch=-1 must be above 0"),
+        (["decode", "--tokens", "0"], "error: --tokens=0 must be above 0"),
+        (["decode", "--contexts", "7", "0"], "error: --contexts=0 must be above 0"),
+        (["starts", "--json", "/"], "error: --json=/ is a folder; name a file in it"),
         (["train", "--json", "/nowhere/x.json"], "error: --json=/nowhere/x.json: the folder /nowhere is not there"),
     ],
 )
