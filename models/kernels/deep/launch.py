@@ -86,7 +86,7 @@ class Launch:
         (q, k, v), base, C = self.scan[:3], self.scan.base, self.C
         G, vectors = self._new(self.M, C, C), self._new(self.M, ROWS, C)
         coefficients[self.N, self.BH](
-            k, k, *self.gates, None, self.scan.filled, G, G, vectors, self.N * C, self.N, self.H, self.K,
+            k, k, *self.gates, None, self.scan.filled, G, G, vectors, None, None, None, None, self.N * C, self.N, self.H, self.K,
             C=C, LOG_C=C.bit_length() - 1, BK=self.K, MOMENTUM=self.momentum, DECAY=self.gates[2] is not None,
             SOURCES=False, DECAYED=False, SOLVE=False, WRITES=1, OWN_WRITES=False, PRECISION=self.precision,
             num_warps=4,

@@ -9,6 +9,7 @@ from models.kernels.momentum import tiles
 from models.kernels.momentum.tiles import (
     dot,
     fades,
+    halves,
     log_gate_gradient,
     of_gates,
     of_square,
@@ -67,8 +68,12 @@ def coefficients(
     source,  # [B, T]
     filled,  # [B, T], or None for all
     G,  # out, [B H N, C, C]: how much of the write of token i is in the memory after token t
-    R,  # out, [B H N, C, C]: the inverse of the system of the errors, without its diagonal of ones
+    R,  # out, [B H N, HALVES, C, C]: the inverse of the system of the errors, without its diagonal of ones
     vectors,  # out, [B H N, ROWS, C]
+    q,  # [B, T, H, K], or None where nothing reads; then the three below are None too
+    similar,  # out, [B H N, C, C]: Q W^T
+    attend,  # out, [B H N, C, C]: Q W^T * G, what the outputs have of the errors
+    system,  # out, [B H N, C, C]: K W^T, or None without SOLVE
     T, N, H, K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr, MOMENTUM: tl.constexpr,
     DECAY: tl.constexpr, SOURCES: tl.constexpr, DECAYED: tl.constexpr, SOLVE: tl.constexpr, WRITES: tl.constexpr,
     OWN_WRITES: tl.constexpr,  # keys of their own, not k
@@ -114,14 +119,26 @@ def coefficients(
             store_row(rows + tiles.WRITE_R * C, refer, C - 1, C)
             if MOMENTUM:
                 tl.store(out + tiles.REFER_F * C, tl.where(inside, tl.gather(f, at_place, 0), 0.0))
+    if q is not None:
         at, mask = of_tokens(k, bh, n, 0, T, H, K, C, BK)
         keys = tl.load(at, mask=mask, other=0.0)
         written = keys
         if OWN_WRITES:
             at, mask = of_tokens(write_key, bh, n, 0, T, H, K, C, BK)
             written = tl.load(at, mask=mask, other=0.0)
-        inverse = unit_inverse(dot(keys, tl.trans(written), PRECISION) * refer, C, LOG_C, TYPE, PRECISION)
-        tl.store(of_square(R, chunk, C), tl.where(t[:, None] > t[None, :], inverse, 0.0))
+        at, mask = of_tokens(q, bh, n, 0, T, H, K, C, BK)
+        product = dot(tl.load(at, mask=mask, other=0.0), tl.trans(written), PRECISION)
+        tl.store(of_square(similar, chunk, C), product.to(TYPE))
+        tl.store(of_square(attend, chunk, C), (product * combined).to(TYPE))
+        if SOLVE:
+            product = dot(keys, tl.trans(written), PRECISION)
+            tl.store(of_square(system, chunk, C), product.to(TYPE))
+            inverse = unit_inverse(product * refer, C, LOG_C, TYPE, PRECISION)
+            high, low = halves(tl.where(t[:, None] > t[None, :], inverse, 0.0), TYPE)
+            HALVES: tl.constexpr = 1 if TYPE.is_fp32() else 2
+            tl.store(of_square(R, chunk * HALVES, C), high)
+            if HALVES == 2:
+                tl.store(of_square(R, chunk * HALVES + 1, C), low)
 
 
 @triton.jit
@@ -191,3 +208,63 @@ def store_gates_gradient(
     if DECAY:
         at, mask = of_gates(dlog_decay, bh, n, T, H, C)
         tl.store(at, log_gate_gradient(dLa, La, da, a, C, TYPE, PRECISION), mask=mask)
+
+
+@triton.jit
+def gates_gradient(
+    k,  # of the call, for its dtype
+    step_size, log_momentum, log_decay, source,
+    dG,  # [B H N, C, C]: by the coefficients of outputs, and by all where DECAYED
+    drefer,  # [B H N, C, C]: by those of the system, or None
+    dvectors,  # [B H N, ROWS, C]
+    dstep_size, dlog_momentum, dlog_decay,  # out, [B, T, H]
+    T, N, H: tl.constexpr, C: tl.constexpr, MOMENTUM: tl.constexpr, CARRIED: tl.constexpr, DECAY: tl.constexpr,
+    SOURCES: tl.constexpr, DECAYED: tl.constexpr, SOLVE: tl.constexpr, WRITES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """By the gates. What is by M_ref goes where it was taken from."""
+    bh, n = tl.program_id(2) * H + tl.program_id(0), tl.program_id(1)
+    chunk = bh * N + n
+    TYPE: tl.constexpr = k.dtype.element_ty
+    t = tl.arange(0, C)
+    row = dvectors + chunk.to(tl.int64) * tiles.ROWS * C + t
+    dcombined = tl.load(of_square(dG, chunk, C))
+    dcombined += tl.where((t == C - 1)[:, None], tl.load(row + tiles.WRITE_M * C)[None, :], 0.0)
+    da = tl.load(row + tiles.A * C)
+    df, dm, dwrite_s = da, da, da
+    if MOMENTUM:
+        df = tl.load(row + tiles.F * C)
+        dm = tl.load(row + tiles.M * C)
+        dwrite_s = tl.load(row + tiles.WRITE_S * C)
+    if SOLVE:
+        drefer_a = tl.load(row + tiles.REFER_A * C)
+        if DECAYED:
+            da += drefer_a
+        else:
+            place = places(source, bh, n, T, H, C, SOURCES)
+            if CARRIED:  # its last row is G's at the place of the last token
+                place_of_last = tl.sum(tl.where(t == C - 1, place, 0), 0)
+                dwrite_r = tl.load(row + tiles.WRITE_R * C)
+                dcombined += tl.where((t == place_of_last)[:, None], dwrite_r[None, :], 0.0)
+            taken = t[:, None] == place[None, :]
+            by_system = tl.load(of_square(drefer, chunk, C))
+            dcombined = dot(tl.where(taken, 1.0, 0.0).to(by_system.dtype), by_system, PRECISION, dcombined)
+            drefer_f = drefer_a
+            if MOMENTUM:
+                drefer_f = tl.load(row + tiles.REFER_F * C)
+            dtaken_a, dtaken_f = select_two(taken, drefer_a, drefer_f, C, TYPE, PRECISION)
+            da += dtaken_a
+            df += dtaken_f
+    store_gates_gradient(
+        step_size, log_momentum, log_decay, None, dcombined, da, df, dm, dwrite_s, dstep_size, dlog_momentum,
+        dlog_decay, bh, n, T, H, C, MOMENTUM, DECAY, WRITES, TYPE, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def select_two(chosen, x, y, C: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """chosen x and chosen y, of a tile of zeros and ones and two vectors [C]: a product of a narrow tile. (Sums along
+    the rows of [C, C] would be 160 shuffles each.)"""
+    column = tl.arange(0, 16)[None, :]
+    both = tl.where(column == 0, x[:, None], tl.where(column == 1, y[:, None], 0.0))
+    found = select_dot(chosen, both, TYPE, PRECISION)
+    return tl.sum(tl.where(column == 0, found, 0.0), 1), tl.sum(tl.where(column == 1, found, 0.0), 1)

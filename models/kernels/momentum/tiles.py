@@ -59,37 +59,44 @@ def select_dot(chosen, x, TYPE: tl.constexpr, PRECISION: tl.constexpr, acc=None)
 
 
 @triton.jit
+def halves(x, TYPE: tl.constexpr):
+    """A float32 tile x as two operands whose sum has twice the digits of one; of float32, x alone counts."""
+    if TYPE.is_bf16():
+        high, low = split(x, TYPE)
+    else:
+        high = x.to(TYPE)
+        low = (x - high.to(tl.float32)).to(TYPE)
+    return high, low
+
+
+@triton.jit
 def wide_dot(x, y, PRECISION: tl.constexpr, acc=None):
     """acc and x y of a float32 tile and an operand y, with twice an operand's digits of x = high + low."""
-    if y.dtype.is_bf16():
-        high, low = split(x, y.dtype)
-    else:
-        high = x.to(y.dtype)
-        low = (x - high.to(tl.float32)).to(y.dtype)
+    high, low = halves(x, y.dtype)
     product = dot(high, y, PRECISION, acc)
     return product if y.dtype.is_fp32() else dot(low, y, PRECISION, product)
 
 
 @triton.jit
-def wider_dot(x, y, acc, TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """acc and x y of float32 tiles, with twice the digits of an operand, which has the dtype TYPE."""
-    if TYPE.is_bf16():
-        high, low = split(y, TYPE)
-    else:
-        high = y.to(TYPE)
-        low = (y - high.to(tl.float32)).to(TYPE)
-    product = wide_dot(x, high, PRECISION, acc)
-    return product if TYPE.is_fp32() else dot(x.to(TYPE), low, PRECISION, product)
+def unit_dot(x, y, y_low, PRECISION: tl.constexpr):
+    """x (I + y + y_low) of a float32 tile x and a tile in two operands, as halves gives them: with the digits of both."""
+    high, low = halves(x, y.dtype)
+    product = dot(high, y, PRECISION, x)
+    if not y.dtype.is_fp32():
+        product = dot(low, y, PRECISION, dot(high, y_low, PRECISION, product))
+    return product
 
 
 @triton.jit
-def of_tokens(pointer, bh, n, first, T, H, X, C: tl.constexpr, BX: tl.constexpr):
+def of_tokens(pointer, bh, n, first, T, H, X: tl.constexpr, C: tl.constexpr, BX: tl.constexpr):
     """Addresses and mask [C, BX] of a chunk's rows of [B, T, H, X], from column `first`. Only where a tile begins is
     worked out in 64 bits, and once for all its numbers."""
     i, x = tl.arange(0, C), tl.arange(0, BX)
     begin = (((bh // H).to(tl.int64) * T + n * C) * H + bh % H) * X + first
-    inside = (i < T - n * C)[:, None] & (x < X - first)[None, :]
-    return pointer + begin + (i[:, None] * (H * X) + x[None, :]), inside
+    mask = (i < T - n * C)[:, None]
+    if X % BX != 0:
+        mask = mask & (x < X - first)[None, :]
+    return pointer + begin + (i[:, None] * (H * X) + x[None, :]), mask
 
 
 @triton.jit
@@ -106,6 +113,21 @@ def of_matrix(pointer, index, first, K, V, BK: tl.constexpr, BV: tl.constexpr, f
     k, v = tl.arange(0, BK), tl.arange(0, BV)
     begin = (index.to(tl.int64) * K + first_k) * V + first
     return pointer + begin + (k[:, None] * V + v[None, :]), (k < K - first_k)[:, None] & (v < V - first)[None, :]
+
+
+@triton.jit
+def of_turned(pointer, index, first, K, V, BK: tl.constexpr, BV: tl.constexpr):
+    """Addresses and mask [BV, BK] of columns of such a matrix, turned around."""
+    k, v = tl.arange(0, BK), tl.arange(0, BV)
+    begin = index.to(tl.int64) * K * V + first
+    return pointer + begin + (k[None, :] * V + v[:, None]), (k < K)[None, :] & (v < V - first)[:, None]
+
+
+@triton.jit
+def leave(tile, pointer, bh, n, first, real, T, H, X: tl.constexpr, C: tl.constexpr, BX: tl.constexpr):
+    """Stores a chunk's tile [BX, C] as rows of [B, T, H, X], if it is real."""
+    at, mask = of_tokens(pointer, bh, n, first, T, H, X, C, BX)
+    tl.store(at, tl.trans(tile.to(pointer.dtype.element_ty)), mask=mask & real)
 
 
 @triton.jit
