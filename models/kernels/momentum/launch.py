@@ -8,12 +8,13 @@ import torch
 import triton
 from torch import Tensor
 
-from models.kernels.momentum.coefficients import coefficients, gates_gradient
-from models.kernels.momentum.products import outputs, tokens_gradient
+from models.kernels import backend
+from models.kernels.momentum.coefficients import coefficients, coefficients_gradient
+from models.kernels.momentum.products import outputs, systems, tokens_gradient
 from models.kernels.momentum.rule import CHUNK, Call, Kept, Rule, new_kept
 from models.kernels.momentum.scans import scan, scan_gradient
 
-KERNELS = ("coefficients", "scan", "outputs", "scan_gradient", "tokens_gradient", "gates_gradient")
+KERNELS = ("coefficients", "systems", "scan", "outputs", "scan_gradient", "tokens_gradient", "coefficients_gradient")
 
 
 class Configuration(NamedTuple):
@@ -44,18 +45,24 @@ def configurations(width: int, half: bool, carried: bool) -> dict[str, Configura
     wide = width > 128
     scans = Configuration(32 if wide or carried else 64, 4, 2)
     return {
-        "coefficients": Configuration(0, 4, 1),
+        "systems": Configuration(0, 4, 1),
         "scan": scans,
         "outputs": Configuration(64 if wide else 128, 4, 1),
         "scan_gradient": scans,
         "tokens_gradient": Configuration(64 if wide else 128, 4, 2, 32),
-        "gates_gradient": Configuration(0, 4, 1),
     }
 
 
 # Scans of 16 bits and more than 64 columns where programs of 64 would not all run at once, and what they want.
 WHOLE = Configuration(128, 8, 2)
 WHOLE_SHARED = 170 << 10
+
+
+def by_gates(num_chunks: int) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and options of the kernels of coefficients: a warp for every chunk, and in the interpreter, whose time goes
+    by operations, one program for many."""
+    many = 64 if backend.interpreting() else 1
+    return (triton.cdiv(num_chunks, many),), {"CHUNKS": many, "num_warps": 1}
 
 
 class Launch:
@@ -80,7 +87,8 @@ class Launch:
         self.solved = {"SOLVE": rule.solve, "OWN_WRITES": self.own_writes}
         self.scanned = {**self.matrices_of, "OUTSIDE": rule.num_matrices, **self.solved}
         self.gates = {"DECAY": call.log_decay is not None, "WRITES": rule.writes}
-        self.system = {"SOURCES": call.source is not None, "DECAYED": rule.decayed, **self.solved}
+        self.referring = {"SOURCES": call.source is not None, "DECAYED": rule.decayed, "SOLVE": rule.solve}
+        self.system = {**self.referring, "OWN_WRITES": self.own_writes}
 
     def columns(self, kernel: str) -> tuple[dict[str, int], int]:
         """A kernel's options, and how many programs share the values."""
@@ -91,11 +99,16 @@ class Launch:
     def forward(self) -> tuple[Tensor, Tensor, Kept]:
         """The outputs, the last matrices and what the backward pass wants again."""
         kept = new_kept(self.call, self.rule)
-        coefficients[self.N, self.BH](
-            self.k, self.write_key, self.step_size, self.log_momentum, self.log_decay, self.source, None, kept.G,
-            kept.R, kept.vectors, self.q, kept.similar, kept.attend, kept.system, *self.sizes[:4], **self.chunk,
-            LOG_C=CHUNK.bit_length() - 1, MOMENTUM=self.rule.momentum, **self.gates, **self.system, **self.precision,
-            **self.configurations["coefficients"].options,
+        gates = self.step_size, self.log_momentum, self.log_decay
+        grid, options = by_gates(self.BH * self.N)
+        coefficients[grid](
+            *gates, self.source, None, kept.G, kept.vectors, *self.sizes[:3], self.BH * self.N, C=CHUNK,
+            **self.matrices_of, **self.gates, **self.referring, **options,
+        )  # fmt: skip
+        systems[self.H, self.N, self.B](
+            self.q, self.k, self.write_key, self.source, kept.G, kept.R, kept.similar, kept.attend, kept.system,
+            *self.sizes[:4], **self.chunk, LOG_C=CHUNK.bit_length() - 1, **self.system, **self.precision,
+            **self.configurations["systems"].options,
         )  # fmt: skip
         last = torch.empty_like(self.matrices)
         options, programs = self.columns("scan")
@@ -122,20 +135,18 @@ class Launch:
             *self.sizes, **self.chunk, **self.scanned, **self.precision, **options,
         )  # fmt: skip
         dG, dvectors = torch.empty_like(kept.G), torch.empty_like(kept.vectors)
-        drefer = torch.empty_like(kept.system) if self.rule.solve and not self.rule.decayed else None
         options, tiles = self.columns("tokens_gradient")
         BK = min(self.width, self.configurations["tokens_gradient"].BK)
-        grid = self.H, self.N, self.B
-        tokens_gradient[grid](
+        tokens_gradient[self.H, self.N, self.B](
             self.q, self.k, self.write_key, self.source, kept.U, dv, do, kept.G, kept.similar, kept.system,
-            kept.vectors, kept.states, dstates, dq, dk, dwrite_key, dG, drefer, dvectors, *self.sizes, C=CHUNK, BK=BK,
+            kept.vectors, kept.states, dstates, dq, dk, dwrite_key, dG, dvectors, *self.sizes, C=CHUNK, BK=BK,
             PARTS=self.width // BK, TILES=tiles, **self.matrices_of, **self.system, **self.precision, **options,
         )  # fmt: skip
         gates = self.step_size, self.log_momentum, self.log_decay
         dgates = [None if x is None else torch.empty_like(x) for x in gates]
-        system = {name: self.system[name] for name in ("SOURCES", "DECAYED", "SOLVE")}
-        gates_gradient[grid](
-            self.k, *gates, self.source, dG, drefer, dvectors, *dgates, *self.sizes[:3], C=CHUNK, **self.matrices_of,
-            **self.gates, **system, **self.precision, **self.configurations["gates_gradient"].options,
+        grid, options = by_gates(self.BH * self.N)
+        coefficients_gradient[grid](
+            *gates, self.source, None, kept.G, kept.vectors, dG, dvectors, *dgates, *self.sizes[:3],
+            self.BH * self.N, C=CHUNK, **self.matrices_of, **self.gates, **self.referring, **options,
         )  # fmt: skip
         return [x for x in (dq, dk, dv, *dgates, dfirst, dwrite_key) if x is not None]

@@ -1,4 +1,4 @@
-"""What waits for no other chunk: outputs, and a chunk's gradients by queries, keys and coefficients."""
+"""What waits for no other chunk: the system of its errors, outputs, and gradients by queries, keys and coefficients."""
 
 from __future__ import annotations
 
@@ -6,8 +6,67 @@ import triton
 import triton.language as tl
 
 from models.kernels.momentum import tiles
-from models.kernels.momentum.coefficients import places
-from models.kernels.momentum.tiles import dot, of_matrix, of_square, of_tokens, wide_dot
+from models.kernels.momentum.tiles import dot, halves, of_matrix, of_square, of_tokens, select_dot, unit_inverse, wide_dot
+
+
+@triton.jit
+def places(source, bh, n, T, H, C: tl.constexpr, SOURCES: tl.constexpr):
+    """[C]: where a token's gradient is taken, as in coefficients.py."""
+    if SOURCES:
+        at = source + (bh // H).to(tl.int64) * T + tl.minimum(n * C + tl.arange(0, C), T - 1)
+        return tl.load(at) - n * C
+    return tl.arange(0, C) - 1
+
+
+@triton.jit
+def referred(G, chunk, place, C: tl.constexpr):
+    """[C, C]: what M_ref has of a chunk's writes, rows of G."""
+    at = G + chunk.to(tl.int64) * (C * C) + (place[:, None] * C + tl.arange(0, C)[None, :])
+    return tl.load(at, mask=((place >= 0) & (place < C))[:, None], other=0.0)
+
+
+@triton.jit
+def systems(
+    q,  # [B, T, H, K]
+    k,  # [B, T, H, K]
+    write_key,  # [B, T, H, K]
+    source,  # [B, T]
+    G,  # [B H N, C, C]
+    R,  # out, [B H N, HALVES, C, C]: the inverse of the system of the errors, without its diagonal of ones
+    similar,  # out, [B H N, C, C]: Q W^T
+    attend,  # out, [B H N, C, C]: Q W^T * G, what the outputs have of the errors
+    system,  # out, [B H N, C, C]: K W^T
+    T, N, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, LOG_C: tl.constexpr,
+    SOURCES: tl.constexpr, DECAYED: tl.constexpr, SOLVE: tl.constexpr, OWN_WRITES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """R = (I + K W^T * G_ref)^-1, and what queries and keys have to do with writes."""
+    bh, n = tl.program_id(2) * H + tl.program_id(0), tl.program_id(1)
+    chunk = bh * N + n
+    TYPE: tl.constexpr = k.dtype.element_ty
+    t = tl.arange(0, C)
+    queries = tile_of(q, bh, n, 0, T, H, K, C, BK)
+    keys = tile_of(k, bh, n, 0, T, H, K, C, BK)
+    written = keys
+    if OWN_WRITES:
+        written = tile_of(write_key, bh, n, 0, T, H, K, C, BK)
+    combined = tl.load(of_square(G, chunk, C))
+    below = t[:, None] > t[None, :]
+    refer = combined
+    if SOLVE and not DECAYED:
+        refer = referred(G, chunk, places(source, bh, n, T, H, C, SOURCES), C)
+    product = dot(queries, tl.trans(written), PRECISION)
+    tl.store(of_square(similar, chunk, C), product.to(TYPE))
+    tl.store(of_square(attend, chunk, C), (product * combined).to(TYPE))
+    if SOLVE:
+        product = dot(keys, tl.trans(written), PRECISION)
+        tl.store(of_square(system, chunk, C), product.to(TYPE))
+        inverse = unit_inverse(tl.where(below, product * refer, 0.0), C, LOG_C, TYPE, PRECISION)
+        high, low = halves(tl.where(below, inverse, 0.0), TYPE)
+        HALVES: tl.constexpr = 1 if TYPE.is_fp32() else 2
+        tl.store(of_square(R, chunk * HALVES, C), high)
+        if HALVES == 2:
+            tl.store(of_square(R, chunk * HALVES + 1, C), low)
 
 
 @triton.jit
@@ -60,8 +119,7 @@ def tokens_gradient(
     dq,  # out, [B, T, H, K]
     dk,  # out, [B, T, H, K]
     dwrite_key,  # out, [B, T, H, K], if there are any
-    dG,  # out, [B H N, C, C]: of outputs, and of the system too where DECAYED
-    drefer,  # out, [B H N, C, C]: of the system, or None
+    dG,  # out, [B H N, C, C]
     dvectors,  # out, [B H N, ROWS, C]
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PARTS: tl.constexpr, TILES: tl.constexpr, MOMENTUM: tl.constexpr, CARRIED: tl.constexpr, SOURCES: tl.constexpr,
@@ -75,6 +133,7 @@ def tokens_gradient(
     TYPE: tl.constexpr = q.dtype.element_ty
     n_matrices: tl.constexpr = 1 + MOMENTUM + CARRIED
     t = tl.arange(0, C)
+    last = t == C - 1
     row = vectors + chunk.to(tl.int64) * tiles.ROWS * C + t
     index = chunk * n_matrices
 
@@ -101,9 +160,9 @@ def tokens_gradient(
             dcombined += tl.where(below, by_coefficients, 0.0)
         else:
             place = places(source, bh, n, T, H, C, SOURCES)
-            at_g = G + chunk.to(tl.int64) * (C * C) + (place[:, None] * C + t[None, :])
-            by_errors = dsystem * tl.load(at_g, mask=((place >= 0) & (place < C))[:, None], other=0.0)
-            tl.store(of_square(drefer, chunk, C), by_coefficients.to(TYPE))
+            taken = t[:, None] == place[None, :]
+            by_errors = dsystem * referred(G, chunk, place, C)
+            dcombined = select_dot(taken, by_coefficients, TYPE, PRECISION, dcombined)
         if not OWN_WRITES:
             by_both = (by_errors + tl.trans(by_errors)).to(TYPE)
     tl.store(of_square(dG, chunk, C), dcombined)
@@ -203,15 +262,16 @@ def tokens_gradient(
             tl.store(at, dwritten.to(TYPE), mask=mask_k)
 
     rows = dvectors + chunk.to(tl.int64) * tiles.ROWS * C + t
-    last = t == C - 1
     tl.store(rows + tiles.A * C, da + tl.where(last, tl.sum(a_last, 0), 0.0))
     tl.store(rows + tiles.WRITE_M * C, dwrite_m)
-    tl.store(rows + tiles.REFER_A * C, drefer_a + tl.where(last, tl.sum(refer_a_last, 0), 0.0))
     if MOMENTUM:
         tl.store(rows + tiles.F * C, df + tl.where(last, tl.sum(f_last, 0), 0.0))
         tl.store(rows + tiles.M * C, tl.where(last, tl.sum(m_last, 0), 0.0))
-        tl.store(rows + tiles.REFER_F * C, drefer_f + tl.where(last, tl.sum(refer_f_last, 0), 0.0))
         tl.store(rows + tiles.WRITE_S * C, dwrite_s)
+    if SOLVE:
+        tl.store(rows + tiles.REFER_A * C, drefer_a + tl.where(last, tl.sum(refer_a_last, 0), 0.0))
+        if MOMENTUM:
+            tl.store(rows + tiles.REFER_F * C, drefer_f + tl.where(last, tl.sum(refer_f_last, 0), 0.0))
     if CARRIED:
         tl.store(rows + tiles.WRITE_R * C, dwrite_r)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 64
-ROWS = 9  # of a chunk's vectors: tiles.py names them
+ROWS = 11  # of a chunk's vectors: tiles.py names them
 EMPTY = 2**30  # a source: no memory, but zero
 
 

@@ -21,6 +21,8 @@ REFER_R = tl.constexpr(5)  # and of the reference that was carried along
 WRITE_M = tl.constexpr(6)  # the last row of G: how much of each token's write is in the last memory,
 WRITE_S = tl.constexpr(7)  # in the last momentum,
 WRITE_R = tl.constexpr(8)  # and in the last reference
+HIGH = tl.constexpr(9)  # the log momenta summed from the chunk's beginning,
+LOW = tl.constexpr(10)  # and what float32 left out of it
 
 
 @triton.jit
@@ -135,39 +137,6 @@ def of_square(pointer, chunk, C: tl.constexpr):
     """Addresses [C, C] of a chunk's coefficients."""
     i = tl.arange(0, C)
     return pointer + chunk.to(tl.int64) * (C * C) + (i[:, None] * C + i[None, :])
-
-
-@triton.jit
-def store_row(pointer, tile, r, C: tl.constexpr):
-    """Row r of a tile [C, C] to `pointer` [C]. A sum over rows would go through shared memory."""
-    i = tl.arange(0, C)
-    at = pointer + tl.zeros([C, C], tl.int32) + i[None, :]
-    tl.store(at, tile, mask=(i == r)[:, None] & (i >= 0)[None, :])
-
-
-@triton.jit
-def fades(log_gate, C: tl.constexpr):
-    """L [C, C], the product of the gates after token i up to t, 0 for i > t; the products from the chunk's beginning
-    [C]; and L's last row [C]. Differences of sums from the beginning, which in float64 lose nothing: float32 would take
-    the digits of the gates after a document's start, or after 64 momenta of 1e-6. The sums are taken in float64, and
-    kept as two float32 numbers. A gate of 0 has an infinite log, for which -1000 does."""
-    t = tl.arange(0, C)
-    summed = tl.cumsum(tl.maximum(log_gate, -1000.0).to(tl.float64), 0)
-    high = summed.to(tl.float32)
-    low = (summed - high.to(tl.float64)).to(tl.float32)
-    between = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-    L = tl.exp(tl.where(t[:, None] >= t[None, :], between, -float("inf")))
-    return L, tl.exp(high), tl.exp((tl.sum(tl.where(t == C - 1, summed, 0.0), 0) - summed).to(tl.float32))
-
-
-@triton.jit
-def log_gate_gradient(dL, L, dstart, start, C: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """The gradient by the log gates [C] from those by L and by the products from the beginning: gate r is in the
-    entries of i < r <= t. Sums over t by a product with ones."""
-    t = tl.arange(0, C)
-    later = t[:, None] <= t[None, :]
-    summed = select_dot(later, dL * L, TYPE, PRECISION)  # [r, i]: those of t >= r
-    return tl.sum(tl.where(later, (dstart * start)[None, :], summed), 1)
 
 
 @triton.jit
