@@ -25,6 +25,9 @@ HIGH = tl.constexpr(9)  # the log momenta summed from the chunk's beginning,
 LOW = tl.constexpr(10)  # and what float32 left out of it
 
 
+SMALL = tl.constexpr("tf32x3")  # products of tiles of 16
+
+
 @triton.jit
 def dot(x, y, PRECISION: tl.constexpr, acc=None):
     return tl.dot(x, y, acc, input_precision=PRECISION)
@@ -141,21 +144,30 @@ def of_square(pointer, chunk, C: tl.constexpr):
 
 @triton.jit
 def unit_inverse(X, C: tl.constexpr, LOG_C: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + X)^-1 of a strictly lower X [C, C], by halves from blocks of 4: models/regression/chunks.py. Whole tiles
-    are multiplied, with zeros where a smaller product would have nothing: no tile need be cut."""
+    """(I + X)^-1 of a strictly lower X [C, C], by halves from blocks of 4 (models/regression/chunks.py): up to blocks
+    of 16 for those on the diagonal alone, all at once and a block a warp, and then by products of whole tiles."""
+    D: tl.constexpr = C // 16
+    e = tl.arange(0, 16)[None, :, None]
+    f = tl.arange(0, 16)[None, None, :]
+    d = tl.arange(0, D)
+    own = (d[:, None] == d[None, :])[:, None, :, None]
+    small = tl.sum(tl.where(own, tl.reshape(X, [D, 16, D, 16]), 0.0), 2)
+    block = tl.where(e // 4 == f // 4, small, 0.0)
+    square = dot(block, block, SMALL)
+    inverse = tl.where(e == f, 1.0, 0.0) - block + square - dot(block, square, SMALL)
+    for log_size in tl.static_range(2, 4):
+        size = 1 << log_size
+        below = tl.where((e // (2 * size) == f // (2 * size)) & (e // size != f // size), small, 0.0)
+        inverse -= dot(dot(inverse, below, SMALL), inverse, SMALL)
+    whole = tl.where(own, tl.broadcast_to(inverse[:, :, None, :], [D, 16, D, 16]), 0.0)
+    whole = tl.reshape(whole, [C, C])
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
-    within, minus = i // 4 == j // 4, -X
-    block, block_low = split(tl.where(within, minus, 0.0), TYPE)
-    inverse = tl.where(i == j, 1.0, tl.where(within, minus, 0.0))
-    square = split_dot(block, block_low, block, block_low, PRECISION)
-    high, low = split(square, TYPE)
-    inverse = split_dot(block, block_low, high, low, PRECISION, inverse + square)
-    for log_size in tl.static_range(2, LOG_C):
+    for log_size in tl.static_range(4, LOG_C):
         size = 1 << log_size
         between = (i // (2 * size) == j // (2 * size)) & (i // size != j // size)
-        below, below_low = split(tl.where(between, minus, 0.0), TYPE)
-        high, low = split(inverse, TYPE)
+        below, below_low = split(tl.where(between, -X, 0.0), TYPE)
+        high, low = split(whole, TYPE)
         product, product_low = split(split_dot(high, low, below, below_low, PRECISION), TYPE)
-        inverse = split_dot(product, product_low, high, low, PRECISION, inverse)
-    return inverse
+        whole = split_dot(product, product_low, high, low, PRECISION, whole)
+    return whole
