@@ -41,7 +41,7 @@ class Launch:
         self.half = scan.q.dtype != torch.float32
         self.precision = "tf32" if self.half else "tf32x3"
         # errors refer to the chunk's first memory
-        self.referring = dict.fromkeys(("SOURCES", "DECAYED", "SOLVE", "CARRIED"), False)
+        self.referring: dict[str, Any] = dict.fromkeys(("SOURCES", "DECAYED", "SOLVE", "CARRIED"), False)
         self.referring |= {"MOMENTUM": self.momentum, "DECAY": self.gates[2] is not None, "WRITES": 1}
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:

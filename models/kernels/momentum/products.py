@@ -6,7 +6,16 @@ import triton
 import triton.language as tl
 
 from models.kernels.momentum import tiles
-from models.kernels.momentum.tiles import dot, halves, of_matrix, of_square, of_tokens, select_dot, unit_inverse, wide_dot
+from models.kernels.momentum.tiles import (
+    dot,
+    halves,
+    of_matrix,
+    of_square,
+    of_tokens,
+    select_dot,
+    unit_inverse,
+    wide_dot,
+)
 
 
 @triton.jit

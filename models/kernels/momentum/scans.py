@@ -6,10 +6,9 @@ chunk's errors, [BV, C]: a product of warp groups takes its left operand from th
 and only what was loaded comes from shared memory. What a chunk has found is carried over, and stored while the next
 one's tiles are on their way.
 
-A matrix is multiplied first and stored then. The other way about Triton put the barrier of the store's shuffle between
-the write of the operand to shared memory and the fence that lets the tensor cores see it, where one must follow: a warp
-could then read what another had not made visible. (Configurations that were wrong by a third, or ended in an illegal
-access, have been right since.)"""
+No operand that a program has worked out goes through shared memory. Where one did Triton could put the barrier of a
+store's shuffle between the write of the operand and the fence that lets the tensor cores see it, where one must follow:
+a warp could then read what another had not made visible. docs/kernels.md tells of it."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def wide_dot(x, y, PRECISION: tl.constexpr, acc=None):
 
 @triton.jit
 def unit_dot(x, y, y_low, PRECISION: tl.constexpr):
-    """x (I + y + y_low) of a float32 tile x and a tile in two operands, as halves gives them: with the digits of both."""
+    """x (I + y + y_low) of a float32 tile x and one in two operands, as halves gives them: with the digits of both."""
     high, low = halves(x, y.dtype)
     product = dot(high, y, PRECISION, x)
     if not y.dtype.is_fp32():
