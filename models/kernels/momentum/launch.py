@@ -40,8 +40,9 @@ def configurations(width: int, half: bool, carried: bool) -> dict[str, Configura
     No loop with products has one stage: on an H200 (Triton 3.7.1) some of those are wrong by a fifth or read where they
     must not, while others are right. Kernels without such loops have nothing to stage.
     """
-    if not half:  # three products for one, of operands twice as large. With 8 warps: an illegal memory access
-        few = Configuration(32 if width <= 64 else 16, 4, 2, 32)
+    if not half:  # three products for one, of operands twice as large. With 8 warps: an illegal memory access. Without
+        # a number of registers, which is the most there is, the compiler gives wide scans 32 and spills all else
+        few = Configuration(32 if width <= 64 else 16, 4, 2, 32, 255)
         return dict.fromkeys(KERNELS, few)
     wide = width > 128
     scans = Configuration(32 if wide or carried else 64, 4, 2)
