@@ -15,6 +15,7 @@ from models.kernels.momentum.products import outputs, systems, tokens_gradient
 from models.kernels.momentum.rule import CHUNK, Call, Kept, Rule, new_kept
 from models.kernels.momentum.scans import scan, scan_gradient
 
+GROUPS = 4
 KERNELS = ("coefficients", "systems", "scan", "outputs", "scan_gradient", "tokens_gradient", "coefficients_gradient")
 
 
@@ -138,19 +139,22 @@ class Launch:
             self.q, self.k, self.write_key, kept.R, kept.vectors, do, kept.attend, dlast, dv, dstates, dfirst,
             *self.sizes, **self.chunk, **self.scanned, **self.precision, **options,
         )  # fmt: skip
-        dG, dvectors = torch.empty_like(kept.G), torch.empty_like(kept.vectors)
+        dG = torch.empty_like(kept.G)
         options, tiles = self.columns("tokens_gradient")
-        BK = min(self.width, self.configurations["tokens_gradient"].BK)
-        tokens_gradient[self.H, self.N, self.B](
+        BK, groups = min(self.width, self.configurations["tokens_gradient"].BK), GROUPS
+        parts = self.width // BK
+        groups = min(groups, parts)
+        dvectors = kept.vectors.new_empty(groups, *kept.vectors.shape)
+        tokens_gradient[self.H * groups, self.N, self.B](
             self.q, self.k, self.write_key, self.source, kept.U, dv, do, kept.G, kept.similar, kept.system,
             kept.vectors, kept.states, dstates, dq, dk, dwrite_key, dG, dvectors, *self.sizes, C=CHUNK, BK=BK,
-            PARTS=self.width // BK, TILES=tiles, **self.matrices_of, **self.system, **self.precision, **options,
+            PARTS=parts // groups, GROUPS=groups, TILES=tiles, **self.matrices_of, **self.system, **self.precision, **options,
         )  # fmt: skip
         gates = self.step_size, self.log_momentum, self.log_decay
         dgates = [None if x is None else torch.empty_like(x) for x in gates]
         grid, options = by_gates(self.BH * self.N)
         coefficients_gradient[grid](
             *gates, self.source, None, kept.G, kept.vectors, dG, dvectors, *dgates, *self.sizes[:3],
-            self.BH * self.N, C=CHUNK, **self.matrices_of, **self.gates, **self.referring, **options,
+            self.BH * self.N, C=CHUNK, GROUPS=groups, **self.matrices_of, **self.gates, **self.referring, **options,
         )  # fmt: skip
         return [x for x in (dq, dk, dv, *dgates, dfirst, dwrite_key) if x is not None]
