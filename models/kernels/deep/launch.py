@@ -75,7 +75,7 @@ class Launch:
         grid, options = by_gates(self.M)
         coefficients_gradient[grid](
             *self.gates, None, self.scan.filled, call.G, call.vectors, found.dcoefficients, found.dvectors, *dgates,
-            self.N * self.C, self.N, self.H, self.M, C=self.C, GROUPS=1, **self.referring, **options,
+            self.N * self.C, self.N, self.H, self.M, C=self.C, **self.referring, **options,
         )  # fmt: skip
         dbase = None
         if call.base is not None:

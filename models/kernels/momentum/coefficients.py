@@ -141,23 +141,14 @@ def places(source, first, left, T, C: tl.constexpr, SOURCES: tl.constexpr):
 
 
 @triton.jit
-def total(at, mask, apart, GROUPS: tl.constexpr):
-    """The sum of what GROUPS programs have left."""
-    x = tl.load(at, mask=mask, other=0.0)
-    for i in tl.static_range(1, GROUPS):
-        x += tl.load(at + i * apart, mask=mask, other=0.0)
-    return x
-
-
-@triton.jit(do_not_specialize=["M"])
 def coefficients_gradient(
     step_size, log_momentum, log_decay, source, filled, G, vectors,
     dG,  # [B H N, C, C]: what is by M_ref among it, at the places where that was taken
-    dvectors,  # [GROUPS, B H N, ROWS, C]
+    dvectors,  # [B H N, ROWS, C]
     dstep_size, dlog_momentum, dlog_decay,  # out, [B, T, H]
     T, N, H, M,
-    C: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, MOMENTUM: tl.constexpr, DECAY: tl.constexpr,
-    SOURCES: tl.constexpr, DECAYED: tl.constexpr, SOLVE: tl.constexpr, CARRIED: tl.constexpr, WRITES: tl.constexpr,
+    C: tl.constexpr, CHUNKS: tl.constexpr, MOMENTUM: tl.constexpr, DECAY: tl.constexpr, SOURCES: tl.constexpr,
+    DECAYED: tl.constexpr, SOLVE: tl.constexpr, CARRIED: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
     """By the gates, from the last token to the first."""
     chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
@@ -168,30 +159,28 @@ def coefficients_gradient(
     real = t < left[:, None]
     begin = chunk.to(tl.int64) * (tiles.ROWS * C)
     row, drow = vectors + begin, dvectors + begin
-    apart = tl.cast(M, tl.int64) * (tiles.ROWS * C)  # groups of dvectors
-    all_t = known[:, None] & (t >= 0)
     square = chunk.to(tl.int64) * (C * C)
     theta = tl.load(step_size + at[:, None] + t * H, mask=real, other=0.0)
     if filled is not None:
         theta = tl.where(tl.load(filled + first[:, None] + t, mask=real, other=0) != 0, theta, 0.0)
-    by_memory = total(drow[:, None] + tiles.WRITE_M * C + t, all_t, apart, GROUPS)
+    by_memory = tl.load(drow[:, None] + tiles.WRITE_M * C + t, mask=known[:, None], other=0.0)
     zeros = tl.zeros([CHUNKS, C], tl.float32)
     dtheta, deta, da = zeros, zeros, zeros
-    by_a = total(drow[:, None] + tiles.A * C + t, all_t, apart, GROUPS)
+    by_a = tl.load(drow[:, None] + tiles.A * C + t, mask=known[:, None], other=0.0)
     TAKEN: tl.constexpr = SOLVE and not DECAYED  # M_ref is M of the token before, or of another
     if SOLVE:
-        drefer_a = total(drow[:, None] + tiles.REFER_A * C + t, all_t, apart, GROUPS)
+        drefer_a = tl.load(drow[:, None] + tiles.REFER_A * C + t, mask=known[:, None], other=0.0)
         if DECAYED:
             by_a += drefer_a
         place = places(source, first, left, T, C, SOURCES)
         if MOMENTUM:
-            drefer_f = total(drow[:, None] + tiles.REFER_F * C + t, all_t, apart, GROUPS)
+            drefer_f = tl.load(drow[:, None] + tiles.REFER_F * C + t, mask=known[:, None], other=0.0)
         if CARRIED:
-            by_reference = total(drow[:, None] + tiles.WRITE_R * C + t, all_t, apart, GROUPS)
+            by_reference = tl.load(drow[:, None] + tiles.WRITE_R * C + t, mask=known[:, None], other=0.0)
             place_of_last = tl.sum(tl.where(t == C - 1, place, 0), 1)
     by_f = tl.zeros([CHUNKS], tl.float32)
     if MOMENTUM:
-        by_momentum = total(drow[:, None] + tiles.WRITE_S * C + t, all_t, apart, GROUPS)
+        by_momentum = tl.load(drow[:, None] + tiles.WRITE_S * C + t, mask=known[:, None], other=0.0)
         high = tl.load(row[:, None] + tiles.HIGH * C + t, mask=known[:, None], other=0.0)
         low = tl.load(row[:, None] + tiles.LOW * C + t, mask=known[:, None], other=0.0)
         by_m = by_f
@@ -207,10 +196,10 @@ def coefficients_gradient(
         if TAKEN:
             by_a += tl.where(now, tl.sum(tl.where(place == s, drefer_a, 0.0), 1)[:, None], 0.0)
         if MOMENTUM:
-            by_f += total(drow + tiles.F * C + s, known, apart, GROUPS)
+            by_f += tl.load(drow + tiles.F * C + s, mask=known, other=0.0)
             if TAKEN:
                 by_f += tl.sum(tl.where(place == s, drefer_f, 0.0), 1)
-            by_m += total(drow + tiles.M * C + s, known, apart, GROUPS) + joins * by_f
+            by_m += tl.load(drow + tiles.M * C + s, mask=known, other=0.0) + joins * by_f
             by_momentum += joins[:, None] * by_memory
             dtheta = tl.where(now, by_momentum, dtheta)
             high_before = tl.load(row + tiles.HIGH * C + s - 1, mask=later, other=0.0)

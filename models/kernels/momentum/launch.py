@@ -9,13 +9,11 @@ import triton
 from torch import Tensor
 
 from models.kernels import backend
-from models.kernels.delta.launch import many
 from models.kernels.momentum.coefficients import coefficients, coefficients_gradient
 from models.kernels.momentum.products import outputs, systems, tokens_gradient
 from models.kernels.momentum.rule import CHUNK, Call, Kept, Rule, new_kept
 from models.kernels.momentum.scans import scan, scan_gradient
 
-GROUPS = 4
 KERNELS = ("coefficients", "systems", "scan", "outputs", "scan_gradient", "tokens_gradient", "coefficients_gradient")
 
 
@@ -39,7 +37,8 @@ def configurations(width: int, half: bool, carried: bool) -> dict[str, Configura
     """By kernel, for keys up to 64, 128 or 256 wide.
 
     No loop with products has one stage: on an H200 (Triton 3.7.1) some of those are wrong by a fifth or read where they
-    must not, while others are right. Kernels without such loops have nothing to stage.
+    must not, while others are right. Kernels without such loops have nothing to stage. tokens_gradient with 32 channels
+    of the keys in two stages, or in none, reads shared memory where there is none; with 32 or 16 in three it is right.
     """
     if not half:  # three products for one, of operands twice as large. With 8 warps: an illegal memory access. Without
         # a number of registers, which is the most there is, the compiler gives wide scans 32 and spills all else
@@ -52,13 +51,8 @@ def configurations(width: int, half: bool, carried: bool) -> dict[str, Configura
         "scan": scans,
         "outputs": Configuration(64 if wide else 128, 4, 1),
         "scan_gradient": scans,
-        "tokens_gradient": Configuration(64 if wide else 128, 4, 2, 32),
+        "tokens_gradient": Configuration(64, 4, 2, 64) if wide else Configuration(128, 4, 3, 16),
     }
-
-
-# Scans of 16 bits and more than 64 columns where programs of 64 would not all run at once, and what they want.
-WHOLE = Configuration(128, 8, 2)
-WHOLE_SHARED = 190 << 10
 
 
 def by_gates(num_chunks: int) -> tuple[tuple[int], dict[str, int]]:
@@ -96,8 +90,6 @@ class Launch:
     def columns(self, kernel: str) -> tuple[dict[str, int], int]:
         """A kernel's options, and how many programs share the values."""
         found, width = self.configurations[kernel], max(self.least, triton.next_power_of_2(self.V))
-        if kernel in ("scan", "scan_gradient") and width > found.BV >= 64 and many(self.q, WHOLE_SHARED):
-            found = WHOLE
         BV = min(found.BV, width)
         return {"BV": BV, **found.options}, triton.cdiv(self.V, BV)
 
@@ -139,22 +131,19 @@ class Launch:
             self.q, self.k, self.write_key, kept.R, kept.vectors, do, kept.attend, dlast, dv, dstates, dfirst,
             *self.sizes, **self.chunk, **self.scanned, **self.precision, **options,
         )  # fmt: skip
-        dG = torch.empty_like(kept.G)
+        dG, dvectors = torch.empty_like(kept.G), torch.empty_like(kept.vectors)
         options, tiles = self.columns("tokens_gradient")
-        BK, groups = min(self.width, self.configurations["tokens_gradient"].BK), GROUPS
-        parts = self.width // BK
-        groups = min(groups, parts)
-        dvectors = kept.vectors.new_empty(groups, *kept.vectors.shape)
-        tokens_gradient[self.H * groups, self.N, self.B](
+        BK = min(self.width, self.configurations["tokens_gradient"].BK)
+        tokens_gradient[self.H, self.N, self.B](
             self.q, self.k, self.write_key, self.source, kept.U, dv, do, kept.G, kept.similar, kept.system,
             kept.vectors, kept.states, dstates, dq, dk, dwrite_key, dG, dvectors, *self.sizes, C=CHUNK, BK=BK,
-            PARTS=parts // groups, GROUPS=groups, TILES=tiles, **self.matrices_of, **self.system, **self.precision, **options,
+            PARTS=self.width // BK, TILES=tiles, **self.matrices_of, **self.system, **self.precision, **options,
         )  # fmt: skip
         gates = self.step_size, self.log_momentum, self.log_decay
         dgates = [None if x is None else torch.empty_like(x) for x in gates]
         grid, options = by_gates(self.BH * self.N)
         coefficients_gradient[grid](
             *gates, self.source, None, kept.G, kept.vectors, dG, dvectors, *dgates, *self.sizes[:3],
-            self.BH * self.N, C=CHUNK, GROUPS=groups, **self.matrices_of, **self.gates, **self.referring, **options,
+            self.BH * self.N, C=CHUNK, **self.matrices_of, **self.gates, **self.referring, **options,
         )  # fmt: skip
         return [x for x in (dq, dk, dv, *dgates, dfirst, dwrite_key) if x is not None]

@@ -129,15 +129,15 @@ def tokens_gradient(
     dk,  # out, [B, T, H, K]
     dwrite_key,  # out, [B, T, H, K], if there are any
     dG,  # out, [B H N, C, C]
-    dvectors,  # out, [GROUPS, B H N, ROWS, C]: of a group's columns of the keys
+    dvectors,  # out, [B H N, ROWS, C]
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    PARTS: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr, MOMENTUM: tl.constexpr, CARRIED: tl.constexpr, SOURCES: tl.constexpr,
+    PARTS: tl.constexpr, TILES: tl.constexpr, MOMENTUM: tl.constexpr, CARRIED: tl.constexpr, SOURCES: tl.constexpr,
     DECAYED: tl.constexpr, SOLVE: tl.constexpr, OWN_WRITES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """By queries and keys, dQ = diag(a) dO M^T + diag(f) dO S^T + (dO U^T * G) W, and by coefficients. Where writes
     have keys of their own dkey is by those that errors were taken with, and dwritten by these. PARTS of BK columns of
-    the keys for each of GROUPS programs, so that sums over values are whole products; TILES of BV of the values."""
-    bh, n, group = tl.program_id(2) * H + tl.program_id(0) // GROUPS, tl.program_id(1), tl.program_id(0) % GROUPS
+    the keys, so that sums over values are whole products; TILES of BV of the values."""
+    bh, n = tl.program_id(2) * H + tl.program_id(0), tl.program_id(1)
     chunk = bh * N + n
     TYPE: tl.constexpr = q.dtype.element_ty
     n_matrices: tl.constexpr = 1 + MOMENTUM + CARRIED
@@ -174,8 +174,7 @@ def tokens_gradient(
             dcombined = select_dot(taken, by_coefficients, TYPE, PRECISION, dcombined)
         if not OWN_WRITES:
             by_both = (by_errors + tl.trans(by_errors)).to(TYPE)
-    if group == 0:
-        tl.store(of_square(dG, chunk, C), dcombined)
+    tl.store(of_square(dG, chunk, C), dcombined)
 
     a = tl.load(row + tiles.A * C)
     write_m = tl.load(row + tiles.WRITE_M * C)
@@ -195,7 +194,7 @@ def tokens_gradient(
     # what the matrices are multiplied with: in the chunk's last places
     a_last, f_last, m_last, refer_a_last, refer_f_last = none, none, none, none, none
     for part in range(0, PARTS):
-        first_k = (group * PARTS + part) * BK
+        first_k = part * BK
         queries = tile_of(q, bh, n, first_k, T, H, K, C, BK)
         keys = tile_of(k, bh, n, first_k, T, H, K, C, BK)
         written = keys
@@ -271,8 +270,7 @@ def tokens_gradient(
         else:
             tl.store(at, dwritten.to(TYPE), mask=mask_k)
 
-    num_chunks = tl.num_programs(2) * H * N
-    rows = dvectors + (chunk + group * num_chunks).to(tl.int64) * tiles.ROWS * C + t
+    rows = dvectors + chunk.to(tl.int64) * tiles.ROWS * C + t
     tl.store(rows + tiles.A * C, da + tl.where(last, tl.sum(a_last, 0), 0.0))
     tl.store(rows + tiles.WRITE_M * C, dwrite_m)
     if MOMENTUM:
