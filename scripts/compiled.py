@@ -4,8 +4,9 @@
 
 For every kernel that the layer's forward and backward pass would launch: its launch configuration, registers and bytes
 of stack (spilled registers) a thread, bytes of shared memory a program, and how often it multiplies on tensor cores by
-warps (mma) and warp groups (wgmma). Registers end at 255 and shared memory at 232,448 bytes. Settings are the
-regressor's, such as grad_batch=16. Needs Triton, no GPU.
+warps (mma) and warp groups (wgmma). Registers end at 255 and shared memory at 232,448 bytes. The last column counts
+instructions that take the stack pointer for a number, a fault of NVIDIA's assembler (docs/kernels.md): a kernel with
+any reads memory where there is none. Settings are the regressor's, such as grad_batch=16. Needs Triton, no GPU.
 """
 
 from __future__ import annotations
@@ -30,12 +31,15 @@ from models.regression.regressor import Choice
 from scripts.recipes import PRESETS, composed, mixer_of
 
 SHARED = 232_448  # bytes of shared memory that a program can have on an H100
-HEAD = f"{'kernel':24} {'warps':>5} {'stages':>6} {'registers':>9} {'stack':>6} {'shared':>8} {'mma':>5} {'wgmma':>5}"
+HEAD = (
+    f"{'kernel':24} {'warps':>5} {'stages':>6} {'registers':>9} {'stack':>6} {'shared':>8} {'mma':>5} {'wgmma':>5} "
+    f"{'faults':>6}"
+)
 
 
 class Compiled(NamedTuple):
-    """One kernel: numbers of warps and stages, registers and bytes of stack a thread, bytes of shared memory, and its
-    instructions on tensor cores."""
+    """One kernel: numbers of warps and stages, registers and bytes of stack a thread, bytes of shared memory, its
+    instructions on tensor cores, and those that take the stack pointer for a number."""
 
     name: str
     warps: int
@@ -45,10 +49,11 @@ class Compiled(NamedTuple):
     shared: int
     mma: int
     wgmma: int
+    faults: int
 
     def __str__(self) -> str:
         numbers = f"{self.warps:5} {self.stages:6} {self.registers:9} {self.stack:6} {self.shared:8,}"
-        return f"{self.name:24} {numbers} {self.mma:5} {self.wgmma:5}"
+        return f"{self.name:24} {numbers} {self.mma:5} {self.wgmma:5} {self.faults:6}"
 
 
 @contextmanager
@@ -93,10 +98,12 @@ def _compile(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Com
     made = triton.compile(
         ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", 90, 32), options=launch
     )
-    registers, stack = _resources(made.asm["cubin"])
+    registers, stack, faults = _resources(made.asm["cubin"])
     ptx, about = made.asm["ptx"], made.metadata
     counts = ptx.count("mma.sync.aligned"), ptx.count("wgmma.mma_async.sync")
-    return Compiled(kernel.fn.__name__, about.num_warps, about.num_stages, registers, stack, about.shared, *counts)
+    return Compiled(
+        kernel.fn.__name__, about.num_warps, about.num_stages, registers, stack, about.shared, *counts, faults
+    )
 
 
 TYPES = {
@@ -117,17 +124,25 @@ def _type(x: Tensor | float) -> str:
     return "i32" if isinstance(x, int) else "fp32"
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack a thread, by the tool that comes with Triton."""
+def _resources(cubin: bytes) -> tuple[int, int, int]:
+    """Registers and bytes of stack a thread, and instructions that take the stack pointer for a number, by the tool
+    that comes with Triton."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (re.findall(rf"{name}:(\d+)", said)[0] for name in ("REG", "STACK"))
-    return int(registers), int(stack)
+    return int(registers), int(stack), _faults(said)
+
+
+def _faults(sass: str) -> int:
+    """How many instructions read R1 other than as an address or to move it by a constant."""
+    taken = [line for line in re.findall(r"/\*[0-9a-f]{4,5}\*/(.*?);", sass) if re.search(r"\bR1\b", line)]
+    rightly = r"\[R1(\+-?0x[0-9a-f]+)?\]|\w+ R1, c\[|\w+ R1, (PT, PT, )?R1, -?0x[0-9a-f]+"
+    return sum(re.search(rightly, re.sub(r"\s+", " ", line)) is None for line in taken)
 
 
 def kernels_of(preset: str, key_dim: int, dtype: torch.dtype, *settings: str) -> list[Compiled]:

@@ -10,11 +10,12 @@ import torch
 
 from models.block import SwiGLU
 from models.kernels import cross_entropy, swiglu
-from scripts.compiled import SHARED, compiling, kernels_of
+from scripts.compiled import SHARED, _faults, compiling, kernels_of
 
 CASES = [
     ("titans", 256, torch.bfloat16),
     ("titans", 64, torch.float32),
+    ("titans", 128, torch.bfloat16),
     ("titans", 64, torch.bfloat16, "grad_batch=16"),
     ("gated_delta", 128, torch.bfloat16),
     ("preconditioned_delta", 128, torch.bfloat16),
@@ -36,6 +37,7 @@ def test_kernels_fit_on_an_h100(case):
     found = kernels_of(*case)
     assert len(found) >= 2
     assert all(kernel.shared <= SHARED and kernel.registers <= 255 for kernel in found), "\n".join(map(str, found))
+    assert not any(kernel.faults for kernel in found), "\n".join(map(str, found))
 
 
 @pytest.mark.slow
@@ -63,6 +65,13 @@ def test_kernels_of_the_loss_and_of_the_feed_forward_layer_spill_nothing(dtype, 
         layer(torch.randn(2, 64, dtype=dtype)).sum().backward()
     assert [kernel.name for kernel in found] == ["cross_entropy"] * 4 + ["gate", "gate_gradient"]
     assert all(kernel.stack == 0 and kernel.registers <= 128 for kernel in found), "\n".join(map(str, found))
+
+
+def test_a_stack_pointer_that_is_taken_for_a_number_is_seen():
+    """As ptxas wrote it where a tile's descriptor was to be: lines of a kernel that met an illegal address."""
+    right = ["LDC R1, c[0x0][0x28]", "VIADD R1, R1, 0xfffffe20", "STL [R1+0x160], R183", "LDL.LU R214, [R1+0x4]"]
+    wrong = ["IADD3 R16, P3, R1, 0x40, RZ", "IADD3.X R17, R1, -0x7fffffe0, RZ, P3, !PT"]
+    assert [_faults(f"        /*0560*/                   {line} ;") for line in [*right, *wrong]] == [0] * 4 + [1] * 2
 
 
 def test_what_has_no_kernels_says_so():
