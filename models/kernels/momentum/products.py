@@ -5,13 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from models.kernels.delta.tiles import of_tokens
 from models.kernels.momentum import tiles
 from models.kernels.momentum.tiles import (
     dot,
     halves,
     of_matrix,
     of_square,
-    of_tokens,
     select_dot,
     unit_inverse,
     wide_dot,

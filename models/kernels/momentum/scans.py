@@ -15,8 +15,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from models.kernels.delta.scans import leave
+from models.kernels.delta.tiles import of_tokens
 from models.kernels.momentum import tiles
-from models.kernels.momentum.tiles import dot, leave, of_matrix, of_square, of_tokens, of_turned, unit_dot
+from models.kernels.momentum.tiles import dot, of_matrix, of_square, of_turned, unit_dot
 
 
 @triton.jit

@@ -93,15 +93,13 @@ def unit_dot(x, y, y_low, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def of_tokens(pointer, bh, n, first, T, H, X: tl.constexpr, C: tl.constexpr, BX: tl.constexpr):
+def of_tokens(pointer, bh, n, first, T, H, X, C: tl.constexpr, BX: tl.constexpr):
     """Addresses and mask [C, BX] of a chunk's rows of [B, T, H, X], from column `first`. Only where a tile begins is
     worked out in 64 bits, and once for all its numbers."""
     i, x = tl.arange(0, C), tl.arange(0, BX)
     begin = (((bh // H).to(tl.int64) * T + n * C) * H + bh % H) * X + first
-    mask = (i < T - n * C)[:, None]
-    if X % BX != 0:
-        mask = mask & (x < X - first)[None, :]
-    return pointer + begin + (i[:, None] * (H * X) + x[None, :]), mask
+    inside = (i < T - n * C)[:, None] & (x < X - first)[None, :]
+    return pointer + begin + (i[:, None] * (H * X) + x[None, :]), inside
 
 
 @triton.jit
@@ -126,13 +124,6 @@ def of_turned(pointer, index, first, K, V, BK: tl.constexpr, BV: tl.constexpr):
     k, v = tl.arange(0, BK), tl.arange(0, BV)
     begin = index.to(tl.int64) * K * V + first
     return pointer + begin + (k[None, :] * V + v[:, None]), (k < K)[None, :] & (v < V - first)[:, None]
-
-
-@triton.jit
-def leave(tile, pointer, bh, n, first, real, T, H, X: tl.constexpr, C: tl.constexpr, BX: tl.constexpr):
-    """Stores a chunk's tile [BX, C] as rows of [B, T, H, X], if it is real."""
-    at, mask = of_tokens(pointer, bh, n, first, T, H, X, C, BX)
-    tl.store(at, tl.trans(tile.to(pointer.dtype.element_ty)), mask=mask & real)
 
 
 @triton.jit
