@@ -14,6 +14,7 @@ from models.kernels.deep.outputs import outputs, outputs_gradient
 from models.kernels.deep.scans import scan
 from models.kernels.deep.writes import base_gradient, writes_gradient
 from models.kernels.momentum.coefficients import coefficients, coefficients_gradient
+from models.kernels.momentum.launch import by_gates
 from models.kernels.momentum.tiles import ROWS
 
 HALF = {  # BF, warps and stages, in 16 bits. Tiles of 32 beside mini-batches of 64 were wrong or met an illegal address
@@ -39,6 +40,9 @@ class Launch:
         self.M, self.F = self.BH * self.N, self.pair // (self.K + self.V)
         self.half = scan.q.dtype != torch.float32
         self.precision = "tf32" if self.half else "tf32x3"
+        # errors refer to the chunk's first memory
+        self.referring: dict[str, Any] = dict.fromkeys(("SOURCES", "DECAYED", "SOLVE", "CARRIED"), False)
+        self.referring |= {"MOMENTUM": self.momentum, "DECAY": self.gates[2] is not None, "WRITES": 1}
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """o, N and S after every document, and N at its last mini-batch."""
@@ -68,10 +72,10 @@ class Launch:
         scan_gradient[grid](call, left, found, *meeting, **options)
         writes_gradient[self.N, self.BH](call, left, found, **self._options("writes_gradient"))
         dgates = [x if x is None else torch.empty_like(x) for x in self.gates]
-        coefficients_gradient[self.N, self.BH](
-            call.k, *self.gates, self.scan.filled, found.dcoefficients, found.dvectors, *dgates,
-            self.N * self.C, self.N, self.H, C=self.C, MOMENTUM=self.momentum, DECAY=self.gates[2] is not None,
-            WRITES=1, PRECISION=self.precision, num_warps=4,
+        grid, options = by_gates(self.M)
+        coefficients_gradient[grid](
+            *self.gates, None, self.scan.filled, call.G, call.vectors, found.dcoefficients, found.dvectors, *dgates,
+            self.N * self.C, self.N, self.H, self.M, C=self.C, **self.referring, **options,
         )  # fmt: skip
         dbase = None
         if call.base is not None:
@@ -85,11 +89,10 @@ class Launch:
         """With those of models/kernels/momentum, whose errors refer to the chunk's first memory here."""
         (q, k, v), base, C = self.scan[:3], self.scan.base, self.C
         G, vectors = self._new(self.M, C, C), self._new(self.M, ROWS, C)
-        coefficients[self.N, self.BH](
-            k, k, *self.gates, None, self.scan.filled, G, G, vectors, self.N * C, self.N, self.H, self.K,
-            C=C, LOG_C=C.bit_length() - 1, BK=self.K, MOMENTUM=self.momentum, DECAY=self.gates[2] is not None,
-            SOURCES=False, DECAYED=False, SOLVE=False, WRITES=1, OWN_WRITES=False, PRECISION=self.precision,
-            num_warps=4,
+        grid, options = by_gates(self.M)
+        coefficients[grid](
+            *self.gates, None, self.scan.filled, G, vectors, self.N * C, self.N, self.H, self.M, C=C,
+            **self.referring, **options,
         )  # fmt: skip
         base = base if base is None else base.to(q.dtype)
         return Call(q, k, v, base, self.scan.reference, self.scan.runs, G, vectors, self.B, self.N, self.H)

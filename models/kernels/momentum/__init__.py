@@ -3,21 +3,22 @@ Without momentum it is delta.py's; with write keys of their own it is preconditi
 it is omega.py's.
 
 What a chunk needs is one triangular system and a few products with its coefficients; what one chunk hands to the next
-is a pair of matrices. So a call is three kernels forward, the middle one alone sequential,
+is a pair of matrices. So a call is four kernels forward, of which the scan alone is sequential,
 
-    coefficients    G, the inverse R of (I + K W^T * G_ref), and the vectors that go with the matrices
+    coefficients    G and the vectors that go with the matrices, of the gates alone
+    systems         Q W^T, K W^T, and the inverse R of (I + K W^T * G_ref)
     scan            U = R (V - diag(a) K M - diag(f) K S), and M, S from chunk to chunk
     outputs         O = diag(a) Q M + diag(f) Q S + (Q W^T * G) U
 
-and three backward: the scan's gradient, from the last chunk to the first, then the gradients by tokens and by gates, of
-all chunks at once. Coefficients, U, M and S are kept between the passes (Kept, rule.py). W are the keys that U is
-written under: K, unless others are given. The formulas and their gradients are those of momentum.py and mixtures.py;
-the shapes are written at every pointer.
+and three backward: the scan's gradient, from the last chunk to the first, then the gradients by tokens and by
+coefficients, and that of the coefficients by the gates, of all chunks at once. Coefficients, products, U, M and S are
+kept between the passes (Kept, rule.py). W are the keys that U is written under: K, unless others are given. The
+formulas and their gradients are those of momentum.py and mixtures.py; the shapes are written at every pointer.
 
 Precision: products of bf16 (or fp16) operands, summed in float32; matrices are float32 in the scans' registers and
-rounded where they are operands. Products of coefficients with each other have float32 factors: with bf16 operands they
-are sums of three products, which keep 16 bits of each factor. float32 inputs are multiplied as sums of three TF32
-products, which loses two bits.
+rounded where they are operands. Coefficients are float32, and made without products. R has twice the digits of an
+operand, as have the errors that it multiplies: products of two float32 tiles are sums of three, which keep 16 bits of
+each factor. float32 inputs are multiplied as sums of three TF32 products, which loses two bits.
 
 Launch configurations are chosen, not searched: docs/kernels.md says how and what they gave.
 """
@@ -70,7 +71,7 @@ def momentum_delta(call: Call, rule: Rule = EXACT) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("test_time_regression::momentum_delta", mutates_args=())
 def _forward(
     given: list[Tensor], names: str, momentum: bool, carried: bool, solve: bool, decayed: bool, writes: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The outputs, the last matrices, and what is kept."""
     from models.kernels.momentum.launch import Launch
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 64
-ROWS = 9  # of a chunk's vectors: tiles.py names them
+ROWS = 11  # of a chunk's vectors: tiles.py names them
 EMPTY = 2**30  # a source: no memory, but zero
 
 
@@ -51,29 +51,31 @@ class Call(NamedTuple):
 
 class Kept(NamedTuple):
     """What a forward pass leaves for the backward one: coefficients, errors and states of every chunk. At K = V = 128
-    with a momentum they take twice the bytes of q, k, v and o in 16 bits."""
+    with a momentum they take two and a half times the bytes of q, k, v and o in 16 bits."""
 
     G: Tensor  # [B H N, C, C]
-    R: Tensor  # [B H N, C, C], or none where errors refer to none of their chunk
+    # [B H N, HALVES, C, C]: in 16 bits as two numbers, high and low; or none where errors refer to none of their chunk
+    R: Tensor
     vectors: Tensor  # [B H N, ROWS, C]
-    U: Tensor  # [B, T, H, V]
-    states: Tensor  # [B H N, n, K, V]
+    U: Tensor  # [B H N, V, C]
+    states: Tensor  # [B H N, n, V, K]
     attend: Tensor  # [B H N, C, C]
+    similar: Tensor  # [B H N, C, C]
+    system: Tensor  # [B H N, C, C], or none as R
 
 
 def new_kept(call: Call, rule: Rule) -> Kept:
     """Where it is written, with nothing in it."""
     (B, T, H, K), V = call.q.shape, call.v.shape[-1]
     chunks, matrices = B * H * -(-T // CHUNK), 1 + rule.momentum + (rule.carried and rule.solve)
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return call.v.new_empty(shape, dtype=dtype)
-
+    halves = 1 if call.v.dtype == torch.float32 else 2
+    solved = chunks if rule.solve else 0
+    squares = [call.v.new_empty(n, CHUNK, CHUNK) for n in (chunks, chunks, solved)]
     return Kept(
-        G=new(chunks, CHUNK, CHUNK),
-        R=new(chunks if rule.solve else 0, CHUNK, CHUNK),
-        vectors=new(chunks, ROWS, CHUNK),
-        U=new(*call.v.shape, dtype=call.v.dtype),
-        states=new(chunks, matrices, K, V, dtype=call.v.dtype),
-        attend=new(chunks, CHUNK, CHUNK, dtype=call.v.dtype),
+        call.v.new_empty(chunks, CHUNK, CHUNK, dtype=torch.float32),
+        call.v.new_empty(solved, halves, CHUNK, CHUNK),
+        call.v.new_empty(chunks, ROWS, CHUNK, dtype=torch.float32),
+        call.v.new_empty(chunks, V, CHUNK),
+        call.v.new_empty(chunks, matrices, V, K),
+        *squares,
     )

@@ -1,18 +1,30 @@
 """The two scans over chunks, forward for the matrices and backward for their gradients: the only steps that wait for
-one another. A program has some columns of the values, for which every matrix is [K, BV] in its registers.
+one another.
 
-A matrix is multiplied first and stored then. The other way about Triton puts the barrier of the store's shuffle between
-the write of the operand to shared memory and the fence that lets the tensor cores see it, where one must follow: a warp
-could then read what another had not made visible. (Configurations that were wrong by a third, or ended in an illegal
-access, have been right since.)"""
+A program has some columns of the values, for which every matrix is in its registers, turned around, [BV, K], as are a
+chunk's errors, [BV, C]: a product of warp groups takes its left operand from the registers in which it was summed up,
+and only what was loaded comes from shared memory. What a chunk has found is carried over, and stored while the next
+one's tiles are on their way.
+
+No operand that a program has worked out goes through shared memory. Where one did Triton could put the barrier of a
+store's shuffle between the write of the operand and the fence that lets the tensor cores see it, where one must follow:
+a warp could then read what another had not made visible. docs/kernels.md tells of it."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from models.kernels.delta.scans import leave
+from models.kernels.delta.tiles import of_tokens
 from models.kernels.momentum import tiles
-from models.kernels.momentum.tiles import dot, of_matrix, of_square, of_tokens, wider_dot
+from models.kernels.momentum.tiles import dot, of_matrix, of_square, of_turned, unit_dot
+
+
+@triton.jit
+def vector(row, which, C: tl.constexpr):
+    """One row of a chunk's vectors, beside the columns of a tile [*, C]."""
+    return tl.load(row + which * C + tl.arange(0, C))[None, :]
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -20,13 +32,13 @@ def scan(
     k,  # [B, T, H, K]
     write_key,  # [B, T, H, K]
     v,  # [B, T, H, V]
-    R,  # [B H N, C, C]: without its ones
+    R,  # [B H N, HALVES, C, C]: without its ones
     vectors,  # [B H N, ROWS, C]
     first,  # [B H, n, K, V]: M, S and R
-    U,  # out, [B, T, H, V]: the errors
-    states,  # out, [B H N, n, K, V]: what every chunk begins with
+    U,  # out, [B H N, V, C]: the errors
+    states,  # out, [B H N, n, V, K]: what every chunk begins with
     last,  # out, [B H, n, K, V]
-    T, N, H, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     MOMENTUM: tl.constexpr, CARRIED: tl.constexpr,
     OUTSIDE: tl.constexpr,  # matrices of first and last: one more where the reference is the last chunk's first memory
     SOLVE: tl.constexpr,
@@ -36,68 +48,80 @@ def scan(
     """U = R (V - diag(a) K M - diag(f) K S - diag(r) K R), and the matrices after it."""
     first_v, bh = tl.program_id(0) * BV, tl.program_id(1)
     n_matrices: tl.constexpr = 1 + MOMENTUM + CARRIED
+    TYPE: tl.constexpr = k.dtype.element_ty
+    HALVES: tl.constexpr = 1 if TYPE.is_fp32() else 2
     t = tl.arange(0, C)
-    at_first, inside = of_matrix(first, bh * OUTSIDE, first_v, K, V, BK, BV)
+    at_first, inside = of_turned(first, bh * OUTSIDE, first_v, K, V, BK, BV)
     memory = tl.load(at_first, mask=inside, other=0.0)
     if MOMENTUM:
         momentum = tl.load(at_first + K * V, mask=inside, other=0.0)
     if CARRIED:
         reference = tl.load(at_first + (n_matrices - 1) * K * V, mask=inside, other=0.0)
-    at_last, inside = of_matrix(last, bh * OUTSIDE, first_v, K, V, BK, BV)
-    for n in range(N):
+    at_last, inside = of_turned(last, bh * OUTSIDE, first_v, K, V, BK, BV)
+    one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(TYPE)
+    error_before = tl.zeros([BV, C], TYPE)
+    for n in tl.range(N, disable_licm=True):
         chunk = bh * N + n
+        at_u, inside_u = of_matrix(U, chunk - 1, 0, V, C, BV, C, first_v)
+        tl.store(at_u, error_before, mask=inside_u & (n > 0))
+        at_states, inside_s = of_matrix(states, chunk * n_matrices, 0, V, K, BV, BK, first_v)
+        operand = memory.to(TYPE)
+        tl.store(at_states, operand, mask=inside_s)
+        if MOMENTUM:
+            operand_s = momentum.to(TYPE)
+            tl.store(at_states + K * V, operand_s, mask=inside_s)
+        if CARRIED:
+            operand_r = reference.to(TYPE)
+            tl.store(at_states + (n_matrices - 1) * K * V, operand_r, mask=inside_s)
         at_k, mask_k = of_tokens(k, bh, n, 0, T, H, K, C, BK)
         keys = tl.load(at_k, mask=mask_k, other=0.0)
+        written = keys
+        if OWN_WRITES:
+            at_w, mask_k = of_tokens(write_key, bh, n, 0, T, H, K, C, BK)
+            written = tl.load(at_w, mask=mask_k, other=0.0)
         at_v, mask_v = of_tokens(v, bh, n, first_v, T, H, V, C, BV)
-        error = tl.load(at_v, mask=mask_v, other=0.0).to(tl.float32)
+        values = tl.load(at_v, mask=mask_v, other=0.0)
+        if SOLVE:
+            inverse = tl.trans(tl.load(of_square(R, chunk * HALVES, C)))
+            inverse_low = inverse
+            if HALVES == 2:
+                inverse_low = tl.trans(tl.load(of_square(R, chunk * HALVES + 1, C)))
         row = vectors + chunk.to(tl.int64) * tiles.ROWS * C
-        write_m = tl.load(row + tiles.WRITE_M * C + t)
         a = tl.load(row + tiles.A * C + C - 1)
         if MOMENTUM:  # numbers by themselves are not loaded ahead: all are asked for before the first product
             f, m = tl.load(row + tiles.F * C + C - 1), tl.load(row + tiles.M * C + C - 1)
 
-        at_states, inside = of_matrix(states, chunk * n_matrices, first_v, K, V, BK, BV)
-        operand = memory.to(keys.dtype)
-        if MOMENTUM:
-            operand_s = momentum.to(keys.dtype)
-        predicted = dot(keys, operand, PRECISION)
+        error = dot(tl.trans(values), one, PRECISION)
+        predicted = dot(operand, tl.trans(keys), PRECISION)
         if SOLVE:
-            predicted *= tl.load(row + tiles.REFER_A * C + t)[:, None]
-            if MOMENTUM:
-                predicted += tl.load(row + tiles.REFER_F * C + t)[:, None] * dot(keys, operand_s, PRECISION)
+            predicted *= vector(row, tiles.REFER_A, C)
         error -= predicted
-        tl.store(at_states, operand, mask=inside)
-        if MOMENTUM:
-            tl.store(at_states + K * V, operand_s, mask=inside)
+        if SOLVE and MOMENTUM:
+            error -= vector(row, tiles.REFER_F, C) * dot(operand_s, tl.trans(keys), PRECISION)
         if CARRIED:
-            operand = reference.to(keys.dtype)
-            error -= tl.load(row + tiles.REFER_R * C + t)[:, None] * dot(keys, operand, PRECISION)
-            tl.store(at_states + (n_matrices - 1) * K * V, operand, mask=inside)
+            error -= vector(row, tiles.REFER_R, C) * dot(operand_r, tl.trans(keys), PRECISION)
         if SOLVE:
-            error = wider_dot(tl.load(of_square(R, chunk, C)), error, error, keys.dtype, PRECISION)
-        at_u, mask_v = of_tokens(U, bh, n, first_v, T, H, V, C, BV)
-        tl.store(at_u, error.to(keys.dtype), mask=mask_v)
+            error = unit_dot(error, inverse, inverse_low, PRECISION)
 
         if n_matrices < OUTSIDE and n == N - 1:
             tl.store(at_last + n_matrices * K * V, memory, mask=inside)
-        written = tl.trans(keys)
-        if OWN_WRITES:
-            at_w, mask_k = of_tokens(write_key, bh, n, 0, T, H, K, C, BK)
-            written = tl.trans(tl.load(at_w, mask=mask_k, other=0.0))
         if CARRIED:
             reference *= tl.load(row + tiles.REFER_R * C + C - 1)
             reference += tl.load(row + tiles.REFER_A * C + C - 1) * memory
             if MOMENTUM:
                 reference += tl.load(row + tiles.REFER_F * C + C - 1) * momentum
-            write = tl.load(row + tiles.WRITE_R * C + t)
-            reference += dot(written, (write[:, None] * error).to(keys.dtype), PRECISION)
+            write = (vector(row, tiles.WRITE_R, C) * error).to(TYPE)
+            reference = dot(write, written, PRECISION, reference)
         memory *= a
-        writes_m = (write_m[:, None] * error).to(keys.dtype)
+        write = (vector(row, tiles.WRITE_M, C) * error).to(TYPE)
         if MOMENTUM:
-            writes_s = (tl.load(row + tiles.WRITE_S * C + t)[:, None] * error).to(keys.dtype)
             memory += f * momentum
-            momentum = dot(written, writes_s, PRECISION, m * momentum)
-        memory = dot(written, writes_m, PRECISION, memory)
+            write_s = (vector(row, tiles.WRITE_S, C) * error).to(TYPE)
+            momentum = dot(write_s, written, PRECISION, m * momentum)
+        memory = dot(write, written, PRECISION, memory)
+        error_before = error.to(TYPE)
+    at_u, inside_u = of_matrix(U, bh * N + N - 1, 0, V, C, BV, C, first_v)
+    tl.store(at_u, error_before, mask=inside_u)
     tl.store(at_last, memory, mask=inside)
     if MOMENTUM:
         tl.store(at_last + K * V, momentum, mask=inside)
@@ -110,31 +134,45 @@ def scan_gradient(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
     write_key,  # [B, T, H, K]
-    R,  # [B H N, C, C]: without its ones
+    R,  # [B H N, HALVES, C, C]: without its ones
     vectors,  # [B H N, ROWS, C]
     do,  # [B, T, H, V]
     attend,  # [B H N, C, C]: what the outputs of a chunk have of its errors
     dlast,  # [B H, n, K, V]
     E,  # out, [B, T, H, V]: the gradient by the right-hand side of the errors' system, which is the one by v
-    dstates,  # out, [B H N, n, K, V]: by what every chunk ends with
+    dstates,  # out, [B H N, n, V, K]: by what every chunk ends with
     dfirst,  # out, [B H, n, K, V]
-    T, N, H, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     MOMENTUM: tl.constexpr, CARRIED: tl.constexpr,
     OUTSIDE: tl.constexpr, SOLVE: tl.constexpr, OWN_WRITES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each line is the transpose of one of scan's, and of the outputs' O = diag(a) Q M + diag(f) Q S + ..."""
     first_v, bh = tl.program_id(0) * BV, tl.program_id(1)
     n_matrices: tl.constexpr = 1 + MOMENTUM + CARRIED
+    TYPE: tl.constexpr = k.dtype.element_ty
+    HALVES: tl.constexpr = 1 if TYPE.is_fp32() else 2
     t = tl.arange(0, C)
-    at_last, inside = of_matrix(dlast, bh * OUTSIDE, first_v, K, V, BK, BV)
+    at_last, inside = of_turned(dlast, bh * OUTSIDE, first_v, K, V, BK, BV)
     dmemory = tl.load(at_last, mask=inside, other=0.0)
     if MOMENTUM:
         dmomentum = tl.load(at_last + K * V, mask=inside, other=0.0)
     if CARRIED:
         dreference = tl.load(at_last + (n_matrices - 1) * K * V, mask=inside, other=0.0)
-    for i in range(N):
+    one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(TYPE)
+    derror_before = tl.zeros([BV, C], TYPE)
+    for i in tl.range(N, disable_licm=True):
         n = N - 1 - i
         chunk = bh * N + n
+        leave(derror_before, E, bh, n + 1, first_v, i > 0, T, H, V, C, BV)
+        at_states, inside_s = of_matrix(dstates, chunk * n_matrices, 0, V, K, BV, BK, first_v)
+        operand = dmemory.to(TYPE)
+        tl.store(at_states, operand, mask=inside_s)
+        if MOMENTUM:
+            operand_s = dmomentum.to(TYPE)
+            tl.store(at_states + K * V, operand_s, mask=inside_s)
+        if CARRIED:
+            operand_r = dreference.to(TYPE)
+            tl.store(at_states + (n_matrices - 1) * K * V, operand_r, mask=inside_s)
         at_k, mask_k = of_tokens(k, bh, n, 0, T, H, K, C, BK)
         keys = tl.load(at_k, mask=mask_k, other=0.0)
         written = keys
@@ -142,61 +180,57 @@ def scan_gradient(
             at_w, mask_k = of_tokens(write_key, bh, n, 0, T, H, K, C, BK)
             written = tl.load(at_w, mask=mask_k, other=0.0)
         at_q, mask_k = of_tokens(q, bh, n, 0, T, H, K, C, BK)
-        queries = tl.trans(tl.load(at_q, mask=mask_k, other=0.0))
+        queries = tl.load(at_q, mask=mask_k, other=0.0)
         at_v, mask_v = of_tokens(do, bh, n, first_v, T, H, V, C, BV)
-        doutput = tl.load(at_v, mask=mask_v, other=0.0)
-        derror = dot(tl.trans(tl.load(of_square(attend, chunk, C))), doutput, PRECISION)
-        row = vectors + chunk.to(tl.int64) * tiles.ROWS * C
+        doutput = tl.trans(tl.load(at_v, mask=mask_v, other=0.0))
+        similar = tl.load(of_square(attend, chunk, C))
         if SOLVE:
-            refer_a = tl.load(row + tiles.REFER_A * C + t)
-        write_m = tl.load(row + tiles.WRITE_M * C + t)
-        a = tl.load(row + tiles.A * C + t)
+            inverse = tl.load(of_square(R, chunk * HALVES, C))
+            inverse_low = inverse
+            if HALVES == 2:
+                inverse_low = tl.load(of_square(R, chunk * HALVES + 1, C))
+        row = vectors + chunk.to(tl.int64) * tiles.ROWS * C
         a_last = tl.load(row + tiles.A * C + C - 1)
         if MOMENTUM:
             f_last, m_last = tl.load(row + tiles.F * C + C - 1), tl.load(row + tiles.M * C + C - 1)
 
-        at_states, inside = of_matrix(dstates, chunk * n_matrices, first_v, K, V, BK, BV)
-        operand = dmemory.to(keys.dtype)
-        derror += write_m[:, None] * dot(written, operand, PRECISION)
-        tl.store(at_states, operand, mask=inside)
+        derror = vector(row, tiles.WRITE_M, C) * dot(operand, tl.trans(written), PRECISION)
         if MOMENTUM:
-            operand = dmomentum.to(keys.dtype)
-            derror += tl.load(row + tiles.WRITE_S * C + t)[:, None] * dot(written, operand, PRECISION)
-            tl.store(at_states + K * V, operand, mask=inside)
+            derror += vector(row, tiles.WRITE_S, C) * dot(operand_s, tl.trans(written), PRECISION)
         if CARRIED:
-            operand = dreference.to(keys.dtype)
-            derror += tl.load(row + tiles.WRITE_R * C + t)[:, None] * dot(written, operand, PRECISION)
-            tl.store(at_states + (n_matrices - 1) * K * V, operand, mask=inside)
+            derror += vector(row, tiles.WRITE_R, C) * dot(operand_r, tl.trans(written), PRECISION)
+        derror = dot(doutput, similar, PRECISION, derror)
         if SOLVE:
-            derror = wider_dot(tl.trans(tl.load(of_square(R, chunk, C))), derror, derror, keys.dtype, PRECISION)
-        at_e, mask_v = of_tokens(E, bh, n, first_v, T, H, V, C, BV)
-        tl.store(at_e, derror.to(keys.dtype), mask=mask_v)
+            derror = unit_dot(derror, inverse, inverse_low, PRECISION)
+        derror_before = derror.to(TYPE)
 
-        erased = tl.trans(keys)
+        doutput = dot(doutput, one, PRECISION)  # as it is, in the registers of a left operand
         if MOMENTUM:
-            reads = (tl.load(row + tiles.F * C + t)[:, None] * doutput).to(keys.dtype)
-            dmomentum = dot(queries, reads, PRECISION, m_last * dmomentum + f_last * dmemory)
+            dmomentum = m_last * dmomentum + f_last * dmemory
+            reads = (vector(row, tiles.F, C) * doutput).to(TYPE)
+            dmomentum = dot(reads, queries, PRECISION, dmomentum)
             if SOLVE:
-                seen = (-tl.load(row + tiles.REFER_F * C + t)[:, None] * derror).to(keys.dtype)
-                dmomentum = dot(erased, seen, PRECISION, dmomentum)
-        reads = (a[:, None] * doutput).to(keys.dtype)
-        dmemory = dot(queries, reads, PRECISION, a_last * dmemory)
-        seen = (-refer_a[:, None] * derror if SOLVE else -derror).to(keys.dtype)
-        dmemory = dot(erased, seen, PRECISION, dmemory)
+                seen = (-vector(row, tiles.REFER_F, C) * derror).to(TYPE)
+                dmomentum = dot(seen, keys, PRECISION, dmomentum)
+        reads = (vector(row, tiles.A, C) * doutput).to(TYPE)
+        dmemory = dot(reads, queries, PRECISION, a_last * dmemory)
+        seen = (-vector(row, tiles.REFER_A, C) * derror if SOLVE else -derror).to(TYPE)
+        dmemory = dot(seen, keys, PRECISION, dmemory)
         if n_matrices < OUTSIDE and i == 0:
             dmemory += tl.load(at_last + n_matrices * K * V, mask=inside, other=0.0)
         if CARRIED:
             dmemory += tl.load(row + tiles.REFER_A * C + C - 1) * dreference
             if MOMENTUM:
                 dmomentum += tl.load(row + tiles.REFER_F * C + C - 1) * dreference
-            refer_r = tl.load(row + tiles.REFER_R * C + t)
             dreference *= tl.load(row + tiles.REFER_R * C + C - 1)
-            dreference -= dot(erased, (refer_r[:, None] * derror).to(keys.dtype), PRECISION)
-    at, _ = of_matrix(dfirst, bh * OUTSIDE, first_v, K, V, BK, BV)
+            seen = (-vector(row, tiles.REFER_R, C) * derror).to(TYPE)
+            dreference = dot(seen, keys, PRECISION, dreference)
+    leave(derror_before, E, bh, 0, first_v, True, T, H, V, C, BV)
+    at, _ = of_turned(dfirst, bh * OUTSIDE, first_v, K, V, BK, BV)
     tl.store(at, dmemory, mask=inside)
     if MOMENTUM:
         tl.store(at + K * V, dmomentum, mask=inside)
     if CARRIED:
         tl.store(at + (n_matrices - 1) * K * V, dreference, mask=inside)
     if n_matrices < OUTSIDE:
-        tl.store(at + n_matrices * K * V, tl.zeros([BK, BV], tl.float32), mask=inside)
+        tl.store(at + n_matrices * K * V, tl.zeros([BV, BK], tl.float32), mask=inside)

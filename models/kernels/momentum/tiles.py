@@ -21,6 +21,11 @@ REFER_R = tl.constexpr(5)  # and of the reference that was carried along
 WRITE_M = tl.constexpr(6)  # the last row of G: how much of each token's write is in the last memory,
 WRITE_S = tl.constexpr(7)  # in the last momentum,
 WRITE_R = tl.constexpr(8)  # and in the last reference
+HIGH = tl.constexpr(9)  # the log momenta summed from the chunk's beginning,
+LOW = tl.constexpr(10)  # and what float32 left out of it
+
+
+SMALL = tl.constexpr("tf32x3")  # products of tiles of 16
 
 
 @triton.jit
@@ -59,27 +64,32 @@ def select_dot(chosen, x, TYPE: tl.constexpr, PRECISION: tl.constexpr, acc=None)
 
 
 @triton.jit
+def halves(x, TYPE: tl.constexpr):
+    """A float32 tile x as two operands whose sum has twice the digits of one; of float32, x alone counts."""
+    if TYPE.is_bf16():
+        high, low = split(x, TYPE)
+    else:
+        high = x.to(TYPE)
+        low = (x - high.to(tl.float32)).to(TYPE)
+    return high, low
+
+
+@triton.jit
 def wide_dot(x, y, PRECISION: tl.constexpr, acc=None):
     """acc and x y of a float32 tile and an operand y, with twice an operand's digits of x = high + low."""
-    if y.dtype.is_bf16():
-        high, low = split(x, y.dtype)
-    else:
-        high = x.to(y.dtype)
-        low = (x - high.to(tl.float32)).to(y.dtype)
+    high, low = halves(x, y.dtype)
     product = dot(high, y, PRECISION, acc)
     return product if y.dtype.is_fp32() else dot(low, y, PRECISION, product)
 
 
 @triton.jit
-def wider_dot(x, y, acc, TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """acc and x y of float32 tiles, with twice the digits of an operand, which has the dtype TYPE."""
-    if TYPE.is_bf16():
-        high, low = split(y, TYPE)
-    else:
-        high = y.to(TYPE)
-        low = (y - high.to(tl.float32)).to(TYPE)
-    product = wide_dot(x, high, PRECISION, acc)
-    return product if TYPE.is_fp32() else dot(x.to(TYPE), low, PRECISION, product)
+def unit_dot(x, y, y_low, PRECISION: tl.constexpr):
+    """x (I + y + y_low) of a float32 tile x and one in two operands, as halves gives them: with the digits of both."""
+    high, low = halves(x, y.dtype)
+    product = dot(high, y, PRECISION, x)
+    if not y.dtype.is_fp32():
+        product = dot(low, y, PRECISION, dot(high, y_low, PRECISION, product))
+    return product
 
 
 @triton.jit
@@ -109,6 +119,14 @@ def of_matrix(pointer, index, first, K, V, BK: tl.constexpr, BV: tl.constexpr, f
 
 
 @triton.jit
+def of_turned(pointer, index, first, K, V, BK: tl.constexpr, BV: tl.constexpr):
+    """Addresses and mask [BV, BK] of columns of such a matrix, turned around."""
+    k, v = tl.arange(0, BK), tl.arange(0, BV)
+    begin = index.to(tl.int64) * K * V + first
+    return pointer + begin + (k[None, :] * V + v[:, None]), (k < K)[None, :] & (v < V - first)[:, None]
+
+
+@triton.jit
 def of_square(pointer, chunk, C: tl.constexpr):
     """Addresses [C, C] of a chunk's coefficients."""
     i = tl.arange(0, C)
@@ -116,55 +134,31 @@ def of_square(pointer, chunk, C: tl.constexpr):
 
 
 @triton.jit
-def store_row(pointer, tile, r, C: tl.constexpr):
-    """Row r of a tile [C, C] to `pointer` [C]. A sum over rows would go through shared memory."""
-    i = tl.arange(0, C)
-    at = pointer + tl.zeros([C, C], tl.int32) + i[None, :]
-    tl.store(at, tile, mask=(i == r)[:, None] & (i >= 0)[None, :])
-
-
-@triton.jit
-def fades(log_gate, C: tl.constexpr):
-    """L [C, C], the product of the gates after token i up to t, 0 for i > t; the products from the chunk's beginning
-    [C]; and L's last row [C]. Differences of sums from the beginning, which in float64 lose nothing: float32 would take
-    the digits of the gates after a document's start, or after 64 momenta of 1e-6. The sums are taken in float64, and
-    kept as two float32 numbers. A gate of 0 has an infinite log, for which -1000 does."""
-    t = tl.arange(0, C)
-    summed = tl.cumsum(tl.maximum(log_gate, -1000.0).to(tl.float64), 0)
-    high = summed.to(tl.float32)
-    low = (summed - high.to(tl.float64)).to(tl.float32)
-    between = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-    L = tl.exp(tl.where(t[:, None] >= t[None, :], between, -float("inf")))
-    return L, tl.exp(high), tl.exp((tl.sum(tl.where(t == C - 1, summed, 0.0), 0) - summed).to(tl.float32))
-
-
-@triton.jit
-def log_gate_gradient(dL, L, dstart, start, C: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """The gradient by the log gates [C] from those by L and by the products from the beginning: gate r is in the
-    entries of i < r <= t. Sums over t by a product with ones."""
-    t = tl.arange(0, C)
-    later = t[:, None] <= t[None, :]
-    summed = select_dot(later, dL * L, TYPE, PRECISION)  # [r, i]: those of t >= r
-    return tl.sum(tl.where(later, (dstart * start)[None, :], summed), 1)
-
-
-@triton.jit
 def unit_inverse(X, C: tl.constexpr, LOG_C: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + X)^-1 of a strictly lower X [C, C], by halves from blocks of 4: models/regression/chunks.py. Whole tiles
-    are multiplied, with zeros where a smaller product would have nothing: no tile need be cut."""
+    """(I + X)^-1 of a strictly lower X [C, C], by halves from blocks of 4 (models/regression/chunks.py): up to blocks
+    of 16 for those on the diagonal alone, all at once and a block a warp, and then by products of whole tiles."""
+    D: tl.constexpr = C // 16
+    e = tl.arange(0, 16)[None, :, None]
+    f = tl.arange(0, 16)[None, None, :]
+    d = tl.arange(0, D)
+    own = (d[:, None] == d[None, :])[:, None, :, None]
+    small = tl.sum(tl.where(own, tl.reshape(X, [D, 16, D, 16]), 0.0), 2)
+    block = tl.where(e // 4 == f // 4, small, 0.0)
+    square = dot(block, block, SMALL)
+    inverse = tl.where(e == f, 1.0, 0.0) - block + square - dot(block, square, SMALL)
+    for log_size in tl.static_range(2, 4):
+        size = 1 << log_size
+        below = tl.where((e // (2 * size) == f // (2 * size)) & (e // size != f // size), small, 0.0)
+        inverse -= dot(dot(inverse, below, SMALL), inverse, SMALL)
+    whole = tl.where(own, tl.broadcast_to(inverse[:, :, None, :], [D, 16, D, 16]), 0.0)
+    whole = tl.reshape(whole, [C, C])
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
-    within, minus = i // 4 == j // 4, -X
-    block, block_low = split(tl.where(within, minus, 0.0), TYPE)
-    inverse = tl.where(i == j, 1.0, tl.where(within, minus, 0.0))
-    square = split_dot(block, block_low, block, block_low, PRECISION)
-    high, low = split(square, TYPE)
-    inverse = split_dot(block, block_low, high, low, PRECISION, inverse + square)
-    for log_size in tl.static_range(2, LOG_C):
+    for log_size in tl.static_range(4, LOG_C):
         size = 1 << log_size
         between = (i // (2 * size) == j // (2 * size)) & (i // size != j // size)
-        below, below_low = split(tl.where(between, minus, 0.0), TYPE)
-        high, low = split(inverse, TYPE)
+        below, below_low = split(tl.where(between, -X, 0.0), TYPE)
+        high, low = split(whole, TYPE)
         product, product_low = split(split_dot(high, low, below, below_low, PRECISION), TYPE)
-        inverse = split_dot(product, product_low, high, low, PRECISION, inverse)
-    return inverse
+        whole = split_dot(product, product_low, high, low, PRECISION, whole)
+    return whole
