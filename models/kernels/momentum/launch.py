@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from models.kernels import backend
+from models.kernels.delta.launch import many
 from models.kernels.momentum.coefficients import coefficients, coefficients_gradient
 from models.kernels.momentum.products import outputs, systems, tokens_gradient
 from models.kernels.momentum.rule import CHUNK, Call, Kept, Rule, new_kept
@@ -31,6 +32,11 @@ class Configuration(NamedTuple):
     def options(self) -> dict[str, int]:
         found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return found if self.maxnreg is None else found | {"maxnreg": self.maxnreg}
+
+
+# Scans of 16 bits and more than 64 columns where programs of 64 would not all run at once, and what they want.
+WHOLE = Configuration(128, 8, 2)
+WHOLE_SHARED = 220 << 10
 
 
 def configurations(width: int, half: bool, carried: bool) -> dict[str, Configuration]:
@@ -90,6 +96,8 @@ class Launch:
     def columns(self, kernel: str) -> tuple[dict[str, int], int]:
         """A kernel's options, and how many programs share the values."""
         found, width = self.configurations[kernel], max(self.least, triton.next_power_of_2(self.V))
+        if kernel.startswith("scan") and width > found.BV >= 64 and many(self.q, WHOLE_SHARED):
+            found = WHOLE
         BV = min(found.BV, width)
         return {"BV": BV, **found.options}, triton.cdiv(self.V, BV)
 

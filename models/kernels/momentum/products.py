@@ -141,6 +141,7 @@ def tokens_gradient(
     chunk = bh * N + n
     TYPE: tl.constexpr = q.dtype.element_ty
     n_matrices: tl.constexpr = 1 + MOMENTUM + CARRIED
+    J: tl.constexpr = 1 + MOMENTUM
     t = tl.arange(0, C)
     last = t == C - 1
     row = vectors + chunk.to(tl.int64) * tiles.ROWS * C + t
@@ -176,23 +177,25 @@ def tokens_gradient(
             by_both = (by_errors + tl.trans(by_errors)).to(TYPE)
     tl.store(of_square(dG, chunk, C), dcombined)
 
-    a = tl.load(row + tiles.A * C)
-    write_m = tl.load(row + tiles.WRITE_M * C)
+    # of M and S side by side, [C, J]: their rows of a chunk's vectors follow each other
+    j = tl.arange(0, J) * C
+    reads = tl.load(row[:, None] + tiles.A * C + j[None, :])
+    writes = tl.load(row[:, None] + tiles.WRITE_M * C + j[None, :])
+    dreads = tl.zeros([C, J], tl.float32)
+    drefers, dwrites = dreads, dreads
+    refers = tl.where(j[None, :] == 0, 1.0, 0.0)  # errors refer to the chunk's first memory
     if SOLVE:
-        refer_a = tl.load(row + tiles.REFER_A * C)
-    if MOMENTUM:
-        f = tl.load(row + tiles.F * C)
-        write_s = tl.load(row + tiles.WRITE_S * C)
-        if SOLVE:
-            refer_f = tl.load(row + tiles.REFER_F * C)
+        refers = tl.load(row[:, None] + tiles.REFER_A * C + j[None, :])
+    zeros = tl.zeros([C], tl.float32)
     if CARRIED:
         refer_r = tl.load(row + tiles.REFER_R * C)
         write_r = tl.load(row + tiles.WRITE_R * C)
-    zeros = tl.zeros([C], tl.float32)
-    da, drefer_a, dwrite_m, df, drefer_f, dwrite_s, dwrite_r = zeros, zeros, zeros, zeros, zeros, zeros, zeros
+    dwrite_r = zeros
     none = tl.zeros([BV], tl.float32)
     # what the matrices are multiplied with: in the chunk's last places
-    a_last, f_last, m_last, refer_a_last, refer_f_last = none, none, none, none, none
+    kept_last = tl.zeros([BV, J], tl.float32)
+    crossed_last = kept_last
+    refer_a_last, refer_f_last = none, none
     for part in range(0, PARTS):
         first_k = part * BK
         queries = tile_of(q, bh, n, first_k, T, H, K, C, BK)
@@ -215,51 +218,38 @@ def tokens_gradient(
                 doutput = tile_of(do, bh, n, first_v, T, H, V, C, BV)
                 errors = part_of(U, chunk, first_v, 0, V, C, BV, C)
                 dright = tile_of(E, bh, n, first_v, T, H, V, C, BV)
-            memory = part_of(states, index, first_v, first_k, V, K, BV, BK)
-            dmemory = part_of(dstates, index, first_v, first_k, V, K, BV, BK)
+            memories = parts_of(states, index, first_v, first_k, V, K, BV, BK, J)
+            dmemories = parts_of(dstates, index, first_v, first_k, V, K, BV, BK, J)
+
+            product = tl.reshape(dot(doutput, memories, PRECISION), [C, J, BK])
+            dreads += tl.sum(product * queries[:, None, :], 2)
+            dquery += tl.sum(product * reads[:, :, None], 1)
+            product = tl.reshape(dot(dright, memories, PRECISION), [C, J, BK])
+            if SOLVE:
+                drefers -= tl.sum(product * keys[:, None, :], 2)
+            if OWN_WRITES:
+                dkey -= tl.sum(product * refers[:, :, None], 1)
+            else:
+                dwritten -= tl.sum(product * refers[:, :, None], 1)
+            product = tl.reshape(dot(tl.trans(errors), dmemories, PRECISION), [C, J, BK])
+            dwrites += tl.sum(product * written[:, None, :], 2)
+            dwritten += tl.sum(product * writes[:, :, None], 1)
+            kept = tl.reshape(memories.to(tl.float32), [BV, J, BK])
+            dkept = tl.reshape(dmemories.to(tl.float32), [BV, J, BK])
+            kept_last += tl.sum(dkept * kept, 2)
             if MOMENTUM:
-                momentum = part_of(states, index + 1, first_v, first_k, V, K, BV, BK)
-                dmomentum = part_of(dstates, index + 1, first_v, first_k, V, K, BV, BK)
+                ended = one_of(kept, 1, J)[:, None, :] * dkept
+                crossed_last += tl.sum(ended, 2)
             if CARRIED:
                 reference = part_of(states, index + n_matrices - 1, first_v, first_k, V, K, BV, BK)
                 dreference = part_of(dstates, index + n_matrices - 1, first_v, first_k, V, K, BV, BK)
-
-            product = dot(doutput, memory, PRECISION)
-            da += tl.sum(product * queries, 1)
-            dquery += a[:, None] * product
-            product = dot(dright, memory, PRECISION)
-            if SOLVE:
-                drefer_a -= tl.sum(product * keys, 1)
-                product *= refer_a[:, None]
-            if OWN_WRITES:
-                dkey -= product
-            else:
-                dwritten -= product
-            product = dot(tl.trans(errors), dmemory, PRECISION)
-            dwrite_m += tl.sum(product * written, 1)
-            dwritten += write_m[:, None] * product
-            a_last += tl.sum(dmemory.to(tl.float32) * memory, 1)
-            if MOMENTUM:
-                product = dot(doutput, momentum, PRECISION)
-                df += tl.sum(product * queries, 1)
-                dquery += f[:, None] * product
-                if SOLVE:
-                    product = dot(dright, momentum, PRECISION)
-                    drefer_f -= tl.sum(product * keys, 1)
-                    dwritten -= refer_f[:, None] * product
-                product = dot(tl.trans(errors), dmomentum, PRECISION)
-                dwrite_s += tl.sum(product * keys, 1)
-                dwritten += write_s[:, None] * product
-                f_last += tl.sum(dmemory.to(tl.float32) * momentum, 1)
-                m_last += tl.sum(dmomentum.to(tl.float32) * momentum, 1)
-            if CARRIED:
                 dwritten -= refer_r[:, None] * dot(dright, reference, PRECISION)
                 product = dot(tl.trans(errors), dreference, PRECISION)
                 dwrite_r += tl.sum(product * keys, 1)
                 dwritten += write_r[:, None] * product
-                refer_a_last += tl.sum(dreference.to(tl.float32) * memory, 1)
+                refer_a_last += tl.sum(dreference.to(tl.float32) * one_of(kept, 0, J), 1)
                 if MOMENTUM:
-                    refer_f_last += tl.sum(dreference.to(tl.float32) * momentum, 1)
+                    refer_f_last += tl.sum(dreference.to(tl.float32) * one_of(kept, 1, J), 1)
         at, mask_k = of_tokens(dq, bh, n, first_k, T, H, K, C, BK)
         tl.store(at, dquery.to(TYPE), mask=mask_k)
         at, mask_k = of_tokens(dk, bh, n, first_k, T, H, K, C, BK)
@@ -271,16 +261,18 @@ def tokens_gradient(
             tl.store(at, dwritten.to(TYPE), mask=mask_k)
 
     rows = dvectors + chunk.to(tl.int64) * tiles.ROWS * C + t
-    tl.store(rows + tiles.A * C, da + tl.where(last, tl.sum(a_last, 0), 0.0))
-    tl.store(rows + tiles.WRITE_M * C, dwrite_m)
+    lasts = tl.sum(kept_last, 0)[None, :]  # by what M was multiplied with, and S
+    of_memory = j[None, :] == 0
+    f_last = tl.sum(tl.where(of_memory, crossed_last, 0.0))
+    ends = tl.where(last[:, None], tl.where(of_memory, lasts, f_last), 0.0)
+    tl.store(rows[:, None] + tiles.A * C + j[None, :], dreads + ends)
+    tl.store(rows[:, None] + tiles.WRITE_M * C + j[None, :], dwrites)
     if MOMENTUM:
-        tl.store(rows + tiles.F * C, df + tl.where(last, tl.sum(f_last, 0), 0.0))
-        tl.store(rows + tiles.M * C, tl.where(last, tl.sum(m_last, 0), 0.0))
-        tl.store(rows + tiles.WRITE_S * C, dwrite_s)
+        m_last = tl.sum(tl.where(of_memory, 0.0, lasts), 1)
+        tl.store(rows + tiles.M * C, tl.where(last, m_last, 0.0))
     if SOLVE:
-        tl.store(rows + tiles.REFER_A * C, drefer_a + tl.where(last, tl.sum(refer_a_last, 0), 0.0))
-        if MOMENTUM:
-            tl.store(rows + tiles.REFER_F * C, drefer_f + tl.where(last, tl.sum(refer_f_last, 0), 0.0))
+        of_first = tl.where(of_memory, tl.sum(refer_a_last, 0), tl.sum(refer_f_last, 0))
+        tl.store(rows[:, None] + tiles.REFER_A * C + j[None, :], drefers + tl.where(last[:, None], of_first, 0.0))
     if CARRIED:
         tl.store(rows + tiles.WRITE_R * C, dwrite_r)
 
@@ -297,6 +289,22 @@ def part_of(matrices, index, first_v, first_k, V, K, BV: tl.constexpr, BK: tl.co
     """[BV, BK] of a matrix of [*, V, K]."""
     at, mask = of_matrix(matrices, index, first_k, V, K, BV, BK, first_v)
     return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def parts_of(matrices, index, first_v, first_k, V, K, BV: tl.constexpr, BK: tl.constexpr, J: tl.constexpr):
+    """[BV, J BK]: the same part of J matrices that follow each other, side by side."""
+    v, k = tl.arange(0, BV), tl.arange(0, J * BK) % BK
+    at = matrices + (index.to(tl.int64) * V + first_v) * K + first_k
+    beside = tl.arange(0, J * BK) // BK * (K * V)
+    inside = (v < V - first_v)[:, None] & (k < K - first_k)[None, :]
+    return tl.load(at + (v[:, None] * K + (k + beside)[None, :]), mask=inside, other=0.0)
+
+
+@triton.jit
+def one_of(x, which: tl.constexpr, J: tl.constexpr):
+    """[BV, BK]: one of the J tiles of x [BV, J, BK]."""
+    return tl.sum(tl.where(tl.arange(0, J)[None, :, None] == which, x, 0.0), 1)
 
 
 @triton.jit

@@ -62,6 +62,10 @@ def scan(
     error_before = tl.zeros([BV, C], TYPE)
     for n in tl.range(N, disable_licm=True):
         chunk = bh * N + n
+        row = vectors + chunk.to(tl.int64) * tiles.ROWS * C
+        a = tl.load(row + tiles.A * C + C - 1)
+        if MOMENTUM:  # numbers by themselves are not loaded ahead: they come while the last chunk's tiles are stored
+            f, m = tl.load(row + tiles.F * C + C - 1), tl.load(row + tiles.M * C + C - 1)
         at_u, inside_u = of_matrix(U, chunk - 1, 0, V, C, BV, C, first_v)
         tl.store(at_u, error_before, mask=inside_u & (n > 0))
         at_states, inside_s = of_matrix(states, chunk * n_matrices, 0, V, K, BV, BK, first_v)
@@ -86,10 +90,6 @@ def scan(
             inverse_low = inverse
             if HALVES == 2:
                 inverse_low = tl.trans(tl.load(of_square(R, chunk * HALVES + 1, C)))
-        row = vectors + chunk.to(tl.int64) * tiles.ROWS * C
-        a = tl.load(row + tiles.A * C + C - 1)
-        if MOMENTUM:  # numbers by themselves are not loaded ahead: all are asked for before the first product
-            f, m = tl.load(row + tiles.F * C + C - 1), tl.load(row + tiles.M * C + C - 1)
 
         error = dot(tl.trans(values), one, PRECISION)
         predicted = dot(operand, tl.trans(keys), PRECISION)
@@ -163,6 +163,10 @@ def scan_gradient(
     for i in tl.range(N, disable_licm=True):
         n = N - 1 - i
         chunk = bh * N + n
+        row = vectors + chunk.to(tl.int64) * tiles.ROWS * C
+        a_last = tl.load(row + tiles.A * C + C - 1)
+        if MOMENTUM:
+            f_last, m_last = tl.load(row + tiles.F * C + C - 1), tl.load(row + tiles.M * C + C - 1)
         leave(derror_before, E, bh, n + 1, first_v, i > 0, T, H, V, C, BV)
         at_states, inside_s = of_matrix(dstates, chunk * n_matrices, 0, V, K, BV, BK, first_v)
         operand = dmemory.to(TYPE)
@@ -189,17 +193,13 @@ def scan_gradient(
             inverse_low = inverse
             if HALVES == 2:
                 inverse_low = tl.load(of_square(R, chunk * HALVES + 1, C))
-        row = vectors + chunk.to(tl.int64) * tiles.ROWS * C
-        a_last = tl.load(row + tiles.A * C + C - 1)
-        if MOMENTUM:
-            f_last, m_last = tl.load(row + tiles.F * C + C - 1), tl.load(row + tiles.M * C + C - 1)
 
-        derror = vector(row, tiles.WRITE_M, C) * dot(operand, tl.trans(written), PRECISION)
+        minus = -vector(row, tiles.WRITE_M, C) * dot(operand, tl.trans(written), PRECISION)
         if MOMENTUM:
-            derror += vector(row, tiles.WRITE_S, C) * dot(operand_s, tl.trans(written), PRECISION)
+            minus -= vector(row, tiles.WRITE_S, C) * dot(operand_s, tl.trans(written), PRECISION)
         if CARRIED:
-            derror += vector(row, tiles.WRITE_R, C) * dot(operand_r, tl.trans(written), PRECISION)
-        derror = dot(doutput, similar, PRECISION, derror)
+            minus -= vector(row, tiles.WRITE_R, C) * dot(operand_r, tl.trans(written), PRECISION)
+        derror = dot(doutput, similar, PRECISION) - minus
         if SOLVE:
             derror = unit_dot(derror, inverse, inverse_low, PRECISION)
         derror_before = derror.to(TYPE)
