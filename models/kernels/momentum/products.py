@@ -10,8 +10,9 @@ from models.kernels.momentum import tiles
 from models.kernels.momentum.tiles import (
     dot,
     halves,
+    leave_lower,
+    lower,
     of_matrix,
-    of_square,
     select_dot,
     unit_inverse,
     wide_dot,
@@ -30,8 +31,10 @@ def places(source, bh, n, T, H, C: tl.constexpr, SOURCES: tl.constexpr):
 @triton.jit
 def referred(G, chunk, place, C: tl.constexpr):
     """[C, C]: what M_ref has of a chunk's writes, rows of G."""
-    at = G + chunk.to(tl.int64) * (C * C) + (place[:, None] * C + tl.arange(0, C)[None, :])
-    return tl.load(at, mask=((place >= 0) & (place < C))[:, None], other=0.0)
+    i = tl.arange(0, C)[None, :]
+    at = G + chunk.to(tl.int64) * (C * C) + (place[:, None] * C + i)
+    known = ((place >= 0) & (place < C))[:, None] & (i <= place[:, None])
+    return tl.load(at, mask=known, other=0.0)
 
 
 @triton.jit
@@ -59,23 +62,23 @@ def systems(
     written = keys
     if OWN_WRITES:
         written = tile_of(write_key, bh, n, 0, T, H, K, C, BK)
-    combined = tl.load(of_square(G, chunk, C))
+    combined = lower(G, chunk, C)
     below = t[:, None] > t[None, :]
     refer = combined
     if SOLVE and not DECAYED:
         refer = referred(G, chunk, places(source, bh, n, T, H, C, SOURCES), C)
     product = dot(queries, tl.trans(written), PRECISION)
-    tl.store(of_square(similar, chunk, C), product.to(TYPE))
-    tl.store(of_square(attend, chunk, C), (product * combined).to(TYPE))
+    leave_lower(similar, chunk, product.to(TYPE), C)
+    leave_lower(attend, chunk, (product * combined).to(TYPE), C)
     if SOLVE:
         product = dot(keys, tl.trans(written), PRECISION)
-        tl.store(of_square(system, chunk, C), product.to(TYPE))
+        leave_lower(system, chunk, product.to(TYPE), C)
         inverse = unit_inverse(tl.where(below, product * refer, 0.0), C, LOG_C, TYPE, PRECISION)
         high, low = halves(tl.where(below, inverse, 0.0), TYPE)
         HALVES: tl.constexpr = 1 if TYPE.is_fp32() else 2
-        tl.store(of_square(R, chunk * HALVES, C), high)
+        leave_lower(R, chunk * HALVES, high, C)
         if HALVES == 2:
-            tl.store(of_square(R, chunk * HALVES + 1, C), low)
+            leave_lower(R, chunk * HALVES + 1, low, C)
 
 
 @triton.jit
@@ -105,7 +108,7 @@ def outputs(
         output += tl.load(row + tiles.F * C)[:, None] * dot(queries, tl.trans(momentum), PRECISION)
     at, inside = of_matrix(U, chunk, 0, V, C, BV, C, first_v)
     errors = tl.load(at, mask=inside, other=0.0)
-    output = dot(tl.load(of_square(attend, chunk, C)), tl.trans(errors), PRECISION, output)
+    output = dot(lower(attend, chunk, C), tl.trans(errors), PRECISION, output)
     at, mask = of_tokens(o, bh, n, first_v, T, H, V, C, BV)
     tl.store(at, output.to(errors.dtype), mask=mask)
 
@@ -151,8 +154,8 @@ def tokens_gradient(
     doutput = tile_of(do, bh, n, 0, T, H, V, C, BV)
     errors = part_of(U, chunk, 0, 0, V, C, BV, C)
     dright = tile_of(E, bh, n, 0, T, H, V, C, BV)
-    combined = tl.load(of_square(G, chunk, C))
-    alike = tl.load(of_square(similar, chunk, C))
+    combined = lower(G, chunk, C)
+    alike = lower(similar, chunk, C)
     if TILES == 1:
         dattend = dot(doutput, errors, PRECISION)
         dsystem = -dot(dright, errors, PRECISION)
@@ -163,7 +166,7 @@ def tokens_gradient(
     by_reads = dattend * combined
     by_writes = by_reads.to(TYPE)  # of both the part that is by keys
     if SOLVE:
-        by_coefficients = dsystem * tl.load(of_square(system, chunk, C)).to(tl.float32)
+        by_coefficients = dsystem * lower(system, chunk, C).to(tl.float32)
         if DECAYED:
             below = t[:, None] > t[None, :]
             by_errors = tl.where(below, dsystem * combined, 0.0)
@@ -175,7 +178,7 @@ def tokens_gradient(
             dcombined = select_dot(taken, by_coefficients, TYPE, PRECISION, dcombined)
         if not OWN_WRITES:
             by_both = (by_errors + tl.trans(by_errors)).to(TYPE)
-    tl.store(of_square(dG, chunk, C), dcombined)
+    leave_lower(dG, chunk, dcombined, C)
 
     # of M and S side by side, [C, J]: their rows of a chunk's vectors follow each other
     j = tl.arange(0, J) * C
