@@ -142,6 +142,16 @@ def places(source, first, left, T, C: tl.constexpr, SOURCES: tl.constexpr):
 
 
 @triton.jit
+def taken_at(row, place, s, known, C: tl.constexpr, SOURCES: tl.constexpr):
+    """[CHUNKS]: the sum of a row's numbers of tokens whose gradient is taken after token s: of the next one, or of any
+    by their places."""
+    if SOURCES:
+        numbers = tl.load(row[:, None] + tl.arange(0, C)[None, :], mask=known[:, None], other=0.0)
+        return tl.sum(tl.where(place == s, numbers, 0.0), 1)
+    return tl.load(row + s + 1, mask=tl.where(known, s + 1, C) < C, other=0.0)
+
+
+@triton.jit
 def coefficients_gradient(
     step_size, log_momentum, log_decay, source, filled, G, vectors,
     dG,  # [B H N, C, C]: what is by M_ref among it, at the places where that was taken
@@ -170,12 +180,9 @@ def coefficients_gradient(
     by_a = tl.load(drow[:, None] + tiles.A * C + t, mask=known[:, None], other=0.0)
     TAKEN: tl.constexpr = SOLVE and not DECAYED  # M_ref is M of the token before, or of another
     if SOLVE:
-        drefer_a = tl.load(drow[:, None] + tiles.REFER_A * C + t, mask=known[:, None], other=0.0)
         if DECAYED:
-            by_a += drefer_a
+            by_a += tl.load(drow[:, None] + tiles.REFER_A * C + t, mask=known[:, None], other=0.0)
         place = places(source, first, left, T, C, SOURCES)
-        if MOMENTUM:
-            drefer_f = tl.load(drow[:, None] + tiles.REFER_F * C + t, mask=known[:, None], other=0.0)
         if CARRIED:
             by_reference = tl.load(drow[:, None] + tiles.WRITE_R * C + t, mask=known[:, None], other=0.0)
             place_of_last = tl.sum(tl.where(t == C - 1, place, 0), 1)
@@ -195,11 +202,11 @@ def coefficients_gradient(
         if CARRIED:
             by_memory += tl.where((place_of_last == s)[:, None], by_reference, 0.0)
         if TAKEN:
-            by_a += tl.where(now, tl.sum(tl.where(place == s, drefer_a, 0.0), 1)[:, None], 0.0)
+            by_a += tl.where(now, taken_at(drow + tiles.REFER_A * C, place, s, known, C, SOURCES)[:, None], 0.0)
         if MOMENTUM:
             by_f += tl.load(drow + tiles.F * C + s, mask=known, other=0.0)
             if TAKEN:
-                by_f += tl.sum(tl.where(place == s, drefer_f, 0.0), 1)
+                by_f += taken_at(drow + tiles.REFER_F * C, place, s, known, C, SOURCES)
             by_m += tl.load(drow + tiles.M * C + s, mask=known, other=0.0) + joins * by_f
             by_momentum += joins[:, None] * by_memory
             dtheta = tl.where(now, by_momentum, dtheta)
