@@ -44,14 +44,14 @@ def refusal(
 
     In 16 bits on an H100 (Triton 3.6 and 3.7.1) outputs are wrong by half of their length where values of 16 stand
     beside keys of 64 and more, whatever the launch configuration, and right in all shapes tried that are let through.
-    With write keys of their own, keys 256 wide end in an illegal memory access.
+    With write keys of their own, keys 256 wide end in an illegal memory access, and in float32 they do not fit.
     """
     if (reason := backend.refusal(device, dtype)) is not None:
         return reason
     if key_dim > 256:
         return f"a memory of keys {key_dim} wide does not fit on a multiprocessor; 256 does"
-    if dtype != torch.float32 and own_writes and key_dim > 128:
-        return f"in 16 bits write keys of their own are wrong for keys {key_dim} wide; 128 is right"
+    if own_writes and key_dim > 128:
+        return f"write keys of their own are wrong or do not fit for keys {key_dim} wide; 128 is right"
     if dtype != torch.float32 and value_dim < min(key_dim, 64):
         right = f"values of {min(key_dim, 64)} and more are right"
         return f"in 16 bits they are wrong for values {value_dim} wide beside keys {key_dim} wide; {right}"

@@ -53,7 +53,7 @@ def configurations(width: int, half: bool, carried: bool) -> dict[str, Configura
     wide = width > 128
     scans = Configuration(32 if wide or carried else 64, 4, 2)
     return {
-        "systems": Configuration(0, 4, 1),
+        "systems": Configuration(0, 4, 1, maxnreg=168),  # of which a multiprocessor has room for three programs
         "scan": scans,
         "outputs": Configuration(64 if wide else 128, 4, 1),
         "scan_gradient": scans,
@@ -145,7 +145,7 @@ class Launch:
         tokens_gradient[self.H, self.N, self.B](
             self.q, self.k, self.write_key, self.source, kept.U, dv, do, kept.G, kept.similar, kept.system,
             kept.vectors, kept.states, dstates, dq, dk, dwrite_key, dG, dvectors, *self.sizes, C=CHUNK, BK=BK,
-            PARTS=self.width // BK, TILES=tiles, **self.matrices_of, **self.system, **self.precision, **options,
+            PARTS=triton.cdiv(self.K, BK), TILES=tiles, **self.matrices_of, **self.system, **self.precision, **options,
         )  # fmt: skip
         gates = self.step_size, self.log_momentum, self.log_decay
         dgates = [None if x is None else torch.empty_like(x) for x in gates]
