@@ -17,7 +17,6 @@ import triton.language as tl
 
 from models.kernels.momentum import tiles
 
-SECTOR = tl.constexpr(8)  # numbers of G that are written together, of its lower triangle: tiles.py's of_lower
 UNROLL = tl.constexpr(8)  # steps whose loads are asked for together
 
 
@@ -48,6 +47,12 @@ def gates_at(
         a = tl.exp(tl.load(log_decay + at + s * H, mask=real, other=0.0))
     joins = real & ((T - left + s) % WRITES == WRITES - 1) if WRITES > 1 else real
     return theta, eta, a, tl.where(joins, 1.0, 0.0)
+
+
+@triton.jit
+def within(t, s):
+    """Whether entries t of row s are of a lower triangle, by whole sectors: what of_lower says of a tile."""
+    return t // tiles.SECTOR <= s // tiles.SECTOR
 
 
 @triton.jit
@@ -107,7 +112,7 @@ def coefficients(
             of_memory += write
         if CARRIED:
             of_reference = tl.where((place_of_last == s)[:, None], of_memory, of_reference)
-        tl.store(to[:, None] + s * C + t, of_memory, mask=known[:, None] & (t // SECTOR <= s // SECTOR))
+        tl.store(to[:, None] + s * C + t, of_memory, mask=known[:, None] & within(t, s))
     tl.store(row + tiles.A * C, A, mask=known[:, None])
     tl.store(row + tiles.WRITE_M * C, of_memory, mask=known[:, None])
     if MOMENTUM:
@@ -198,7 +203,7 @@ def coefficients_gradient(
         _, eta, a, joins = gates_at(
             step_size, log_momentum, log_decay, filled, at, first, s, left, T, H, MOMENTUM, DECAY, WRITES
         )
-        by_memory += tl.load(dG + square[:, None] + s * C + t, mask=known[:, None] & (t <= s), other=0.0)
+        by_memory += tl.load(dG + square[:, None] + s * C + t, mask=known[:, None] & within(t, s), other=0.0)
         if CARRIED:
             by_memory += tl.where((place_of_last == s)[:, None], by_reference, 0.0)
         if TAKEN:
@@ -222,7 +227,7 @@ def coefficients_gradient(
         else:
             dtheta = tl.where(now, by_memory, dtheta)
         if DECAY:
-            before = tl.load(G + square[:, None] + (s - 1) * C + t, mask=later[:, None] & (t < s), other=0.0)
+            before = tl.load(G + square[:, None] + (s - 1) * C + t, mask=later[:, None] & within(t, s - 1), other=0.0)
             found = tl.sum(by_memory * before, 1)
             if MOMENTUM:
                 found += by_f * tl.load(row + tiles.F * C + s - 1, mask=later, other=0.0)

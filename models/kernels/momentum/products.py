@@ -33,7 +33,7 @@ def referred(G, chunk, place, C: tl.constexpr):
     """[C, C]: what M_ref has of a chunk's writes, rows of G."""
     i = tl.arange(0, C)[None, :]
     at = G + chunk.to(tl.int64) * (C * C) + (place[:, None] * C + i)
-    known = ((place >= 0) & (place < C))[:, None] & (i <= place[:, None])
+    known = ((place >= 0) & (place < C))[:, None] & (i // tiles.SECTOR <= (place // tiles.SECTOR)[:, None])
     return tl.load(at, mask=known, other=0.0)
 
 
@@ -177,14 +177,15 @@ def tokens_gradient(
             by_errors = dsystem * referred(G, chunk, place, C)
             dcombined = select_dot(taken, by_coefficients, TYPE, PRECISION, dcombined)
         if not OWN_WRITES:
-            by_both = (by_errors + tl.trans(by_errors)).to(TYPE)
+            by_both = by_errors.to(TYPE)
+            by_both += tl.trans(by_both)  # of which one is always 0
     leave_lower(dG, chunk, dcombined, C)
 
     # of M and S side by side, [C, J]: their rows of a chunk's vectors follow each other
     j = tl.arange(0, J) * C
     reads = tl.load(row[:, None] + tiles.A * C + j[None, :])
     writes = tl.load(row[:, None] + tiles.WRITE_M * C + j[None, :])
-    dreads = tl.zeros([C, J], tl.float32)
+    dreads = tl.zeros([C * J, 4], tl.float32)
     drefers, dwrites = dreads, dreads
     refers = tl.where(j[None, :] == 0, 1.0, 0.0)  # errors refer to the chunk's first memory
     if SOLVE:
@@ -196,7 +197,7 @@ def tokens_gradient(
     dwrite_r = zeros
     none = tl.zeros([BV], tl.float32)
     # what the matrices are multiplied with: in the chunk's last places
-    kept_last = tl.zeros([BV, J], tl.float32)
+    kept_last = tl.zeros([BV, J, BK // 8], tl.float32)
     crossed_last = kept_last
     refer_a_last, refer_f_last = none, none
     for part in range(0, PARTS):
@@ -225,24 +226,24 @@ def tokens_gradient(
             dmemories = parts_of(dstates, index, first_v, first_k, V, K, BV, BK, J)
 
             product = tl.reshape(dot(doutput, memories, PRECISION), [C, J, BK])
-            dreads += tl.sum(product * queries[:, None, :], 2)
+            dreads += by_lanes(product * queries[:, None, :], C * J, BK)
             dquery += tl.sum(product * reads[:, :, None], 1)
             product = tl.reshape(dot(dright, memories, PRECISION), [C, J, BK])
             if SOLVE:
-                drefers -= tl.sum(product * keys[:, None, :], 2)
+                drefers -= by_lanes(product * keys[:, None, :], C * J, BK)
             if OWN_WRITES:
                 dkey -= tl.sum(product * refers[:, :, None], 1)
             else:
                 dwritten -= tl.sum(product * refers[:, :, None], 1)
             product = tl.reshape(dot(tl.trans(errors), dmemories, PRECISION), [C, J, BK])
-            dwrites += tl.sum(product * written[:, None, :], 2)
+            dwrites += by_lanes(product * written[:, None, :], C * J, BK)
             dwritten += tl.sum(product * writes[:, :, None], 1)
             kept = tl.reshape(memories.to(tl.float32), [BV, J, BK])
             dkept = tl.reshape(dmemories.to(tl.float32), [BV, J, BK])
-            kept_last += tl.sum(dkept * kept, 2)
+            kept_last += by_eights(dkept * kept, BV, J, BK)
             if MOMENTUM:
                 ended = one_of(kept, 1, J)[:, None, :] * dkept
-                crossed_last += tl.sum(ended, 2)
+                crossed_last += by_eights(ended, BV, J, BK)
             if CARRIED:
                 reference = part_of(states, index + n_matrices - 1, first_v, first_k, V, K, BV, BK)
                 dreference = part_of(dstates, index + n_matrices - 1, first_v, first_k, V, K, BV, BK)
@@ -264,6 +265,10 @@ def tokens_gradient(
             tl.store(at, dwritten.to(TYPE), mask=mask_k)
 
     rows = dvectors + chunk.to(tl.int64) * tiles.ROWS * C + t
+    dreads, drefers, dwrites = tl.sum(dreads, 1), tl.sum(drefers, 1), tl.sum(dwrites, 1)
+    dreads, drefers = tl.reshape(dreads, [C, J]), tl.reshape(drefers, [C, J])
+    dwrites = tl.reshape(dwrites, [C, J])
+    kept_last, crossed_last = tl.sum(kept_last, 2), tl.sum(crossed_last, 2)
     lasts = tl.sum(kept_last, 0)[None, :]  # by what M was multiplied with, and S
     of_memory = j[None, :] == 0
     f_last = tl.sum(tl.where(of_memory, crossed_last, 0.0))
@@ -292,6 +297,19 @@ def part_of(matrices, index, first_v, first_k, V, K, BV: tl.constexpr, BK: tl.co
     """[BV, BK] of a matrix of [*, V, K]."""
     at, mask = of_matrix(matrices, index, first_k, V, K, BV, BK, first_v)
     return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def by_lanes(x, N: tl.constexpr, BK: tl.constexpr):
+    """[N, 4]: rows of x [*, BK], N in all, summed up over what one thread has of a product's row. What four threads
+    have is added when all is done: in the loop it would be a shuffle a number."""
+    return tl.sum(tl.sum(tl.reshape(x, [N, BK // 8, 4, 2]), 3), 1)
+
+
+@triton.jit
+def by_eights(x, BV: tl.constexpr, J: tl.constexpr, BK: tl.constexpr):
+    """[BV, J, BK / 8]: the same of a tile [BV, J, BK] as it was loaded, eight numbers a thread."""
+    return tl.sum(tl.reshape(x, [BV, J, BK // 8, 8]), 3)
 
 
 @triton.jit

@@ -25,6 +25,7 @@ HIGH = tl.constexpr(9)  # the log momenta summed from the chunk's beginning,
 LOW = tl.constexpr(10)  # and what float32 left out of it
 
 
+SECTOR = tl.constexpr(8)  # float32 numbers that memory moves together
 SMALL = tl.constexpr("tf32x3")  # products of tiles of 16
 
 
@@ -137,9 +138,9 @@ def of_square(pointer, chunk, C: tl.constexpr):
 def of_lower(pointer, chunk, C: tl.constexpr):
     """The same of a lower triangle, and its mask: whole sectors of memory, of 32 bytes, and no others are written or
     read. It is 9/16 of the bytes of float32 and 5/8 of those of 16 bits."""
-    i = tl.arange(0, C)
-    SECTOR: tl.constexpr = 256 // pointer.dtype.element_ty.primitive_bitwidth
-    return of_square(pointer, chunk, C), (i // SECTOR)[None, :] <= (i // SECTOR)[:, None]
+    SIDE: tl.constexpr = SECTOR * 32 // pointer.dtype.element_ty.primitive_bitwidth
+    i = tl.arange(0, C) // SIDE
+    return of_square(pointer, chunk, C), i[None, :] <= i[:, None]
 
 
 @triton.jit
