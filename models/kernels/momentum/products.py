@@ -13,6 +13,7 @@ from models.kernels.momentum.tiles import (
     leave_lower,
     lower,
     of_matrix,
+    of_states,
     select_dot,
     unit_inverse,
     wide_dot,
@@ -87,7 +88,7 @@ def outputs(
     U,  # [B H N, V, C]
     attend,  # [B H N, C, C]
     vectors,  # [B H N, ROWS, C]
-    states,  # [B H N, n, V, K]
+    states,  # as in rule.py
     o,  # out, [B, T, H, V]
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     MOMENTUM: tl.constexpr, CARRIED: tl.constexpr, PRECISION: tl.constexpr,
@@ -99,12 +100,12 @@ def outputs(
     t = tl.arange(0, C)
     at, mask = of_tokens(q, bh, n, 0, T, H, K, C, BK)
     queries = tl.load(at, mask=mask, other=0.0)
-    at, inside = of_matrix(states, chunk * (1 + MOMENTUM + CARRIED), 0, V, K, BV, BK, first_v)
+    at, inside = of_states(states, chunk, first_v, 0, V, K, BV, BK, 1 + MOMENTUM + CARRIED)
     memory = tl.load(at, mask=inside, other=0.0)
     row = vectors + chunk.to(tl.int64) * tiles.ROWS * C + t
     output = tl.load(row + tiles.A * C)[:, None] * dot(queries, tl.trans(memory), PRECISION)
     if MOMENTUM:
-        momentum = tl.load(at + K * V, mask=inside, other=0.0)
+        momentum = tl.load(at + tiles.PART, mask=inside, other=0.0)
         output += tl.load(row + tiles.F * C)[:, None] * dot(queries, tl.trans(momentum), PRECISION)
     at, inside = of_matrix(U, chunk, 0, V, C, BV, C, first_v)
     errors = tl.load(at, mask=inside, other=0.0)
@@ -126,8 +127,8 @@ def tokens_gradient(
     similar,  # [B H N, C, C]
     system,  # [B H N, C, C]
     vectors,  # [B H N, ROWS, C]
-    states,  # [B H N, n, V, K]
-    dstates,  # [B H N, n, V, K]
+    states,  # as in rule.py
+    dstates,  # as in rule.py
     dq,  # out, [B, T, H, K]
     dk,  # out, [B, T, H, K]
     dwrite_key,  # out, [B, T, H, K], if there are any
@@ -148,7 +149,6 @@ def tokens_gradient(
     t = tl.arange(0, C)
     last = t == C - 1
     row = vectors + chunk.to(tl.int64) * tiles.ROWS * C + t
-    index = chunk * n_matrices
 
     # what waits for nothing is asked for first
     doutput = tile_of(do, bh, n, 0, T, H, V, C, BV)
@@ -222,8 +222,8 @@ def tokens_gradient(
                 doutput = tile_of(do, bh, n, first_v, T, H, V, C, BV)
                 errors = part_of(U, chunk, first_v, 0, V, C, BV, C)
                 dright = tile_of(E, bh, n, first_v, T, H, V, C, BV)
-            memories = parts_of(states, index, first_v, first_k, V, K, BV, BK, J)
-            dmemories = parts_of(dstates, index, first_v, first_k, V, K, BV, BK, J)
+            memories = parts_of(states, chunk, first_v, first_k, V, K, BV, BK, n_matrices, 0, J)
+            dmemories = parts_of(dstates, chunk, first_v, first_k, V, K, BV, BK, n_matrices, 0, J)
 
             product = tl.reshape(dot(doutput, memories, PRECISION), [C, J, BK])
             dreads += by_lanes(product * queries[:, None, :], C * J, BK)
@@ -245,8 +245,8 @@ def tokens_gradient(
                 ended = one_of(kept, 1, J)[:, None, :] * dkept
                 crossed_last += by_eights(ended, BV, J, BK)
             if CARRIED:
-                reference = part_of(states, index + n_matrices - 1, first_v, first_k, V, K, BV, BK)
-                dreference = part_of(dstates, index + n_matrices - 1, first_v, first_k, V, K, BV, BK)
+                reference = parts_of(states, chunk, first_v, first_k, V, K, BV, BK, n_matrices, n_matrices - 1, 1)
+                dreference = parts_of(dstates, chunk, first_v, first_k, V, K, BV, BK, n_matrices, n_matrices - 1, 1)
                 dwritten -= refer_r[:, None] * dot(dright, reference, PRECISION)
                 product = dot(tl.trans(errors), dreference, PRECISION)
                 dwrite_r += tl.sum(product * keys, 1)
@@ -313,13 +313,13 @@ def by_eights(x, BV: tl.constexpr, J: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def parts_of(matrices, index, first_v, first_k, V, K, BV: tl.constexpr, BK: tl.constexpr, J: tl.constexpr):
-    """[BV, J BK]: the same part of J matrices that follow each other, side by side."""
-    v, k = tl.arange(0, BV), tl.arange(0, J * BK) % BK
-    at = matrices + (index.to(tl.int64) * V + first_v) * K + first_k
-    beside = tl.arange(0, J * BK) // BK * (K * V)
-    inside = (v < V - first_v)[:, None] & (k < K - first_k)[None, :]
-    return tl.load(at + (v[:, None] * K + (k + beside)[None, :]), mask=inside, other=0.0)
+def parts_of(
+    matrices, chunk, first_v, first_k, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+    N_MATRICES: tl.constexpr, FIRST: tl.constexpr, J: tl.constexpr,
+):  # fmt: skip
+    """[BV, J BK]: columns of J of a chunk's matrices, side by side."""
+    at, inside = of_states(matrices, chunk, first_v, first_k, V, K, BV, BK, N_MATRICES, FIRST, J)
+    return tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 64
+PART = 16  # columns of the keys that matrices are kept by
 ROWS = 11  # of a chunk's vectors: tiles.py names them
 EMPTY = 2**30  # a source: no memory, but zero
 
@@ -58,7 +59,8 @@ class Kept(NamedTuple):
     R: Tensor
     vectors: Tensor  # [B H N, ROWS, C]
     U: Tensor  # [B H N, V, C]
-    states: Tensor  # [B H N, n, V, K]
+    # [B H N, ceil(K / PART), V, n, PART]: what chunks begin with, PART columns of the keys of all matrices together
+    states: Tensor
     attend: Tensor  # [B H N, C, C]
     similar: Tensor  # [B H N, C, C]
     system: Tensor  # [B H N, C, C], or none as R
@@ -76,6 +78,6 @@ def new_kept(call: Call, rule: Rule) -> Kept:
         call.v.new_empty(solved, halves, CHUNK, CHUNK),
         call.v.new_empty(chunks, ROWS, CHUNK, dtype=torch.float32),
         call.v.new_empty(chunks, V, CHUNK),
-        call.v.new_empty(chunks, matrices, V, K),
+        call.v.new_empty(chunks, -(-K // PART), V, matrices, PART),
         *squares,
     )

@@ -18,7 +18,7 @@ import triton.language as tl
 from models.kernels.delta.scans import leave
 from models.kernels.delta.tiles import of_tokens
 from models.kernels.momentum import tiles
-from models.kernels.momentum.tiles import dot, lower, of_matrix, of_turned, unit_dot
+from models.kernels.momentum.tiles import dot, lower, of_matrix, of_states, of_turned, unit_dot
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def scan(
     vectors,  # [B H N, ROWS, C]
     first,  # [B H, n, K, V]: M, S and R
     U,  # out, [B H N, V, C]: the errors
-    states,  # out, [B H N, n, V, K]: what every chunk begins with
+    states,  # out: what every chunk begins with, kept by PART columns (rule.py)
     last,  # out, [B H, n, K, V]
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     MOMENTUM: tl.constexpr, CARRIED: tl.constexpr,
@@ -68,15 +68,15 @@ def scan(
             f, m = tl.load(row + tiles.F * C + C - 1), tl.load(row + tiles.M * C + C - 1)
         at_u, inside_u = of_matrix(U, chunk - 1, 0, V, C, BV, C, first_v)
         tl.store(at_u, error_before, mask=inside_u & (n > 0))
-        at_states, inside_s = of_matrix(states, chunk * n_matrices, 0, V, K, BV, BK, first_v)
+        at_states, inside_s = of_states(states, chunk, first_v, 0, V, K, BV, BK, n_matrices)
         operand = memory.to(TYPE)
         tl.store(at_states, operand, mask=inside_s)
         if MOMENTUM:
             operand_s = momentum.to(TYPE)
-            tl.store(at_states + K * V, operand_s, mask=inside_s)
+            tl.store(at_states + tiles.PART, operand_s, mask=inside_s)
         if CARRIED:
             operand_r = reference.to(TYPE)
-            tl.store(at_states + (n_matrices - 1) * K * V, operand_r, mask=inside_s)
+            tl.store(at_states + (n_matrices - 1) * tiles.PART, operand_r, mask=inside_s)
         at_k, mask_k = of_tokens(k, bh, n, 0, T, H, K, C, BK)
         keys = tl.load(at_k, mask=mask_k, other=0.0)
         written = keys
@@ -139,7 +139,7 @@ def scan_gradient(
     attend,  # [B H N, C, C]: what the outputs of a chunk have of its errors
     dlast,  # [B H, n, K, V]
     E,  # out, [B, T, H, V]: the gradient by the right-hand side of the errors' system, which is the one by v
-    dstates,  # out, [B H N, n, V, K]: by what every chunk ends with
+    dstates,  # out, as states: by what every chunk ends with
     dfirst,  # out, [B H, n, K, V]
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     MOMENTUM: tl.constexpr, CARRIED: tl.constexpr,
@@ -167,15 +167,15 @@ def scan_gradient(
         if MOMENTUM:
             f_last, m_last = tl.load(row + tiles.F * C + C - 1), tl.load(row + tiles.M * C + C - 1)
         leave(derror_before, E, bh, n + 1, first_v, i > 0, T, H, V, C, BV)
-        at_states, inside_s = of_matrix(dstates, chunk * n_matrices, 0, V, K, BV, BK, first_v)
+        at_states, inside_s = of_states(dstates, chunk, first_v, 0, V, K, BV, BK, n_matrices)
         operand = dmemory.to(TYPE)
         tl.store(at_states, operand, mask=inside_s)
         if MOMENTUM:
             operand_s = dmomentum.to(TYPE)
-            tl.store(at_states + K * V, operand_s, mask=inside_s)
+            tl.store(at_states + tiles.PART, operand_s, mask=inside_s)
         if CARRIED:
             operand_r = dreference.to(TYPE)
-            tl.store(at_states + (n_matrices - 1) * K * V, operand_r, mask=inside_s)
+            tl.store(at_states + (n_matrices - 1) * tiles.PART, operand_r, mask=inside_s)
         at_k, mask_k = of_tokens(k, bh, n, 0, T, H, K, C, BK)
         keys = tl.load(at_k, mask=mask_k, other=0.0)
         written = keys

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from models.kernels.momentum import rule
 from models.kernels.momentum.rule import ROWS  # noqa: F401
 
 # Rows of a chunk's vectors [ROWS, C]. Their last entries, at C - 1, are what the scan multiplies the matrices with.
@@ -25,6 +26,7 @@ HIGH = tl.constexpr(9)  # the log momenta summed from the chunk's beginning,
 LOW = tl.constexpr(10)  # and what float32 left out of it
 
 
+PART = tl.constexpr(rule.PART)
 SECTOR = tl.constexpr(8)  # float32 numbers that memory moves together
 SMALL = tl.constexpr("tf32x3")  # products of tiles of 16
 
@@ -117,6 +119,24 @@ def of_matrix(pointer, index, first, K, V, BK: tl.constexpr, BV: tl.constexpr, f
     k, v = tl.arange(0, BK), tl.arange(0, BV)
     begin = (index.to(tl.int64) * K + first_k) * V + first
     return pointer + begin + (k[:, None] * V + v[None, :]), (k < K - first_k)[:, None] & (v < V - first)[None, :]
+
+
+@triton.jit
+def of_states(
+    pointer, chunk, first_v, first_k, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+    N_MATRICES: tl.constexpr, FIRST: tl.constexpr = 0, J: tl.constexpr = 1,
+):  # fmt: skip
+    """Addresses and mask [BV, J BK]: columns of the keys, from first_k, of J matrices of a chunk side by side, the
+    first of them the one called FIRST. Kept are PART columns of all N_MATRICES, row by row of the values, and then the
+    next columns (rule.py): what a program of the tokens' gradient has at a time lies in one piece."""
+    WIDTH: tl.constexpr = N_MATRICES * PART
+    v, column = tl.arange(0, BV), tl.arange(0, J * BK)
+    k = column % BK
+    begin = (chunk.to(tl.int64) * ((K + PART - 1) // PART) + first_k // PART) * (V * WIDTH) + first_v * WIDTH
+    place = (column // BK + FIRST) * PART + k
+    if BK > PART:
+        place += k // PART * (V * WIDTH - PART)
+    return pointer + begin + (v[:, None] * WIDTH + place[None, :]), (v < V - first_v)[:, None] & (k < K - first_k)[None, :]
 
 
 @triton.jit
