@@ -151,7 +151,7 @@ class Launch:
         dgates = [None if x is None else torch.empty_like(x) for x in gates]
         grid, options = by_gates(self.BH * self.N)
         coefficients_gradient[grid](
-            *gates, self.source, None, kept.G, kept.vectors, dG, dvectors, *dgates, *self.sizes[:3],
-            self.BH * self.N, C=CHUNK, **self.matrices_of, **self.gates, **self.referring, **options,
+            self.source, kept.G, kept.vectors, dG, dvectors, *dgates, *self.sizes[:3], self.BH * self.N, C=CHUNK,
+            **self.matrices_of, DECAY=self.gates["DECAY"], **self.referring, **options,
         )  # fmt: skip
         return [x for x in (dq, dk, dv, *dgates, dfirst, dwrite_key) if x is not None]
