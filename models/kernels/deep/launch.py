@@ -42,7 +42,7 @@ class Launch:
         self.precision = "tf32" if self.half else "tf32x3"
         # errors refer to the chunk's first memory
         self.referring: dict[str, Any] = dict.fromkeys(("SOURCES", "DECAYED", "SOLVE", "CARRIED"), False)
-        self.referring |= {"MOMENTUM": self.momentum, "DECAY": self.gates[2] is not None}
+        self.referring |= {"MOMENTUM": self.momentum, "DECAY": self.gates[2] is not None, "WRITES": 1}
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """o, N and S after every document, and N at its last mini-batch."""
@@ -74,8 +74,8 @@ class Launch:
         dgates = [x if x is None else torch.empty_like(x) for x in self.gates]
         grid, options = by_gates(self.M)
         coefficients_gradient[grid](
-            None, call.G, call.vectors, found.dcoefficients, found.dvectors, *dgates, self.N * self.C, self.N, self.H,
-            self.M, C=self.C, **self.referring, **options,
+            *self.gates, None, self.scan.filled, call.G, call.vectors, found.dcoefficients, found.dvectors, *dgates,
+            self.N * self.C, self.N, self.H, self.M, C=self.C, **self.referring, **options,
         )  # fmt: skip
         dbase = None
         if call.base is not None:
@@ -91,7 +91,7 @@ class Launch:
         G, vectors = self._new(self.M, C, C), self._new(self.M, ROWS, C)
         grid, options = by_gates(self.M)
         coefficients[grid](
-            *self.gates, None, self.scan.filled, G, vectors, self.N * C, self.N, self.H, self.M, C=C, WRITES=1,
+            *self.gates, None, self.scan.filled, G, vectors, self.N * C, self.N, self.H, self.M, C=C,
             **self.referring, **options,
         )  # fmt: skip
         base = base if base is None else base.to(q.dtype)

@@ -36,7 +36,7 @@ def _chunk(call, left, S: tl.constexpr):
         read_s = tl.load(gates + rows.F * S.C)
     share = tl.load(left.limits + chunk * (3 * S.C) + t)[:, None]
     query, key = tl.load(of_tokens(call.q, tokens, S.K, call, S)), tl.load(of_tokens(call.k, tokens, S.K, call, S))
-    of_writes = rows.lower(call.G, chunk, S.C)
+    of_writes = tl.load(of_chunk(call.G, chunk, S.C, S))
     return chunk, tokens, head, query, key, of_writes, read_m, read_s, share
 
 

@@ -29,45 +29,24 @@ def begin_of(chunk, T, N, H, C: tl.constexpr):
 
 
 @triton.jit
-def gates_of(
-    step_size, log_momentum, log_decay, filled, at, first, left, T, H, C: tl.constexpr, MOMENTUM: tl.constexpr,
-    DECAY: tl.constexpr, WRITES: tl.constexpr,
+def gates_at(
+    step_size, log_momentum, log_decay, filled, at, first, s, left, T, H, MOMENTUM: tl.constexpr, DECAY: tl.constexpr,
+    WRITES: tl.constexpr,
 ):  # fmt: skip
-    """theta, log eta and log a of the tokens of the chunks, [CHUNKS, C], 0 where there is none; and whether S is added
-    to M there, 1 or 0: what fills the last chunk must not add it again. `filled` [B, T] says where there are tokens, if
-    any may be none."""
-    t = tl.arange(0, C)[None, :]
-    real = t < left[:, None]
+    """theta, eta and a of token s of the chunks, 0, 1 and 1 where there is none; and whether S is added to M there, 1
+    or 0: what fills the last chunk must not add it again. `filled` [B, T] says where there are tokens, if any may be
+    none."""
+    real = s < left
     if filled is not None:
-        real = real & (tl.load(filled + first[:, None] + t, mask=real, other=0) != 0)
-    at = at[:, None] + t * H
-    theta = tl.load(step_size + at, mask=real, other=0.0)
-    log_eta, log_a = theta * 0.0, theta * 0.0
+        real = real & (tl.load(filled + first + s, mask=real, other=0) != 0)
+    theta = tl.load(step_size + at + s * H, mask=real, other=0.0)
+    eta, a = theta * 0.0 + 1.0, theta * 0.0 + 1.0
     if MOMENTUM:
-        log_eta = tl.load(log_momentum + at, mask=real, other=0.0)
+        eta = tl.exp(tl.load(log_momentum + at + s * H, mask=real, other=0.0))
     if DECAY:
-        log_a = tl.load(log_decay + at, mask=real, other=0.0)
-    joins = real & ((T - left[:, None] + t) % WRITES == WRITES - 1) if WRITES > 1 else real
-    return theta, log_eta, log_a, tl.where(joins, 1.0, 0.0)
-
-
-@triton.jit
-def gates_at(row, s, known, C: tl.constexpr, MOMENTUM: tl.constexpr, DECAY: tl.constexpr):
-    """eta and a of token s of the chunks, and whether S is added to M there, as they were left in their vectors."""
-    one = tl.where(known, 1.0, 0.0)
-    eta, a, joins = one, one, one
-    if MOMENTUM:
-        eta = tl.load(row + tiles.ETA * C + s, mask=known, other=0.0)
-        joins = tl.load(row + tiles.JOINS * C + s, mask=known, other=0.0)
-    if DECAY:
-        a = tl.load(row + tiles.KEEP * C + s, mask=known, other=0.0)
-    return eta, a, joins
-
-
-@triton.jit
-def within(t, s):
-    """Whether entries t of row s are of a lower triangle, by whole sectors: what of_lower says of a tile."""
-    return t // tiles.SECTOR <= s // tiles.SECTOR
+        a = tl.exp(tl.load(log_decay + at + s * H, mask=real, other=0.0))
+    joins = real & ((T - left + s) % WRITES == WRITES - 1) if WRITES > 1 else real
+    return theta, eta, a, tl.where(joins, 1.0, 0.0)
 
 
 @triton.jit
@@ -90,20 +69,15 @@ def coefficients(
     left = tl.where(known, left, 0)
     t = tl.arange(0, C)[None, :]
     row = vectors + (chunk.to(tl.int64) * (tiles.ROWS * C))[:, None] + t
-    theta, log_eta, log_a, joins = gates_of(
-        step_size, log_momentum, log_decay, filled, at, first, left, T, H, C, MOMENTUM, DECAY, WRITES
-    )
-    tl.store(row + tiles.THETA * C, theta, mask=known[:, None])
     if MOMENTUM:  # sums of logs for the gradient: in float64, and kept as two float32 numbers
+        real = t < left[:, None]
+        log_eta = tl.load(log_momentum + at[:, None] + t * H, mask=real, other=0.0)
+        if filled is not None:
+            log_eta = tl.where(tl.load(filled + first[:, None] + t, mask=real, other=0) != 0, log_eta, 0.0)
         summed = tl.cumsum(tl.maximum(log_eta, -1000.0).to(tl.float64), 1)  # a gate of 0 has an infinite log
         high = summed.to(tl.float32)
         tl.store(row + tiles.HIGH * C, high, mask=known[:, None])
         tl.store(row + tiles.LOW * C, (summed - high.to(tl.float64)).to(tl.float32), mask=known[:, None])
-        tl.store(row + tiles.ETA * C, tl.exp(log_eta), mask=known[:, None])
-        tl.store(row + tiles.JOINS * C, joins, mask=known[:, None])
-    if DECAY:
-        tl.store(row + tiles.KEEP * C, tl.exp(log_a), mask=known[:, None])
-    tl.debug_barrier()  # what one thread has stored all read below
     zeros = tl.zeros([CHUNKS, C], tl.float32)
     A, F, S = zeros, zeros, zeros
     of_memory, of_momentum, of_reference = zeros, zeros, zeros  # the rows of G and S, and of G where M_ref is carried
@@ -111,26 +85,28 @@ def coefficients(
     kept_s, kept_f = kept, kept - 1.0
     place = places(source, first, left, T, C, SOURCES)
     place_of_last = tl.sum(tl.where(t == C - 1, place, 0), 1)
-    to, begin = G + chunk.to(tl.int64) * (C * C), vectors + chunk.to(tl.int64) * (tiles.ROWS * C)
+    to = G + chunk.to(tl.int64) * (C * C)
     for s in tl.range(0, C, loop_unroll_factor=UNROLL):
-        eta, a, joined = gates_at(begin, s, known, C, MOMENTUM, DECAY)
+        theta, eta, a, joins = gates_at(
+            step_size, log_momentum, log_decay, filled, at, first, s, left, T, H, MOMENTUM, DECAY, WRITES
+        )
         now = t == s
-        write = tl.where(now, theta, 0.0)
+        write = tl.where(now, theta[:, None], 0.0)
         of_memory *= a[:, None]
         kept *= a
         A = tl.where(now, kept[:, None], A)
         if MOMENTUM:
             of_momentum = of_momentum * eta[:, None] + write
-            of_memory += joined[:, None] * of_momentum
+            of_memory += joins[:, None] * of_momentum
             kept_s *= eta
-            kept_f = a * kept_f + joined * kept_s
+            kept_f = a * kept_f + joins * kept_s
             F = tl.where(now, kept_f[:, None], F)
             S = tl.where(now, kept_s[:, None], S)
         else:
             of_memory += write
         if CARRIED:
             of_reference = tl.where((place_of_last == s)[:, None], of_memory, of_reference)
-        tl.store(to[:, None] + s * C + t, of_memory, mask=known[:, None] & within(t, s))
+        tl.store(to[:, None] + s * C + t, of_memory, mask=known[:, None])
     tl.store(row + tiles.A * C, A, mask=known[:, None])
     tl.store(row + tiles.WRITE_M * C, of_memory, mask=known[:, None])
     if MOMENTUM:
@@ -165,24 +141,14 @@ def places(source, first, left, T, C: tl.constexpr, SOURCES: tl.constexpr):
 
 
 @triton.jit
-def taken_at(row, place, s, known, C: tl.constexpr, SOURCES: tl.constexpr):
-    """[CHUNKS]: the sum of a row's numbers of tokens whose gradient is taken after token s: of the next one, or of any
-    by their places."""
-    if SOURCES:
-        numbers = tl.load(row[:, None] + tl.arange(0, C)[None, :], mask=known[:, None], other=0.0)
-        return tl.sum(tl.where(place == s, numbers, 0.0), 1)
-    return tl.load(row + s + 1, mask=tl.where(known, s + 1, C) < C, other=0.0)
-
-
-@triton.jit
 def coefficients_gradient(
-    source, G, vectors,
+    step_size, log_momentum, log_decay, source, filled, G, vectors,
     dG,  # [B H N, C, C]: what is by M_ref among it, at the places where that was taken
     dvectors,  # [B H N, ROWS, C]
     dstep_size, dlog_momentum, dlog_decay,  # out, [B, T, H]
     T, N, H, M,
     C: tl.constexpr, CHUNKS: tl.constexpr, MOMENTUM: tl.constexpr, DECAY: tl.constexpr, SOURCES: tl.constexpr,
-    DECAYED: tl.constexpr, SOLVE: tl.constexpr, CARRIED: tl.constexpr,
+    DECAYED: tl.constexpr, SOLVE: tl.constexpr, CARRIED: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
     """By the gates, from the last token to the first."""
     chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
@@ -194,16 +160,21 @@ def coefficients_gradient(
     begin = chunk.to(tl.int64) * (tiles.ROWS * C)
     row, drow = vectors + begin, dvectors + begin
     square = chunk.to(tl.int64) * (C * C)
-    theta = tl.load(row[:, None] + tiles.THETA * C + t, mask=known[:, None], other=0.0)
+    theta = tl.load(step_size + at[:, None] + t * H, mask=real, other=0.0)
+    if filled is not None:
+        theta = tl.where(tl.load(filled + first[:, None] + t, mask=real, other=0) != 0, theta, 0.0)
     by_memory = tl.load(drow[:, None] + tiles.WRITE_M * C + t, mask=known[:, None], other=0.0)
     zeros = tl.zeros([CHUNKS, C], tl.float32)
     dtheta, deta, da = zeros, zeros, zeros
     by_a = tl.load(drow[:, None] + tiles.A * C + t, mask=known[:, None], other=0.0)
     TAKEN: tl.constexpr = SOLVE and not DECAYED  # M_ref is M of the token before, or of another
     if SOLVE:
+        drefer_a = tl.load(drow[:, None] + tiles.REFER_A * C + t, mask=known[:, None], other=0.0)
         if DECAYED:
-            by_a += tl.load(drow[:, None] + tiles.REFER_A * C + t, mask=known[:, None], other=0.0)
+            by_a += drefer_a
         place = places(source, first, left, T, C, SOURCES)
+        if MOMENTUM:
+            drefer_f = tl.load(drow[:, None] + tiles.REFER_F * C + t, mask=known[:, None], other=0.0)
         if CARRIED:
             by_reference = tl.load(drow[:, None] + tiles.WRITE_R * C + t, mask=known[:, None], other=0.0)
             place_of_last = tl.sum(tl.where(t == C - 1, place, 0), 1)
@@ -216,18 +187,20 @@ def coefficients_gradient(
     for i in tl.range(0, C, loop_unroll_factor=UNROLL):
         s = C - 1 - i
         now, later = t == s, tl.where(known, s, 0) > 0
-        eta, a, joined = gates_at(row, s, known, C, MOMENTUM, DECAY)
-        by_memory += tl.load(dG + square[:, None] + s * C + t, mask=known[:, None] & within(t, s), other=0.0)
+        _, eta, a, joins = gates_at(
+            step_size, log_momentum, log_decay, filled, at, first, s, left, T, H, MOMENTUM, DECAY, WRITES
+        )
+        by_memory += tl.load(dG + square[:, None] + s * C + t, mask=known[:, None], other=0.0)
         if CARRIED:
             by_memory += tl.where((place_of_last == s)[:, None], by_reference, 0.0)
         if TAKEN:
-            by_a += tl.where(now, taken_at(drow + tiles.REFER_A * C, place, s, known, C, SOURCES)[:, None], 0.0)
+            by_a += tl.where(now, tl.sum(tl.where(place == s, drefer_a, 0.0), 1)[:, None], 0.0)
         if MOMENTUM:
             by_f += tl.load(drow + tiles.F * C + s, mask=known, other=0.0)
             if TAKEN:
-                by_f += taken_at(drow + tiles.REFER_F * C, place, s, known, C, SOURCES)
-            by_m += tl.load(drow + tiles.M * C + s, mask=known, other=0.0) + joined * by_f
-            by_momentum += joined[:, None] * by_memory
+                by_f += tl.sum(tl.where(place == s, drefer_f, 0.0), 1)
+            by_m += tl.load(drow + tiles.M * C + s, mask=known, other=0.0) + joins * by_f
+            by_momentum += joins[:, None] * by_memory
             dtheta = tl.where(now, by_momentum, dtheta)
             high_before = tl.load(row + tiles.HIGH * C + s - 1, mask=later, other=0.0)
             low_before = tl.load(row + tiles.LOW * C + s - 1, mask=later, other=0.0)
@@ -241,7 +214,7 @@ def coefficients_gradient(
         else:
             dtheta = tl.where(now, by_memory, dtheta)
         if DECAY:
-            before = tl.load(G + square[:, None] + (s - 1) * C + t, mask=later[:, None] & within(t, s - 1), other=0.0)
+            before = tl.load(G + square[:, None] + (s - 1) * C + t, mask=later[:, None], other=0.0)
             found = tl.sum(by_memory * before, 1)
             if MOMENTUM:
                 found += by_f * tl.load(row + tiles.F * C + s - 1, mask=later, other=0.0)

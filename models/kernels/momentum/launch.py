@@ -145,13 +145,13 @@ class Launch:
         tokens_gradient[self.H, self.N, self.B](
             self.q, self.k, self.write_key, self.source, kept.U, dv, do, kept.G, kept.similar, kept.system,
             kept.vectors, kept.states, dstates, dq, dk, dwrite_key, dG, dvectors, *self.sizes, C=CHUNK, BK=BK,
-            PARTS=triton.cdiv(self.K, BK), TILES=tiles, **self.matrices_of, **self.system, **self.precision, **options,
+            PARTS=self.width // BK, TILES=tiles, **self.matrices_of, **self.system, **self.precision, **options,
         )  # fmt: skip
         gates = self.step_size, self.log_momentum, self.log_decay
         dgates = [None if x is None else torch.empty_like(x) for x in gates]
         grid, options = by_gates(self.BH * self.N)
         coefficients_gradient[grid](
-            self.source, kept.G, kept.vectors, dG, dvectors, *dgates, *self.sizes[:3], self.BH * self.N, C=CHUNK,
-            **self.matrices_of, DECAY=self.gates["DECAY"], **self.referring, **options,
+            *gates, self.source, None, kept.G, kept.vectors, dG, dvectors, *dgates, *self.sizes[:3],
+            self.BH * self.N, C=CHUNK, **self.matrices_of, **self.gates, **self.referring, **options,
         )  # fmt: skip
         return [x for x in (dq, dk, dv, *dgates, dfirst, dwrite_key) if x is not None]

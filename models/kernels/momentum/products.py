@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.kernels.delta.tiles import of_tokens
 from models.kernels.momentum import tiles
 from models.kernels.momentum.tiles import (
     dot,
@@ -13,7 +12,9 @@ from models.kernels.momentum.tiles import (
     leave_lower,
     lower,
     of_matrix,
+    of_square,
     of_states,
+    of_tokens,
     select_dot,
     unit_inverse,
     wide_dot,
@@ -70,16 +71,16 @@ def systems(
         refer = referred(G, chunk, places(source, bh, n, T, H, C, SOURCES), C)
     product = dot(queries, tl.trans(written), PRECISION)
     leave_lower(similar, chunk, product.to(TYPE), C)
-    leave_lower(attend, chunk, (product * combined).to(TYPE), C)
+    tl.store(of_square(attend, chunk, C), (product * combined).to(TYPE))
     if SOLVE:
         product = dot(keys, tl.trans(written), PRECISION)
         leave_lower(system, chunk, product.to(TYPE), C)
         inverse = unit_inverse(tl.where(below, product * refer, 0.0), C, LOG_C, TYPE, PRECISION)
         high, low = halves(tl.where(below, inverse, 0.0), TYPE)
         HALVES: tl.constexpr = 1 if TYPE.is_fp32() else 2
-        leave_lower(R, chunk * HALVES, high, C)
+        tl.store(of_square(R, chunk * HALVES, C), high)
         if HALVES == 2:
-            leave_lower(R, chunk * HALVES + 1, low, C)
+            tl.store(of_square(R, chunk * HALVES + 1, C), low)
 
 
 @triton.jit
@@ -109,7 +110,7 @@ def outputs(
         output += tl.load(row + tiles.F * C)[:, None] * dot(queries, tl.trans(momentum), PRECISION)
     at, inside = of_matrix(U, chunk, 0, V, C, BV, C, first_v)
     errors = tl.load(at, mask=inside, other=0.0)
-    output = dot(lower(attend, chunk, C), tl.trans(errors), PRECISION, output)
+    output = dot(tl.load(of_square(attend, chunk, C)), tl.trans(errors), PRECISION, output)
     at, mask = of_tokens(o, bh, n, first_v, T, H, V, C, BV)
     tl.store(at, output.to(errors.dtype), mask=mask)
 
@@ -179,7 +180,7 @@ def tokens_gradient(
         if not OWN_WRITES:
             by_both = by_errors.to(TYPE)
             by_both += tl.trans(by_both)  # of which one is always 0
-    leave_lower(dG, chunk, dcombined, C)
+    tl.store(of_square(dG, chunk, C), dcombined)
 
     # of M and S side by side, [C, J]: their rows of a chunk's vectors follow each other
     j = tl.arange(0, J) * C

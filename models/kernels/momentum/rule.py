@@ -9,7 +9,7 @@ from torch import Tensor
 
 CHUNK = 64
 PART = 16  # columns of the keys that matrices are kept by
-ROWS = 15  # of a chunk's vectors: tiles.py names them
+ROWS = 11  # of a chunk's vectors: tiles.py names them
 EMPTY = 2**30  # a source: no memory, but zero
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from models.kernels.delta.scans import leave
 from models.kernels.delta.tiles import of_tokens
 from models.kernels.momentum import tiles
-from models.kernels.momentum.tiles import dot, lower, of_matrix, of_states, of_turned, unit_dot
+from models.kernels.momentum.tiles import dot, of_matrix, of_square, of_states, of_turned, unit_dot
 
 
 @triton.jit
@@ -86,10 +86,10 @@ def scan(
         at_v, mask_v = of_tokens(v, bh, n, first_v, T, H, V, C, BV)
         values = tl.load(at_v, mask=mask_v, other=0.0)
         if SOLVE:
-            inverse = tl.trans(lower(R, chunk * HALVES, C))
+            inverse = tl.trans(tl.load(of_square(R, chunk * HALVES, C)))
             inverse_low = inverse
             if HALVES == 2:
-                inverse_low = tl.trans(lower(R, chunk * HALVES + 1, C))
+                inverse_low = tl.trans(tl.load(of_square(R, chunk * HALVES + 1, C)))
 
         predicted = dot(operand, tl.trans(keys), PRECISION)
         if SOLVE:
@@ -186,12 +186,12 @@ def scan_gradient(
         queries = tl.load(at_q, mask=mask_k, other=0.0)
         at_v, mask_v = of_tokens(do, bh, n, first_v, T, H, V, C, BV)
         doutput = tl.trans(tl.load(at_v, mask=mask_v, other=0.0))
-        similar = lower(attend, chunk, C)
+        similar = tl.load(of_square(attend, chunk, C))
         if SOLVE:
-            inverse = lower(R, chunk * HALVES, C)
+            inverse = tl.load(of_square(R, chunk * HALVES, C))
             inverse_low = inverse
             if HALVES == 2:
-                inverse_low = lower(R, chunk * HALVES + 1, C)
+                inverse_low = tl.load(of_square(R, chunk * HALVES + 1, C))
 
         minus = -vector(row, tiles.WRITE_M, C) * dot(operand, tl.trans(written), PRECISION)
         if MOMENTUM:

@@ -24,10 +24,6 @@ WRITE_S = tl.constexpr(7)  # in the last momentum,
 WRITE_R = tl.constexpr(8)  # and in the last reference
 HIGH = tl.constexpr(9)  # the log momenta summed from the chunk's beginning,
 LOW = tl.constexpr(10)  # and what float32 left out of it
-THETA = tl.constexpr(11)  # the gates themselves,
-ETA = tl.constexpr(12)
-KEEP = tl.constexpr(13)  # a of the token alone,
-JOINS = tl.constexpr(14)  # and whether S is added to M there
 
 
 PART = tl.constexpr(rule.PART)
@@ -140,7 +136,9 @@ def of_states(
     place = (column // BK + FIRST) * PART + k
     if BK > PART:
         place += k // PART * (V * WIDTH - PART)
-    return pointer + begin + (v[:, None] * WIDTH + place[None, :]), (v < V - first_v)[:, None] & (k < K - first_k)[None, :]
+    return pointer + begin + (v[:, None] * WIDTH + place[None, :]), (v < V - first_v)[:, None] & (k < K - first_k)[
+        None, :
+    ]
 
 
 @triton.jit
