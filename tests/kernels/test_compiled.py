@@ -61,6 +61,18 @@ def test_scans_of_many_heads_fit_where_they_say(preset, folder, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("preset", ["titans", "preconditioned_delta"])
+def test_narrow_memories_have_the_launches_of_64_channels(preset):
+    """With shared memory for as many stages and products of the same sizes: of 16 channels by themselves the tokens'
+    gradient was no loop, and wrong on a GPU."""
+    found = [
+        [(kernel.name, kernel.shared, kernel.mma, kernel.wgmma, kernel.faults) for kernel in kernels]
+        for kernels in (kernels_of(preset, key_dim, torch.bfloat16) for key_dim in (16, 32, 64))
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 def test_kernels_of_the_loss_and_of_the_feed_forward_layer_spill_nothing(dtype, monkeypatch):
     """Of a vocabulary that is a multiple of the block and of one that isn't."""

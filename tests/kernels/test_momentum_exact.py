@@ -144,6 +144,16 @@ class TestOnAGPU:
         if gates in ("usual", "decays near 0", "large steps"):
             assert max(by_gates.values()) < 4e-2, by_gates
 
+    @pytest.mark.parametrize("K", [16, 32, 48, 64])
+    def test_narrow_memories(self, K):
+        """Those of 16 were wrong where the tokens' gradient had all their channels in one part."""
+        case = given((8, 500, 3, K), documents=100)
+        assert not any(changed(case, 8).values())
+        found = distances(kernel_momentum, chunked_momentum, case)
+        by_gates = [found.pop(name).whole for name in ("log_momentum", "log_decay")]
+        assert all(x.whole < 5e-3 for x in found.values()), "\n".join(f"{name} {x}" for name, x in found.items())
+        assert max(by_gates) < 4e-2, by_gates
+
     @pytest.mark.parametrize("T", [40, 64])
     def test_one_chunk_of_narrow_memories(self, T):
         """A segment of titans_mac. Where Triton knew that there is one chunk, it made no loop of the scans, and they

@@ -44,7 +44,8 @@ def configurations(width: int, half: bool, carried: bool) -> dict[str, Configura
 
     No loop with products has one stage: on an H200 (Triton 3.7.1) some of those are wrong by a fifth or read where they
     must not, while others are right. Kernels without such loops have nothing to stage. tokens_gradient with 32 channels
-    of the keys in two stages, or in none, reads shared memory where there is none; with 32 or 16 in three it is right.
+    of the keys in two stages, or in none, reads shared memory where there is none; with 32 or 16 in three it is right,
+    but with 32, and 64 of the values at a time, the gradient by keys was other numbers in every call.
     """
     if not half:  # three products for one, of operands twice as large. With 8 warps: an illegal memory access. Without
         # a number of registers, which is the most there is, the compiler gives wide scans 32 and spills all else
@@ -141,6 +142,8 @@ class Launch:
         )  # fmt: skip
         dG, dvectors = torch.empty_like(kept.G), torch.empty_like(kept.vectors)
         options, tiles = self.columns("tokens_gradient")
+        # Of keys narrower than `width` the last parts are zeros: one part would be no loop, and its products of few
+        # columns, which are then not staged, were wrong
         BK = min(self.width, self.configurations["tokens_gradient"].BK)
         tokens_gradient[self.H, self.N, self.B](
             self.q, self.k, self.write_key, self.source, kept.U, dv, do, kept.G, kept.similar, kept.system,

@@ -91,14 +91,15 @@ def scan(
             if HALVES == 2:
                 inverse_low = tl.trans(tl.load(of_square(R, chunk * HALVES + 1, C)))
 
+        error = dot(tl.trans(values), one, PRECISION)
         predicted = dot(operand, tl.trans(keys), PRECISION)
         if SOLVE:
             predicted *= vector(row, tiles.REFER_A, C)
-            if MOMENTUM:
-                predicted += vector(row, tiles.REFER_F, C) * dot(operand_s, tl.trans(keys), PRECISION)
+        error -= predicted
+        if SOLVE and MOMENTUM:
+            error -= vector(row, tiles.REFER_F, C) * dot(operand_s, tl.trans(keys), PRECISION)
         if CARRIED:
-            predicted += vector(row, tiles.REFER_R, C) * dot(operand_r, tl.trans(keys), PRECISION)
-        error = dot(tl.trans(values), one, PRECISION) - predicted
+            error -= vector(row, tiles.REFER_R, C) * dot(operand_r, tl.trans(keys), PRECISION)
         if SOLVE:
             error = unit_dot(error, inverse, inverse_low, PRECISION)
 
