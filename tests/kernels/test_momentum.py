@@ -164,6 +164,36 @@ def test_kernels_are_the_recurrence():
     assert others == [0.0, 0.0]
 
 
+def launched_as_16_bits() -> None:
+    """Launches of float32 get the tiles of 16 bits from here on: 64 wide at least, zeros beside narrow memories."""
+    from models.kernels.momentum import launch
+
+    first, choose = launch.Launch.__init__, launch.configurations
+
+    def init(self: launch.Launch, *arguments: object) -> None:
+        first(self, *arguments)
+        self.least, self.width = 64, max(64, self.width)
+        self.configurations = choose(self.width, True, self.matrices_of["CARRIED"])
+        self.chunk["BK"] = self.width
+
+    launch.Launch.__init__ = init
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_tiles_wider_than_a_memory():
+    """Through the interpreter, float32: what lies beyond a narrow memory is neither read nor written."""
+    code = """
+    import json, torch
+    from tests.kernels.test_momentum import CASES, errors, launched_as_16_bits
+    launched_as_16_bits()
+    names = "exact", "ragged", "mini-batches of 4", "as long as a chunk", "delta rule", "write keys, ragged"
+    print("FOUND", json.dumps({name: max(errors("cpu", torch.float32, **CASES[name])) for name in names}))
+    """
+    found = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
+    assert all(error < 1e-5 for error in found.values()), found
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", CASES | WIDE)
