@@ -29,6 +29,7 @@ Shapes: B batch, T tokens, D model width, P places for tokens, filled or not.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -183,8 +184,12 @@ class MemoryAsContext(MemoryAttention):
         self.product = Product(width(self.attention), product, norm_eps)
         self.output = nn.Linear(width(self.attention), hidden_size, bias=False)
 
-    @torch.compiler.disable  # how many steps there are depends on the documents
     def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> tuple[Tensor, State]:
+        return self._forward(x, state, segments, compiled=torch.compiler.is_compiling())
+
+    @torch.compiler.disable  # how many segments there are depends on the documents
+    def _forward(self, x: Tensor, state: State | None, segments: Tensor | None, compiled: bool) -> tuple[Tensor, State]:
+        """compiled: whole segments by torch.compile, which makes one graph for all of them and all layers."""
         position = segment = None
         held, before = Held(), torch.zeros_like(x[:, 0, 0], dtype=torch.long)
         if state is not None:
@@ -197,23 +202,35 @@ class MemoryAsContext(MemoryAttention):
             position = None if position is None else position.masked_fill(before != segments[:, 0], 0)
         positions = positions_of(x, position, segments)
         layout = (uncut if state is None and segments is None else cut)(positions, self.segment)
-        form = self._in_turn if self.memory_update == "attention_output" else self._at_once
-        o, held = form(layout, x, documents, positions, held)
+        if self.memory_update == "attention_output":
+            o, held = self._in_turn(layout, x, documents, positions, held, compiled)
+        else:
+            o, held = self._at_once(layout, x, documents, positions, held)
         return self.output(o), State(held, (), positions[:, -1] + 1, segment)
 
-    def _in_turn(self, layout: Cut, x: Tensor, documents: Tensor, positions: Tensor, held: Held) -> tuple[Tensor, Held]:
-        """A segment after the other: recall, attend, learn."""
+    def _in_turn(
+        self, layout: Cut, x: Tensor, documents: Tensor, positions: Tensor, held: Held, compiled: bool
+    ) -> tuple[Tensor, Held]:
+        """A segment after the other."""
         outputs = []
-        x, documents, positions = (layout.fill(y) for y in (x, documents, positions))
+        filled = [layout.fill(y) for y in (x, documents, positions)]
         for places, begins, active in layout.spans:
-            memory, start, attention = old = self._begin(held, documents[:, places], begins)
-            h = self._recall(x[:, places], positions[:, places], start)
-            y, attention = self._attend(h, x[:, places], positions[:, places], attention)
-            m, memory = self._learn(y, memory, documents[:, places])
-            new = Held(memory, self._emptied(memory) if start is None else start, attention)
+            tokens, document, position = (y[:, places] for y in filled)
+            old = self._begin(held, document, begins)
+            whole = places.stop - places.start == self.segment
+            turn = compiled_turn() if compiled and whole and old.memory is not None else MemoryAsContext.turn
+            o, new = turn(self, tokens, document, position, old)
             held = choose(active, new, old)
-            outputs.append(self.product(y, m))
+            outputs.append(o)
         return layout.empty(torch.cat(outputs, dim=1)), held
+
+    def turn(self, x: Tensor, documents: Tensor, positions: Tensor, held: Held) -> tuple[Tensor, Held]:
+        """A segment, or a piece of one: recall, attend, learn."""
+        memory, start, attention = held
+        h = self._recall(x, positions, start)
+        y, attention = self._attend(h, x, positions, attention)
+        m, memory = self._learn(y, memory, documents)
+        return self.product(y, m), Held(memory, self._emptied(memory) if start is None else start, attention)
 
     def _at_once(self, layout: Cut, x: Tensor, documents: Tensor, positions: Tensor, held: Held) -> tuple[Tensor, Held]:
         """The memory through all segments, which learns from x, and then attention in all of them."""
@@ -242,7 +259,7 @@ class MemoryAsContext(MemoryAttention):
     def _emptied(self, memory: State) -> State:
         """An empty memory: what a document begins with."""
         rows = torch.ones_like(memory.position, dtype=torch.bool)
-        return memory._replace(memory=self.regressor.forget(memory.memory, rows), tails=())
+        return State(self.regressor.forget(memory.memory, rows), (), memory.position, memory.segment, memory.turn)
 
     def _recall(self, x: Tensor, positions: Tensor, start: State | None) -> Tensor:
         return self.memory.recall(self.projection(x), x, positions, start)
@@ -250,7 +267,7 @@ class MemoryAsContext(MemoryAttention):
     def _learn(self, y: Tensor, memory: State | None, documents: Tensor) -> tuple[Tensor, State]:
         """The memory updated with y, and its reads. All tokens of a row are of one document, which it has entered."""
         m, memory = self.memory(y, memory)
-        return m, memory._replace(segment=documents[:, 0])
+        return m, State(memory.memory, memory.tails, memory.position, documents[:, 0], memory.turn)
 
     def _attend(self, h: Tensor, x: Tensor, positions: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Attention in which h_t stands before x_t and segments are documents, numbered as they come."""
@@ -276,3 +293,10 @@ class MemoryAsContext(MemoryAttention):
     def state_size(self, seq_len: int) -> int:
         """Numbers held per sequence: the memory's, that of the segment's start, and attention's."""
         return super().state_size(seq_len) + self.regressor.state_size(seq_len)
+
+
+@cache
+def compiled_turn() -> Callable[..., tuple[Tensor, Held]]:
+    """A whole segment, by torch.compile: one graph for all of them, in all layers. Those that documents and calls cut
+    off have many lengths, and are not compiled."""
+    return torch.compile(MemoryAsContext.turn, dynamic=False, options={"comprehensive_padding": False})
