@@ -9,7 +9,7 @@ have.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -191,12 +191,15 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, State | Both | None]:
         mixed, memory = state if isinstance(state, Both) else (state, None)
         x, n = add_and_norm(x, y, self.mixer_norm)
-        y, mixed = self.mixer(n, mixed, segments)
+        if keep or mixed is not None:
+            y, mixed = self.mixer(n, mixed, segments)
+        else:
+            y = self.mixer.outputs(n, segments)
         x, n = add_and_norm(x, y, self.feed_forward_norm)
         if not self.learns:
             return x, self.feed_forward(n), mixed if keep else None
         y, memory = self.feed_forward(n, memory, segments, keep)
-        return x, y, Both(mixed, memory) if keep else None
+        return x, y, Both(cast("State", mixed), memory) if keep else None
 
     @property
     def rings(self) -> bool:

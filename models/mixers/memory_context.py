@@ -21,7 +21,8 @@ Others.     titans-pytorch has learned tokens for h, and no write of y. OpenTita
 Documents begin where they like, in every row at another token, and so do segments. `cut` lays the tokens out so that
 segment n of all rows is computed at once. Those that are shorter are filled up: a short one is its document's last, so
 that what fills it up writes to a memory that is emptied next. Unless it is cut short by a call: then the state of the
-row stays what it is once its tokens are through, and only other rows go on.
+row stays what it is once its tokens are through, and only other rows go on. In training nobody wants that state: all
+segments are filled up to one size then, of which one graph is compiled.
 
 Shapes: B batch, T tokens, D model width, P places for tokens, filled or not.
 """
@@ -79,19 +80,23 @@ class Cut(NamedTuple):
         return _along(x, self.place)
 
 
-def cut(positions: Tensor, segment: int) -> Cut:
-    """Of tokens with these positions in their documents, [B, T]."""
+def cut(positions: Tensor, segment: int, keep: bool = True) -> Cut:
+    """Of tokens with these positions in their documents, [B, T]. keep: whether the rows' last states are wanted; from
+    no state, and without them, all spans are whole segments, which have one size."""
     begins, index = positions % segment == 0, torch.arange(positions.shape[1], device=positions.device)
     number = begins.cumsum(1) - begins[:, :1].long()  # 0 is the segment that the call begins with, whole or not
     opens = begins | (index == 0)
     offset = index - torch.where(opens, index, 0).cummax(1).values
     lengths = F.one_hot(number).sum(1)  # [B, segments]
-    longest = lengths.max(0).values
+    longest = lengths.max(0).values if keep else torch.full_like(lengths[0], segment)
     first = longest.cumsum(0) - longest
     place = first[number] + offset
     source = torch.zeros(len(place), int(longest.sum()), dtype=torch.long, device=index.device)
     source = source.scatter_(1, place, index.expand_as(place)).cummax(1).values
-    return Cut(place, source, list(_spans(lengths, number[:, -1], begins[:, 0])))
+    if keep:
+        return Cut(place, source, list(_spans(lengths, number[:, -1], begins[:, 0])))
+    begun = (lengths > 0).unbind(1)
+    return Cut(place, source, [Span(slice(n * segment, (n + 1) * segment), x, None) for n, x in enumerate(begun)])
 
 
 def uncut(positions: Tensor, segment: int) -> Cut:
@@ -184,11 +189,19 @@ class MemoryAsContext(MemoryAttention):
         self.product = Product(width(self.attention), product, norm_eps)
         self.output = nn.Linear(width(self.attention), hidden_size, bias=False)
 
-    def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> tuple[Tensor, State]:
-        return self._forward(x, state, segments, compiled=torch.compiler.is_compiling())
+    def outputs(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        return self(x, None, segments, keep=False)[0]
+
+    def forward(
+        self, x: Tensor, state: State | None = None, segments: Tensor | None = None, keep: bool = True
+    ) -> tuple[Tensor, State]:
+        """keep: whether the state after the last token is wanted; else what is returned for it is of no use."""
+        return self._forward(x, state, segments, keep, compiled=torch.compiler.is_compiling())
 
     @torch.compiler.disable  # how many segments there are depends on the documents
-    def _forward(self, x: Tensor, state: State | None, segments: Tensor | None, compiled: bool) -> tuple[Tensor, State]:
+    def _forward(
+        self, x: Tensor, state: State | None, segments: Tensor | None, keep: bool, compiled: bool
+    ) -> tuple[Tensor, State]:
         """compiled: whole segments by torch.compile, which makes one graph for all of them and all layers."""
         position = segment = None
         held, before = Held(), torch.zeros_like(x[:, 0, 0], dtype=torch.long)
@@ -201,7 +214,10 @@ class MemoryAsContext(MemoryAttention):
             documents, segment = segments, segments[:, -1]
             position = None if position is None else position.masked_fill(before != segments[:, 0], 0)
         positions = positions_of(x, position, segments)
-        layout = (uncut if state is None and segments is None else cut)(positions, self.segment)
+        if state is None and segments is None:
+            layout = uncut(positions, self.segment)
+        else:
+            layout = cut(positions, self.segment, keep or state is not None)
         if self.memory_update == "attention_output":
             o, held = self._in_turn(layout, x, documents, positions, held, compiled)
         else:

@@ -202,6 +202,10 @@ class Mixer(nn.Module):
                 "let vanish or be negative; choose positive ones, or normalizer=false"
             )
 
+    def outputs(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        """forward's, from no state, where that after the last token is not wanted: it may take time."""
+        return self(x, None, segments)[0]
+
     def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> tuple[Tensor, State]:
         if state is not None and segments is not None:
             state = self.enter(state, segments[:, 0])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.mixers.memory_context import Held, cut
-from models.mixers.mixer import Mixer
+from models.mixers.mixer import Mixer, positions_of
 from models.regression.memory import Memory
 from models.regression.regressor import Regressor
 from tests.laws import test_laws as laws
@@ -89,6 +89,17 @@ class Titans:
         U = self.D + theta * k.unsqueeze(2) @ error
         self.M, self.D = alpha * (self.M + (1 - eta) * U), alpha * eta * U
         return self.read(q, self.M)
+
+
+@pytest.mark.parametrize("update", ["attention_output", "input"])
+def test_without_the_last_state_outputs_are_the_same(update):
+    """Then segments are filled up to one size, whatever the documents."""
+    m, x = mixer("titans_mac", memory_update=update), inputs(3, 21)
+    segments = torch.stack([torch.arange(21) // n for n in (4, 9, 21)])
+    assert largest_difference([m.outputs(x, segments)], [m(x, None, segments)[0]]) < 1e-12
+    assert {s.places.stop - s.places.start for s in cut(positions_of(x, None, segments), CHUNK, keep=False).spans} == {
+        CHUNK
+    }
 
 
 @pytest.mark.parametrize("update", ["attention_output", "input"])
