@@ -63,7 +63,15 @@ class State(NamedTuple):
     turn: Tensor | None = None
 
 
-class Mixer(nn.Module):
+class Layer(nn.Module):
+    """What mixes the tokens of a block: (x [B, T, D], state=None, segments=None) -> (y [B, T, D], state)."""
+
+    def outputs(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        """y from no state, where that after the last token is not wanted: it may take time."""
+        return self(x, None, segments)[0]
+
+
+class Mixer(Layer):
     """(x [B, T, D], state=None, segments=None) -> (y [B, T, D], state).
 
     T = 1 with a state is decoding; any split of a sequence into calls gives the same outputs. `segments` [B, T] numbers
@@ -201,10 +209,6 @@ class Mixer(nn.Module):
                 f"regressor.normalizer=true divides by phi(q) . phi(k), which {type(self.features).__name__} features "
                 "let vanish or be negative; choose positive ones, or normalizer=false"
             )
-
-    def outputs(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
-        """forward's, from no state, where that after the last token is not wanted: it may take time."""
-        return self(x, None, segments)[0]
 
     def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> tuple[Tensor, State]:
         if state is not None and segments is not None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.mixers.mixer import State, check_choice, positions_of
+from models.mixers.mixer import Layer, State, check_choice, positions_of
 from models.regression.regressor import Choice
 
 BACKENDS = ("auto", "torch", "recurrent")
@@ -22,7 +22,7 @@ BACKENDS = ("auto", "torch", "recurrent")
 Held = tuple[Tensor, ...]  # what a call leaves behind, [B, *] each; all zero before the first token
 
 
-class Baseline(nn.Module):
+class Baseline(Layer):
     """(x [B, T, D], state=None, segments=None) -> (y [B, T, D], state), as every mixer.
 
     backend: auto | torch (the parallel form, which auto takes) | recurrent (the definition, a loop over tokens).

@@ -174,6 +174,7 @@ def recurrent_rwkv7(
         return torch.stack(outputs, dim=1).to(out_dtype), memory
 
 
+@torch.compiler.disable  # a scan over chunks, two steps a token, which a compiler would write out
 def chunked_rwkv7(
     q: Tensor,
     write_key: Tensor,
