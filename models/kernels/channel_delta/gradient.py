@@ -14,8 +14,9 @@ from models.kernels.channel_delta.tiles import (
     LEAST,
     UP_TO,
     begins,
-    is_near,
+    exp,
     log_gates_gradient,
+    log_size_at,
     of_rows,
     of_starts,
     sums,
@@ -35,7 +36,7 @@ def gradient(
     ones,  # [LOG_C + ORDERS, C, C], by tiles.py's write_ones
     same,  # in the dtype of reads
     scale,  # [B H N, 2, K]
-    near,  # [B H N, FLAGS]
+    sizes,  # [B H N, FLAGS]
     starts,  # [B N, 1 + C], or None
     do,  # [B, T, H, V]
     dv,  # [B, T, H, V]
@@ -59,7 +60,7 @@ def gradient(
     first = block * BK
     bh, n = place(tl.program_id(0) // BLOCKS, N, H)
     chunk = bh * N + n
-    if not is_near(near, chunk, FLAGS):
+    if log_size_at(sizes, chunk, first, K, FLAGS) < LOG_C:
         return
     TYPE: tl.constexpr = reads.dtype.element_ty
     t = tl.arange(0, C)
@@ -110,7 +111,7 @@ def gradient(
     dwrite = dot(tl.trans(by_keys), erase, PRECISION, dwrite)
     found = -write * dwrite
     faded = sums(ones, LOG_C + UP_TO, opened, C, PRECISION) - half
-    left = tl.exp(-faded)
+    left = exp(-faded)
     dwrite *= left
     begin = block.to(tl.int64) * (tl.num_programs(0) // (BLOCKS * H * N)) * T * H
     at, real = of_gates(dstep_size + begin, bh, n, T, H, C)
@@ -118,7 +119,7 @@ def gradient(
     at, real = of_gates(step_size, bh, n, T, H, C)
     dkey = tl.load(at, mask=real, other=0.0)[:, None] * dwrite
 
-    kept = tl.exp(faded)
+    kept = exp(faded)
     dread = dot(doutput, memory, PRECISION)
     if until < C:
         dread = tl.where(t[:, None] < until, dread, 0.0)

@@ -24,6 +24,12 @@ MOST = tl.constexpr(64.0)  # |log| of a factor that bf16 and float32 hold with a
 
 
 @triton.jit
+def exp(x):
+    """By the instruction alone: what is less than 2^-126 becomes 0. tl.exp has four more around it."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def bound(TYPE: tl.constexpr):
     """|log| of a chunk's factors at most: fp16 holds none that is above 1."""
     return 0.0 if TYPE.is_fp16() else MOST
@@ -37,9 +43,21 @@ def reach(TYPE: tl.constexpr):
 
 
 @triton.jit
-def is_near(near, chunk, FLAGS: tl.constexpr):
-    """Whether all of a chunk's channels are, by prepare.py's `fade`."""
-    return tl.min(tl.load(near + chunk * FLAGS + tl.arange(0, FLAGS)), 0) == 1
+def reach_of_blocks(TYPE: tl.constexpr):
+    """The same of blocks of tokens."""
+    return 12.0 if TYPE.is_fp16() else reach(TYPE)
+
+
+@triton.jit
+def log_size_of(sizes, chunk, FLAGS: tl.constexpr):
+    """Of the blocks of tokens in which all of a chunk's channels are near, by prepare.py's `fade`."""
+    return tl.min(tl.load(sizes + chunk * FLAGS + tl.arange(0, FLAGS)), 0)
+
+
+@triton.jit
+def log_size_at(sizes, chunk, first, K: tl.constexpr, FLAGS: tl.constexpr):
+    """The same of a block of channels, that of channel `first`."""
+    return tl.load(sizes + chunk * FLAGS + first // ((K + FLAGS - 1) // FLAGS))
 
 
 @triton.jit
@@ -96,7 +114,9 @@ UP_TO = tl.constexpr(0)  # r <= t
 AFTER = tl.constexpr(1)  # r > t
 FROM = tl.constexpr(2)  # r >= t
 BEFORE = tl.constexpr(3)  # r < t
-ORDERS = 4
+WITHIN = tl.constexpr(4)  # and LOG_C of these, by the size of blocks: half of those of a block up to t and but its
+# first, less half of those after t
+ORDERS = 4 + 6
 
 
 @triton.jit
@@ -116,9 +136,12 @@ def write_ones(
     end = tl.where(order == UP_TO, t + 1, tl.where(order == BEFORE, t, C))
     first = tl.where(order < 0, tl.minimum(border, t + 1), first)
     end = tl.where(order < 0, tl.maximum(border, t + 1), end)
-    chosen = (r >= first) & (r < end)
-    tl.store(of_square(ones, which, C), tl.where(chosen, 1.0, 0.0).to(ones.dtype.element_ty))
-    tl.store(of_square(same, which, C), tl.where(chosen, 1.0, 0.0).to(same.dtype.element_ty))
+    weight = tl.where((r >= first) & (r < end), 1.0, 0.0)
+    size = 1 << tl.maximum(order - WITHIN, 0)
+    within = (r // size == t // size) & (r % size != 0)
+    weight = tl.where(order >= WITHIN, tl.where(within, tl.where(r <= t, 0.5, -0.5), 0.0), weight)
+    tl.store(of_square(ones, which, C), weight.to(ones.dtype.element_ty))
+    tl.store(of_square(same, which, C), weight.to(same.dtype.element_ty))
 
 
 @triton.jit
@@ -146,7 +169,7 @@ def log_gates(raw, bias, log_rate, head, first, K: tl.constexpr, BK: tl.constexp
     """-exp(log_rate) softplus(raw + bias) [C, BK], of a head's channels from `first`."""
     channels = first + tl.arange(0, BK)
     x = raw + tl.load(bias + head * K + channels, mask=channels < K, other=0.0)[None, :]
-    e = tl.exp(-tl.abs(x))
+    e = exp(-tl.abs(x))
     small = e * (1 - e * (0.5 - e * (1 / 3 - 0.25 * e)))  # log(1 + e), which 1 + e has not the digits for
     softplus = tl.maximum(x, 0.0) + tl.where(e < 0.03, small, tl.log(1 + e))
     return -tl.exp(tl.load(log_rate + head)) * softplus
@@ -157,25 +180,19 @@ def log_gates_gradient(gates, rate):
     """By raw [C, BK], for 1 by the log gates: -rate sigmoid(raw + bias), which is 1 - e^(log gate / rate) of them."""
     x = gates * (1 / rate)
     small = -x * (1 + x * (0.5 + x * (1 / 6 + x / 24)))
-    return -rate * tl.where(x > -0.03, small, 1 - tl.exp(x))
+    return -rate * tl.where(x > -0.03, small, 1 - exp(x))
 
 
 @triton.jit
-def meet(ones, halving, gates, reader, C: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """How tokens of a halving's pairs of blocks meet: by what those are multiplied [C, BK] that have a row, the readers
-    (or the writers), and by what the others; the pairs of tokens [C, C] that do; and the next halving, or -1.
-
-    Where the gates of no block add up to less than -FAR, a factor's inverse is far from what 16 bits can't hold. Then
-    a border does for all tokens on the same side of it too, and this halving is the last."""
-    FAR: tl.constexpr = 6.0 if TYPE.is_fp16() else 40.0 if TYPE.is_fp32() else MOST
-    summed = sums(ones, halving, gates, C, PRECISION)
-    near = tl.min(tl.min(summed, 1), 0) >= -FAR
+def meets(halving, C: tl.constexpr):
+    """The pairs of tokens [C, C] that meet in a halving, the row's after the column's."""
     t = tl.arange(0, C)
     block = t >> halving
-    ahead = ((block & 1 == 1) == reader)[:, None]
-    back = tl.minimum(-summed, FAR)  # what is not used, where tokens are not near, is cut off
-    own, others = tl.exp(tl.where(ahead, summed, back)), tl.exp(tl.where(ahead, back, summed))
-    pair, order = block >> 1, tl.where(near, t, block)
-    order = tl.where(reader, order, -order)
-    pairs = (pair[:, None] == pair[None, :]) & (order[:, None] > order[None, :])
-    return own, others, pairs, tl.where(near, -1, halving - 1)
+    return ((block >> 1)[:, None] == (block >> 1)[None, :]) & (block[:, None] > block[None, :])
+
+
+@triton.jit
+def together(log_size, C: tl.constexpr):
+    """The pairs of tokens [C, C] of a block of 2^log_size, the row's after the column's."""
+    t = tl.arange(0, C)
+    return ((t >> log_size)[:, None] == (t >> log_size)[None, :]) & (t[:, None] > t[None, :])
