@@ -68,13 +68,15 @@ def far_scores(
     writer = tl.trans((keys * exp(-summed)).to(TYPE))
     system = dot((keys * kept).to(TYPE), writer, PRECISION)
     found = dot((tl.load(at_q, mask=mask, other=0.0) * kept).to(TYPE), writer, PRECISION)
-    for halving in tl.range(log_size, LOG_C, disable_licm=True):
+    halving = log_size
+    while halving < LOG_C:
         kept = exp(sums(ones, halving, gate, C, PRECISION))
         keys = (tl.load(at_k, mask=mask, other=0.0) * kept).to(TYPE)
         queries = (tl.load(at_q, mask=mask, other=0.0) * kept).to(TYPE)
-        pairs = meets(halving, C)
+        pairs = meets(halving, True, C)
         system = tl.where(pairs, dot(keys, tl.trans(keys), PRECISION), system)
         found = tl.where(pairs, dot(queries, tl.trans(keys), PRECISION), found)
+        halving += 1
     at, real = of_gates(step_size, bh, n, T, H, C)
     b = tl.load(at, mask=real, other=0.0)[None, :]
     found = tl.where(t[:, None] >= t[None, :], found * b, 0.0)
@@ -198,51 +200,9 @@ def far_gradient(
     by_queries = of_square(dscores, chunk, C)
     by_keys = by_queries + num_chunks.to(tl.int64) * (C * C)
 
-    summed = sums(ones, LOG_C + WITHIN + log_size, gate, C, PRECISION)
-    kept = exp(summed)
-    pairs = tl.trans(together(log_size, C))
-    reader = (tl.load(at_q, mask=mask_k, other=0.0) * kept).to(TYPE)
-    inner = dot(by_pairs(by_queries, pairs, TYPE), reader, PRECISION)
-    reader = (tl.load(at_k, mask=mask_k, other=0.0) * kept).to(TYPE)
-    dwriter = dot(by_pairs(by_keys, pairs, TYPE), reader, PRECISION, inner) * exp(-summed)
-    for halving in tl.range(log_size, LOG_C, disable_licm=True):
-        kept = exp(sums(ones, halving, gate, C, PRECISION))
-        pairs = tl.trans(meets(halving, C))
-        reader = (tl.load(at_q, mask=mask_k, other=0.0) * kept).to(TYPE)
-        inner = dot(by_pairs(by_queries, pairs, TYPE), reader, PRECISION)
-        reader = (tl.load(at_k, mask=mask_k, other=0.0) * kept).to(TYPE)
-        dwriter += dot(by_pairs(by_keys, pairs, TYPE), reader, PRECISION, inner) * kept
-
-    at, inside = of_matrix(dstates, chunk, first, V, K, BV, BK)
-    dmemory = tl.load(at, mask=inside, other=0.0)
+    half = tl.load(at_scale + K, mask=channels < K, other=0.0)[None, :]
     at, inside = of_matrix(states, chunk, first, V, K, BV, BK)
     memory = tl.load(at, mask=inside, other=0.0)
-    at, mask = of_matrix(errors, chunk, 0, V, C, BV, C)
-    dended = dot(tl.trans(tl.load(at, mask=mask, other=0.0)), dmemory, PRECISION)
-    carried = dot(tl.trans(memory), dmemory, PRECISION)
-    half = tl.load(at_scale + K, mask=channels < K, other=0.0)[None, :]
-    dended *= exp(sums(ones, LOG_C + AFTER, gate, C, PRECISION) - half)
-    if since > 0:
-        dended = tl.where(t[:, None] >= since, dended, 0.0)
-    if TYPE.is_fp16():
-        carried *= tl.load(at_scale, mask=channels < K, other=0.0)[None, :]
-    i = tl.arange(0, BK)
-    own = tl.where((i[:, None] == i[None, :]) & (until == C), carried, 0.0)
-    at, real = of_gates(step_size, bh, n, T, H, C)
-    b = tl.load(at, mask=real, other=0.0)[:, None]
-    keys = tl.load(at_k, mask=mask_k, other=0.0)
-    written = b * keys * dended
-    total = tl.sum(written + own, 0) if BK == C else tl.sum(written, 0) + tl.sum(own, 0)  # one sum for two
-    dwriter += dended
-    found = -(b * keys) * dwriter
-    at, real = of_gates(down, bh, n, T, H, C)
-    itself = tl.load(at, mask=real, other=0.0)[:, None]
-    dwriter += itself * tl.load(at_q, mask=mask_k, other=0.0)
-    begin = block.to(tl.int64) * (num_chunks // (H * N)) * T * H
-    at, real = of_gates(dstep_size + begin, bh, n, T, H, C)
-    tl.store(at, tl.sum(dwriter * keys, 1), mask=real)
-    dkey = b * dwriter
-
     left = exp(sums(ones, LOG_C + UP_TO, gate, C, PRECISION) - half)
     if until < C:
         left = tl.where(t[:, None] < until, left, 0.0)
@@ -252,22 +212,69 @@ def far_gradient(
     derase = -dot(tl.load(at, mask=mask, other=0.0), memory, PRECISION) * left
     summed = sums(ones, LOG_C + WITHIN + log_size, gate, C, PRECISION)
     kept = exp(summed)
-    pairs = together(log_size, C)
+    pairs = together(log_size, True, C)
     writer = (tl.load(at_k, mask=mask_k, other=0.0) * exp(-summed)).to(TYPE)
     dread += dot(by_pairs(by_queries, pairs, TYPE), writer, PRECISION) * kept
     derase += dot(by_pairs(by_keys, pairs, TYPE), writer, PRECISION) * kept
-    for halving in tl.range(log_size, LOG_C, disable_licm=True):
+    halving = log_size
+    while halving < LOG_C:
         kept = exp(sums(ones, halving, gate, C, PRECISION))
-        pairs = meets(halving, C)
+        pairs = meets(halving, True, C)
         writer = (tl.load(at_k, mask=mask_k, other=0.0) * kept).to(TYPE)
         dread += dot(by_pairs(by_queries, pairs, TYPE), writer, PRECISION) * kept
         derase += dot(by_pairs(by_keys, pairs, TYPE), writer, PRECISION) * kept
+        halving += 1
     keys = tl.load(at_k, mask=mask_k, other=0.0)
-    found += tl.load(at_q, mask=mask_k, other=0.0) * dread + keys * derase
+    found = tl.load(at_q, mask=mask_k, other=0.0) * dread + keys * derase
+    at, real = of_gates(step_size, bh, n, T, H, C)
+    b = tl.load(at, mask=real, other=0.0)[:, None]
+    at, real = of_gates(down, bh, n, T, H, C)
+    itself = tl.load(at, mask=real, other=0.0)[:, None]
     at, mask_k = of_tokens(dq, bh, n, first, T, H, K, C, BK)
     tl.store(at, (dread + itself * b * keys).to(TYPE), mask=mask_k)
+
+    summed = sums(ones, LOG_C + WITHIN + log_size, gate, C, PRECISION)
+    kept = exp(summed)
+    pairs = together(log_size, False, C)
+    reader = (tl.load(at_q, mask=mask_k, other=0.0) * kept).to(TYPE)
+    inner = dot(by_pairs(by_queries, pairs, TYPE), reader, PRECISION)
+    reader = (tl.load(at_k, mask=mask_k, other=0.0) * kept).to(TYPE)
+    dwriter = dot(by_pairs(by_keys, pairs, TYPE), reader, PRECISION, inner) * exp(-summed)
+    halving = log_size
+    while halving < LOG_C:
+        kept = exp(sums(ones, halving, gate, C, PRECISION))
+        pairs = meets(halving, False, C)
+        reader = (tl.load(at_q, mask=mask_k, other=0.0) * kept).to(TYPE)
+        inner = dot(by_pairs(by_queries, pairs, TYPE), reader, PRECISION)
+        reader = (tl.load(at_k, mask=mask_k, other=0.0) * kept).to(TYPE)
+        dwriter += dot(by_pairs(by_keys, pairs, TYPE), reader, PRECISION, inner) * kept
+        halving += 1
+
+    at, inside = of_matrix(dstates, chunk, first, V, K, BV, BK)
+    dmemory = tl.load(at, mask=inside, other=0.0)
+    at, inside = of_matrix(states, chunk, first, V, K, BV, BK)
+    memory = tl.load(at, mask=inside, other=0.0)
+    at, mask = of_matrix(errors, chunk, 0, V, C, BV, C)
+    dended = dot(tl.trans(tl.load(at, mask=mask, other=0.0)), dmemory, PRECISION)
+    carried = dot(tl.trans(memory), dmemory, PRECISION)
+    dended *= exp(sums(ones, LOG_C + AFTER, gate, C, PRECISION) - half)
+    if since > 0:
+        dended = tl.where(t[:, None] >= since, dended, 0.0)
+    if TYPE.is_fp16():
+        carried *= tl.load(at_scale, mask=channels < K, other=0.0)[None, :]
+    i = tl.arange(0, BK)
+    own = tl.where((i[:, None] == i[None, :]) & (until == C), carried, 0.0)
+    keys = tl.load(at_k, mask=mask_k, other=0.0)
+    written = b * keys * dended
+    total = tl.sum(written + own, 0) if BK == C else tl.sum(written, 0) + tl.sum(own, 0)  # one sum for two
+    dwriter += dended
+    found -= (b * keys) * dwriter
+    dwriter += itself * tl.load(at_q, mask=mask_k, other=0.0)
+    begin = block.to(tl.int64) * (num_chunks // (H * N)) * T * H
+    at, real = of_gates(dstep_size + begin, bh, n, T, H, C)
+    tl.store(at, tl.sum(dwriter * keys, 1), mask=real)
     at, mask_k = of_tokens(dk, bh, n, first, T, H, K, C, BK)
-    tl.store(at, (dkey + derase).to(TYPE), mask=mask_k)
+    tl.store(at, (derase + b * dwriter).to(TYPE), mask=mask_k)
 
     dgates = wide_sums(same, LOG_C + FROM, found, C, PRECISION) + total[None, :]
     if log_rate is not None:

@@ -184,15 +184,17 @@ def log_gates_gradient(gates, rate):
 
 
 @triton.jit
-def meets(halving, C: tl.constexpr):
-    """The pairs of tokens [C, C] that meet in a halving, the row's after the column's."""
-    t = tl.arange(0, C)
-    block = t >> halving
-    return ((block >> 1)[:, None] == (block >> 1)[None, :]) & (block[:, None] > block[None, :])
+def meets(halving, reader: tl.constexpr, C: tl.constexpr):
+    """The pairs of tokens [C, C] that meet in a halving, the one that reads in the row (or that writes)."""
+    block = tl.arange(0, C) >> halving
+    other = tl.where(block % 2 == (1 if reader else 0), block ^ 1, -1)
+    return other[:, None] == block[None, :]
 
 
 @triton.jit
-def together(log_size, C: tl.constexpr):
-    """The pairs of tokens [C, C] of a block of 2^log_size, the row's after the column's."""
+def together(log_size, reader: tl.constexpr, C: tl.constexpr):
+    """The same of the pairs in a block of 2^log_size tokens."""
     t = tl.arange(0, C)
-    return ((t >> log_size)[:, None] == (t >> log_size)[None, :]) & (t[:, None] > t[None, :])
+    block = t >> log_size
+    later = t[:, None] > t[None, :] if reader else t[:, None] < t[None, :]
+    return (block[:, None] == block[None, :]) & later
