@@ -200,6 +200,29 @@ def far_gradient(
     by_queries = of_square(dscores, chunk, C)
     by_keys = by_queries + num_chunks.to(tl.int64) * (C * C)
 
+    summed = sums(ones, LOG_C + WITHIN + log_size, gate, C, PRECISION)
+    kept = exp(summed)
+    left = exp(-summed)
+    earlier, later = together(log_size, False, C), together(log_size, True, C)
+    writer = (tl.load(at_k, mask=mask_k, other=0.0) * left).to(TYPE)
+    dread = dot(by_pairs(by_queries, later, TYPE), writer, PRECISION) * kept
+    derase = dot(by_pairs(by_keys, later, TYPE), writer, PRECISION) * kept
+    reader = (tl.load(at_q, mask=mask_k, other=0.0) * kept).to(TYPE)
+    dwriter = dot(by_pairs(by_queries, earlier, TYPE), reader, PRECISION)
+    reader = (tl.load(at_k, mask=mask_k, other=0.0) * kept).to(TYPE)
+    dwriter = dot(by_pairs(by_keys, earlier, TYPE), reader, PRECISION, dwriter) * left
+    halving = log_size
+    while halving < LOG_C:
+        kept = exp(sums(ones, halving, gate, C, PRECISION))
+        earlier, later = meets(halving, False, C), meets(halving, True, C)
+        keys = (tl.load(at_k, mask=mask_k, other=0.0) * kept).to(TYPE)
+        dread += dot(by_pairs(by_queries, later, TYPE), keys, PRECISION) * kept
+        derase += dot(by_pairs(by_keys, later, TYPE), keys, PRECISION) * kept
+        queries = (tl.load(at_q, mask=mask_k, other=0.0) * kept).to(TYPE)
+        inner = dot(by_pairs(by_queries, earlier, TYPE), queries, PRECISION)
+        dwriter += dot(by_pairs(by_keys, earlier, TYPE), keys, PRECISION, inner) * kept
+        halving += 1
+
     half = tl.load(at_scale + K, mask=channels < K, other=0.0)[None, :]
     at, inside = of_matrix(states, chunk, first, V, K, BV, BK)
     memory = tl.load(at, mask=inside, other=0.0)
@@ -207,23 +230,9 @@ def far_gradient(
     if until < C:
         left = tl.where(t[:, None] < until, left, 0.0)
     at, mask = of_tokens(do, bh, n, 0, T, H, V, C, BV)
-    dread = dot(tl.load(at, mask=mask, other=0.0), memory, PRECISION) * left
+    dread += dot(tl.load(at, mask=mask, other=0.0), memory, PRECISION) * left
     at, mask = of_tokens(dv, bh, n, 0, T, H, V, C, BV)
-    derase = -dot(tl.load(at, mask=mask, other=0.0), memory, PRECISION) * left
-    summed = sums(ones, LOG_C + WITHIN + log_size, gate, C, PRECISION)
-    kept = exp(summed)
-    pairs = together(log_size, True, C)
-    writer = (tl.load(at_k, mask=mask_k, other=0.0) * exp(-summed)).to(TYPE)
-    dread += dot(by_pairs(by_queries, pairs, TYPE), writer, PRECISION) * kept
-    derase += dot(by_pairs(by_keys, pairs, TYPE), writer, PRECISION) * kept
-    halving = log_size
-    while halving < LOG_C:
-        kept = exp(sums(ones, halving, gate, C, PRECISION))
-        pairs = meets(halving, True, C)
-        writer = (tl.load(at_k, mask=mask_k, other=0.0) * kept).to(TYPE)
-        dread += dot(by_pairs(by_queries, pairs, TYPE), writer, PRECISION) * kept
-        derase += dot(by_pairs(by_keys, pairs, TYPE), writer, PRECISION) * kept
-        halving += 1
+    derase -= dot(tl.load(at, mask=mask, other=0.0), memory, PRECISION) * left
     keys = tl.load(at_k, mask=mask_k, other=0.0)
     found = tl.load(at_q, mask=mask_k, other=0.0) * dread + keys * derase
     at, real = of_gates(step_size, bh, n, T, H, C)
@@ -232,23 +241,6 @@ def far_gradient(
     itself = tl.load(at, mask=real, other=0.0)[:, None]
     at, mask_k = of_tokens(dq, bh, n, first, T, H, K, C, BK)
     tl.store(at, (dread + itself * b * keys).to(TYPE), mask=mask_k)
-
-    summed = sums(ones, LOG_C + WITHIN + log_size, gate, C, PRECISION)
-    kept = exp(summed)
-    pairs = together(log_size, False, C)
-    reader = (tl.load(at_q, mask=mask_k, other=0.0) * kept).to(TYPE)
-    inner = dot(by_pairs(by_queries, pairs, TYPE), reader, PRECISION)
-    reader = (tl.load(at_k, mask=mask_k, other=0.0) * kept).to(TYPE)
-    dwriter = dot(by_pairs(by_keys, pairs, TYPE), reader, PRECISION, inner) * exp(-summed)
-    halving = log_size
-    while halving < LOG_C:
-        kept = exp(sums(ones, halving, gate, C, PRECISION))
-        pairs = meets(halving, False, C)
-        reader = (tl.load(at_q, mask=mask_k, other=0.0) * kept).to(TYPE)
-        inner = dot(by_pairs(by_queries, pairs, TYPE), reader, PRECISION)
-        reader = (tl.load(at_k, mask=mask_k, other=0.0) * kept).to(TYPE)
-        dwriter += dot(by_pairs(by_keys, pairs, TYPE), reader, PRECISION, inner) * kept
-        halving += 1
 
     at, inside = of_matrix(dstates, chunk, first, V, K, BV, BK)
     dmemory = tl.load(at, mask=inside, other=0.0)
