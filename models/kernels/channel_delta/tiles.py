@@ -45,7 +45,7 @@ def reach(TYPE: tl.constexpr):
 @triton.jit
 def reach_of_blocks(TYPE: tl.constexpr):
     """The same of blocks of tokens."""
-    return 12.0 if TYPE.is_fp16() else reach(TYPE)
+    return 12.0 if TYPE.is_fp16() else 0.5 * MOST if TYPE.is_fp32() else reach(TYPE)
 
 
 @triton.jit
