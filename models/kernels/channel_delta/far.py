@@ -273,7 +273,7 @@ def far_gradient(
         gate = tl.load(at_gate, mask=mask_k, other=0.0).to(tl.float32)
         dgates = tl.where(gate > LEAST, dgates, 0.0)  # none of a gate that is closed
         row = bh // H * N + n
-        rates = tl.sum(tl.sum(dgates * gate, 1), 0)
+        rates = tl.sum(dgates * gate)
         tl.store(drate + (row * BLOCKS + block).to(tl.int64) * H + bh % H, rates)
         dgates *= log_gates_gradient(gate, tl.exp(tl.load(log_rate + bh % H)))
         at = dbias + row.to(tl.int64) * (H * K) + bh % H * K + channels

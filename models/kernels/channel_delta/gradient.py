@@ -142,7 +142,7 @@ def gradient(
             dgates = tl.where(gate > LEAST, dgates, 0.0)
         gate = gate.to(tl.float32)
         row = bh // H * N + n
-        rates = tl.sum(tl.sum(dgates * gate, 1), 0)
+        rates = tl.sum(dgates * gate)
         tl.store(drate + (row * BLOCKS + block).to(tl.int64) * H + bh % H, rates)
         dgates *= log_gates_gradient(gate, tl.exp(tl.load(log_rate + bh % H)))
         at = dbias + row.to(tl.int64) * (H * K) + bh % H * K + channels
