@@ -18,6 +18,7 @@ from models.kernels.channel_delta.tiles import (
     AFTER,
     FROM,
     LEAST,
+    LOG_GROUP,
     UP_TO,
     WITHIN,
     begins,
@@ -139,9 +140,23 @@ def far_scores_gradient(
 
 
 @triton.jit
-def by_pairs(at_dscores, pairs, TYPE: tl.constexpr):
-    """Gradients by scores of some pairs of tokens [C, C], 0 elsewhere."""
-    return tl.where(pairs, tl.load(at_dscores), 0.0).to(TYPE)
+def meet(by_queries, by_keys, halving, q, k, mask, ones, gate, sums3, SINGLE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds."""
+    dread, derase, dwriter = sums3
+    kept = exp(sums(ones, halving, gate, C, PRECISION))
+    reads = tl.where(tl.arange(0, C) >> halving & 1 == 1, 1.0, 0.0)[:, None]
+    pairs = meets(halving, SINGLE, C)
+    keys = tl.load(k, mask=mask, other=0.0) * kept
+    queries = tl.load(q, mask=mask, other=0.0) * kept
+    dscores = tl.load(by_queries, mask=pairs, other=0.0)
+    met = dot(dscores, tl.where(reads > 0.0, queries, keys).to(dscores.dtype), PRECISION) * kept
+    dread += met * reads
+    dwriter += met * (1.0 - reads)
+    dscores = tl.load(by_keys, mask=pairs, other=0.0)
+    met = dot(dscores, keys.to(dscores.dtype), PRECISION) * kept
+    derase += met * reads
+    dwriter += met * (1.0 - reads)
+    return dread, derase, dwriter
 
 
 @triton.jit
@@ -185,6 +200,7 @@ def far_gradient(
     log_size = log_size_at(sizes, chunk, first, K, FLAGS)
     if log_size == LOG_C:
         return
+    log_size = tl.where(log_size < LOG_GROUP, 0, log_size)
     num_chunks = tl.num_programs(0) // BLOCKS
     TYPE: tl.constexpr = k.dtype.element_ty
     t, channels = tl.arange(0, C), first + tl.arange(0, BK)
@@ -203,24 +219,29 @@ def far_gradient(
     summed = sums(ones, LOG_C + WITHIN + log_size, gate, C, PRECISION)
     kept = exp(summed)
     left = exp(-summed)
-    earlier, later = together(log_size, False, C), together(log_size, True, C)
+    block_of = tl.max_constancy(t >> tl.maximum(log_size, LOG_GROUP), 8)
+    rows = tl.max_constancy(tl.where(log_size > 0, block_of, -1), 8)
+    together = rows[:, None] == block_of[None, :]
+    later = t[:, None] > t[None, :]
     writer = (tl.load(at_k, mask=mask_k, other=0.0) * left).to(TYPE)
-    dread = dot(by_pairs(by_queries, later, TYPE), writer, PRECISION) * kept
-    derase = dot(by_pairs(by_keys, later, TYPE), writer, PRECISION) * kept
+    dscores = tl.load(by_queries, mask=together, other=0.0)
+    dread = dot(tl.where(later, dscores, 0.0).to(TYPE), writer, PRECISION) * kept
     reader = (tl.load(at_q, mask=mask_k, other=0.0) * kept).to(TYPE)
-    dwriter = dot(by_pairs(by_queries, earlier, TYPE), reader, PRECISION)
+    dwriter = dot(tl.where(later, 0.0, dscores).to(TYPE), reader, PRECISION)
+    dscores = tl.load(by_keys, mask=together, other=0.0)
+    derase = dot(tl.where(later, dscores, 0.0).to(TYPE), writer, PRECISION) * kept
     reader = (tl.load(at_k, mask=mask_k, other=0.0) * kept).to(TYPE)
-    dwriter = dot(by_pairs(by_keys, earlier, TYPE), reader, PRECISION, dwriter) * left
+    dwriter = dot(tl.where(later, 0.0, dscores).to(TYPE), reader, PRECISION, dwriter) * left
     halving = log_size
+    while halving < LOG_GROUP:
+        dread, derase, dwriter = meet(
+            by_queries, by_keys, halving, at_q, at_k, mask_k, ones, gate, (dread, derase, dwriter), True, C, PRECISION
+        )
+        halving += 1
     while halving < LOG_C:
-        kept = exp(sums(ones, halving, gate, C, PRECISION))
-        earlier, later = meets(halving, False, C), meets(halving, True, C)
-        keys = (tl.load(at_k, mask=mask_k, other=0.0) * kept).to(TYPE)
-        dread += dot(by_pairs(by_queries, later, TYPE), keys, PRECISION) * kept
-        derase += dot(by_pairs(by_keys, later, TYPE), keys, PRECISION) * kept
-        queries = (tl.load(at_q, mask=mask_k, other=0.0) * kept).to(TYPE)
-        inner = dot(by_pairs(by_queries, earlier, TYPE), queries, PRECISION)
-        dwriter += dot(by_pairs(by_keys, earlier, TYPE), keys, PRECISION, inner) * kept
+        dread, derase, dwriter = meet(
+            by_queries, by_keys, halving, at_q, at_k, mask_k, ones, gate, (dread, derase, dwriter), False, C, PRECISION
+        )
         halving += 1
 
     half = tl.load(at_scale + K, mask=channels < K, other=0.0)[None, :]

@@ -183,17 +183,21 @@ def log_gates_gradient(gates, rate):
     return -rate * tl.where(x > -0.03, small, 1 - exp(x))
 
 
+LOG_GROUP = tl.constexpr(3)
+
+
 @triton.jit
-def meets(halving, reader: tl.constexpr, C: tl.constexpr):
-    """The pairs of tokens [C, C] that meet in a halving, the one that reads in the row (or that writes)."""
+def meets(halving, SINGLE: tl.constexpr, C: tl.constexpr):
+    """The pairs of tokens [C, C] that meet in a halving."""
     block = tl.arange(0, C) >> halving
-    other = tl.where(block % 2 == (1 if reader else 0), block ^ 1, -1)
-    return other[:, None] == block[None, :]
+    if not SINGLE:
+        block = tl.max_constancy(block, 8)
+    return (block ^ 1)[:, None] == block[None, :]
 
 
 @triton.jit
 def together(log_size, reader: tl.constexpr, C: tl.constexpr):
-    """The same of the pairs in a block of 2^log_size tokens."""
+    """The pairs of tokens [C, C] of a block of 2^log_size, the later one in the row (or the earlier one)."""
     t = tl.arange(0, C)
     block = t >> log_size
     later = t[:, None] > t[None, :] if reader else t[:, None] < t[None, :]
