@@ -23,6 +23,7 @@ from models.kernels.channel_delta.tiles import (
     WITHIN,
     begins,
     exp,
+    log2_from,
     log_gates_gradient,
     log_size_at,
     log_size_of,
@@ -105,7 +106,7 @@ def far_scores_gradient(
     T, N, H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, FLAGS: tl.constexpr,
     BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """W = dO U^T or X = -dV U^T: times b in the rows of readers, and transposed, without b, in those of writers."""
+    """W = dO U^T or X = -dV U^T: below the diagonal, which is 0, times b, and above it transposed, without b."""
     of_queries = tl.program_id(0) % 2 == 0
     bh, n = place(tl.program_id(0) // 2, N, H)
     chunk = bh * N + n
@@ -128,7 +129,7 @@ def far_scores_gradient(
     by_readers = dot(given, error, PRECISION) * b[None, :]
     by_writers = dot(tl.trans(error), tl.trans(given), PRECISION)
     later = t[:, None] > t[None, :]
-    found = sign * tl.where(later, by_readers, by_writers)
+    found = tl.where(t[:, None] == t[None, :], 0.0, sign * tl.where(later, by_readers, by_writers))
     if starts is not None:
         _, since = of_starts(starts, bh, n, N, H, C)
         if since > 0:
@@ -247,7 +248,7 @@ def far_gradient(
     half = tl.load(at_scale + K, mask=channels < K, other=0.0)[None, :]
     at, inside = of_matrix(states, chunk, first, V, K, BV, BK)
     memory = tl.load(at, mask=inside, other=0.0)
-    left = exp(sums(ones, LOG_C + UP_TO, gate, C, PRECISION) - half)
+    left = tl.exp2(log2_from(sums(ones, LOG_C + UP_TO, gate, C, PRECISION), half, TYPE))
     if until < C:
         left = tl.where(t[:, None] < until, left, 0.0)
     at, mask = of_tokens(do, bh, n, 0, T, H, V, C, BV)
@@ -270,7 +271,7 @@ def far_gradient(
     at, mask = of_matrix(errors, chunk, 0, V, C, BV, C)
     dended = dot(tl.trans(tl.load(at, mask=mask, other=0.0)), dmemory, PRECISION)
     carried = dot(tl.trans(memory), dmemory, PRECISION)
-    dended *= exp(sums(ones, LOG_C + AFTER, gate, C, PRECISION) - half)
+    dended *= tl.exp2(log2_from(sums(ones, LOG_C + AFTER, gate, C, PRECISION), half, TYPE))
     if since > 0:
         dended = tl.where(t[:, None] >= since, dended, 0.0)
     if TYPE.is_fp16():

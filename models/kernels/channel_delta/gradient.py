@@ -14,7 +14,7 @@ from models.kernels.channel_delta.tiles import (
     LEAST,
     UP_TO,
     begins,
-    exp,
+    log2_from,
     log_gates_gradient,
     log_size_at,
     of_rows,
@@ -110,8 +110,8 @@ def gradient(
     dwrite = dot(tl.trans(by_queries), read, PRECISION, dwrite)
     dwrite = dot(tl.trans(by_keys), erase, PRECISION, dwrite)
     found = -write * dwrite
-    faded = sums(ones, LOG_C + UP_TO, opened, C, PRECISION) - half
-    left = exp(-faded)
+    faded = log2_from(sums(ones, LOG_C + UP_TO, opened, C, PRECISION), half, TYPE)
+    left = tl.exp2(-faded)
     dwrite *= left
     begin = block.to(tl.int64) * (tl.num_programs(0) // (BLOCKS * H * N)) * T * H
     at, real = of_gates(dstep_size + begin, bh, n, T, H, C)
@@ -119,7 +119,7 @@ def gradient(
     at, real = of_gates(step_size, bh, n, T, H, C)
     dkey = tl.load(at, mask=real, other=0.0)[:, None] * dwrite
 
-    kept = exp(faded)
+    kept = tl.exp2(faded)
     dread = dot(doutput, memory, PRECISION)
     if until < C:
         dread = tl.where(t[:, None] < until, dread, 0.0)

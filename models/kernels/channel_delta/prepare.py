@@ -12,7 +12,7 @@ from models.kernels.channel_delta.tiles import (
     WITHIN,
     begins,
     bound,
-    exp,
+    log2_from,
     log_gates,
     log_size_of,
     of_starts,
@@ -64,10 +64,6 @@ def fade(
     t = tl.arange(0, C)
     at, real = of_gates(step_size, bh, n, T, H, C)
     b = tl.load(at, mask=real, other=0.0)
-    at_k, mask = of_tokens(k, bh, n, first, T, H, K, C, BK)
-    keys = tl.load(at_k, mask=mask, other=0.0)
-    at_k, mask = of_tokens(q, bh, n, first, T, H, K, C, BK)
-    queries = tl.load(at_k, mask=mask, other=0.0)
     at_gates, mask = of_tokens(gates, bh, n, first, T, H, K, C, BK)
     if segments is not None:
         token = n * C + t
@@ -101,12 +97,16 @@ def fade(
     if not TYPE.is_fp16():
         tl.store(at, tl.exp(half), mask=channels < K)
     tl.store(at + K, half, mask=channels < K)
-    left = exp(sums(ones, LOG_C + UP_TO, gate, C, PRECISION) - half[None, :])
+    at_k, mask = of_tokens(k, bh, n, first, T, H, K, C, BK)
+    keys = tl.load(at_k, mask=mask, other=0.0)
+    at_k, mask = of_tokens(q, bh, n, first, T, H, K, C, BK)
+    queries = tl.load(at_k, mask=mask, other=0.0)
+    left = tl.exp2(log2_from(sums(ones, LOG_C + UP_TO, gate, C, PRECISION), half[None, :], TYPE))
     at_k, mask = of_tokens(reads, bh, n, first, T, H, K, C, BK)
     tl.store(at_k, (queries * left).to(TYPE), mask=mask)
     at_k, mask = of_tokens(erases, bh, n, first, T, H, K, C, BK)
     tl.store(at_k, (keys * left).to(TYPE), mask=mask)
-    left = exp(sums(ones, LOG_C + AFTER, gate, C, PRECISION) - half[None, :]) * b[:, None]
+    left = tl.exp2(log2_from(sums(ones, LOG_C + AFTER, gate, C, PRECISION), half[None, :], TYPE)) * b[:, None]
     at_k, mask = of_tokens(writes, bh, n, first, T, H, K, C, BK)
     tl.store(at_k, (keys * left).to(TYPE), mask=mask)
     log_size, far = LOG_C, tl.min(total, 0) < -REACH
