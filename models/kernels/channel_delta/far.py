@@ -239,11 +239,10 @@ def far_gradient(
             by_queries, by_keys, halving, at_q, at_k, mask_k, ones, gate, (dread, derase, dwriter), True, C, PRECISION
         )
         halving += 1
-    while halving < LOG_C:
+    for halving in tl.range(tl.maximum(log_size, LOG_GROUP), LOG_C):
         dread, derase, dwriter = meet(
             by_queries, by_keys, halving, at_q, at_k, mask_k, ones, gate, (dread, derase, dwriter), False, C, PRECISION
         )
-        halving += 1
 
     half = tl.load(at_scale + K, mask=channels < K, other=0.0)[None, :]
     at, inside = of_matrix(states, chunk, first, V, K, BV, BK)

@@ -36,7 +36,7 @@ SINGLE = {
     "gradient": Configuration(16, 4, 1),
     "far_scores": Configuration(64, 4, 1),
     "far_scores_gradient": Configuration(0, 4, 1),
-    "far_gradient": Configuration(16, 4, 1),
+    "far_gradient": Configuration(16, 4, 2),
 }
 WHOLE_SHARED = 201 << 10  # of a scan by delta/launch.py's WHOLE
 LOG_CHUNK = CHUNK.bit_length() - 1
