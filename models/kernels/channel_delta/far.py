@@ -75,7 +75,7 @@ def far_scores(
         kept = exp(sums(ones, halving, gate, C, PRECISION))
         keys = (tl.load(at_k, mask=mask, other=0.0) * kept).to(TYPE)
         queries = (tl.load(at_q, mask=mask, other=0.0) * kept).to(TYPE)
-        pairs = meets(halving, True, C)
+        pairs = meets(halving, False, C)
         system = tl.where(pairs, dot(keys, tl.trans(keys), PRECISION), system)
         found = tl.where(pairs, dot(queries, tl.trans(keys), PRECISION), found)
         halving += 1
@@ -141,23 +141,34 @@ def far_scores_gradient(
 
 
 @triton.jit
-def meet(by_queries, by_keys, halving, q, k, mask, ones, gate, sums3, SINGLE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
-    """Adds."""
-    dread, derase, dwriter = sums3
+def add_met(
+    dread,  # [C, BK]
+    derase,  # [C, BK]
+    dwriter,  # [C, BK]
+    q,  # addresses [C, BK]
+    k,  # addresses [C, BK]
+    mask_k,
+    by_queries,  # addresses [C, C]
+    by_keys,  # addresses [C, C]
+    gate,  # [C, BK]
+    ones,
+    halving, GROUPS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of what reads, erases and writes, and what a halving adds to them. A token either reads in it, or
+    it writes: so a product has a row for the one or for the other, of queries that met keys and keys that met queries.
+    """
     kept = exp(sums(ones, halving, gate, C, PRECISION))
     reads = tl.where(tl.arange(0, C) >> halving & 1 == 1, 1.0, 0.0)[:, None]
-    pairs = meets(halving, SINGLE, C)
-    keys = tl.load(k, mask=mask, other=0.0) * kept
-    queries = tl.load(q, mask=mask, other=0.0) * kept
+    pairs = meets(halving, GROUPS, C)
+    keys = tl.load(k, mask=mask_k, other=0.0) * kept
+    queries = tl.load(q, mask=mask_k, other=0.0) * kept
     dscores = tl.load(by_queries, mask=pairs, other=0.0)
     met = dot(dscores, tl.where(reads > 0.0, queries, keys).to(dscores.dtype), PRECISION) * kept
     dread += met * reads
     dwriter += met * (1.0 - reads)
     dscores = tl.load(by_keys, mask=pairs, other=0.0)
     met = dot(dscores, keys.to(dscores.dtype), PRECISION) * kept
-    derase += met * reads
-    dwriter += met * (1.0 - reads)
-    return dread, derase, dwriter
+    return dread, derase + met * reads, dwriter + met * (1.0 - reads)
 
 
 @triton.jit
@@ -201,7 +212,7 @@ def far_gradient(
     log_size = log_size_at(sizes, chunk, first, K, FLAGS)
     if log_size == LOG_C:
         return
-    log_size = tl.where(log_size < LOG_GROUP, 0, log_size)
+    log_size = tl.where(log_size < LOG_GROUP, 0, log_size)  # where a token alone has no pairs
     num_chunks = tl.num_programs(0) // BLOCKS
     TYPE: tl.constexpr = k.dtype.element_ty
     t, channels = tl.arange(0, C), first + tl.arange(0, BK)
@@ -220,28 +231,26 @@ def far_gradient(
     summed = sums(ones, LOG_C + WITHIN + log_size, gate, C, PRECISION)
     kept = exp(summed)
     left = exp(-summed)
-    block_of = tl.max_constancy(t >> tl.maximum(log_size, LOG_GROUP), 8)
-    rows = tl.max_constancy(tl.where(log_size > 0, block_of, -1), 8)
-    together = rows[:, None] == block_of[None, :]
+    pairs = together(log_size, C)
     later = t[:, None] > t[None, :]
     writer = (tl.load(at_k, mask=mask_k, other=0.0) * left).to(TYPE)
-    dscores = tl.load(by_queries, mask=together, other=0.0)
+    dscores = tl.load(by_queries, mask=pairs, other=0.0)
     dread = dot(tl.where(later, dscores, 0.0).to(TYPE), writer, PRECISION) * kept
     reader = (tl.load(at_q, mask=mask_k, other=0.0) * kept).to(TYPE)
     dwriter = dot(tl.where(later, 0.0, dscores).to(TYPE), reader, PRECISION)
-    dscores = tl.load(by_keys, mask=together, other=0.0)
+    dscores = tl.load(by_keys, mask=pairs, other=0.0)
     derase = dot(tl.where(later, dscores, 0.0).to(TYPE), writer, PRECISION) * kept
     reader = (tl.load(at_k, mask=mask_k, other=0.0) * kept).to(TYPE)
     dwriter = dot(tl.where(later, 0.0, dscores).to(TYPE), reader, PRECISION, dwriter) * left
     halving = log_size
     while halving < LOG_GROUP:
-        dread, derase, dwriter = meet(
-            by_queries, by_keys, halving, at_q, at_k, mask_k, ones, gate, (dread, derase, dwriter), True, C, PRECISION
+        dread, derase, dwriter = add_met(
+            dread, derase, dwriter, at_q, at_k, mask_k, by_queries, by_keys, gate, ones, halving, False, C, PRECISION
         )
         halving += 1
     for halving in tl.range(tl.maximum(log_size, LOG_GROUP), LOG_C):
-        dread, derase, dwriter = meet(
-            by_queries, by_keys, halving, at_q, at_k, mask_k, ones, gate, (dread, derase, dwriter), False, C, PRECISION
+        dread, derase, dwriter = add_met(
+            dread, derase, dwriter, at_q, at_k, mask_k, by_queries, by_keys, gate, ones, halving, True, C, PRECISION
         )
 
     half = tl.load(at_scale + K, mask=channels < K, other=0.0)[None, :]

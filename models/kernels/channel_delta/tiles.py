@@ -197,26 +197,26 @@ def log_gates(raw, bias, log_rate, head, first, K: tl.constexpr, BK: tl.constexp
 def log_gates_gradient(gates, rate):
     """By raw [C, BK], for 1 by the log gates: -rate sigmoid(raw + bias), which is 1 - e^(log gate / rate) of them."""
     x = gates * (1 / rate)
-    small = -x * (1 + x * (0.5 + x * (1 / 6 + x / 24)))
+    small = -x * (1 + x * (0.5 + x * (1 / 6)))
     return -rate * tl.where(x > -0.03, small, 1 - exp(x))
 
 
-LOG_GROUP = tl.constexpr(3)
+LOG_GROUP = tl.constexpr(3)  # of a group of tokens: a load of 16 bytes has as many numbers of 16 bits
 
 
 @triton.jit
-def meets(halving, SINGLE: tl.constexpr, C: tl.constexpr):
-    """The pairs of tokens [C, C] that meet in a halving."""
+def meets(halving, GROUPS: tl.constexpr, C: tl.constexpr):
+    """The pairs of tokens [C, C] that meet in a halving. GROUPS: if it is of whole groups of tokens, so that one bit is
+    enough of a mask for 8 numbers that are loaded."""
     block = tl.arange(0, C) >> halving
-    if not SINGLE:
+    if GROUPS:
         block = tl.max_constancy(block, 8)
     return (block ^ 1)[:, None] == block[None, :]
 
 
 @triton.jit
-def together(log_size, reader: tl.constexpr, C: tl.constexpr):
-    """The pairs of tokens [C, C] of a block of 2^log_size, the later one in the row (or the earlier one)."""
-    t = tl.arange(0, C)
-    block = t >> log_size
-    later = t[:, None] > t[None, :] if reader else t[:, None] < t[None, :]
-    return (block[:, None] == block[None, :]) & later
+def together(log_size, C: tl.constexpr):
+    """The pairs of tokens [C, C] of a block of 2^log_size, which is of whole groups, or no pair if log_size is 0."""
+    block = tl.max_constancy(tl.arange(0, C) >> tl.maximum(log_size, LOG_GROUP), 8)
+    rows = tl.max_constancy(tl.where(log_size > 0, block, -1), 8)
+    return rows[:, None] == block[None, :]
