@@ -28,6 +28,7 @@ from models.kernels.channel_delta.tiles import (
     log_size_at,
     log_size_of,
     meets,
+    of_rows,
     of_starts,
     sums,
     together,
@@ -228,6 +229,10 @@ def far_gradient(
     by_queries = of_square(dscores, chunk, C)
     by_keys = by_queries + num_chunks.to(tl.int64) * (C * C)
 
+    at, inside = of_rows(states, chunk, first, V, K, BV, BK)
+    memory = tl.load(at, mask=inside, other=0.0)
+    at, inside = of_rows(dstates, chunk, first, V, K, BV, BK)
+    dmemory = tl.load(at, mask=inside, other=0.0)
     summed = sums(ones, LOG_C + WITHIN + log_size, gate, C, PRECISION)
     kept = exp(summed)
     left = exp(-summed)
@@ -254,8 +259,6 @@ def far_gradient(
         )
 
     half = tl.load(at_scale + K, mask=channels < K, other=0.0)[None, :]
-    at, inside = of_matrix(states, chunk, first, V, K, BV, BK)
-    memory = tl.load(at, mask=inside, other=0.0)
     left = tl.exp2(log2_from(sums(ones, LOG_C + UP_TO, gate, C, PRECISION), half, TYPE))
     if until < C:
         left = tl.where(t[:, None] < until, left, 0.0)
@@ -272,11 +275,7 @@ def far_gradient(
     at, mask_k = of_tokens(dq, bh, n, first, T, H, K, C, BK)
     tl.store(at, (dread + itself * b * keys).to(TYPE), mask=mask_k)
 
-    at, inside = of_matrix(dstates, chunk, first, V, K, BV, BK)
-    dmemory = tl.load(at, mask=inside, other=0.0)
-    at, inside = of_matrix(states, chunk, first, V, K, BV, BK)
-    memory = tl.load(at, mask=inside, other=0.0)
-    at, mask = of_matrix(errors, chunk, 0, V, C, BV, C)
+    at, mask = of_rows(errors, chunk, 0, V, C, BV, C)
     dended = dot(tl.trans(tl.load(at, mask=mask, other=0.0)), dmemory, PRECISION)
     carried = dot(tl.trans(memory), dmemory, PRECISION)
     dended *= tl.exp2(log2_from(sums(ones, LOG_C + AFTER, gate, C, PRECISION), half, TYPE))
