@@ -5,8 +5,7 @@
     far_gradient          gradient.py's `gradient`, of these, queries and keys
 
 Blocks of tokens in which all channels are near have one product, as a chunk that is near has. Their size is a power of
-two, by prepare.py's `fade`. Halvings down to it have one each. Loops load what they want, from the caches: held from
-before a loop it went to memory and back. Programs of chunks that are near end at once.
+two, by prepare.py's `fade`. Halvings down to it have one each. Programs of chunks that are near end at once.
 """
 
 from __future__ import annotations
@@ -198,7 +197,7 @@ def far_gradient(
     dbias,  # out, [B N, H K], to be summed, or None
     drate,  # out, [B N K / BK, H], to be summed, or None: by log_rate
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
-    FLAGS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    FLAGS: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """By keys that write: sum_t W_ti q_t + X_ti k_t, and with dS by the memory the chunk ends with, e^{c_C - c} U dS^T.
     The product of all that with k is the gradient by b, and b times it that by k. Then by queries, sum_i W_ti b_i k_i
@@ -210,7 +209,7 @@ def far_gradient(
     first = block * BK
     bh, n = place(tl.program_id(0) // BLOCKS, N, H)
     chunk = bh * N + n
-    log_size = log_size_at(sizes, chunk, first, K, FLAGS)
+    log_size = log_size_at(sizes, chunk, first, FLAGS, WIDTH)
     if log_size == LOG_C:
         return
     log_size = tl.where(log_size < LOG_GROUP, 0, log_size)  # where a token alone has no pairs

@@ -51,7 +51,7 @@ def gradient(
     dbias,  # out, [B N, H K], to be summed, or None
     drate,  # out, [B N K / BK, H], to be summed, or None: by log_rate
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
-    FLAGS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    FLAGS: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """By what scans multiply with, and from there by queries, keys and step sizes. A gate is in whatever is read at it
     or later and was written before it: products of each of those three with its gradient, summed from there on."""
@@ -60,7 +60,7 @@ def gradient(
     first = block * BK
     bh, n = place(tl.program_id(0) // BLOCKS, N, H)
     chunk = bh * N + n
-    if log_size_at(sizes, chunk, first, K, FLAGS) < LOG_C:
+    if log_size_at(sizes, chunk, first, FLAGS, WIDTH) < LOG_C:
         return
     TYPE: tl.constexpr = reads.dtype.element_ty
     t = tl.arange(0, C)

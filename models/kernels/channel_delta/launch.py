@@ -89,7 +89,8 @@ class Launch:
         self.BK, self.BV = (max(least, triton.next_power_of_2(width)) for width in (self.K, self.V))
         self.configurations = HALF if half else SINGLE
         self.common = {"C": CHUNK, "PRECISION": "tf32" if half else "tf32x3"}
-        self.flags = triton.cdiv(self.K, min(self.configurations["fade"].block, self.BK))
+        self.width = min(self.configurations["fade"].block, self.BK)
+        self.flags = triton.cdiv(self.K, self.width)
         self.sizes = (self.T, self.N, self.H, self.K, self.V)
         ones = (LOG_CHUNK + ORDERS, CHUNK, CHUNK)
         self.ones, self.same = q.new_empty(ones, dtype=dtype_of_gates(q)), q.new_empty(ones)
@@ -109,7 +110,7 @@ class Launch:
         """A kernel of all chunks at once. programs: of a chunk, None for one for each block of channels."""
         configuration = self.configurations[name]
         BK = min(configuration.block, self.BK)
-        further = {"FLAGS": self.flags, "LOG_C": LOG_CHUNK, "BK": BK}
+        further = {"FLAGS": self.flags, "WIDTH": self.width, "LOG_C": LOG_CHUNK, "BK": BK}
         sizes |= {name: size for name, size in further.items() if name in kernel.arg_names}
         kernel[self.B * self.H * self.N * (programs or triton.cdiv(self.K, BK)),](
             *tensors, *self.sizes[:4], **self.common, **sizes, **configuration.options

@@ -4,9 +4,9 @@ With a decay per channel, sum_j x_tj e^{c_tj - c_ij} y_ij is no product of two t
 any number. In a chunk that is near it is not, and two factors do, e^{c_t - m} and e^{m - c_i}, with m half of the sum
 of the chunk's gates. Where channels fade further there is a border r between two tokens, t >= r > i, and (x_t e^{c_t -
 c_r}) (y_i e^{c_r - c_i}): both factors are at most 1, whatever the gates. So a chunk is halved, and its halves, down to
-single tokens. In the halving at `size`, a pair of neighbouring blocks of so many tokens meets at its border, the first
-writes and the second reads, and each pair of tokens t > i is of one halving: that of the highest bit in which t and i
-differ.
+blocks of tokens that are near, if need be of one token. In a halving a pair of neighbouring blocks of 2^halving tokens
+meets at its border, the first writes and the second reads, and each pair of tokens t > i is of one halving: that of the
+highest bit in which t and i differ.
 
 A sum of gates is a product with zeros and ones. It has the gates between the two and no others, so that a gate that
 forgets, at a document's start, takes no digits of those after it.
@@ -21,8 +21,6 @@ from models.kernels.momentum.tiles import dot, of_square
 
 LEAST = tl.constexpr(-1000.0)  # for the log of a gate of 0, which is infinite
 MOST = tl.constexpr(64.0)  # |log| of a factor that bf16 and float32 hold with all digits of what it multiplies
-
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -53,7 +51,7 @@ def reach(TYPE: tl.constexpr):
 
 @triton.jit
 def reach_of_blocks(TYPE: tl.constexpr):
-    """The same of blocks of tokens."""
+    """The same of blocks of tokens, which many more of those sums are of."""
     return 12.0 if TYPE.is_fp16() else 0.5 * MOST if TYPE.is_fp32() else reach(TYPE)
 
 
@@ -64,9 +62,9 @@ def log_size_of(sizes, chunk, FLAGS: tl.constexpr):
 
 
 @triton.jit
-def log_size_at(sizes, chunk, first, K: tl.constexpr, FLAGS: tl.constexpr):
-    """The same of a block of channels, that of channel `first`."""
-    return tl.load(sizes + chunk * FLAGS + first // ((K + FLAGS - 1) // FLAGS))
+def log_size_at(sizes, chunk, first, FLAGS: tl.constexpr, WIDTH: tl.constexpr):
+    """The same of those WIDTH channels alone that channel `first` is of."""
+    return tl.load(sizes + chunk * FLAGS + first // WIDTH)
 
 
 @triton.jit
