@@ -5,7 +5,8 @@
     far_gradient          gradient.py's `gradient`, of these, queries and keys
 
 Blocks of tokens in which all channels are near have one product, as a chunk that is near has. Their size is a power of
-two, by prepare.py's `fade`. Halvings down to it have one each. Programs of chunks that are near end at once.
+two, by prepare.py's `fade`. Halvings down to it have one each. Loops load what they want, from the caches: held from
+before a loop it went to memory and back. Programs of chunks that are near end at once.
 """
 
 from __future__ import annotations
@@ -252,10 +253,11 @@ def far_gradient(
             dread, derase, dwriter, at_q, at_k, mask_k, by_queries, by_keys, gate, ones, halving, False, C, PRECISION
         )
         halving += 1
-    for halving in tl.range(tl.maximum(log_size, LOG_GROUP), LOG_C):
+    while halving < LOG_C:
         dread, derase, dwriter = add_met(
             dread, derase, dwriter, at_q, at_k, mask_k, by_queries, by_keys, gate, ones, halving, True, C, PRECISION
         )
+        halving += 1
 
     half = tl.load(at_scale + K, mask=channels < K, other=0.0)[None, :]
     left = tl.exp2(log2_from(sums(ones, LOG_C + UP_TO, gate, C, PRECISION), half, TYPE))
