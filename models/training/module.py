@@ -105,6 +105,7 @@ class Training(L.LightningModule):
             for block in self.model.blocks:
                 # rows are not padded to multiples of 128 bytes: a copy would take that off before each of our kernels
                 block.compile(options={"comprehensive_padding": False})
+            self.model.alike = True
         if self.device_mesh is not None:
             cast("Sharded", self.trainer.strategy).shard(self.model, self.model.blocks, ("sum_nats", "score"))
         self._sharded = True

@@ -1,7 +1,7 @@
 """Before the first step, a call of a few blocks of which nothing is wanted but that their kernels are compiled.
 
-They are compiled side by side (models/kernels/ahead.py), of a first block and of one of each kind, with the embedding
-before and the loss behind them, forward and backward, for the shapes of the first batch. In the step itself each would
+They are compiled side by side (models/kernels/ahead.py), of one block of each kind, with the embedding before and the
+loss behind them, forward and backward, for the shapes of the first batch. In the step itself each would
 be compiled when it is called, one after another. Blocks without kernels of their own are left out: they may want much
 memory where torch.compile does not fuse them, and have little to compile here.
 """
@@ -36,10 +36,9 @@ def rehearse(model: LanguageModel, loss: Callable[[], Tensor], device: torch.dev
 
 
 def of_each_kind(model: LanguageModel, device: torch.device, dtype: torch.dtype) -> list[Block]:
-    """The first block, which nothing is added to before, and the last of each kind, of those with kernels."""
-    last = {kind: i for i, kind in enumerate(model.config.layers)}
-    blocks = [model.blocks[i] for i in sorted({0, *last.values()})]
-    return [block for block in blocks if accelerated(block, device, dtype)]
+    """Blocks with kernels, one of each kind."""
+    each = dict(zip(model.config.layers, model.blocks, strict=True))
+    return [block for block in each.values() if accelerated(block, device, dtype)]
 
 
 def accelerated(block: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
