@@ -1,4 +1,4 @@
-"""Before the first step kernels are compiled side by side, and blocks of one kind are compiled once, at no other cost."""
+"""Before the first step kernels are compiled side by side, and a kind of block is compiled once, at no other cost."""
 
 from __future__ import annotations
 
