@@ -31,7 +31,7 @@ from models.training.optimizer import clip
 from models.training.parallel import DDP, Sharded
 from models.training.preemption import Preemption
 from models.training.recompute import Recompute
-from models.training.rehearsal import rehearse
+from models.training.rehearsal import rehearse, start_compilers
 from models.training.summary import say
 
 
@@ -99,6 +99,7 @@ class Training(L.LightningModule):
         if self._sharded:
             return
         if self.compile_blocks:
+            start_compilers()
             # which backend runs is settled before anything is compiled, not part of the graph
             for chooser in (Mixer, Regressor):
                 chooser.choose = torch.compiler.assume_constant_result(chooser.choose)

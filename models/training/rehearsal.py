@@ -35,6 +35,14 @@ def rehearse(model: LanguageModel, loss: Callable[[], Tensor], device: torch.dev
     torch.cuda.empty_cache()
 
 
+def start_compilers() -> None:
+    """The processes of torch.compile, which take seconds to begin: while they do it compiles in this one. It would
+    start them when it first has something for them."""
+    from torch._inductor.async_compile import maybe_warm_pool
+
+    maybe_warm_pool()
+
+
 def of_each_kind(model: LanguageModel, device: torch.device, dtype: torch.dtype) -> list[Block]:
     """Blocks with kernels, one of each kind."""
     each = dict(zip(model.config.layers, model.blocks, strict=True))
