@@ -1,4 +1,4 @@
-"""Kernels compiled side by side before the first of them is launched.
+"""Kernels compiled side by side, from before the first of them is launched.
 
 A layer's kernels are compiled one after another, each when it is first called: the next one is known only then, and
 Triton compiles on one core. So a layer is called once for nothing: where kernels would be launched they are handed to
@@ -23,8 +23,10 @@ from models.kernels import tuning
 
 @contextmanager
 def compiled() -> Iterator[None]:
-    """Kernels that are called here are compiled when it ends, and not launched. A compiler's error comes where the
-    kernel is launched. Backward passes too: autograd has threads of its own, and is kept from them."""
+    """Kernels that are called here are handed to the compiler, and not launched. What comes after this goes on at once,
+    unless there are kernels to be timed, and waits where it launches one that is not ready; there a compiler's error
+    comes too. Backward passes are called in this thread, in whose context kernels are handed on, not in autograd's.
+    """
     from triton.runtime import _async_compile
     from triton.runtime.jit import JITFunction
 
@@ -37,13 +39,17 @@ def compiled() -> Iterator[None]:
         return launch(self, *args, grid=grid, warmup=warmup or not places, **options)
 
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
-    with pool, _async_compile.AsyncCompileMode(pool, ignore_errors=True), tuning.untimed():
-        JITFunction.run = asked
-        try:
-            with torch.autograd.set_multithreading_enabled(False):
-                yield
-        finally:
-            JITFunction.run = launch
+    handed_on = _async_compile.AsyncCompileMode(pool)  # which would wait for all of them, where it is left by itself
+    handed_on.__enter__()
+    JITFunction.run = asked
+    unknown: list[Any] = []
+    try:
+        with tuning.untimed() as unknown, torch.autograd.set_multithreading_enabled(False):
+            yield
+    finally:
+        JITFunction.run = launch
+        _async_compile.active_mode.set(None)
+        pool.shutdown(wait=bool(unknown))
 
 
 def tensors(arguments: tuple[Any, ...]) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ import pytest
 
 from models.kernels import tuning
 
+FOLDER = tuning.FOLDER
 PLACE = ((9, 0), "3.7.1", "0.6.0")
 KEY = (4, 64, "torch.bfloat16")
 TABLE = {
@@ -152,3 +153,13 @@ def test_untimed_all_candidates_are_asked_for_and_timed_later(table):
     assert kernel.cache == {} and kernel.known == set()
     kernel.run(1, 2, grid=(3,), warmup=False, width=64)
     assert kernel.compiled == [4, 8, 4, 8, "timed"]
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_the_tables_can_be_read(path):
+    table = tuning.read(path)
+    assert table.gpu and len(table.capability) == 2 and table.launches
+    for name, launches in table.launches.items():
+        assert name.startswith("fla.")
+        for key, launch in launches.items():
+            assert ", " in key and {"num_warps", "num_stages", "num_ctas"} <= launch.keys()

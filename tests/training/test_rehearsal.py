@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,3 +118,24 @@ def test_the_backward_pass_is_in_the_same_thread(monkeypatch):
     with ahead.compiled():
         assert not torch.autograd.is_multithreading_enabled()
     assert torch.autograd.is_multithreading_enabled()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_compilers_are_waited_for_where_kernels_are_timed_then(known, monkeypatch):
+    """Timing wants the machine to itself."""
+    jit, asynchronous = (pytest.importorskip(f"triton.runtime.{name}") for name in ("jit", "_async_compile"))
+    monkeypatch.setattr(jit, "JITFunction", Function)
+    done, go_on, kernel = [], threading.Event(), SimpleNamespace(cache={"key": None})
+
+    def work():
+        go_on.wait(10)
+        done.append(1)
+
+    with ahead.compiled():
+        asynchronous.active_mode.get().executor.submit(work)
+        if not known:
+            tuning._unknown.append((kernel, "key"))
+            threading.Timer(0.2, go_on.set).start()
+    assert bool(done) is not known and (known or not kernel.cache)
+    assert asynchronous.active_mode.get() is None
+    go_on.set()
