@@ -23,9 +23,9 @@ from models.regression.regressor import Regressor
 
 
 def rehearse(model: LanguageModel, loss: Callable[[], Tensor], device: torch.device, dtype: torch.dtype) -> None:
-    """loss: of the first batch, in the precision of the run, whose products are in dtype. On a GPU alone. Leaves no
-    gradients."""
-    if device.type != "cuda" or not (few := of_each_kind(model, device, dtype)):
+    """loss: of the first batch, in the precision of the run, whose products are in dtype. On a GPU alone, and not where
+    autograd looks for NaN, which memory may hold. Leaves no gradients."""
+    if device.type != "cuda" or torch.is_anomaly_enabled() or not (few := of_each_kind(model, device, dtype)):
         return
     eager = torch.compiler.set_stance("force_eager")
     with torch.random.fork_rng([device]), eager, only(model, few), ahead.compiled():

@@ -60,6 +60,11 @@ def test_nothing_is_rehearsed_on_a_cpu():
     rehearse(hybrid(), lambda: pytest.fail("called"), torch.device("cpu"), torch.float32)
 
 
+def test_nothing_is_rehearsed_where_autograd_looks_for_nan(kernels):
+    with torch.autograd.set_detect_anomaly(True):
+        rehearse(hybrid(), lambda: pytest.fail("called"), GPU, HALF)
+
+
 @pytest.mark.parametrize("setting", ["none", "all", 1])
 def test_a_kind_of_block_is_compiled_once(setting):
     """Whether it comes first, is recomputed, or neither; and no gradient is another one."""
