@@ -126,8 +126,12 @@ def main() -> None:
                     call(layer, x)
                 seconds = f"{compiled - began:.1f} s to compile, {time.perf_counter() - compiled:.1f} to time"
                 print(f"{preset} {size}: {len(found) - before} kernels and keys, {seconds}", flush=True)
-                if len(found) > before:
+                if len(found) == before:
+                    continue
+                try:
                     output.write_text(written(added(output, launches(found))), encoding="utf-8")
+                except ValueError as error:
+                    sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
