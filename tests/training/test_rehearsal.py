@@ -86,6 +86,16 @@ def test_a_kind_of_block_is_compiled_once(setting):
     assert all(torch.allclose(x, y, rtol=1e-5, atol=1e-7) for x, y in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("preset", ["gated_delta", "titans_mac", "mesa", "yaad", "softmax"])
+def test_zeros_for_the_first_block_change_no_bit(preset):
+    m, given = model(preset), batch()
+    before, m.alike = gradients(m, *given), True
+    for setting in ("none", "all"):
+        Recompute(m, setting)
+        after = gradients(m, *given)
+        assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True)), setting
+
+
 class Function:
     """In place of Triton's JITFunction: what is called, and whether only to be compiled."""
 
