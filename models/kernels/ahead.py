@@ -3,8 +3,8 @@
 A layer's kernels are compiled one after another, each when it is first called: the next one is known only then, and
 Triton compiles on one core. So a layer is called once for nothing: where kernels would be launched they are handed to
 threads which compile, and the call goes on at once. What they would have written is whatever the memory held: nothing
-that comes of such a call may be kept for later ones. A kernel of integers alone is launched nevertheless: what it writes
-are places, by which others read.
+that comes of such a call may be kept for later ones. A kernel of integers alone is launched nevertheless: it writes
+places, by which others read.
 """
 
 from __future__ import annotations
