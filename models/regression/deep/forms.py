@@ -82,7 +82,6 @@ def deep_memory(
         if dual:
             given, steps = rule.weigh(*given), compiled_steps(rule) if compiled else steps
             fitted, fixed = rule.enter(fitted, fixed.base), Fixed(rule.enter(fixed.first, fixed.base), *fixed[1:])
-            fitted = each(partial(_Later.apply, v), fitted) if compiled else fitted
         if gates.window is not None:
             seen = () if state is None else state.pairs
             before, band, tails = in_slots(slots, k, v, gates.window, seen, segments, (products, dtype))
@@ -137,19 +136,6 @@ def advance(
         return rule.network.read(rule.products(chunk), q, fixed.norm), rule.carry(chunk)
     weights, fitted = rule.learn(chunk)
     return rule.network.read([partial(product, y=w) for w in weights], q, fixed.norm), fitted
-
-
-class _Later(torch.autograd.Function):
-    """x, as what the chunks after the first ones begin with: a tensor of its own, and with a gradient where v has one.
-    Else the first chunks would be compiled apart from the others."""
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[None, Tensor]:
-        return None, dx
 
 
 @cache

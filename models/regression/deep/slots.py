@@ -11,7 +11,6 @@ Shapes: B batch, T tokens, C places of a slot, N slots.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -114,8 +113,7 @@ def scan(
     remat: int,
     at_once: int = 1,
 ) -> tuple[list[Tensor], Any]:
-    """The same by `steps`, which takes some of them, `at_once`, in a row, and one by one those that are left in the
-    end: it may be compiled, for each number of them.
+    """The same by `steps`, which takes some of them, `at_once`, in a row; it may be compiled.
 
     remat: of so many steps together the backward pass computes once more what it needs, so that memory is needed for
     those and for the states between them (activation checkpointing); 0: never.
@@ -123,10 +121,8 @@ def scan(
 
     def several(state: Any, inputs: Sequence[Sequence[Any]]) -> tuple[list[Tensor], Any]:
         outputs = []
-        whole = len(inputs) // at_once * at_once
-        starts = [*range(0, whole, at_once), *range(whole, len(inputs))]
-        for n, end in pairwise([*starts, len(inputs)]):
-            some, state = steps(state, inputs[n:end])
+        for n in range(0, len(inputs), at_once):
+            some, state = steps(state, inputs[n : n + at_once])
             outputs += some
         return outputs, state
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from models.parts.sizes import Sizes
-from models.regression.deep import DeepMemory, forms
+from models.regression.deep import DeepMemory
 from models.regression.deep.forms import Call, deep_memory
 from models.regression.deep.network import SMOOTH, Network
 from models.regression.deep.retention import Entropic, Normed
@@ -254,24 +254,6 @@ def test_compiled_steps_are_the_steps(remat):
     settings = {"grad_batch": 8, "chunk": 8, "remat": remat, "segments": DOCUMENTS[:, :40] if remat else None}
     exact, found = (outcome(chunked_deep, Network(), start, inputs, compiled=x, **settings) for x in (False, True))
     assert largest_error(found, exact) < 1e-10
-
-
-def test_chunks_are_compiled_in_two_forms(monkeypatch):
-    """Four in one call, and one: ten slots take four calls, of which the first has no form of its own."""
-    graphs, compile_ = [], torch.compile
-
-    def compiler(graph, _):
-        graphs.append(graph)
-        return graph
-
-    monkeypatch.setattr(torch, "compile", lambda steps, **options: compile_(steps, backend=compiler, **options))
-    forms.compiled_steps.cache_clear()
-    start, inputs = draw(80)
-    exact, found = (
-        outcome(chunked_deep, Network(), start, inputs, compiled=x, grad_batch=8, chunk=8) for x in (False, True)
-    )
-    forms.compiled_steps.cache_clear()
-    assert len(graphs) == 2 and largest_error(found, exact) < 1e-10
 
 
 def test_autocast_changes_nothing():
