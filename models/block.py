@@ -216,6 +216,24 @@ class Block(nn.Module):
         return self.mixer.state_size(seq_len) + own
 
 
+class _Nothing(torch.autograd.Function):
+    """Zeros like x that count as made of it, and hand no gradient on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.zeros_like(x, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def nothing(x: Tensor) -> Tensor:
+    """For a block's y, where nothing is to be added to x: of the dtype of an update, and with a gradient as one has, so
+    that a block that torch.compile has compiled for the one is not compiled anew for the other."""
+    return _Nothing.apply(x, product_dtype(x))
+
+
 def add_and_norm(x: Tensor, y: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """x + y, and its norm: by a kernel where one can, in the dtype of the products to come."""
     if y is None:
