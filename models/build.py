@@ -82,8 +82,8 @@ def build(node: Any, *, targets: tuple[str, ...] = TARGETS, **settings: Any) -> 
 
 
 def problems(node: Any, path: str = "", targets: tuple[str, ...] = TARGETS) -> Iterator[str]:
-    """One sentence for every class that is not allowed and every setting that its class does not have, anywhere below
-    node.
+    """One sentence for every class that is not allowed, every setting that its class does not have, and every value
+    that is no number where one is wanted, or the like, anywhere below node.
     """
     if isinstance(node, DictConfig | ListConfig):
         node = OmegaConf.to_container(node, resolve=True)
@@ -137,6 +137,34 @@ def settings_of(target: Any) -> dict[str, inspect.Parameter]:
     return found
 
 
+KINDS = {  # by annotation, what a value has to be
+    "None": "null",
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a word",
+    "Sequence[int]": "a list of whole numbers",
+}
+
+
+def wanted(value: Any, annotation: str) -> str | None:
+    """What a setting annotated so must be, in words, if the value is something else: of `float | None`, "a number or
+    null". None if it may be so; a setting of another annotation, and a node, are not looked at."""
+    names = annotation.split(" | ")
+    if isinstance(value, dict) or value == "???" or not set(names) <= KINDS.keys():
+        return None
+    if any(_fits(value, name) for name in names):
+        return None
+    return " or ".join(KINDS[name] for name in sorted(names, key="None".__eq__))
+
+
+def _fits(value: Any, name: str) -> bool:
+    if name == "Sequence[int]":
+        return isinstance(value, list) and all(type(item) is int for item in value)
+    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "None": (type(None),)}
+    return isinstance(value, bool) if name == "bool" else isinstance(value, kinds[name]) and not isinstance(value, bool)
+
+
 def near(word: str, names: Iterable[str]) -> str | None:
     """The name that was probably meant: as many letters in the same order, the first above all (Winkler's measure);
     capitals and hyphens count for nothing."""
@@ -184,6 +212,10 @@ def _problems_of_target(node: dict[str, Any], path: str, targets: tuple[str, ...
         yield f"{here}._target_={name} is not allowed; it is not a class of {module}, which a config may name"
         return
     parameters = settings_of(target)
+    if f"{module}.".startswith(("models.", "data.", *own)):
+        for key, value in node.items():
+            if key in parameters and (kind := wanted(value, str(parameters[key].annotation))) is not None:
+                yield f"{path}.{key}={'null' if value is None else value} must be {kind}".lstrip(".")
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
     for key in node.keys() - HYDRA_KEYS - parameters.keys():

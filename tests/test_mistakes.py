@@ -35,6 +35,11 @@ SETTINGS = {"path": "data.corpus.path", "held_out": "data.corpus.validation"}
 
 # what is typed -> what is said
 CONFIGS = {
+    # settings of a part, which its class annotates
+    "model=yaad model.mixers.main.regressor.delta=null": "regressor.delta=null must be a number",
+    "model=memora model.mixers.main.regressor.mass=much": "regressor.mass=much must be a number or null",
+    "model=kda model.mixers.main.regressor.negative_eigenvalues=maybe": "eigenvalues=maybe must be true or false",
+    "model=tnt model.mixers.main.regressor.local_batches=[a]": "local_batches=['a'] must be a list of whole numbers",
     # numbers that can't be
     "seed=-1": "seed=-1 must be between 0 and 4294967295",
     "seed=4294967296": "seed=4294967296 must be between 0 and 4294967295",
