@@ -7,10 +7,13 @@ are B H apart, `rows` below.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.regression import halvings
 from models.regression.chunks import fades, from_chunks, into_chunks, unit_inverse
 from models.regression.regressor import FORGET
 
@@ -25,9 +28,9 @@ class ChunkedDelta(torch.autograd.Function):
             tensors = (q, k, v, b, log_decay, w)
             q, k, v, b, log_decay, w = (into_chunks(x, chunk, memory.dtype) for x in tensors)
             w = w if own else k
-            fade, start, end = fades(k, log_decay)
-            early = gradient_before_decay and log_decay is not None
-            fade_k, start_k = _before_decay(fade, start, log_decay) if early else (fade, start)
+            early, channels = gradient_before_decay and log_decay is not None, _per_channel(log_decay)
+            kept, start, end, start_k = _inside(k, log_decay, early)
+            fade, fade_k = _fades(kept, early, channels)
             R = unit_inverse(_scores(k, w, fade_k).mul_(b))
             Y = torch.bmm(R, k * (start_k * b))
             U = torch.bmm(R * b.mT, v)
@@ -41,8 +44,9 @@ class ChunkedDelta(torch.autograd.Function):
                 # 0 + S e^c, not by out=, which a graph of torch.export can't run where weights want gradients
                 S[there].addcmul_(S[here], whole[here]).baddbmm_(Z[here].mT, U[here])
             o = torch.bmm(q * start, S[:M]).baddbmm_(_scores(q, w, fade), U)
-        ctx.save_for_backward(q, k, w, v, b, fade, start, end, fade_k, start_k, R, Y, U, S)
+        ctx.save_for_backward(q, k, w, v, b, start, end, start_k, R, Y, U, S, *kept)
         ctx.like, ctx.has_decay, ctx.early, ctx.own = (B, T, H), log_decay is not None, early, own
+        ctx.channels = channels
         return from_chunks(o, ctx.like), S[M:].clone().unflatten(0, (B, H))
 
     @staticmethod
@@ -62,7 +66,8 @@ class ChunkedDelta(torch.autograd.Function):
         of these collects dc from its token to the end of the chunk. With a decay per channel no product is summed over
         channels.
         """
-        q, k, w, v, b, fade, start, end, fade_k, start_k, R, Y, U, S = ctx.saved_tensors
+        q, k, w, v, b, start, end, start_k, R, Y, U, S, *kept = ctx.saved_tensors
+        fade, fade_k = _fades(kept, ctx.early, ctx.channels)
         (M, rows), whole = (len(k), len(S) - len(k)), start[:, -1].unsqueeze(-1)
         with torch.autocast(q.device.type, enabled=False):
             do = into_chunks(do, q.shape[1], q.dtype)
@@ -87,16 +92,15 @@ class ChunkedDelta(torch.autograd.Function):
             db = _dot(E, v).add_(_dot(k, G))
             dk, dlog_decay = G.mul_(b), None
             if ctx.has_decay:
-                channels = fade.ndim == 4
-                along = torch.mul if channels else _dot
+                along = torch.mul if ctx.channels else _dot
                 erased = along(k, dk)
                 if ctx.early:
                     erased = erased.roll(-1, 1)
                     erased[:, -1] = 0.0
                 dc = along(q, dq) + erased - along(w, dw)
-                dc[:, -1] += (S[rows:] * dS[rows:]).sum(-1 if channels else (-2, -1)).view_as(dc[:, -1])
+                dc[:, -1] += (S[rows:] * dS[rows:]).sum(-1 if ctx.channels else (-2, -1)).view_as(dc[:, -1])
                 dlog_decay = from_chunks(dc.flip(-2).cumsum(-2).flip(-2), ctx.like)
-                dlog_decay = dlog_decay if channels else dlog_decay.squeeze(-1)
+                dlog_decay = dlog_decay if ctx.channels else dlog_decay.squeeze(-1)
             if not ctx.own:
                 dk.add_(dw)
             dv, dmemory = E.mul_(b), dS[:rows].unflatten(0, ctx.like[::2])
@@ -105,28 +109,65 @@ class ChunkedDelta(torch.autograd.Function):
             return dq, dk, dw_own, dv, db.squeeze(-1), dlog_decay, dmemory, None, None
 
 
-def _before_decay(fade: Tensor, start: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    """What is left where the token before reads: rows one later. Nothing at FORGET."""
-    forgets = log_decay <= FORGET
-    fade, start = fade.roll(1, 1), start.roll(1, 1)
-    fade[:, 0], start[:, 0] = 0.0, 1.0
-    return fade.masked_fill_(forgets if fade.ndim == 3 else forgets.unsqueeze(2), 0.0), start.masked_fill_(forgets, 0.0)
+class _Channels(NamedTuple):
+    """In place of L, where each channel fades at its own rate [M, C, K]; early: before a token's own gate."""
+
+    log_decay: Tensor
+    early: bool
+
+    def readers(self, x: Tensor) -> Tensor:
+        """Nothing of before is there at FORGET."""
+        return x.masked_fill(self.log_decay <= FORGET, 0.0) if self.early else x
 
 
-def _scores(x: Tensor, y: Tensor, fade: Tensor) -> Tensor:
-    """sum_j x_tj L_ti(j) y_ij of x, y [M, C, K] with L [C, C], [M, C, C] or, per channel, [M, C, C, K]."""
-    if fade.ndim < 4:
-        return torch.bmm(x, y.mT).mul_(fade)
-    return torch.matmul(fade * y.unsqueeze(1), x.unsqueeze(-1)).squeeze(-1)
+Fade = Tensor | _Channels
 
 
-def _scores_backward(d: Tensor, x: Tensor, y: Tensor, fade: Tensor) -> tuple[Tensor, Tensor]:
+def _per_channel(log_decay: Tensor | None) -> bool:
+    """Of log decays in chunks."""
+    return log_decay is not None and log_decay.shape[-1] > 1
+
+
+def _inside(k: Tensor, log_decay: Tensor | None, early: bool) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """What _fades makes L of, and what is left of the first memory at each token and of each at the chunk's end; and of
+    that memory where the keys look it up."""
+    if log_decay is not None and _per_channel(log_decay):
+        start, end = log_decay.cumsum(1).exp(), halvings.after(log_decay).exp()
+        return [log_decay], start, end, _before_decay(start, log_decay, 1.0) if early else start
+    fade, start, end = fades(k, log_decay)
+    if log_decay is None or not early:
+        return [fade], start, end, start
+    return [fade, _before_decay(fade, log_decay, 0.0)], start, end, _before_decay(start, log_decay, 1.0)
+
+
+def _fades(kept: list[Tensor], early: bool, channels: bool) -> tuple[Fade, Fade]:
+    """L for the queries, and for the keys."""
+    if channels:
+        return _Channels(kept[0], False), _Channels(kept[0], early)
+    return kept[0], kept[-1]
+
+
+def _before_decay(left: Tensor, log_decay: Tensor, first: float) -> Tensor:
+    """What is left where the token before reads: rows one later, and of the first `first`. Nothing at FORGET."""
+    left = left.roll(1, 1)
+    left[:, 0] = first
+    return left.masked_fill_(log_decay <= FORGET, 0.0)
+
+
+def _scores(x: Tensor, y: Tensor, fade: Fade) -> Tensor:
+    """sum_j x_tj L_ti(j) y_ij of x, y [M, C, K] with L [C, C], [M, C, C] or per channel."""
+    if isinstance(fade, _Channels):
+        return halvings.scores(fade.readers(x), y, *fade)
+    return torch.bmm(x, y.mT).mul_(fade)
+
+
+def _scores_backward(d: Tensor, x: Tensor, y: Tensor, fade: Fade) -> tuple[Tensor, Tensor]:
     """The gradients of _scores by x and y, d [M, C, C] being its own; d is overwritten."""
-    if fade.ndim < 4:
-        d.mul_(fade)
-        return torch.bmm(d, y), torch.bmm(d.mT, x)
-    faded = fade * d.unsqueeze(-1)
-    return (faded * y.unsqueeze(1)).sum(2), (faded * x.unsqueeze(2)).sum(1)
+    if isinstance(fade, _Channels):
+        dx, dy = halvings.scores_backward(d, fade.readers(x), y, *fade)
+        return fade.readers(dx), dy
+    d.mul_(fade)
+    return torch.bmm(d, y), torch.bmm(d.mT, x)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
