@@ -10,12 +10,12 @@ meets at the border of one halving, whose pairs are one product. A chunk of C to
 No factor is a quotient of others, so nothing overflows whatever the decay, and every sum is of the gates between two
 tokens alone: a document's start takes no digits of those after it.
 
-Shapes: M chunks, C tokens of one, K channels. x, y, log_decay g: [M, C, K].
+Shapes: M chunks, C tokens of one, K channels. y, log_decay g: [M, C, K].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,22 +23,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+class Reader(NamedTuple):
+    """Tokens x [M, C, K] that read. early: before their own gate g_t, which then is not in L, and nothing of their own
+    write."""
+
+    x: Tensor
+    early: bool = False
+
+
 class Halving(NamedTuple):
-    """reads, writes [M, n, s, K]: what is left between a token and its border, of the n pairs of blocks of s tokens."""
+    """Of the n pairs of neighbouring blocks of `size` tokens. writes [M, n, size, K]: what is left of the first block's
+    tokens at the border; reads: from there at the second block's, of a reader that is not early and of one that is."""
 
     size: int
-    reads: Tensor
     writes: Tensor
+    reads: tuple[Tensor, ...]
 
 
-def halvings(log_decay: Tensor, early: bool = False) -> Iterator[Halving]:
-    """Of chunks whose length is a power of two, from single tokens to halves. early: what reads is there before its own
-    gate, which is not in its factor."""
+def halvings(log_decay: Tensor, early: bool) -> Iterator[Halving]:
+    """Of chunks whose length is a power of two, from single tokens to halves. early: whether a reader is."""
     size = 1
     while size < log_decay.shape[1]:
         write, read = log_decay.unflatten(1, (-1, 2, size)).unbind(2)
-        read = after(read.flip(-2)).flip(-2) if early else read.cumsum(-2)
-        yield Halving(size, read.exp(), after(write).exp())
+        reads = (read.cumsum(-2).exp(),)
+        yield Halving(size, after(write).exp(), (*reads, after(read.flip(-2)).flip(-2).exp()) if early else reads)
         size *= 2
 
 
@@ -48,31 +56,48 @@ def after(log_decay: Tensor) -> Tensor:
     return later.flip(-2).cumsum(-2).flip(-2)
 
 
-def scores(x: Tensor, y: Tensor, log_decay: Tensor, early: bool = False) -> Tensor:
-    """S [M, C, C], zero for i > t. early: L without g_t, and zero for i = t."""
-    C = x.shape[1]
-    x, y, log_decay = (_filled(z) for z in (x, y, log_decay))
-    found = torch.diag_embed(torch.zeros_like(x[..., 0]) if early else torch.linalg.vecdot(x, y))
-    for size, reads, writes in halvings(log_decay, early):
-        met = (_second(x, size) * reads) @ (_first(y, size) * writes).mT
-        found = found + _placed(met)
-    return found[:, :C, :C]
+def scores(readers: Sequence[Reader], y: Tensor, log_decay: Tensor) -> list[Tensor]:
+    """S [M, C, C] of each reader, zero for i > t."""
+    C = y.shape[1]
+    y, log_decay = _filled(y), _filled(log_decay)
+    readers = [Reader(_filled(x), early) for x, early in readers]
+    found = [
+        torch.diag_embed(torch.zeros_like(x[..., 0]) if early else torch.linalg.vecdot(x, y)) for x, early in readers
+    ]
+    for halving in halvings(log_decay, any(reader.early for reader in readers)):
+        writer = (_first(y, halving.size) * halving.writes).mT
+        for S, reader in zip(found, readers, strict=True):
+            _met(S, halving.size).copy_(_readers(reader, halving) @ writer)
+    return [S[:, :C, :C] for S in found]
 
 
-def scores_backward(d: Tensor, x: Tensor, y: Tensor, log_decay: Tensor, early: bool = False) -> tuple[Tensor, Tensor]:
-    """The gradients of `scores` by x and y; d [M, C, C] is its own, of which what is above the diagonal is not read."""
-    C = x.shape[1]
-    x, y, log_decay = (_filled(z) for z in (x, y, log_decay))
-    rest = x.shape[1] - C
-    d = F.pad(d, (0, rest, 0, rest))
-    one = torch.zeros_like(d[:, :, :1]) if early else d.diagonal(dim1=1, dim2=2).unsqueeze(-1)
-    dx, dy = one * y, one * x
-    for size, reads, writes in halvings(log_decay, early):
-        met = d.unflatten(1, (-1, 2 * size)).unflatten(3, (-1, 2 * size)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
-        met = met[:, :, size:, :size]
-        _second(dx, size).add_((met @ (_first(y, size) * writes)).mul_(reads))
-        _first(dy, size).add_((met.mT @ (_second(x, size) * reads)).mul_(writes))
-    return dx[:, :C], dy[:, :C]
+def scores_backward(
+    d: Sequence[Tensor], readers: Sequence[Reader], y: Tensor, log_decay: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """The gradients of `scores` by each x and by y; d [M, C, C] of each is its own, of which what is above the diagonal
+    is not read."""
+    C = y.shape[1]
+    y, log_decay = _filled(y), _filled(log_decay)
+    rest = y.shape[1] - C
+    d = [F.pad(x, (0, rest, 0, rest)) for x in d]
+    readers = [Reader(_filled(x), early) for x, early in readers]
+    dx, dy = [], torch.zeros_like(y)
+    for own, (x, early) in zip(d, readers, strict=True):
+        one = own.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+        dx.append(torch.zeros_like(x) if early else one * y)
+        if not early:
+            dy.addcmul_(one, x)
+    for halving in halvings(log_decay, any(reader.early for reader in readers)):
+        size, writer = halving.size, _first(y, halving.size) * halving.writes
+        for own, dread, reader in zip(d, dx, readers, strict=True):
+            met = _met(own, size)
+            _second(dread, size).addcmul_(met @ writer, halving.reads[reader.early])
+            _first(dy, size).addcmul_(met.mT @ _readers(reader, halving), halving.writes)
+    return [x[:, :C] for x in dx], dy[:, :C]
+
+
+def _readers(reader: Reader, halving: Halving) -> Tensor:
+    return _second(reader.x, halving.size) * halving.reads[reader.early]
 
 
 def _filled(x: Tensor) -> Tensor:
@@ -88,8 +113,7 @@ def _second(x: Tensor, size: int) -> Tensor:
     return x.unflatten(1, (-1, 2, size))[:, :, 1]
 
 
-def _placed(met: Tensor) -> Tensor:
-    """[M, n, s, s] -> [M, C, C]: below the diagonal, where the second block of each pair meets the first."""
-    M, n, size, _ = met.shape
-    blocks = F.pad(met, (0, size, size, 0))  # [M, n, 2s, 2s]
-    return torch.diag_embed(blocks.movedim(1, -1), dim1=1, dim2=3).reshape(M, n * 2 * size, n * 2 * size)
+def _met(S: Tensor, size: int) -> Tensor:
+    """The view [M, n, size, size] of S [M, C, C] in which the second block of each pair meets the first."""
+    pairs = S.unflatten(1, (-1, 2 * size)).unflatten(3, (-1, 2 * size)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+    return pairs[:, :, size:, :size]

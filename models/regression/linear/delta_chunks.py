@@ -28,10 +28,9 @@ class ChunkedDelta(torch.autograd.Function):
             tensors = (q, k, v, b, log_decay, w)
             q, k, v, b, log_decay, w = (into_chunks(x, chunk, memory.dtype) for x in tensors)
             w = w if own else k
-            early, channels = gradient_before_decay and log_decay is not None, _per_channel(log_decay)
-            kept, start, end, start_k = _inside(k, log_decay, early)
-            fade, fade_k = _fades(kept, early, channels)
-            R = unit_inverse(_scores(k, w, fade_k).mul_(b))
+            inside, start, end, start_k = _inside(k, log_decay, gradient_before_decay and log_decay is not None)
+            attend, system = inside.scores(q, k, w)
+            R = unit_inverse(system.mul_(b))
             Y = torch.bmm(R, k * (start_k * b))
             U = torch.bmm(R * b.mT, v)
             Z = w * end
@@ -43,10 +42,10 @@ class ChunkedDelta(torch.autograd.Function):
                 U[here].baddbmm_(Y[here], S[here], alpha=-1)
                 # 0 + S e^c, not by out=, which a graph of torch.export can't run where weights want gradients
                 S[there].addcmul_(S[here], whole[here]).baddbmm_(Z[here].mT, U[here])
-            o = torch.bmm(q * start, S[:M]).baddbmm_(_scores(q, w, fade), U)
-        ctx.save_for_backward(q, k, w, v, b, start, end, start_k, R, Y, U, S, *kept)
-        ctx.like, ctx.has_decay, ctx.early, ctx.own = (B, T, H), log_decay is not None, early, own
-        ctx.channels = channels
+            o = torch.bmm(q * start, S[:M]).baddbmm_(attend, U)
+        ctx.save_for_backward(q, k, w, v, b, start, end, start_k, R, Y, U, S, attend, *inside.kept)
+        ctx.like, ctx.has_decay, ctx.early, ctx.own = (B, T, H), log_decay is not None, inside.early, own
+        ctx.channels = inside.channels
         return from_chunks(o, ctx.like), S[M:].clone().unflatten(0, (B, H))
 
     @staticmethod
@@ -66,12 +65,12 @@ class ChunkedDelta(torch.autograd.Function):
         of these collects dc from its token to the end of the chunk. With a decay per channel no product is summed over
         channels.
         """
-        q, k, w, v, b, start, end, start_k, R, Y, U, S, *kept = ctx.saved_tensors
-        fade, fade_k = _fades(kept, ctx.early, ctx.channels)
+        q, k, w, v, b, start, end, start_k, R, Y, U, S, attend, *kept = ctx.saved_tensors
+        inside = _Fades(tuple(kept), ctx.early, ctx.channels)
         (M, rows), whole = (len(k), len(S) - len(k)), start[:, -1].unsqueeze(-1)
         with torch.autocast(q.device.type, enabled=False):
             do = into_chunks(do, q.shape[1], q.dtype)
-            dU = torch.bmm(_scores(q, w, fade).mT, do)
+            dU = torch.bmm(attend.mT, do)
             Z = w * end
             dS = torch.empty_like(S)
             torch.bmm((q * start).mT, do, out=dS[:M])
@@ -82,13 +81,12 @@ class ChunkedDelta(torch.autograd.Function):
                 dS[here].addcmul_(dS[there], whole[here]).baddbmm_(Y[here].mT, dU[here], alpha=-1)
             E = torch.bmm(R.mT, dU)
 
-            dq, dw = _scores_backward(torch.bmm(do, U.mT), q, w, fade)
-            dq.add_(torch.bmm(do, S[:M].mT).mul_(start))
-            EU = torch.bmm(E, U.mT)
+            EU = torch.bmm(E, U.mT).neg_()
             EU.diagonal(dim1=-2, dim2=-1).zero_()
-            G, dw_erased = _scores_backward(EU, k * b, w, fade_k)
-            G.add_(torch.bmm(E, S[:M].mT).mul_(start_k)).neg_()
-            dw.sub_(dw_erased).add_(torch.bmm(U, dS[rows:].mT).mul_(end))
+            dq, G, dw = inside.backward(torch.bmm(do, U.mT), EU, q, k * b, w)
+            dq.add_(torch.bmm(do, S[:M].mT).mul_(start))
+            G.sub_(torch.bmm(E, S[:M].mT).mul_(start_k))
+            dw.add_(torch.bmm(U, dS[rows:].mT).mul_(end))
             db = _dot(E, v).add_(_dot(k, G))
             dk, dlog_decay = G.mul_(b), None
             if ctx.has_decay:
@@ -109,65 +107,54 @@ class ChunkedDelta(torch.autograd.Function):
             return dq, dk, dw_own, dv, db.squeeze(-1), dlog_decay, dmemory, None, None
 
 
-class _Channels(NamedTuple):
-    """In place of L, where each channel fades at its own rate [M, C, K]; early: before a token's own gate."""
+class _Fades(NamedTuple):
+    """L for the queries and for the keys, [C, C] or [M, C, C]; or the log decays [M, C, K] of channels that fade at
+    their own rates. early: keys look up before their own gate, and at FORGET nothing."""
 
-    log_decay: Tensor
+    kept: tuple[Tensor, ...]
     early: bool
+    channels: bool
 
-    def readers(self, x: Tensor) -> Tensor:
-        """Nothing of before is there at FORGET."""
-        return x.masked_fill(self.log_decay <= FORGET, 0.0) if self.early else x
+    def readers(self, q: Tensor, k: Tensor) -> tuple[halvings.Reader, halvings.Reader]:
+        return halvings.Reader(q), halvings.Reader(self.forgotten(k), self.early)
+
+    def forgotten(self, k: Tensor) -> Tensor:
+        return k.masked_fill(self.kept[0] <= FORGET, 0.0) if self.early else k
+
+    def scores(self, q: Tensor, k: Tensor, w: Tensor) -> list[Tensor]:
+        """sum_j x_tj L_ti(j) w_ij of queries x and of keys, [M, C, C]."""
+        if self.channels:
+            return halvings.scores(self.readers(q, k), w, self.kept[0])
+        return [torch.bmm(x, w.mT).mul_(L) for x, L in ((q, self.kept[0]), (k, self.kept[-1]))]
+
+    def backward(self, dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients by q, k and w from those by both scores, which are overwritten."""
+        if self.channels:
+            (by_q, by_k), by_w = halvings.scores_backward((dq, dk), self.readers(q, k), w, self.kept[0])
+            return by_q, self.forgotten(by_k), by_w
+        dq.mul_(self.kept[0])
+        dk.mul_(self.kept[-1])
+        return torch.bmm(dq, w), torch.bmm(dk, w), torch.bmm(dq.mT, q).baddbmm_(dk.mT, k)
 
 
-Fade = Tensor | _Channels
-
-
-def _per_channel(log_decay: Tensor | None) -> bool:
-    """Of log decays in chunks."""
-    return log_decay is not None and log_decay.shape[-1] > 1
-
-
-def _inside(k: Tensor, log_decay: Tensor | None, early: bool) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """What _fades makes L of, and what is left of the first memory at each token and of each at the chunk's end; and of
-    that memory where the keys look it up."""
-    if log_decay is not None and _per_channel(log_decay):
+def _inside(k: Tensor, log_decay: Tensor | None, early: bool) -> tuple[_Fades, Tensor, Tensor, Tensor]:
+    """What is left inside a chunk; of the first memory at each token; of each at the chunk's end; and of that memory
+    where the keys look it up."""
+    if log_decay is not None and log_decay.shape[-1] > 1:
         start, end = log_decay.cumsum(1).exp(), halvings.after(log_decay).exp()
-        return [log_decay], start, end, _before_decay(start, log_decay, 1.0) if early else start
-    fade, start, end = fades(k, log_decay)
-    if log_decay is None or not early:
-        return [fade], start, end, start
-    return [fade, _before_decay(fade, log_decay, 0.0)], start, end, _before_decay(start, log_decay, 1.0)
+        inside = _Fades((log_decay,), early, channels=True)
+    else:
+        fade, start, end = fades(k, log_decay)
+        inside = _Fades((fade, _before_decay(fade, log_decay, 0.0) if early else fade), early, channels=False)
+    return inside, start, end, _before_decay(start, log_decay, 1.0) if early else start
 
 
-def _fades(kept: list[Tensor], early: bool, channels: bool) -> tuple[Fade, Fade]:
-    """L for the queries, and for the keys."""
-    if channels:
-        return _Channels(kept[0], False), _Channels(kept[0], early)
-    return kept[0], kept[-1]
-
-
-def _before_decay(left: Tensor, log_decay: Tensor, first: float) -> Tensor:
+def _before_decay(left: Tensor, log_decay: Tensor | None, first: float) -> Tensor:
     """What is left where the token before reads: rows one later, and of the first `first`. Nothing at FORGET."""
+    assert log_decay is not None
     left = left.roll(1, 1)
     left[:, 0] = first
     return left.masked_fill_(log_decay <= FORGET, 0.0)
-
-
-def _scores(x: Tensor, y: Tensor, fade: Fade) -> Tensor:
-    """sum_j x_tj L_ti(j) y_ij of x, y [M, C, K] with L [C, C], [M, C, C] or per channel."""
-    if isinstance(fade, _Channels):
-        return halvings.scores(fade.readers(x), y, *fade)
-    return torch.bmm(x, y.mT).mul_(fade)
-
-
-def _scores_backward(d: Tensor, x: Tensor, y: Tensor, fade: Fade) -> tuple[Tensor, Tensor]:
-    """The gradients of _scores by x and y, d [M, C, C] being its own; d is overwritten."""
-    if isinstance(fade, _Channels):
-        dx, dy = halvings.scores_backward(d, fade.readers(x), y, *fade)
-        return fade.readers(dx), dy
-    d.mul_(fade)
-    return torch.bmm(d, y), torch.bmm(d.mT, x)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

@@ -80,7 +80,8 @@ def chunked_linear(
     with torch.autocast(q.device.type, enabled=False):
         Q, K, V, g = (into_chunks(x, chunk, memory.dtype) for x in (q, k, v, log_decay))
         if per_channel:
-            attention, start, end = halvings.scores(Q, K, g), g.cumsum(1).exp(), halvings.after(g).exp()
+            (attention,) = halvings.scores([halvings.Reader(Q)], K, g)
+            start, end = g.cumsum(1).exp(), halvings.after(g).exp()
         else:
             within, start, end = fades(K, g)
             attention = Q @ K.mT * within
