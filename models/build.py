@@ -25,7 +25,11 @@ TARGETS = ("models.", "data.", "torch.", "lightning.")
 PACKAGES = "TTR_PACKAGES"  # an environment variable, so that no config can set it
 KNOWN = ("models", "data", "torch", "lightning", "transformers", "hydra", "omegaconf")  # not somebody's own
 HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
-OWNERS = ("hidden_size", "layer_index", "sizes")  # settings of a layer and its parts that the model gives, and no config
+OWNERS = (
+    "hidden_size",
+    "layer_index",
+    "sizes",
+)  # settings of a layer and its parts that the model gives
 
 # Where classes stood before. Runs and exported models of that time name them so, and are read all the same.
 MOVED = {

@@ -1,13 +1,14 @@
 """The published layers beside ours, with the same weights, in float64:
 
-    python scripts/parity.py                  # every comparison
-    python scripts/parity.py --only kda_published mesa_published  # these alone
-    python scripts/parity.py --write          # and the table of docs/published.md
+    python scripts/parity.py                                 # every comparison
+    python scripts/parity.py --only kda_published qwen3      # these alone
+    python scripts/parity.py --write                         # and the table of docs/published.md
 
 A row is a layer of a model of conf/model, NAME_published where there is one, with the settings that its line names, at
-a small size: outputs and the gradients of the input, for two rows of 37 random tokens. The difference is the largest of all numbers, over the largest
-of the published layer's. Theirs are layers of transformers and of fla by their own PyTorch code (scripts/published), or
-their formulas. It takes half a minute on one core of a CPU, and needs fla and Triton for fla's.
+a small size: outputs and the gradients of the input, for two rows of 37 random tokens. The difference is the largest of
+all numbers, over the largest of the published layer's. Theirs are layers of transformers and of fla by their own
+PyTorch code (scripts/published), or their formulas. It takes half a minute on one core of a CPU, and needs fla and
+Triton for fla's.
 """
 
 from __future__ import annotations

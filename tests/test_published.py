@@ -49,6 +49,17 @@ def test_the_page_says_of_each_what_differs():
     said = re.findall(r"^\| ((?:`\w+_published`(?:, )?)+) \|", page, flags=re.MULTILINE)
     assert sorted(name for cell in said for name in re.findall(r"\w+_published", cell)) == PUBLISHED
     assert page.count(parity.BEGIN) == page.count(parity.END) == 1
+    table = page.partition("## What differs")[2].partition("## Compared")[0]
+    others = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]+) \|", table, flags=re.MULTILINE)))
+    others = [name for name in others if name not in PUBLISHED]
+    assert others and not {f"{name}_published" for name in others} & set(PUBLISHED)
+    assert all((CONF / "mixer" / f"{name}.yaml").exists() for name in others)
+
+
+def test_the_page_of_the_family_says_which_have_such_a_preset():
+    page = (parity.PAGE.parent / "family.md").read_text()
+    said = re.search(r"`model=NAME_published`, which is that layer: ([^.]+)\.", page)
+    assert said and [name for name in re.findall(r"\w+", said[1]) if name != "and"] == sorted(x.removesuffix("_published") for x in PUBLISHED)
 
 
 def test_another_number_would_be_seen():
