@@ -59,7 +59,9 @@ def test_the_page_says_of_each_what_differs():
 def test_the_page_of_the_family_says_which_have_such_a_preset():
     page = (parity.PAGE.parent / "family.md").read_text()
     said = re.search(r"`model=NAME_published`, which is that layer: ([^.]+)\.", page)
-    assert said and [name for name in re.findall(r"\w+", said[1]) if name != "and"] == sorted(x.removesuffix("_published") for x in PUBLISHED)
+    assert said
+    names = [name for name in re.findall(r"\w+", said[1]) if name != "and"]
+    assert names == sorted(x.removesuffix("_published") for x in PUBLISHED)
 
 
 def test_another_number_would_be_seen():
