@@ -25,6 +25,11 @@ TARGETS = ("models.", "data.", "torch.", "lightning.")
 PACKAGES = "TTR_PACKAGES"  # an environment variable, so that no config can set it
 KNOWN = ("models", "data", "torch", "lightning", "transformers", "hydra", "omegaconf")  # not somebody's own
 HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+OWNERS = (
+    "hidden_size",
+    "layer_index",
+    "sizes",
+)  # settings of a layer and its parts that the model gives
 
 # Where classes stood before. Runs and exported models of that time name them so, and are read all the same.
 MOVED = {
@@ -119,7 +124,7 @@ def parameters(name: str) -> list[str]:
         return []
     module, _, attribute = name.rpartition(".")
     try:
-        return list(settings_of(getattr(importlib.import_module(module), attribute)))
+        return _typed(settings_of(getattr(importlib.import_module(module), attribute)))
     except (ImportError, AttributeError):
         return []
 
@@ -163,6 +168,11 @@ def _fits(value: Any, name: str) -> bool:
         return isinstance(value, list) and all(type(item) is int for item in value)
     kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "None": (type(None),)}
     return isinstance(value, bool) if name == "bool" else isinstance(value, kinds[name]) and not isinstance(value, bool)
+
+
+def _typed(found: dict[str, inspect.Parameter]) -> list[str]:
+    """Those that a config may give."""
+    return [name for name, p in found.items() if name not in OWNERS or p.default is not inspect.Parameter.empty]
 
 
 def near(word: str, names: Iterable[str]) -> str | None:
@@ -211,14 +221,15 @@ def _problems_of_target(node: dict[str, Any], path: str, targets: tuple[str, ...
     if not _belongs(target, module):
         yield f"{here}._target_={name} is not allowed; it is not a class of {module}, which a config may name"
         return
-    parameters = settings_of(target)
+    found = settings_of(target)
     if f"{module}.".startswith(("models.", "data.", *own)):
         for key, value in node.items():
-            if key in parameters and (kind := wanted(value, str(parameters[key].annotation))) is not None:
+            if key in found and (kind := wanted(value, str(found[key].annotation))) is not None:
                 yield f"{path}.{key}={'null' if value is None else value} must be {kind}".lstrip(".")
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found.values()):
         return
-    for key in node.keys() - HYDRA_KEYS - parameters.keys():
-        meant = near(key, parameters)
-        hint = f"did you mean {meant}?" if meant else f"it has {', '.join(parameters)}"
+    typed = _typed(found)
+    for key in node.keys() - HYDRA_KEYS - set(typed):
+        meant = near(key, typed)
+        hint = f"did you mean {meant}?" if meant else f"it has {', '.join(typed) or 'none'}"
         yield f"{path}.{key}={node[key]} is not a setting of {name}; {hint}".lstrip(".")

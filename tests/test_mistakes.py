@@ -152,7 +152,7 @@ CONFIGS = {
     f"{MIXER}.regressor.backend=cuda": "regressor.backend='cuda' is not a backend",
     f"{MIXER}.regressor.backend=fla": "regressor.backend=fla can't run Delta here",
     f"{MIXER}._target_=models.mixers.Mixr": f"{MIXER}._target_=models.mixers.Mixr does not exist",
-    "model=softmax decay@model.mixers.main.decay=scalar": "Softmax cannot have a decay of kind",
+    "model=softmax decay@model.mixers.main.decay=scalar": "Softmax cannot have a ScalarDecay; possible choices of ",
     # data and tokenizers that aren't there
     "data=text_files": "to be set: data.corpus.path=...",
     "data=text_files data.corpus.path=/nowhere/*.txt": "data.corpus.path='/nowhere/*.txt' matches no file",
@@ -203,6 +203,9 @@ CONFIGS = {
     # misspelt
     "+model.num_layer=4": "model.num_layer=4 is not a setting; did you mean model.num_layers?",
     "+sede=4": "sede=4 is not a setting; did you mean seed?",
+    f"+{MIXER}.zzzz=3": f"{MIXER}.zzzz=3 is not a setting of models.mixers.Mixer; it has regressor, decay,",
+    f"+{MIXER}.regressor.zzzz=3": "is not a setting of models.regression.linear.Delta; it has backend, chunk, step,",
+    f"+{MIXER}.regressor.sizes=3": f"{MIXER}.regressor.sizes=3 is not a setting of models.regression.linear.Delta",
     "+optimizer.learning_rate=0.1": "optimizer.learning_rate=0.1 is not a setting of",
     f"+{MIXER}.n_head=4": f"{MIXER}.n_head=4 is not a setting of models.mixers.Mixer",
     "+data.corpus.pth=x": "data.corpus.pth=x is not a setting of data.corpora.PythonSource",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from models.kernels import pairs as kernels
 from models.kernels import read_out
 from models.parts.convolution import Shift, ShortConvolution
-from models.parts.decay import Decay
+from models.parts.decay import CHOICES, Decay
 from models.parts.features import FeatureMap, Identity
 from models.parts.linear import Products, is_its_weight, one_product, read
 from models.parts.norm import RMSNorm, is_plain, sum_to_one, unit
@@ -193,16 +193,16 @@ class Mixer(Layer):
 
     def _check_recipe(self) -> None:
         """Raises ValueError for parts that cannot go together."""
-        name, kind = type(self.regressor).__name__, self.decay.kind
+        name = type(self.regressor).__name__
         if self.num_kv_heads != self.num_heads and not self.regressor.grouped_heads:
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads}: {name} has a memory per head; "
                 f"only num_kv_heads={self.num_heads} is possible"
             )
-        if kind not in self.regressor.accepts_decay:
+        if self.decay.kind not in self.regressor.accepts_decay:
+            choices = [choice for kind in self.regressor.accepts_decay for choice in CHOICES.get(kind, (kind,))]
             raise ValueError(
-                f"{name} cannot have a decay of kind {kind!r} ({type(self.decay).__name__}); "
-                f"possible kinds: {', '.join(self.regressor.accepts_decay)}"
+                f"{name} cannot have a {type(self.decay).__name__}; possible choices of decay: {', '.join(choices)}"
             )
         if self.regressor.needs_positive_features and not self.features.positive:
             raise ValueError(
