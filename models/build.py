@@ -149,25 +149,37 @@ KINDS = {  # by annotation, what a value has to be
     "float": "a number",
     "str": "a word",
     "Sequence[int]": "a list of whole numbers",
+    "Sequence[float]": "a list of numbers",
+    "tuple[int, ...]": "a list of whole numbers",
+    "tuple[int, int]": "two whole numbers",
+    "tuple[float, float]": "two numbers",
+    "list[list[int]]": "a list of lists of whole numbers",
 }
 
 
-def wanted(value: Any, annotation: str) -> str | None:
-    """What a setting annotated so must be, in words, if the value is something else: of `float | None`, "a number or
-    null". None if it may be so; a setting of another annotation, and a node, are not looked at."""
-    names = annotation.split(" | ")
-    if isinstance(value, dict) or value == "???" or not set(names) <= KINDS.keys():
+def wanted(key: str, value: Any, setting: inspect.Parameter) -> str | None:
+    """What a setting must be, in words, if the value is something else: of one annotated `float | None`, "a number or
+    null". None if it may be so; a setting of another annotation, a part's node and a default are not looked at."""
+    part, names = isinstance(value, dict) and "_target_" in value, str(setting.annotation).split(" | ")
+    if part or value in ("???", setting.default):
         return None
-    if any(_fits(value, name) for name in names):
+    if names[0].startswith("Callable[..., "):
+        chosen = f"; {key}@...{key}={value} chooses one" if isinstance(value, str) else ""
+        return None if value is None and "None" in names else f"a part, with a _target_{chosen}"
+    if not set(names) <= KINDS.keys() or any(_fits(value, name) for name in names):
         return None
     return " or ".join(KINDS[name] for name in sorted(names, key="None".__eq__))
 
 
 def _fits(value: Any, name: str) -> bool:
-    if name == "Sequence[int]":
-        return isinstance(value, list) and all(type(item) is int for item in value)
     kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "None": (type(None),)}
-    return isinstance(value, bool) if name == "bool" else isinstance(value, kinds[name]) and not isinstance(value, bool)
+    if name in kinds or name == "bool":
+        return isinstance(value, bool) if name == "bool" else type(value) is not bool and isinstance(value, kinds[name])
+    if not isinstance(value, list) or (name.startswith("tuple") and "..." not in name and len(value) != 2):
+        return False
+    if name.startswith("list[list"):
+        return all(_fits(item, "Sequence[int]") for item in value)
+    return all(_fits(item, "float" if "float" in name else "int") for item in value)
 
 
 def _typed(found: dict[str, inspect.Parameter]) -> list[str]:
@@ -224,7 +236,7 @@ def _problems_of_target(node: dict[str, Any], path: str, targets: tuple[str, ...
     found = settings_of(target)
     if f"{module}.".startswith(("models.", "data.", *own)):
         for key, value in node.items():
-            if key in found and (kind := wanted(value, str(found[key].annotation))) is not None:
+            if key in found and (kind := wanted(key, value, found[key])) is not None:
                 yield f"{path}.{key}={'null' if value is None else value} must be {kind}".lstrip(".")
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found.values()):
         return

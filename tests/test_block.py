@@ -85,4 +85,5 @@ def test_a_block_adds_what_is_still_to_be_added():
 def test_outputs_are_those_of_a_call_that_keeps_its_state(name):
     """In training no state is kept: of every mixer, also of those that are no Mixer."""
     m, segments = baseline(name) if name in BASELINES else mixer(name), (torch.arange(9) // 4).expand(2, -1)
+    assert m.rings in (True, False)
     assert torch.allclose(m.outputs(inputs(2, 9), segments), m(inputs(2, 9), None, segments)[0], rtol=1e-12, atol=1e-12)

@@ -39,6 +39,8 @@ CONFIGS = {
     "model=yaad model.mixers.main.regressor.delta=null": "regressor.delta=null must be a number",
     "model=memora model.mixers.main.regressor.mass=much": "regressor.mass=much must be a number or null",
     "model=kda model.mixers.main.regressor.negative_eigenvalues=maybe": "eigenvalues=maybe must be true or false",
+    "model.mixers.main.decay=none": "main.decay=none must be a part, with a _target_; decay@...decay=none chooses one",
+    "data=parity data.train_lengths=40": "data.train_lengths=40 must be two whole numbers",
     "model=tnt model.mixers.main.regressor.local_batches=[a]": "local_batches=['a'] must be a list of whole numbers",
     # numbers that can't be
     "seed=-1": "seed=-1 must be between 0 and 4294967295",

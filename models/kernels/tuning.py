@@ -51,8 +51,15 @@ class Table(NamedTuple):
 
 
 def read(path: Path) -> Table:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return Table(**found | {"capability": tuple(found["capability"])})
+    """Raises ValueError, naming the file, for one that is no table."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        table = Table(**found | {"capability": tuple(found["capability"])})
+        if not all(isinstance(keys, dict) for keys in table.launches.values()):
+            raise ValueError("a kernel's launches are by key")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no table of launches: {error!r}; python scripts/tune.py makes one") from error
+    return table
 
 
 def here() -> tuple[tuple[int, int], str, str]:

@@ -21,8 +21,8 @@ Others.     titans-pytorch has learned tokens for h, and no write of y. OpenTita
 Documents begin where they like, in every row at another token, and so do segments. `cut` lays the tokens out so that
 segment n of all rows is computed at once. Those that are shorter are filled up: a short one is its document's last, so
 that what fills it up writes to a memory that is emptied next. Unless it is cut short by a call: then the state of the
-row stays what it is once its tokens are through, and only other rows go on. In training nobody wants that state: all
-segments are filled up to one size then, of which one graph is compiled.
+row stays what it is once its tokens are through, and only other rows go on. Where nobody wants that state, as
+in training, and turns are compiled, all segments are filled up to one size, of which there is one graph.
 
 Shapes: B batch, T tokens, D model width, P places for tokens, filled or not.
 """
@@ -82,7 +82,7 @@ class Cut(NamedTuple):
 
 def cut(positions: Tensor, segment: int, keep: bool = True) -> Cut:
     """Of tokens with these positions in their documents, [B, T]. keep: whether the rows' last states are wanted; from
-    no state, and without them, all spans are whole segments, which have one size."""
+    no state, and without them, all spans are filled up to whole segments, which have one size."""
     begins, index = positions % segment == 0, torch.arange(positions.shape[1], device=positions.device)
     number = begins.cumsum(1) - begins[:, :1].long()  # 0 is the segment that the call begins with, whole or not
     opens = begins | (index == 0)
@@ -217,7 +217,7 @@ class MemoryAsContext(MemoryAttention):
         if state is None and segments is None:
             layout = uncut(positions, self.segment)
         else:
-            layout = cut(positions, self.segment, keep or state is not None)
+            layout = cut(positions, self.segment, keep or state is not None or not compiled)
         if self.memory_update == "attention_output":
             o, held = self._in_turn(layout, x, documents, positions, held, compiled)
         else:
@@ -231,7 +231,8 @@ class MemoryAsContext(MemoryAttention):
         outputs = []
         filled = [layout.fill(y) for y in (x, documents, positions)]
         for places, begins, active in layout.spans:
-            tokens, document, position = (y[:, places] for y in filled)
+            # copies: strides that depend on how many segments there are would be another graph for each number
+            tokens, document, position = (y[:, places].clone(memory_format=torch.contiguous_format) for y in filled)
             old = self._begin(held, document, begins)
             whole = places.stop - places.start == self.segment
             turn = compiled_turn() if compiled and whole and old.memory is not None else MemoryAsContext.turn

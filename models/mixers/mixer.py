@@ -66,6 +66,11 @@ class State(NamedTuple):
 class Layer(nn.Module):
     """What mixes the tokens of a block: (x [B, T, D], state=None, segments=None) -> (y [B, T, D], state)."""
 
+    @property
+    def rings(self) -> bool:
+        """Whether a sequence that lies on several devices can stay where it is (models/context.py)."""
+        return False
+
     def outputs(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
         """y from no state, where that after the last token is not wanted: it may take time."""
         return self(x, None, segments)[0]

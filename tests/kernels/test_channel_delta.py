@@ -125,6 +125,7 @@ def errors_of_rates(
     return [((a.double() - b).norm() / b.norm().clamp(min=1e-9)).item() for a, b in pairs]
 
 
+CLOSED = {"T": 40, "spread": 300.0, "bias": 0.0, "documents": 7}  # gates of e^-1000, which are no document's start
 RAW, BIAS, LOG_RATE = 5, 7, 8  # in what errors_of_rates() returns
 RATES = {
     "rates": {"K": 20, "V": 24, "T": 70, "documents": 23},
@@ -139,13 +140,14 @@ def test_kernels_are_the_recurrence():
     """Through the interpreter, float32."""
     code = """
     import json, torch
-    from tests.kernels.test_channel_delta import CASES, INTERPRETED, RATES, errors, errors_of_rates
+    from tests.kernels.test_channel_delta import CASES, CLOSED, INTERPRETED, RATES, errors, errors_of_rates
     found = {name: max(errors("cpu", torch.float32, rows=1, **CASES[name])) for name in INTERPRETED}
     found |= {name: max(errors_of_rates("cpu", torch.float32, rows=1, **case)) for name, case in RATES.items()}
+    found["closed"] = max(errors_of_rates("cpu", torch.float32, rows=1, **CLOSED)[:5])
     print("FOUND", json.dumps(found))
     """
     found = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
-    assert found.keys() == {*INTERPRETED, *RATES} and all(error < 1e-5 for error in found.values()), found
+    assert found.keys() == {*INTERPRETED, *RATES, "closed"} and all(error < 1e-5 for error in found.values()), found
 
 
 @pytest.mark.slow

@@ -163,3 +163,12 @@ def test_the_tables_can_be_read(path):
         assert name.startswith("fla.")
         for key, launch in launches.items():
             assert ", " in key and {"num_warps", "num_stages", "num_ctas"} <= launch.keys()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"gpu": "x", "capability": [9, 0], "triton": "", "fla": "", "launches": null}']
+)
+def test_a_broken_table_is_named(tmp_path, text):
+    (path := tmp_path / "broken.json").write_text(text)
+    with pytest.raises(ValueError, match=r"broken\.json is no table of launches"):
+        tuning.read(path)

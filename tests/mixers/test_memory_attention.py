@@ -4,6 +4,7 @@ begin at another token in every row."""
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from models.language_model import LanguageModel, LanguageModelConfig
+from models.mixers import memory_context
 from models.mixers.memory_context import Held, cut
-from models.mixers.mixer import Mixer, positions_of
+from models.mixers.mixer import Mixer
 from models.regression.memory import Memory
 from models.regression.regressor import Regressor
 from tests.laws import test_laws as laws
@@ -91,15 +93,24 @@ class Titans:
         return self.read(q, self.M)
 
 
-@pytest.mark.parametrize("update", ["attention_output", "input"])
-def test_without_the_last_state_outputs_are_the_same(update):
-    """Then segments are filled up to one size, whatever the documents."""
-    m, x = mixer("titans_mac", memory_update=update), inputs(3, 21)
-    segments = torch.stack([torch.arange(21) // n for n in (4, 9, 21)])
-    assert largest_difference([m.outputs(x, segments)], [m(x, None, segments)[0]]) < 1e-12
-    assert {s.places.stop - s.places.start for s in cut(positions_of(x, None, segments), CHUNK, keep=False).spans} == {
-        CHUNK
-    }
+@pytest.mark.parametrize("B", [1, 3])
+def test_compiled_turns_are_one_graph(B, monkeypatch):
+    """Whatever the documents, and so the number of segments: those that are compiled are filled up to one size."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def counted(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    turn = torch.compile(memory_context.MemoryAsContext.turn, backend=counted, dynamic=False)
+    monkeypatch.setattr(memory_context, "compiled_turn", lambda: turn)
+    torch.compiler.reset()
+    m, x = mixer("titans_mac"), inputs(B, 3 * CHUNK + 2)
+    for length in (3, CHUNK, CHUNK + 3, 4 * CHUNK):
+        segments = (torch.arange(x.shape[1]) // length).expand(B, -1)
+        found, _ = m._forward(x, None, segments, keep=False, compiled=True)
+        assert largest_difference([found], [m(x, None, segments)[0]]) < 1e-12
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("update", ["attention_output", "input"])

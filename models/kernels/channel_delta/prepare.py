@@ -7,6 +7,7 @@ import triton.language as tl
 
 from models.kernels.channel_delta.tiles import (
     AFTER,
+    CLOSED,
     LEAST,
     UP_TO,
     WITHIN,
@@ -77,9 +78,10 @@ def fade(
         log_gate = tl.load(at_k, mask=mask, other=0.0).to(tl.float32)
         if bias is not None:
             log_gate = log_gates(log_gate, bias, log_rate, bh % H, first, K, BK)
+        log_gate = tl.maximum(log_gate, CLOSED)
         if segments is not None:
             log_gate = tl.where(begun[:, None], LEAST, log_gate)
-        gate = tl.where(mask, tl.maximum(log_gate, LEAST), 0.0).to(gates.dtype.element_ty)
+        gate = tl.where(mask, log_gate, 0.0).to(gates.dtype.element_ty)
         tl.store(at_gates, gate, mask=mask)
     else:
         gate = tl.load(at_gates, mask=mask, other=0.0)

@@ -19,7 +19,8 @@ import triton.language as tl
 
 from models.kernels.momentum.tiles import dot, of_square
 
-LEAST = tl.constexpr(-1000.0)  # for the log of a gate of 0, which is infinite
+LEAST = tl.constexpr(-1000.0)  # at a document's start, for the log of a gate of 0, which is infinite
+CLOSED = tl.constexpr(-999.0)  # that of any other gate at least: what is told by LEAST are starts alone
 MOST = tl.constexpr(64.0)  # |log| of a factor that bf16 and float32 hold with all digits of what it multiplies
 LOG2_E = tl.constexpr(1.4426950408889634)
 

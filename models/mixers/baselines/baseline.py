@@ -28,7 +28,6 @@ class Baseline(Layer):
     backend: auto | torch (the parallel form, which auto takes) | recurrent (the definition, a loop over tokens).
     """
 
-    rings: ClassVar[bool] = False  # as a mixer's
     num_heads: ClassVar[int] = 1  # of a feed-forward layer that has the mixer's (persistent_memory)
 
     def __init__(self, hidden_size: int, layer_index: int, backend: str = "auto") -> None:
