@@ -46,6 +46,7 @@ CONFIGS = {
     "seed=-1": "seed=-1 must be between 0 and 4294967295",
     "seed=4294967296": "seed=4294967296 must be between 0 and 4294967295",
     "seq_len=0": "seq_len=0 must be at least 1",
+    "seq_len={{}}": "seq_len={{}} is not a number",
     "seq_len=-128": "seq_len=-128 must be at least 1",
     "batch_tokens=0": "batch_tokens=0 must be at least 1",
     "batch_tokens=-1024": "batch_tokens=-1024 must be at least 1",

@@ -119,6 +119,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("kda", {"_target_": BOTH, "rotary_period": 4}, "rotary_period=4 must be at least 1, and stand beside a rotary"),
     ("kda", {"decay__lower_bound": 0.0}, "decay.lower_bound=0.0 must be negative, or null for none"),
     ("mamba2", {"decay__rate_range": [2.0, 1.0]}, "decay.rate_range=(2.0, 1.0) must be two rising numbers"),
+    ("lact", LACT | {"attention_heads": -1}, "attention_heads=-1: hidden_size=32 over it must be even"),
     ("lact", LACT | {"attention_heads": 3}, "attention_heads=3: hidden_size=32 over it must be even"),
     ("lact", LACT | {"attention_heads": 2, "output_gate": "silu"}, "PublishedLaCT: it has positions, no gate"),
     ("lact", {"regressor__rank": 0}, "regressor.rank=0 must be at least 1, or null"),

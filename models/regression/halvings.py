@@ -8,7 +8,8 @@ that writes, neither larger than 1. So a chunk is halved, and its halves, down t
 meets at the border of one halving, whose pairs are one product. A chunk of C tokens has log2(C) halvings.
 
 No factor is a quotient of others, so nothing overflows whatever the decay, and every sum is of the gates between two
-tokens alone: a document's start takes no digits of those after it.
+tokens alone: a document's start takes no digits of those after it. The secondary chunking of Gated Linear Attention
+(Yang et al. 2024, arXiv 2312.06635) is the same idea, taken one level down.
 
 Shapes: M chunks, C tokens of one, K channels. y, log_decay g: [M, C, K].
 """
