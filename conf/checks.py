@@ -33,7 +33,8 @@ def mistakes(cfg: DictConfig) -> list[str]:
     if leaks := list(settings.secrets(config)):
         return leaks  # and nothing else, which might repeat it
     found = settings.mistakes(OmegaConf.to_container(cfg), config)
-    found += problems(config)
+    told = {sentence.partition("=")[0] for sentence in found}  # a number without a bound is told by its class alone
+    found += [sentence for sentence in problems(config) if sentence.partition("=")[0] not in told]
     found += machine(config["trainer"])
 
     def clear(*settings: str) -> bool:

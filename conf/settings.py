@@ -186,8 +186,8 @@ def mistakes(written: Any, config: Any = None) -> list[str]:
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Each setting with its path; a list, and then its items."""
-    if isinstance(node, dict):
+    """Each setting with its path; a list, and then its items; a node without settings."""
+    if isinstance(node, dict) and node:
         for key, value in node.items():
             yield from leaves(value, f"{path}.{key}" if path else str(key))
     elif isinstance(node, list):

@@ -9,7 +9,7 @@ have.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -191,12 +191,15 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, State | Both | None]:
         mixed, memory = state if isinstance(state, Both) else (state, None)
         x, n = add_and_norm(x, y, self.mixer_norm)
-        y, mixed = self.mixer(n, mixed, segments)
+        if keep or mixed is not None:
+            y, mixed = self.mixer(n, mixed, segments)
+        else:
+            y = self.mixer.outputs(n, segments)
         x, n = add_and_norm(x, y, self.feed_forward_norm)
         if not self.learns:
             return x, self.feed_forward(n), mixed if keep else None
         y, memory = self.feed_forward(n, memory, segments, keep)
-        return x, y, Both(mixed, memory) if keep else None
+        return x, y, Both(cast("State", mixed), memory) if keep else None
 
     @property
     def rings(self) -> bool:
@@ -211,6 +214,24 @@ class Block(nn.Module):
         """Numbers held per sequence after seq_len tokens."""
         own = self.feed_forward.state_size() if isinstance(self.feed_forward, InPlace) else 0
         return self.mixer.state_size(seq_len) + own
+
+
+class _Nothing(torch.autograd.Function):
+    """Zeros like x that count as made of it, and hand no gradient on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.zeros_like(x, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def nothing(x: Tensor) -> Tensor:
+    """For a block's y, where nothing is to be added to x: of the dtype of an update, and with a gradient as one has, so
+    that a block that torch.compile has compiled for the one is not compiled anew for the other."""
+    return _Nothing.apply(x, product_dtype(x))
 
 
 def add_and_norm(x: Tensor, y: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,11 @@ TARGETS = ("models.", "data.", "torch.", "lightning.")
 PACKAGES = "TTR_PACKAGES"  # an environment variable, so that no config can set it
 KNOWN = ("models", "data", "torch", "lightning", "transformers", "hydra", "omegaconf")  # not somebody's own
 HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+OWNERS = (
+    "hidden_size",
+    "layer_index",
+    "sizes",
+)  # settings of a layer and its parts that the model gives
 
 # Where classes stood before. Runs and exported models of that time name them so, and are read all the same.
 MOVED = {
@@ -82,8 +87,8 @@ def build(node: Any, *, targets: tuple[str, ...] = TARGETS, **settings: Any) -> 
 
 
 def problems(node: Any, path: str = "", targets: tuple[str, ...] = TARGETS) -> Iterator[str]:
-    """One sentence for every class that is not allowed and every setting that its class does not have, anywhere below
-    node.
+    """One sentence for every class that is not allowed, every setting that its class does not have, and every value
+    that is no number where one is wanted, or the like, anywhere below node.
     """
     if isinstance(node, DictConfig | ListConfig):
         node = OmegaConf.to_container(node, resolve=True)
@@ -119,7 +124,7 @@ def parameters(name: str) -> list[str]:
         return []
     module, _, attribute = name.rpartition(".")
     try:
-        return list(settings_of(getattr(importlib.import_module(module), attribute)))
+        return _typed(settings_of(getattr(importlib.import_module(module), attribute)))
     except (ImportError, AttributeError):
         return []
 
@@ -135,6 +140,51 @@ def settings_of(target: Any) -> dict[str, inspect.Parameter]:
         del found[rest]
         found = dict(inspect.signature(above).parameters) | found
     return found
+
+
+KINDS = {  # by annotation, what a value has to be
+    "None": "null",
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a word",
+    "Sequence[int]": "a list of whole numbers",
+    "Sequence[float]": "a list of numbers",
+    "tuple[int, ...]": "a list of whole numbers",
+    "tuple[int, int]": "two whole numbers",
+    "tuple[float, float]": "two numbers",
+    "list[list[int]]": "a list of lists of whole numbers",
+}
+
+
+def wanted(key: str, value: Any, setting: inspect.Parameter) -> str | None:
+    """What a setting must be, in words, if the value is something else: of one annotated `float | None`, "a number or
+    null". None if it may be so; a setting of another annotation, a part's node and a default are not looked at."""
+    part, names = isinstance(value, dict) and "_target_" in value, str(setting.annotation).split(" | ")
+    if part or value in ("???", setting.default):
+        return None
+    if names[0].startswith("Callable[..., "):
+        chosen = f"; {key}@...{key}={value} chooses one" if isinstance(value, str) else ""
+        return None if value is None and "None" in names else f"a part, with a _target_{chosen}"
+    if not set(names) <= KINDS.keys() or any(_fits(value, name) for name in names):
+        return None
+    return " or ".join(KINDS[name] for name in sorted(names, key="None".__eq__))
+
+
+def _fits(value: Any, name: str) -> bool:
+    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "None": (type(None),)}
+    if name in kinds or name == "bool":
+        return isinstance(value, bool) if name == "bool" else type(value) is not bool and isinstance(value, kinds[name])
+    if not isinstance(value, list) or (name.startswith("tuple") and "..." not in name and len(value) != 2):
+        return False
+    if name.startswith("list[list"):
+        return all(_fits(item, "Sequence[int]") for item in value)
+    return all(_fits(item, "float" if "float" in name else "int") for item in value)
+
+
+def _typed(found: dict[str, inspect.Parameter]) -> list[str]:
+    """Those that a config may give."""
+    return [name for name, p in found.items() if name not in OWNERS or p.default is not inspect.Parameter.empty]
 
 
 def near(word: str, names: Iterable[str]) -> str | None:
@@ -183,10 +233,15 @@ def _problems_of_target(node: dict[str, Any], path: str, targets: tuple[str, ...
     if not _belongs(target, module):
         yield f"{here}._target_={name} is not allowed; it is not a class of {module}, which a config may name"
         return
-    parameters = settings_of(target)
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+    found = settings_of(target)
+    if f"{module}.".startswith(("models.", "data.", *own)):
+        for key, value in node.items():
+            if key in found and (kind := wanted(key, value, found[key])) is not None:
+                yield f"{path}.{key}={'null' if value is None else value} must be {kind}".lstrip(".")
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found.values()):
         return
-    for key in node.keys() - HYDRA_KEYS - parameters.keys():
-        meant = near(key, parameters)
-        hint = f"did you mean {meant}?" if meant else f"it has {', '.join(parameters)}"
+    typed = _typed(found)
+    for key in node.keys() - HYDRA_KEYS - set(typed):
+        meant = near(key, typed)
+        hint = f"did you mean {meant}?" if meant else f"it has {', '.join(typed) or 'none'}"
         yield f"{path}.{key}={node[key]} is not a setting of {name}; {hint}".lstrip(".")

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from models import decoding
-from models.block import Block, add_and_norm, feed_forward
+from models.block import Block, add_and_norm, feed_forward, nothing
 from models.build import build
 from models.cache import Cache, alone
 from models.calls import documents, refuse_documents, refuse_shapes, refuse_targets, refuse_unknown
@@ -126,6 +126,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         self.norm = RMSNorm(D, config.norm_eps)
         self.head = nn.Linear(D, config.vocab_size, bias=False)
         self.gradient_checkpointing = False  # transformers' switch, with the function that does it
+        self.alike = False  # whether all blocks are called in one form: where they are compiled, each kind is once
         self.context: Context | None = None  # in a pass in which processes share their sequences
         self.init_weights_by_depth()
         self.post_init()
@@ -165,7 +166,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         """
         ring = self.context is not None and all(block.rings for block in self.blocks)
         keep = keep if self.context is None else not ring
-        each, y = [], None
+        each, y = [], nothing(x) if self.alike else None
         for i, block in enumerate(self.blocks):
             if every:
                 each.append(x if y is None else x + y)

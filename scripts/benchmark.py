@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import sys
 import tempfile
@@ -116,7 +117,7 @@ def started(path: Path | None, about: dict[str, Any]) -> list[starting.Started]:
         return []
     try:
         before = json.loads(path.read_text())
-    except json.JSONDecodeError:
+    except ValueError:  # neither JSON nor even text
         before = None
     if not isinstance(before, dict) or not {"machine", "sizes", "memory_gb", "eager", "rows"} <= before.keys():
         sys.exit(f"error: --json={path} is there, and no file of `starts`; name another, or delete it")
@@ -262,8 +263,8 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in ABOVE_ZERO:
         given = getattr(arguments, name, None)
-        if given is not None and (value := min(given) if isinstance(given, list) else given) <= 0:
-            sys.exit(f"error: --{name.replace('_', '-')}={value} must be above 0")
+        if given is not None and not 0 < (value := min(given) if isinstance(given, list) else given) < math.inf:
+            sys.exit(f"error: --{name.replace('_', '-')}={value} must be above 0 and finite")
     path = getattr(arguments, "json", None)
     if path is not None and not path.parent.is_dir():
         sys.exit(f"error: --json={path}: the folder {path.parent} is not there")
@@ -281,4 +282,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")

@@ -321,10 +321,12 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     given = parser.parse_intermixed_args(words)
     if given.at_once < 1:
         parser.error(f"--at-once {given.at_once} must be at least 1")
-    if given.times <= 0 or (given.times != 1 and not given.rates):
+    if not 0 < given.times < math.inf or (given.times != 1 and not given.rates):
         parser.error(f"--times {given.times:g} must be positive, and multiplies the rates of --rates")
-    if given.minutes is not None and given.minutes <= 0:
+    if given.minutes is not None and not 0 < given.minutes < math.inf:
         parser.error(f"--minutes {given.minutes:g} must be positive")
+    if given.results is not None and Path(given.results).is_dir():
+        parser.error(f"--results {given.results} is a folder; name a file in it")
     return given
 
 
@@ -355,4 +357,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; the same line again goes on")

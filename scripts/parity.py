@@ -1,13 +1,14 @@
 """The published layers beside ours, with the same weights, in float64:
 
-    python scripts/parity.py                  # every comparison
-    python scripts/parity.py --only kda mesa  # these alone
-    python scripts/parity.py --write          # and the table of docs/published.md
+    python scripts/parity.py                                 # every comparison
+    python scripts/parity.py --only kda_published qwen3      # these alone
+    python scripts/parity.py --write                         # and the table of docs/published.md
 
-A row is a model NAME_published of conf/model, or the setting that its line names, at a small size: outputs and the
-gradients of the input, for two rows of 37 random tokens. The difference is the largest of all numbers, over the largest
-of the published layer's. Theirs are layers of transformers and of fla by their own PyTorch code (scripts/published), or
-their formulas. It takes half a minute on one core of a CPU, and needs fla and Triton for fla's.
+A row is a layer of a model of conf/model, NAME_published where there is one, with the settings that its line names, at
+a small size: outputs and the gradients of the input, for two rows of 37 random tokens. The difference is the largest of
+all numbers, over the largest of the published layer's. Theirs are layers of transformers and of fla by their own
+PyTorch code (scripts/published), or their formulas. It takes half a minute on one core of a CPU, and needs fla and
+Triton for fla's.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ from scripts.recipes import composed
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "published.md"
 BEGIN, END = "<!-- table: python scripts/parity.py --write -->", "<!-- end of table -->"
 ROWS, TOKENS = 2, 37
-AS_IT_IS = {"softmax": "qwen3", "mamba": "mamba"}  # the model where it is not NAME_published
+AS_IT_IS = {"softmax": "qwen3", "mamba": "mamba", "in_place": "in_place"}  # the model where it is not NAME_published
 
 
 class Row(NamedTuple):
-    """One comparison, and its largest relative differences of outputs and of the gradients of the input."""
+    """One comparison, by the name of our model, and its largest relative differences of outputs and of the gradients of
+    the input.
+    """
 
     name: str
     theirs: str
@@ -62,6 +65,12 @@ def comparisons() -> Iterator[tuple[str, str, dict[str, Any], Callable[[], Built
         yield name, f"{formula.name}, by its formulas", formula.ours, formula.built
 
 
+def published(name: str) -> str:
+    """The model that is compared in place of a preset, and what is said of its settings behind a comma."""
+    preset, comma, settings = name.partition(",")
+    return AS_IT_IS.get(preset, f"{preset}_published") + comma + settings
+
+
 @cache
 def model_of(name: str) -> DictConfig:
     """The config of a model, small."""
@@ -75,8 +84,7 @@ def layer_of(name: str, overrides: dict[str, Any]) -> Mixer | InPlace:
 
 def mixer_of(name: str, overrides: dict[str, Any]) -> Mixer:
     """Our published form of a preset, small and in float64."""
-    preset = name.split(",")[0]
-    cfg = copy.deepcopy(model_of(AS_IT_IS.get(preset, f"{preset}_published")))
+    cfg = copy.deepcopy(model_of(published(name).split(",")[0]))
     for key, value in overrides.items():
         OmegaConf.update(cfg, f"model.mixers.main.{key}", value, force_add=True)
     node = OmegaConf.to_container(cfg.model.mixers.main, resolve=True)
@@ -92,7 +100,7 @@ def compared(name: str, theirs: str, overrides: dict[str, Any], build_theirs: Ca
     ours.load_state_dict(dict(ours.named_buffers()) | copied)
     x = torch.randn(ROWS, TOKENS, 32, dtype=torch.float64, requires_grad=True)
     expected, found = outcome(layer, x), outcome(lambda x: ours(x)[0], x)
-    return Row(name, theirs, *(difference(a, b) for a, b in zip(found, expected, strict=True)))
+    return Row(published(name), theirs, *(difference(a, b) for a, b in zip(found, expected, strict=True)))
 
 
 def outcome(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +116,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| preset | beside | outputs | gradients |", "| --- | --- | --- | --- |"]
+    lines = ["| model | beside | outputs | gradients |", "| --- | --- | --- | --- |"]
     return "\n".join(lines + [f"| {r.name} | {r.theirs} | {r.outputs:.0e} | {r.gradients:.0e} |" for r in rows])
 
 
@@ -120,17 +128,18 @@ def written(page: str, rows: list[Row]) -> str:
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="presets")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="models of the table, or presets")
     parser.add_argument("--write", action="store_true", help=f"write the table into docs/{PAGE.name}")
     given = parser.parse_args(words)
-    names = sorted({name.split(",")[0] for name, *_ in comparisons()})
-    if unknown := sorted(set(given.only or ()) - set(names)):
-        sys.exit(f"error: --only {unknown[0]} is not one of {', '.join(names)}")
+    models = {name: published(name).split(",")[0] for name in (name.split(",")[0] for name, *_ in comparisons())}
+    if unknown := sorted(set(given.only or ()) - models.keys() - set(models.values())):
+        sys.exit(f"error: --only {unknown[0]} is not one of {', '.join(sorted(models.values()))}")
     if given.only and given.write:
         sys.exit("error: --write writes the whole table; leave --only out")
     rows = []
     for one in comparisons():
-        if not given.only or one[0].split(",")[0] in given.only:
+        preset = one[0].split(",")[0]
+        if not given.only or {preset, models[preset]} & set(given.only):
             rows.append(compared(*one))
             print(table(rows).splitlines()[-1], flush=True)
     if given.write:

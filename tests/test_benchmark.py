@@ -400,11 +400,12 @@ def test_a_loader_is_timed_beside_a_memory_map(capsys):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["starts", "--memory-gb", "0"], "error: --memory-gb=0.0 must be above 0"),
-        (["train", "--limit", "0"], "error: --limit=0.0 must be above 0"),
-        (["train", "--batch", "-1"], "error: --batch=-1 must be above 0"),
-        (["decode", "--tokens", "0"], "error: --tokens=0 must be above 0"),
-        (["decode", "--contexts", "7", "0"], "error: --contexts=0 must be above 0"),
+        (["starts", "--memory-gb", "0"], "error: --memory-gb=0.0 must be above 0 and finite"),
+        (["train", "--limit", "0"], "error: --limit=0.0 must be above 0 and finite"),
+        (["train", "--limit", "nan"], "error: --limit=nan must be above 0 and finite"),
+        (["train", "--batch", "-1"], "error: --batch=-1 must be above 0 and finite"),
+        (["decode", "--tokens", "0"], "error: --tokens=0 must be above 0 and finite"),
+        (["decode", "--contexts", "7", "0"], "error: --contexts=0 must be above 0 and finite"),
         (["starts", "--json", "/"], "error: --json=/ is a folder; name a file in it"),
         (["train", "--json", "/nowhere/x.json"], "error: --json=/nowhere/x.json: the folder /nowhere is not there"),
     ],

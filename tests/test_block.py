@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.block import FEED_FORWARDS, Block, PersistentMemory, feed_forward
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training.optimizer import parameter_groups
-from tests.laws.presets import HIDDEN, inputs, mixer, recipe
+from tests.laws.presets import HIDDEN, PRESETS, inputs, mixer, recipe
+from tests.laws.test_baselines import BASELINES, baseline
 
 every_kind = pytest.mark.parametrize("kind", FEED_FORWARDS)
 
@@ -78,3 +79,11 @@ def test_a_block_adds_what_is_still_to_be_added():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and state is not None
     *found, state = block(x, y, keep=False)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and state is None
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *BASELINES])
+def test_outputs_are_those_of_a_call_that_keeps_its_state(name):
+    """In training no state is kept: of every mixer, also of those that are no Mixer."""
+    m, segments = baseline(name) if name in BASELINES else mixer(name), (torch.arange(9) // 4).expand(2, -1)
+    assert m.rings in (True, False)
+    assert torch.allclose(m.outputs(inputs(2, 9), segments), m(inputs(2, 9), None, segments)[0], rtol=1e-12, atol=1e-12)

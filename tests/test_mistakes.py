@@ -35,10 +35,18 @@ SETTINGS = {"path": "data.corpus.path", "held_out": "data.corpus.validation"}
 
 # what is typed -> what is said
 CONFIGS = {
+    # settings of a part, which its class annotates
+    "model=yaad model.mixers.main.regressor.delta=null": "regressor.delta=null must be a number",
+    "model=memora model.mixers.main.regressor.mass=much": "regressor.mass=much must be a number or null",
+    "model=kda model.mixers.main.regressor.negative_eigenvalues=maybe": "eigenvalues=maybe must be true or false",
+    "model.mixers.main.decay=none": "main.decay=none must be a part, with a _target_; decay@...decay=none chooses one",
+    "data=parity data.train_lengths=40": "data.train_lengths=40 must be two whole numbers",
+    "model=tnt model.mixers.main.regressor.local_batches=[a]": "local_batches=['a'] must be a list of whole numbers",
     # numbers that can't be
     "seed=-1": "seed=-1 must be between 0 and 4294967295",
     "seed=4294967296": "seed=4294967296 must be between 0 and 4294967295",
     "seq_len=0": "seq_len=0 must be at least 1",
+    "seq_len={{}}": "seq_len={{}} is not a number",
     "seq_len=-128": "seq_len=-128 must be at least 1",
     "batch_tokens=0": "batch_tokens=0 must be at least 1",
     "batch_tokens=-1024": "batch_tokens=-1024 must be at least 1",
@@ -147,7 +155,7 @@ CONFIGS = {
     f"{MIXER}.regressor.backend=cuda": "regressor.backend='cuda' is not a backend",
     f"{MIXER}.regressor.backend=fla": "regressor.backend=fla can't run Delta here",
     f"{MIXER}._target_=models.mixers.Mixr": f"{MIXER}._target_=models.mixers.Mixr does not exist",
-    "model=softmax decay@model.mixers.main.decay=scalar": "Softmax cannot have a decay of kind",
+    "model=softmax decay@model.mixers.main.decay=scalar": "Softmax cannot have a ScalarDecay; possible choices of ",
     # data and tokenizers that aren't there
     "data=text_files": "to be set: data.corpus.path=...",
     "data=text_files data.corpus.path=/nowhere/*.txt": "data.corpus.path='/nowhere/*.txt' matches no file",
@@ -198,6 +206,9 @@ CONFIGS = {
     # misspelt
     "+model.num_layer=4": "model.num_layer=4 is not a setting; did you mean model.num_layers?",
     "+sede=4": "sede=4 is not a setting; did you mean seed?",
+    f"+{MIXER}.zzzz=3": f"{MIXER}.zzzz=3 is not a setting of models.mixers.Mixer; it has regressor, decay,",
+    f"+{MIXER}.regressor.zzzz=3": "is not a setting of models.regression.linear.Delta; it has backend, chunk, step,",
+    f"+{MIXER}.regressor.sizes=3": f"{MIXER}.regressor.sizes=3 is not a setting of models.regression.linear.Delta",
     "+optimizer.learning_rate=0.1": "optimizer.learning_rate=0.1 is not a setting of",
     f"+{MIXER}.n_head=4": f"{MIXER}.n_head=4 is not a setting of models.mixers.Mixer",
     "+data.corpus.pth=x": "data.corpus.pth=x is not a setting of data.corpora.PythonSource",

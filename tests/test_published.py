@@ -40,7 +40,7 @@ def test_with_the_same_weights_they_compute_the_same_and_the_page_says_so():
         assert max(row.outputs, row.gradients) < SAME, row
         assert max(map(float, kept[row.name, row.theirs])) < SAME
     assert [row[:2] for row in found] == list(kept), "python scripts/parity.py --write"
-    assert {f"{row.name.split(',')[0]}_published" for row in found} >= set(PUBLISHED)
+    assert {row.name.split(",")[0] for row in found} >= set(PUBLISHED)
     assert parity.written(page, found).count("| --- |") == page.count("| --- |")
 
 
@@ -49,12 +49,34 @@ def test_the_page_says_of_each_what_differs():
     said = re.findall(r"^\| ((?:`\w+_published`(?:, )?)+) \|", page, flags=re.MULTILINE)
     assert sorted(name for cell in said for name in re.findall(r"\w+_published", cell)) == PUBLISHED
     assert page.count(parity.BEGIN) == page.count(parity.END) == 1
+    table = page.partition("## What differs")[2].partition("## Compared")[0]
+    others = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]+) \|", table, flags=re.MULTILINE)))
+    others = [name for name in others if name not in PUBLISHED]
+    assert others and not {f"{name}_published" for name in others} & set(PUBLISHED)
+    assert all((CONF / "mixer" / f"{name}.yaml").exists() for name in others)
+
+
+def test_the_page_of_the_family_says_which_have_such_a_preset():
+    page = (parity.PAGE.parent / "family.md").read_text()
+    said = re.search(r"`model=NAME_published`, which is that layer: ([^.]+)\.", page)
+    assert said
+    names = [name for name in re.findall(r"\w+", said[1]) if name != "and"]
+    assert names == sorted(x.removesuffix("_published") for x in PUBLISHED)
 
 
 def test_another_number_would_be_seen():
-    row = Row("kda", "x", 1e-15, 1e-15)
+    row = Row("kda_published", "x", 1e-15, 1e-15)
     assert parity.difference(torch.ones(3) * 1.001, torch.ones(3)) == pytest.approx(1e-3, rel=1e-3)
-    assert ROW.findall(parity.table([row])) == [("kda", "x", "1e-15", "1e-15")]
+    assert ROW.findall(parity.table([row])) == [("kda_published", "x", "1e-15", "1e-15")]
+
+
+def test_a_comparison_is_chosen_by_its_model_or_by_the_preset(monkeypatch, capsys):
+    monkeypatch.setattr(parity, "compared", lambda name, *_: Row(parity.published(name), "x", 0.0, 0.0))
+    for chosen, shown in (("kda", "kda_published"), ("kda_published", "kda_published"), ("softmax", "qwen3")):
+        parity.main(["--only", chosen])
+        assert {line.split("|")[1].split(",")[0].strip() for line in capsys.readouterr().out.splitlines()} == {shown}
+    with pytest.raises(SystemExit, match="error: --only kad is not one of delta_product_published, deltanet_published"):
+        parity.main(["--only", "kad"])
 
 
 @pytest.mark.parametrize("preset", LAWS)
@@ -97,6 +119,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("kda", {"_target_": BOTH, "rotary_period": 4}, "rotary_period=4 must be at least 1, and stand beside a rotary"),
     ("kda", {"decay__lower_bound": 0.0}, "decay.lower_bound=0.0 must be negative, or null for none"),
     ("mamba2", {"decay__rate_range": [2.0, 1.0]}, "decay.rate_range=(2.0, 1.0) must be two rising numbers"),
+    ("lact", LACT | {"attention_heads": -1}, "attention_heads=-1: hidden_size=32 over it must be even"),
     ("lact", LACT | {"attention_heads": 3}, "attention_heads=3: hidden_size=32 over it must be even"),
     ("lact", LACT | {"attention_heads": 2, "output_gate": "silu"}, "PublishedLaCT: it has positions, no gate"),
     ("lact", {"regressor__rank": 0}, "regressor.rank=0 must be at least 1, or null"),

@@ -39,7 +39,7 @@ class PublishedLaCT(Mixer):
         self, hidden_size: int, layer_index: int, *, attention_heads: int, window: int, **settings: Any
     ) -> None:
         super().__init__(hidden_size, layer_index, **settings)
-        if hidden_size % attention_heads or (hidden_size // attention_heads) % 2:
+        if attention_heads < 1 or hidden_size % attention_heads or (hidden_size // attention_heads) % 2:
             raise ValueError(f"attention_heads={attention_heads}: hidden_size={hidden_size} over it must be even")
         if self.rotary is None or set(self.sizes) != {hidden_size} or self.gate is not None:
             raise ValueError(

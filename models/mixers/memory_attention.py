@@ -23,7 +23,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from models.mixers.mixer import GATES, Mixer, State
+from models.mixers.mixer import GATES, Layer, Mixer, State
 from models.parts.decay import Decay
 from models.parts.features import FeatureMap
 from models.parts.norm import RMSNorm
@@ -45,7 +45,7 @@ class Product(nn.Module):
         return self.attention_norm(y) * self.gate(self.memory_norm(m))
 
 
-class MemoryAttention(nn.Module):
+class MemoryAttention(Layer):
     """A mixer (mixer.py) of two, `memory` and `attention`. What is asked about its regressor, decay or features
     is answered for the memory; its state is theirs.
     """

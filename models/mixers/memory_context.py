@@ -21,7 +21,8 @@ Others.     titans-pytorch has learned tokens for h, and no write of y. OpenTita
 Documents begin where they like, in every row at another token, and so do segments. `cut` lays the tokens out so that
 segment n of all rows is computed at once. Those that are shorter are filled up: a short one is its document's last, so
 that what fills it up writes to a memory that is emptied next. Unless it is cut short by a call: then the state of the
-row stays what it is once its tokens are through, and only other rows go on.
+row stays what it is once its tokens are through, and only other rows go on. Where nobody wants that state, as
+in training, and turns are compiled, all segments are filled up to one size, of which there is one graph.
 
 Shapes: B batch, T tokens, D model width, P places for tokens, filled or not.
 """
@@ -29,6 +30,7 @@ Shapes: B batch, T tokens, D model width, P places for tokens, filled or not.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -78,19 +80,23 @@ class Cut(NamedTuple):
         return _along(x, self.place)
 
 
-def cut(positions: Tensor, segment: int) -> Cut:
-    """Of tokens with these positions in their documents, [B, T]."""
+def cut(positions: Tensor, segment: int, keep: bool = True) -> Cut:
+    """Of tokens with these positions in their documents, [B, T]. keep: whether the rows' last states are wanted; from
+    no state, and without them, all spans are filled up to whole segments, which have one size."""
     begins, index = positions % segment == 0, torch.arange(positions.shape[1], device=positions.device)
     number = begins.cumsum(1) - begins[:, :1].long()  # 0 is the segment that the call begins with, whole or not
     opens = begins | (index == 0)
     offset = index - torch.where(opens, index, 0).cummax(1).values
     lengths = F.one_hot(number).sum(1)  # [B, segments]
-    longest = lengths.max(0).values
+    longest = lengths.max(0).values if keep else torch.full_like(lengths[0], segment)
     first = longest.cumsum(0) - longest
     place = first[number] + offset
     source = torch.zeros(len(place), int(longest.sum()), dtype=torch.long, device=index.device)
     source = source.scatter_(1, place, index.expand_as(place)).cummax(1).values
-    return Cut(place, source, list(_spans(lengths, number[:, -1], begins[:, 0])))
+    if keep:
+        return Cut(place, source, list(_spans(lengths, number[:, -1], begins[:, 0])))
+    begun = (lengths > 0).unbind(1)
+    return Cut(place, source, [Span(slice(n * segment, (n + 1) * segment), x, None) for n, x in enumerate(begun)])
 
 
 def uncut(positions: Tensor, segment: int) -> Cut:
@@ -183,8 +189,20 @@ class MemoryAsContext(MemoryAttention):
         self.product = Product(width(self.attention), product, norm_eps)
         self.output = nn.Linear(width(self.attention), hidden_size, bias=False)
 
-    @torch.compiler.disable  # how many steps there are depends on the documents
-    def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> tuple[Tensor, State]:
+    def outputs(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        return self(x, None, segments, keep=False)[0]
+
+    def forward(
+        self, x: Tensor, state: State | None = None, segments: Tensor | None = None, keep: bool = True
+    ) -> tuple[Tensor, State]:
+        """keep: whether the state after the last token is wanted; else what is returned for it is of no use."""
+        return self._forward(x, state, segments, keep, compiled=torch.compiler.is_compiling())
+
+    @torch.compiler.disable  # how many segments there are depends on the documents
+    def _forward(
+        self, x: Tensor, state: State | None, segments: Tensor | None, keep: bool, compiled: bool
+    ) -> tuple[Tensor, State]:
+        """compiled: whole segments by torch.compile, which makes one graph for all of them and all layers."""
         position = segment = None
         held, before = Held(), torch.zeros_like(x[:, 0, 0], dtype=torch.long)
         if state is not None:
@@ -196,24 +214,40 @@ class MemoryAsContext(MemoryAttention):
             documents, segment = segments, segments[:, -1]
             position = None if position is None else position.masked_fill(before != segments[:, 0], 0)
         positions = positions_of(x, position, segments)
-        layout = (uncut if state is None and segments is None else cut)(positions, self.segment)
-        form = self._in_turn if self.memory_update == "attention_output" else self._at_once
-        o, held = form(layout, x, documents, positions, held)
+        if state is None and segments is None:
+            layout = uncut(positions, self.segment)
+        else:
+            layout = cut(positions, self.segment, keep or state is not None or not compiled)
+        if self.memory_update == "attention_output":
+            o, held = self._in_turn(layout, x, documents, positions, held, compiled)
+        else:
+            o, held = self._at_once(layout, x, documents, positions, held)
         return self.output(o), State(held, (), positions[:, -1] + 1, segment)
 
-    def _in_turn(self, layout: Cut, x: Tensor, documents: Tensor, positions: Tensor, held: Held) -> tuple[Tensor, Held]:
-        """A segment after the other: recall, attend, learn."""
+    def _in_turn(
+        self, layout: Cut, x: Tensor, documents: Tensor, positions: Tensor, held: Held, compiled: bool
+    ) -> tuple[Tensor, Held]:
+        """A segment after the other."""
         outputs = []
-        x, documents, positions = (layout.fill(y) for y in (x, documents, positions))
+        filled = [layout.fill(y) for y in (x, documents, positions)]
         for places, begins, active in layout.spans:
-            memory, start, attention = old = self._begin(held, documents[:, places], begins)
-            h = self._recall(x[:, places], positions[:, places], start)
-            y, attention = self._attend(h, x[:, places], positions[:, places], attention)
-            m, memory = self._learn(y, memory, documents[:, places])
-            new = Held(memory, self._emptied(memory) if start is None else start, attention)
+            # copies: strides that depend on how many segments there are would be another graph for each number
+            tokens, document, position = (y[:, places].clone(memory_format=torch.contiguous_format) for y in filled)
+            old = self._begin(held, document, begins)
+            whole = places.stop - places.start == self.segment
+            turn = compiled_turn() if compiled and whole and old.memory is not None else MemoryAsContext.turn
+            o, new = turn(self, tokens, document, position, old)
             held = choose(active, new, old)
-            outputs.append(self.product(y, m))
+            outputs.append(o)
         return layout.empty(torch.cat(outputs, dim=1)), held
+
+    def turn(self, x: Tensor, documents: Tensor, positions: Tensor, held: Held) -> tuple[Tensor, Held]:
+        """A segment, or a piece of one: recall, attend, learn."""
+        memory, start, attention = held
+        h = self._recall(x, positions, start)
+        y, attention = self._attend(h, x, positions, attention)
+        m, memory = self._learn(y, memory, documents)
+        return self.product(y, m), Held(memory, self._emptied(memory) if start is None else start, attention)
 
     def _at_once(self, layout: Cut, x: Tensor, documents: Tensor, positions: Tensor, held: Held) -> tuple[Tensor, Held]:
         """The memory through all segments, which learns from x, and then attention in all of them."""
@@ -242,7 +276,7 @@ class MemoryAsContext(MemoryAttention):
     def _emptied(self, memory: State) -> State:
         """An empty memory: what a document begins with."""
         rows = torch.ones_like(memory.position, dtype=torch.bool)
-        return memory._replace(memory=self.regressor.forget(memory.memory, rows), tails=())
+        return State(self.regressor.forget(memory.memory, rows), (), memory.position, memory.segment, memory.turn)
 
     def _recall(self, x: Tensor, positions: Tensor, start: State | None) -> Tensor:
         return self.memory.recall(self.projection(x), x, positions, start)
@@ -250,7 +284,7 @@ class MemoryAsContext(MemoryAttention):
     def _learn(self, y: Tensor, memory: State | None, documents: Tensor) -> tuple[Tensor, State]:
         """The memory updated with y, and its reads. All tokens of a row are of one document, which it has entered."""
         m, memory = self.memory(y, memory)
-        return m, memory._replace(segment=documents[:, 0])
+        return m, State(memory.memory, memory.tails, memory.position, documents[:, 0], memory.turn)
 
     def _attend(self, h: Tensor, x: Tensor, positions: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Attention in which h_t stands before x_t and segments are documents, numbered as they come."""
@@ -276,3 +310,10 @@ class MemoryAsContext(MemoryAttention):
     def state_size(self, seq_len: int) -> int:
         """Numbers held per sequence: the memory's, that of the segment's start, and attention's."""
         return super().state_size(seq_len) + self.regressor.state_size(seq_len)
+
+
+@cache
+def compiled_turn() -> Callable[..., tuple[Tensor, Held]]:
+    """A whole segment, by torch.compile: one graph for all of them, in all layers. Those that documents and calls cut
+    off have many lengths, and are not compiled."""
+    return torch.compile(MemoryAsContext.turn, dynamic=False, options={"comprehensive_padding": False})

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from models.kernels import pairs as kernels
 from models.kernels import read_out
 from models.parts.convolution import Shift, ShortConvolution
-from models.parts.decay import Decay
+from models.parts.decay import CHOICES, Decay
 from models.parts.features import FeatureMap, Identity
 from models.parts.linear import Products, is_its_weight, one_product, read
 from models.parts.norm import RMSNorm, is_plain, sum_to_one, unit
@@ -63,7 +63,20 @@ class State(NamedTuple):
     turn: Tensor | None = None
 
 
-class Mixer(nn.Module):
+class Layer(nn.Module):
+    """What mixes the tokens of a block: (x [B, T, D], state=None, segments=None) -> (y [B, T, D], state)."""
+
+    @property
+    def rings(self) -> bool:
+        """Whether a sequence that lies on several devices can stay where it is (models/context.py)."""
+        return False
+
+    def outputs(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        """y from no state, where that after the last token is not wanted: it may take time."""
+        return self(x, None, segments)[0]
+
+
+class Mixer(Layer):
     """(x [B, T, D], state=None, segments=None) -> (y [B, T, D], state).
 
     T = 1 with a state is decoding; any split of a sequence into calls gives the same outputs. `segments` [B, T] numbers
@@ -185,16 +198,16 @@ class Mixer(nn.Module):
 
     def _check_recipe(self) -> None:
         """Raises ValueError for parts that cannot go together."""
-        name, kind = type(self.regressor).__name__, self.decay.kind
+        name = type(self.regressor).__name__
         if self.num_kv_heads != self.num_heads and not self.regressor.grouped_heads:
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads}: {name} has a memory per head; "
                 f"only num_kv_heads={self.num_heads} is possible"
             )
-        if kind not in self.regressor.accepts_decay:
+        if self.decay.kind not in self.regressor.accepts_decay:
+            choices = [choice for kind in self.regressor.accepts_decay for choice in CHOICES.get(kind, (kind,))]
             raise ValueError(
-                f"{name} cannot have a decay of kind {kind!r} ({type(self.decay).__name__}); "
-                f"possible kinds: {', '.join(self.regressor.accepts_decay)}"
+                f"{name} cannot have a {type(self.decay).__name__}; possible choices of decay: {', '.join(choices)}"
             )
         if self.regressor.needs_positive_features and not self.features.positive:
             raise ValueError(

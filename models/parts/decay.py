@@ -22,6 +22,13 @@ from models.parts.linear import read
 from models.parts.precision import sum_dtype, wide
 from models.parts.sizes import Sizes
 
+CHOICES = {  # kind: the decays of conf/decay that are of it, which is what a user can choose
+    "none": ("none",),
+    "head": ("fixed", "scalar", "sigmoid"),
+    "channel": ("channel", "slow_channel", "channel_rate"),
+    "signed": ("signed",),
+}
+
 
 class Rates(NamedTuple):
     """A log decay per channel that is not made yet: kernels make it where they read it.

@@ -22,6 +22,7 @@ from models.language_model import LanguageModel
 from models.loss import IGNORED
 from models.mixers.baselines import Baseline
 from models.mixers.mixer import Mixer
+from models.parts.precision import product_dtype
 from models.regression.regressor import Regressor
 from models.training import points
 from models.training.captured import Captured, refusal
@@ -30,6 +31,7 @@ from models.training.optimizer import clip
 from models.training.parallel import DDP, Sharded
 from models.training.preemption import Preemption
 from models.training.recompute import Recompute
+from models.training.rehearsal import rehearse, start_compilers
 from models.training.summary import say
 
 
@@ -97,12 +99,14 @@ class Training(L.LightningModule):
         if self._sharded:
             return
         if self.compile_blocks:
+            start_compilers()
             # which backend runs is settled before anything is compiled, not part of the graph
             for chooser in (Mixer, Regressor):
                 chooser.choose = torch.compiler.assume_constant_result(chooser.choose)
             for block in self.model.blocks:
                 # rows are not padded to multiples of 128 bytes: a copy would take that off before each of our kernels
                 block.compile(options={"comprehensive_padding": False})
+            self.model.alike = True
         if self.device_mesh is not None:
             cast("Sharded", self.trainer.strategy).shard(self.model, self.model.blocks, ("sum_nats", "score"))
         self._sharded = True
@@ -122,6 +126,10 @@ class Training(L.LightningModule):
         strategy, more = self.trainer.strategy, 0
         if isinstance(strategy, Sharded) and self.trainer.accumulate_grad_batches > 1:
             more = strategy.held_between(sum(p.numel() for p in self.model.parameters()))
+        if self.device_mesh is None and self.context is None:  # in whose blocks processes meet
+            with self.trainer.precision_plugin.forward_context():
+                dtype = product_dtype(self.model.embedding.weight)
+            rehearse(self.model, partial(self._nats, batch), self.device, dtype)
         say(self.recompute.begin(partial(self._nats, batch), optimizer, self.device, more))
 
     def _nats(self, batch: dict[str, Tensor | Any]) -> Tensor:

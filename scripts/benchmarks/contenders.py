@@ -21,6 +21,7 @@ from models.block import derived_inner_size
 from models.build import build
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training.module import Training
+from models.training.rehearsal import rehearse
 from scripts.recipes import CONF, composed
 
 COMPILED = "+compile"
@@ -162,7 +163,9 @@ def ours(name: str, sizes: Sizes, device: str, seed: int = 0, compiled: bool = T
     optimizer = module.optimizer(module.model)
 
     def begin(batch: dict[str, Tensor | Any]) -> str:
-        module.recompute.begin(partial(nats, module.model, batch), optimizer, torch.device(device))
+        first = partial(nats, module.model, batch)
+        rehearse(module.model, first, torch.device(device), torch.bfloat16 if device == "cuda" else torch.float32)
+        module.recompute.begin(first, optimizer, torch.device(device))
         again = len(module.recompute.chosen)
         how = "blocks compiled" if module.compile_blocks else "eager"
         return f"{how}, {again} of {sizes.layers} recomputed" if again else how

@@ -23,17 +23,19 @@ CASES = {  # what differs from one head width of 16, 100 tokens, gates around 0.
     "large gates": {"decay": 8.0},
     "small gates": {"decay": -12.0},
     "gates of e^-1.5": {"decay": -1.3, "spread": 0.2, "T": 70},
+    "faster and faster": {"decay": -1.5, "spread": 0.5, "T": 190, "ramp": 12.0, "documents": 75},
     "gates of any size": {"decay": 0.0, "spread": 20.0, "documents": 7, "T": 70},
     "aligned keys": {"aligned": 2.0},
     "ragged": {"K": 20, "V": 40, "T": 70},
     "short": {"T": 3},
 }
-INTERPRETED = ["gates of e^-1.5", "gates of any size", "ragged", "short"]
+INTERPRETED = ["gates of e^-1.5", "faster and faster", "gates of any size", "ragged", "short"]
 LOG_DECAY = 6  # in what errors() returns
 WIDE = {
     "wide": {"K": 128, "V": 128, "T": 300, "documents": 130},
     "wide, gates of any size": {"K": 128, "V": 128, "T": 300, "decay": 0.0, "spread": 20.0},
     "wide, aligned keys": {"K": 128, "V": 128, "T": 300, "decay": 5.0, "aligned": 2.0},
+    "wide, faster and faster": {"K": 128, "V": 128, "T": 300, "decay": 0.0, "ramp": 20.0, "documents": 130},
     "64": {"K": 64, "V": 64, "T": 300},
     "wide, ragged": {"K": 96, "V": 80, "T": 130},
 }
@@ -49,11 +51,13 @@ def errors(
     spread: float = 1.0,
     documents: int | None = None,
     aligned: float = 0.0,
+    ramp: float = 1.0,
     rows: int = 2,
     rule=kernel_delta,
 ) -> list[float]:
     """Of outputs, last memory and all gradients: the distance to the recurrence of the same rounded inputs, relative to
-    its length. decay, spread: of the gates' logits, the mean and the deviation."""
+    its length. decay, spread: of the gates' logits, the mean and the deviation. ramp: how many times as fast as the
+    first the last token forgets."""
     B, H, g = rows, 2, torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -62,6 +66,7 @@ def errors(
     keys = F.normalize(normal(T, H, K) + aligned, dim=-1)
     inputs = [x.to(dtype) for x in (normal(T, H, K), keys, normal(T, H, V))]
     inputs += [normal(T, H).sigmoid().float(), F.logsigmoid(spread * normal(T, H, K) + decay).float()]
+    inputs[-1] *= torch.linspace(1, ramp, T, device=device)[:, None, None]
     inputs += [0.1 * normal(H, K, V).float()]
     segments = None if documents is None else (torch.arange(T, device=device) // documents).expand(B, T)
 
@@ -120,6 +125,7 @@ def errors_of_rates(
     return [((a.double() - b).norm() / b.norm().clamp(min=1e-9)).item() for a, b in pairs]
 
 
+CLOSED = {"T": 40, "spread": 300.0, "bias": 0.0, "documents": 7}  # gates of e^-1000, which are no document's start
 RAW, BIAS, LOG_RATE = 5, 7, 8  # in what errors_of_rates() returns
 RATES = {
     "rates": {"K": 20, "V": 24, "T": 70, "documents": 23},
@@ -134,13 +140,14 @@ def test_kernels_are_the_recurrence():
     """Through the interpreter, float32."""
     code = """
     import json, torch
-    from tests.kernels.test_channel_delta import CASES, INTERPRETED, RATES, errors, errors_of_rates
+    from tests.kernels.test_channel_delta import CASES, CLOSED, INTERPRETED, RATES, errors, errors_of_rates
     found = {name: max(errors("cpu", torch.float32, rows=1, **CASES[name])) for name in INTERPRETED}
     found |= {name: max(errors_of_rates("cpu", torch.float32, rows=1, **case)) for name, case in RATES.items()}
+    found["closed"] = max(errors_of_rates("cpu", torch.float32, rows=1, **CLOSED)[:5])
     print("FOUND", json.dumps(found))
     """
     found = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
-    assert found.keys() == {*INTERPRETED, *RATES} and all(error < 1e-5 for error in found.values()), found
+    assert found.keys() == {*INTERPRETED, *RATES, "closed"} and all(error < 1e-5 for error in found.values()), found
 
 
 @pytest.mark.slow
@@ -161,13 +168,39 @@ def test_chunks_of_a_new_layer_are_near():
     with torch.no_grad():
         raw, bias, log_rate = decay.unmade(x)
         gates = torch.empty_like(q)
-        near = launch.fade(gates, segments, raw, bias, log_rate).near
+        near = launch.fade(gates, segments, raw, bias, log_rate).sizes == 6
     fades = gates.where(gates > -1000, 0).unflatten(1, (-1, 64)).sum(2)  # [1, N, H, K]
     blocks = fades.movedim(2, 1).reshape(len(near), near.shape[1], -1).amin(-1)
-    print(fades.min() > -128, torch.equal(near == 1, blocks >= -64), 0 < near.sum() < near.numel())
+    print(fades.min() > -128, torch.equal(near, blocks >= -64), 0 < near.sum() < near.numel())
     """
     found = run_interpreted(textwrap.dedent(code), fla=False).split()
     assert found == ["tensor(True)", "True", "tensor(True)"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_blocks_of_tokens_are_the_largest_that_are_near():
+    """The gate of a block's first token is not between two of its tokens, and may be of any size."""
+    code = """
+    import torch
+    from models.kernels.channel_delta.launch import Launch
+    T, H, K = 64 * 9, 2, 64
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, T, H, K)
+    log_decay = -torch.rand(1, T, H, K) * (2.0 ** torch.arange(-1, 8)).repeat_interleave(64)[:, None, None]
+    log_decay[:, 32] = log_decay[:, 64 * 3 + 8 : 64 * 4 : 16] = -300.0
+    launch = Launch(q, k, torch.ones(1, T, H), K)
+    found = launch.fade(torch.empty_like(q), None, log_decay, None, None).sizes  # [H N, K / 32]
+    chunks = log_decay.unflatten(1, (9, 64)).unflatten(-1, (2, 32)).permute(3, 0, 1, 4, 2, 5)  # [H, B, N, 2, C, 32]
+    expected = torch.zeros(chunks.shape[:4], dtype=torch.int32)
+    for log_size in range(1, 6):
+        within = chunks.unflatten(4, (-1, 2**log_size))[..., 1:, :].sum(-2).amin((-1, -2))
+        expected[within >= -32] = log_size
+    expected[chunks.sum(-2).amin(-1) >= -64] = 6
+    print(torch.equal(found, expected.reshape(found.shape)), len(found.unique()))
+    """
+    found = run_interpreted(textwrap.dedent(code), fla=False).split()
+    assert found == ["True", "7"]
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,21 +1,37 @@
-"""fla's candidates of launch are compiled side by side before they are timed, and only where no result is known."""
+"""A launch of fla's kernels that the table of this machine has is taken; candidates of others are compiled side by side
+before they are timed, and only where no result is known."""
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
 
+import pytest
+
 from models.kernels import tuning
 
+FOLDER = tuning.FOLDER
+PLACE = ((9, 0), "3.7.1", "0.6.0")
+KEY = (4, 64, "torch.bfloat16")
+TABLE = {
+    "gpu": "NVIDIA H200",
+    "capability": [9, 0],
+    "triton": "3.7.1",
+    "fla": "0.6.0",
+    "launches": {"fla.ops.common.chunk_h.chunk_fwd_kernel_h": {"K=64, bfloat16": {"num_warps": 8}}},
+}
 
-def kernel_of(module: str) -> type:
+
+def kernel_of(module: str, key: tuple[object, ...] = KEY) -> type:
     """In place of Triton's Autotuner: what it compiles, one after another, when it times a candidate."""
 
     class Kernel:
         def __init__(self) -> None:
             self.cache_results, self.known, self.compiled = False, set(), []
+            self.cache, self.keys = {}, ["H", "K"]
             self.base_fn = SimpleNamespace(__module__=module, __name__="chunk_fwd_kernel_h")
             self.fn = SimpleNamespace(warmup=self.warmup)
 
@@ -26,14 +42,15 @@ def kernel_of(module: str) -> type:
         def run(self, *args: int, **kwargs: object) -> str:
             candidates = [SimpleNamespace(all_kwargs=lambda n=n: {"num_warps": n}) for n in (4, 8)]
             assert self.cache_results == module.startswith("fla.")
-            self.check_disk_cache("key", candidates, lambda: self.compiled.append("timed"))
+            if key not in self.cache:
+                self.check_disk_cache(key, candidates, lambda: self.compiled.append("timed"))
             return "ran"
 
-        def check_disk_cache(self, key: str, candidates: list[object], time_them) -> bool:
+        def check_disk_cache(self, key: tuple[object, ...], candidates: list[object], time_them) -> bool:
             if key in self.known:
                 return True
-            self.known.add(key)
             time_them()
+            self.known.add(key)
             return False
 
     return Kernel
@@ -50,17 +67,108 @@ class Asynchronous:
             time.sleep(0)
 
 
-def test_candidates_are_compiled_before_they_are_timed_and_once():
-    kind = kernel_of("fla.ops.common.chunk_h")
+@pytest.fixture(autouse=True)
+def table(monkeypatch, tmp_path):
+    """The folder of tables, with one in it, and no cache of what fits."""
+    for name in ("FLA_CACHE_MODE", "FLA_CONFIG_DIR", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuning, "here", lambda: PLACE)
+    tuning.kept.cache_clear()
+    (tmp_path / "h200.json").write_text(json.dumps(TABLE))
+    yield tmp_path / "h200.json"
+    tuning.kept.cache_clear()
+
+
+def called(module: str = "fla.ops.common.chunk_h", key: tuple[object, ...] = KEY, times: int = 2):
+    kind = kernel_of(module, key)
     tuning.tuned(kind, Asynchronous)
     kernel = kind()
-    for _ in range(2):
+    for _ in range(times):
         assert kernel.run(1, 2, grid=(3,), warmup=False, width=64) == "ran"
-    assert kernel.compiled == [4, 8, "timed"] and not hasattr(kernel, "given")
+    assert not hasattr(kernel, "given")
+    return kernel
+
+
+def test_candidates_are_compiled_before_they_are_timed_and_once(table):
+    table.unlink()
+    assert called().compiled == [4, 8, "timed"]
 
 
 def test_kernels_of_others_are_left_alone():
-    kind = kernel_of("models.kernels.delta.scans")
-    tuning.tuned(kind, Asynchronous)
-    kernel = kind()
-    assert kernel.run(1, 2, grid=(3,), warmup=False, width=64) == "ran" and kernel.compiled == ["timed"]
+    assert called("models.kernels.delta.scans").compiled == ["timed"]
+
+
+def test_a_launch_of_the_table_is_taken_and_nothing_compiled_or_timed():
+    kernel = called()
+    assert kernel.compiled == [] and kernel.cache[KEY].all_kwargs() == {"num_warps": 8}
+
+
+def test_the_numbers_of_sequences_and_heads_are_no_matter():
+    assert called(key=(6, 64, "torch.bfloat16")).compiled == []
+
+
+@pytest.mark.parametrize("key", [(4, 128, "torch.bfloat16"), (4, 64, "torch.float32"), (4, 64), (64, "torch.bfloat16")])
+def test_another_key_is_tuned(key):
+    assert called(key=key).compiled == [4, 8, "timed"]
+
+
+def test_another_kernel_is_tuned():
+    assert called("fla.ops.common.chunk_h_split").compiled == [4, 8, "timed"]
+
+
+@pytest.mark.parametrize("place", [((8, 0), *PLACE[1:]), (PLACE[0], "3.8.0", "0.6.0"), (*PLACE[:2], "0.6.1")])
+def test_on_another_gpu_or_with_other_releases_all_are_tuned(monkeypatch, place, caplog):
+    monkeypatch.setattr(tuning, "here", lambda: place)
+    with caplog.at_level("INFO"):
+        assert called().compiled == [4, 8, "timed"]
+    assert "scripts/tune.py" in caplog.text
+
+
+def test_what_is_taken_is_said_once(caplog):
+    with caplog.at_level("INFO"):
+        called()
+        called()
+    assert caplog.text.count("NVIDIA H200") == 1
+
+
+@pytest.mark.parametrize("name", ["FLA_CACHE_MODE", "FLA_CONFIG_DIR"])
+def test_who_sets_flas_own_way_gets_it(monkeypatch, name):
+    monkeypatch.setenv(name, "disabled")
+    assert called().compiled == [4, 8, "timed"]
+
+
+def test_a_launch_that_is_no_candidate_here_is_not_taken(table):
+    """As where fla prunes what is wrong on this GPU."""
+    launch = {"K=64, bfloat16": {"num_warps": 16}}
+    table.write_text(json.dumps(TABLE | {"launches": {"fla.ops.common.chunk_h.chunk_fwd_kernel_h": launch}}))
+    assert called().compiled == [4, 8, "timed"]
+
+
+def test_untimed_all_candidates_are_asked_for_and_timed_later(table):
+    table.unlink()
+    with tuning.untimed():
+        kernel = called(times=2)
+        assert kernel.compiled == [4, 8]
+    assert kernel.cache == {} and kernel.known == set()
+    kernel.run(1, 2, grid=(3,), warmup=False, width=64)
+    assert kernel.compiled == [4, 8, 4, 8, "timed"]
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_the_tables_can_be_read(path):
+    table = tuning.read(path)
+    assert table.gpu and len(table.capability) == 2 and table.launches
+    for name, launches in table.launches.items():
+        assert name.startswith("fla.")
+        for key, launch in launches.items():
+            assert ", " in key and {"num_warps", "num_stages", "num_ctas"} <= launch.keys()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"gpu": "x", "capability": [9, 0], "triton": "", "fla": "", "launches": null}']
+)
+def test_a_broken_table_is_named(tmp_path, text):
+    (path := tmp_path / "broken.json").write_text(text)
+    with pytest.raises(ValueError, match=r"broken\.json is no table of launches"):
+        tuning.read(path)

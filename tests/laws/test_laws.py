@@ -180,7 +180,7 @@ def test_9_it_says_how_it_is_fitted(preset):
 def test_an_impossible_decay_is_refused_when_built(preset, decay):
     """And a possible one makes another mixer that obeys law 3."""
     if DECAYS[decay] not in mixer(preset).regressor.accepts_decay:
-        with pytest.raises(ValueError, match="possible kinds"):
+        with pytest.raises(ValueError, match="possible choices of decay"):
             mixer(preset, decay=part("decay", decay))
         return
     x = inputs(2, T)

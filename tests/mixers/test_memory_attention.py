@@ -4,6 +4,7 @@ begin at another token in every row."""
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from models.language_model import LanguageModel, LanguageModelConfig
+from models.mixers import memory_context
 from models.mixers.memory_context import Held, cut
 from models.mixers.mixer import Mixer
 from models.regression.memory import Memory
@@ -89,6 +91,26 @@ class Titans:
         U = self.D + theta * k.unsqueeze(2) @ error
         self.M, self.D = alpha * (self.M + (1 - eta) * U), alpha * eta * U
         return self.read(q, self.M)
+
+
+@pytest.mark.parametrize("B", [1, 3])
+def test_compiled_turns_are_one_graph(B, monkeypatch):
+    """Whatever the documents, and so the number of segments: those that are compiled are filled up to one size."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def counted(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    turn = torch.compile(memory_context.MemoryAsContext.turn, backend=counted, dynamic=False)
+    monkeypatch.setattr(memory_context, "compiled_turn", lambda: turn)
+    torch.compiler.reset()
+    m, x = mixer("titans_mac"), inputs(B, 3 * CHUNK + 2)
+    for length in (3, CHUNK, CHUNK + 3, 4 * CHUNK):
+        segments = (torch.arange(x.shape[1]) // length).expand(B, -1)
+        found, _ = m._forward(x, None, segments, keep=False, compiled=True)
+        assert largest_difference([found], [m(x, None, segments)[0]]) < 1e-12
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("update", ["attention_output", "input"])

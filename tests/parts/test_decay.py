@@ -7,11 +7,22 @@ import math
 import pytest
 import torch
 
-from models.parts.decay import ChannelDecay, ChannelRateDecay, FixedDecay
+from models.build import build
+from models.parts.decay import CHOICES, ChannelDecay, ChannelRateDecay, FixedDecay
 from models.parts.sizes import Sizes
 from tests.laws.presets import PRESETS, mixer
+from tests.test_config import CONF, composed
 
 SIZES = Sizes(32, 4, 4, 8, 8)
+
+
+def test_a_refusal_names_the_decays_that_can_be_chosen():
+    names = sorted(path.stem for path in (CONF / "decay").glob("*.yaml"))
+    assert sorted(name for choices in CHOICES.values() for name in choices) == names
+    for kind, choices in CHOICES.items():
+        for name in choices:
+            node = composed(f"decay@model.mixers.main.decay={name}").model.mixers.main.decay
+            assert build(node)(SIZES).kind == kind
 
 
 @pytest.mark.parametrize(("dtype", "digits"), [(torch.float64, 1e-14), (torch.float32, 6e-8), (torch.bfloat16, 6e-8)])

@@ -83,5 +83,5 @@ def test_what_cannot_be_is_refused_with_what_can(train, monkeypatch):
     for name in ("RUNS", "TTR_CACHE"):
         monkeypatch.setenv(name, train.environment[name])
     said = said_by_main(["name=unnamed", "model=mesa", f"{DECAY}=channel", *SMALL, *steps(15)], monkeypatch)
-    assert "LeastSquares cannot have a decay of kind 'channel'" in said and "Traceback" not in said
-    assert "possible kinds: none, head" in said
+    assert "LeastSquares cannot have a ChannelDecay" in said and "Traceback" not in said
+    assert "possible choices of decay: none, fixed, scalar, sigmoid" in said

@@ -8,9 +8,9 @@ backward, after fade again,
     gradient        all others, all chunks at once
 
 It is models/kernels/delta's plan. Where no channel of a chunk fades too far, products between its tokens are those of
-what the scans multiply with. far.py has the scores and the gradient of other chunks, from borders between tokens. Kept
-between the passes are q and k, the gates in as many bits, R and `attend`, half of the size of q each, and U and S,
-which are as large as v and twice that.
+what the scans multiply with. far.py has the scores and the gradient of other chunks, from blocks of tokens where that
+is so, and from borders between them. Kept between the passes are q and k, the gates in as many bits, R and `attend`,
+half of the size of q each, and U and S, which are as large as v and twice that.
 """
 
 from __future__ import annotations

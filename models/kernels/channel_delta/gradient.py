@@ -14,8 +14,9 @@ from models.kernels.channel_delta.tiles import (
     LEAST,
     UP_TO,
     begins,
-    is_near,
+    log2_from,
     log_gates_gradient,
+    log_size_at,
     of_rows,
     of_starts,
     sums,
@@ -35,7 +36,7 @@ def gradient(
     ones,  # [LOG_C + ORDERS, C, C], by tiles.py's write_ones
     same,  # in the dtype of reads
     scale,  # [B H N, 2, K]
-    near,  # [B H N, FLAGS]
+    sizes,  # [B H N, FLAGS]
     starts,  # [B N, 1 + C], or None
     do,  # [B, T, H, V]
     dv,  # [B, T, H, V]
@@ -50,7 +51,7 @@ def gradient(
     dbias,  # out, [B N, H K], to be summed, or None
     drate,  # out, [B N K / BK, H], to be summed, or None: by log_rate
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
-    FLAGS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    FLAGS: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """By what scans multiply with, and from there by queries, keys and step sizes. A gate is in whatever is read at it
     or later and was written before it: products of each of those three with its gradient, summed from there on."""
@@ -59,7 +60,7 @@ def gradient(
     first = block * BK
     bh, n = place(tl.program_id(0) // BLOCKS, N, H)
     chunk = bh * N + n
-    if not is_near(near, chunk, FLAGS):
+    if log_size_at(sizes, chunk, first, FLAGS, WIDTH) < LOG_C:
         return
     TYPE: tl.constexpr = reads.dtype.element_ty
     t = tl.arange(0, C)
@@ -109,8 +110,8 @@ def gradient(
     dwrite = dot(tl.trans(by_queries), read, PRECISION, dwrite)
     dwrite = dot(tl.trans(by_keys), erase, PRECISION, dwrite)
     found = -write * dwrite
-    faded = sums(ones, LOG_C + UP_TO, opened, C, PRECISION) - half
-    left = tl.exp(-faded)
+    faded = log2_from(sums(ones, LOG_C + UP_TO, opened, C, PRECISION), half, TYPE)
+    left = tl.exp2(-faded)
     dwrite *= left
     begin = block.to(tl.int64) * (tl.num_programs(0) // (BLOCKS * H * N)) * T * H
     at, real = of_gates(dstep_size + begin, bh, n, T, H, C)
@@ -118,7 +119,7 @@ def gradient(
     at, real = of_gates(step_size, bh, n, T, H, C)
     dkey = tl.load(at, mask=real, other=0.0)[:, None] * dwrite
 
-    kept = tl.exp(faded)
+    kept = tl.exp2(faded)
     dread = dot(doutput, memory, PRECISION)
     if until < C:
         dread = tl.where(t[:, None] < until, dread, 0.0)
@@ -141,7 +142,7 @@ def gradient(
             dgates = tl.where(gate > LEAST, dgates, 0.0)
         gate = gate.to(tl.float32)
         row = bh // H * N + n
-        rates = tl.sum(tl.sum(dgates * gate, 1), 0)
+        rates = tl.sum(dgates * gate)
         tl.store(drate + (row * BLOCKS + block).to(tl.int64) * H + bh % H, rates)
         dgates *= log_gates_gradient(gate, tl.exp(tl.load(log_rate + bh % H)))
         at = dbias + row.to(tl.int64) * (H * K) + bh % H * K + channels

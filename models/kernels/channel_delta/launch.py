@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from models.kernels.channel_delta.far import far_gradient, far_readers, far_scores, far_scores_gradient
+from models.kernels.channel_delta.far import far_gradient, far_scores, far_scores_gradient
 from models.kernels.channel_delta.gradient import gradient
 from models.kernels.channel_delta.prepare import fade, scores
 from models.kernels.channel_delta.scans import scan, scan_gradient
@@ -24,9 +24,8 @@ HALF = {
     "scan": Configuration(64, 4, 2),
     "scan_gradient": Configuration(64, 4, 2),
     "gradient": Configuration(64, 4, 2),
-    "far_scores": Configuration(64, 4, 2),
+    "far_scores": Configuration(128, 4, 2),
     "far_scores_gradient": Configuration(0, 4, 2),
-    "far_readers": Configuration(64, 4, 2),
     "far_gradient": Configuration(64, 4, 2),
 }
 SINGLE = {
@@ -35,10 +34,9 @@ SINGLE = {
     "scan": Configuration(16, 4, 1),
     "scan_gradient": Configuration(16, 4, 1),
     "gradient": Configuration(16, 4, 1),
-    "far_scores": Configuration(32, 4, 1),
+    "far_scores": Configuration(64, 4, 1),
     "far_scores_gradient": Configuration(0, 4, 1),
-    "far_readers": Configuration(32, 4, 1),
-    "far_gradient": Configuration(16, 4, 1),
+    "far_gradient": Configuration(16, 4, 2),
 }
 WHOLE_SHARED = 201 << 10  # of a scan by delta/launch.py's WHOLE
 LOG_CHUNK = CHUNK.bit_length() - 1
@@ -63,7 +61,7 @@ class Faded(NamedTuple):
     erases: Tensor  # [B, T, H, K]
     writes: Tensor  # [B, T, H, K]
     scale: Tensor  # [B H N, 2, K]
-    near: Tensor  # [B H N, FLAGS]
+    sizes: Tensor  # [B H N, FLAGS]
     starts: Tensor | None  # [B N, 1 + C]
 
 
@@ -91,7 +89,8 @@ class Launch:
         self.BK, self.BV = (max(least, triton.next_power_of_2(width)) for width in (self.K, self.V))
         self.configurations = HALF if half else SINGLE
         self.common = {"C": CHUNK, "PRECISION": "tf32" if half else "tf32x3"}
-        self.flags = triton.cdiv(self.K, min(self.configurations["fade"].block, self.BK))
+        self.width = min(self.configurations["fade"].block, self.BK)
+        self.flags = triton.cdiv(self.K, self.width)
         self.sizes = (self.T, self.N, self.H, self.K, self.V)
         ones = (LOG_CHUNK + ORDERS, CHUNK, CHUNK)
         self.ones, self.same = q.new_empty(ones, dtype=dtype_of_gates(q)), q.new_empty(ones)
@@ -111,7 +110,7 @@ class Launch:
         """A kernel of all chunks at once. programs: of a chunk, None for one for each block of channels."""
         configuration = self.configurations[name]
         BK = min(configuration.block, self.BK)
-        further = {"FLAGS": self.flags, "LOG_C": LOG_CHUNK, "BK": BK}
+        further = {"FLAGS": self.flags, "WIDTH": self.width, "LOG_C": LOG_CHUNK, "BK": BK}
         sizes |= {name: size for name, size in further.items() if name in kernel.arg_names}
         kernel[self.B * self.H * self.N * (programs or triton.cdiv(self.K, BK)),](
             *tensors, *self.sizes[:4], **self.common, **sizes, **configuration.options
@@ -134,9 +133,9 @@ class Launch:
         kept, o, last = new_kept(self.given[0], v, keep), torch.empty_like(v), torch.empty_like(first)
         *made_of, segments = (None if x is None else x.contiguous() for x in gates)
         faded = self.fade(kept.gates, segments, *made_of)
-        found = faded.near, kept.R, kept.attend
-        self.launch("scores", scores, *faded[:3], faded.near, faded.starts, kept.R, kept.attend, programs=1)
-        self.launch("far_scores", far_scores, *self.given, kept.gates, self.ones, *found, programs=2)
+        found = faded.sizes, faded.starts, kept.R, kept.attend
+        self.launch("scores", scores, *faded[:3], *found, programs=1)
+        self.launch("far_scores", far_scores, *self.given, kept.gates, self.ones, *found, programs=1)
         further = (kept.errors, kept.states) if keep else (None, None)
         scanned = *faded[:4], faded.starts
         self.scan("scan", scan, *scanned, v, kept.R, kept.attend, first, o, last, *further)
@@ -151,7 +150,7 @@ class Launch:
         segments = None if segments is None else segments.contiguous()
         (q, k, step_size), (gates, R, attend, errors, states) = self.given, kept
         faded = self.fade(gates, segments)
-        scale, near, starts = faded[3:]
+        scale, sizes, starts = faded[3:]
         dv, dstates = torch.empty_like(do), torch.empty_like(states)
         dfirst = scale.new_empty(self.B, self.H, self.K, self.V)
         self.scan("scan_gradient", scan_gradient, *faded[:4], starts, R, attend, do, dlast, dv, dstates, dfirst)
@@ -166,22 +165,18 @@ class Launch:
         found = dq, dk, dsteps, dlog_decay, *sums
         of_values = {"V": self.V, "BV": self.BV}
         self.launch(
-            "gradient", gradient, *faded[:3], step_size, gates, self.ones, self.same, scale, near, starts, do, dv,
+            "gradient", gradient, *faded[:3], step_size, gates, self.ones, self.same, scale, sizes, starts, do, dv,
             errors, states, dstates, log_rate, *found, **of_values,
         )  # fmt: skip
         del faded
-        dscores, down, dreader = R.new_empty(2, *R.shape), torch.empty_like(step_size), torch.empty_like(k)
+        dscores, down = R.new_empty(2, *R.shape), torch.empty_like(step_size)
         far_scores_gradient[2 * len(R),](
-            step_size, do, errors, dv, near, dscores, down, self.T, self.N, self.H, self.V, **self.common,
-            FLAGS=self.flags, BV=self.BV, **self.configurations["far_scores_gradient"].options,
+            step_size, do, errors, dv, sizes, starts, dscores, down, self.T, self.N, self.H, self.V, **self.common,
+            LOG_C=LOG_CHUNK, FLAGS=self.flags, BV=self.BV, **self.configurations["far_scores_gradient"].options,
         )  # fmt: skip
         self.launch(
-            "far_readers", far_readers, k, gates, self.ones, dscores, do, dv, states, near, scale, dq, dreader,
-            **of_values,
-        )  # fmt: skip
-        self.launch(
-            "far_gradient", far_gradient, *self.given, gates, self.ones, self.same, dscores, down, errors, states,
-            dstates, dreader, log_rate, near, scale, *found, **of_values,
+            "far_gradient", far_gradient, *self.given, gates, self.ones, self.same, scale, sizes, starts, dscores, down,
+            do, dv, errors, states, dstates, log_rate, *found, **of_values,
         )  # fmt: skip
         shared = [summed(x, x[0]) for x in sums if x is not None]
         return [dq, dk, dv, dsteps.sum(0), dlog_decay, *shared, dfirst]

@@ -7,14 +7,18 @@ import triton.language as tl
 
 from models.kernels.channel_delta.tiles import (
     AFTER,
+    CLOSED,
     LEAST,
     UP_TO,
+    WITHIN,
     begins,
     bound,
-    is_near,
+    log2_from,
     log_gates,
+    log_size_of,
     of_starts,
     reach,
+    reach_of_blocks,
     sums,
 )
 from models.kernels.delta.tiles import place, system_inverse
@@ -45,7 +49,7 @@ def fade(
     erases,  # out, [B, T, H, K]: e^{c - m} k
     writes,  # out, [B, T, H, K]: b e^{c_C - c - m} k
     scale,  # out, [B H N, 2, K]: e^m, in fp16 e^{c_C}, and m
-    near,  # out, [B H N, K / BK]: 1 where no channel's c_C is less than -reach
+    sizes,  # out, [B H N, K / BK]: log2 of the number of tokens of the largest blocks in which channels are near
     starts,  # out, [B N, 1 + C]: where in the chunk its first document after the first token's begins, C for
     # none, and where the document of each token does, 0 for one from before; or None, as segments
     T, N, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr,
@@ -61,10 +65,6 @@ def fade(
     t = tl.arange(0, C)
     at, real = of_gates(step_size, bh, n, T, H, C)
     b = tl.load(at, mask=real, other=0.0)
-    at_k, mask = of_tokens(k, bh, n, first, T, H, K, C, BK)
-    keys = tl.load(at_k, mask=mask, other=0.0)
-    at_k, mask = of_tokens(q, bh, n, first, T, H, K, C, BK)
-    queries = tl.load(at_k, mask=mask, other=0.0)
     at_gates, mask = of_tokens(gates, bh, n, first, T, H, K, C, BK)
     if segments is not None:
         token = n * C + t
@@ -78,9 +78,10 @@ def fade(
         log_gate = tl.load(at_k, mask=mask, other=0.0).to(tl.float32)
         if bias is not None:
             log_gate = log_gates(log_gate, bias, log_rate, bh % H, first, K, BK)
+        log_gate = tl.maximum(log_gate, CLOSED)
         if segments is not None:
             log_gate = tl.where(begun[:, None], LEAST, log_gate)
-        gate = tl.where(mask, tl.maximum(log_gate, LEAST), 0.0).to(gates.dtype.element_ty)
+        gate = tl.where(mask, log_gate, 0.0).to(gates.dtype.element_ty)
         tl.store(at_gates, gate, mask=mask)
     else:
         gate = tl.load(at_gates, mask=mask, other=0.0)
@@ -93,19 +94,29 @@ def fade(
     total = tl.sum(gate.to(tl.float32), 0)
     BOUND: tl.constexpr = bound(TYPE)
     REACH: tl.constexpr = reach(TYPE)
+    BLOCK_REACH: tl.constexpr = reach_of_blocks(TYPE)
     half = tl.maximum(0.5 * total, -BOUND)
     if not TYPE.is_fp16():
         tl.store(at, tl.exp(half), mask=channels < K)
     tl.store(at + K, half, mask=channels < K)
-    tl.store(near + chunk * BLOCKS + first // BK, (tl.min(total, 0) >= -REACH).to(tl.int32))
-    left = tl.exp(sums(ones, LOG_C + UP_TO, gate, C, PRECISION) - half[None, :])
+    at_k, mask = of_tokens(k, bh, n, first, T, H, K, C, BK)
+    keys = tl.load(at_k, mask=mask, other=0.0)
+    at_k, mask = of_tokens(q, bh, n, first, T, H, K, C, BK)
+    queries = tl.load(at_k, mask=mask, other=0.0)
+    left = tl.exp2(log2_from(sums(ones, LOG_C + UP_TO, gate, C, PRECISION), half[None, :], TYPE))
     at_k, mask = of_tokens(reads, bh, n, first, T, H, K, C, BK)
     tl.store(at_k, (queries * left).to(TYPE), mask=mask)
     at_k, mask = of_tokens(erases, bh, n, first, T, H, K, C, BK)
     tl.store(at_k, (keys * left).to(TYPE), mask=mask)
-    left = tl.exp(sums(ones, LOG_C + AFTER, gate, C, PRECISION) - half[None, :]) * b[:, None]
+    left = tl.exp2(log2_from(sums(ones, LOG_C + AFTER, gate, C, PRECISION), half[None, :], TYPE)) * b[:, None]
     at_k, mask = of_tokens(writes, bh, n, first, T, H, K, C, BK)
     tl.store(at_k, (keys * left).to(TYPE), mask=mask)
+    log_size, far = LOG_C, tl.min(total, 0) < -REACH
+    while far:
+        log_size -= 1
+        within = sums(ones, LOG_C + WITHIN + log_size, gate, C, PRECISION)
+        far = tl.min(tl.min(within, 1), 0) < -0.5 * BLOCK_REACH
+    tl.store(sizes + chunk * BLOCKS + first // BK, log_size)
 
 
 @triton.jit
@@ -113,18 +124,18 @@ def scores(
     reads,  # [B, T, H, K]
     erases,  # [B, T, H, K]
     writes,  # [B, T, H, K]
-    near,  # [B H N, FLAGS]
+    sizes,  # [B H N, FLAGS]
     starts,  # [B N, 1 + C], or None
     R,  # out, [B H N, C, C]: (I + A)^-1 without its ones, A_ti = b_i sum_j k_tj e^{c_tj - c_ij} k_ij for i < t
     attend,  # out, [B H N, C, C]: the same of q_t for k_t, and i <= t
-    T, N, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, FLAGS: tl.constexpr, BK: tl.constexpr,
+    T, N, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, FLAGS: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of chunks that are near, where e^{c_t - c_i} = e^{c_t - m} e^{m - c_i} is a product of what scans multiply with.
     far.py has the others'."""
     bh, n = place(tl.program_id(0), N, H)
     chunk = bh * N + n
-    if not is_near(near, chunk, FLAGS):
+    if log_size_of(sizes, chunk, FLAGS) < LOG_C:
         return
     t = tl.arange(0, C)
     TYPE: tl.constexpr = writes.dtype.element_ty

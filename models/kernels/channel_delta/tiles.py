@@ -4,9 +4,9 @@ With a decay per channel, sum_j x_tj e^{c_tj - c_ij} y_ij is no product of two t
 any number. In a chunk that is near it is not, and two factors do, e^{c_t - m} and e^{m - c_i}, with m half of the sum
 of the chunk's gates. Where channels fade further there is a border r between two tokens, t >= r > i, and (x_t e^{c_t -
 c_r}) (y_i e^{c_r - c_i}): both factors are at most 1, whatever the gates. So a chunk is halved, and its halves, down to
-single tokens. In the halving at `size`, a pair of neighbouring blocks of so many tokens meets at its border, the first
-writes and the second reads, and each pair of tokens t > i is of one halving: that of the highest bit in which t and i
-differ.
+blocks of tokens that are near, if need be of one token. In a halving a pair of neighbouring blocks of 2^halving tokens
+meets at its border, the first writes and the second reads, and each pair of tokens t > i is of one halving: that of the
+highest bit in which t and i differ.
 
 A sum of gates is a product with zeros and ones. It has the gates between the two and no others, so that a gate that
 forgets, at a document's start, takes no digits of those after it.
@@ -19,8 +19,22 @@ import triton.language as tl
 
 from models.kernels.momentum.tiles import dot, of_square
 
-LEAST = tl.constexpr(-1000.0)  # for the log of a gate of 0, which is infinite
+LEAST = tl.constexpr(-1000.0)  # at a document's start, for the log of a gate of 0, which is infinite
+CLOSED = tl.constexpr(-999.0)  # that of any other gate at least: what is told by LEAST are starts alone
 MOST = tl.constexpr(64.0)  # |log| of a factor that bf16 and float32 hold with all digits of what it multiplies
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp(x):
+    """By the instruction alone: what is less than 2^-126 becomes 0. tl.exp has four more around it."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def log2_from(x, m, TYPE: tl.constexpr):
+    """(x - m) / log(2), for tl.exp2. In 16 bits by one instruction; float32 wants the digits of a small difference."""
+    return (x - m) * LOG2_E if TYPE.is_fp32() else x * LOG2_E - m * LOG2_E
 
 
 @triton.jit
@@ -37,9 +51,21 @@ def reach(TYPE: tl.constexpr):
 
 
 @triton.jit
-def is_near(near, chunk, FLAGS: tl.constexpr):
-    """Whether all of a chunk's channels are, by prepare.py's `fade`."""
-    return tl.min(tl.load(near + chunk * FLAGS + tl.arange(0, FLAGS)), 0) == 1
+def reach_of_blocks(TYPE: tl.constexpr):
+    """The same of blocks of tokens, which many more of those sums are of."""
+    return 12.0 if TYPE.is_fp16() else 0.5 * MOST if TYPE.is_fp32() else reach(TYPE)
+
+
+@triton.jit
+def log_size_of(sizes, chunk, FLAGS: tl.constexpr):
+    """Of the blocks of tokens in which all of a chunk's channels are near, by prepare.py's `fade`."""
+    return tl.min(tl.load(sizes + chunk * FLAGS + tl.arange(0, FLAGS)), 0)
+
+
+@triton.jit
+def log_size_at(sizes, chunk, first, FLAGS: tl.constexpr, WIDTH: tl.constexpr):
+    """The same of those WIDTH channels alone that channel `first` is of."""
+    return tl.load(sizes + chunk * FLAGS + first // WIDTH)
 
 
 @triton.jit
@@ -96,7 +122,9 @@ UP_TO = tl.constexpr(0)  # r <= t
 AFTER = tl.constexpr(1)  # r > t
 FROM = tl.constexpr(2)  # r >= t
 BEFORE = tl.constexpr(3)  # r < t
-ORDERS = 4
+WITHIN = tl.constexpr(4)  # and LOG_C of these, by the size of blocks: half of those of a block up to t and but its
+# first, less half of those after t
+ORDERS = 4 + 6
 
 
 @triton.jit
@@ -116,9 +144,12 @@ def write_ones(
     end = tl.where(order == UP_TO, t + 1, tl.where(order == BEFORE, t, C))
     first = tl.where(order < 0, tl.minimum(border, t + 1), first)
     end = tl.where(order < 0, tl.maximum(border, t + 1), end)
-    chosen = (r >= first) & (r < end)
-    tl.store(of_square(ones, which, C), tl.where(chosen, 1.0, 0.0).to(ones.dtype.element_ty))
-    tl.store(of_square(same, which, C), tl.where(chosen, 1.0, 0.0).to(same.dtype.element_ty))
+    weight = tl.where((r >= first) & (r < end), 1.0, 0.0)
+    size = 1 << tl.maximum(order - WITHIN, 0)
+    within = (r // size == t // size) & (r % size != 0)
+    weight = tl.where(order >= WITHIN, tl.where(within, tl.where(r <= t, 0.5, -0.5), 0.0), weight)
+    tl.store(of_square(ones, which, C), weight.to(ones.dtype.element_ty))
+    tl.store(of_square(same, which, C), weight.to(same.dtype.element_ty))
 
 
 @triton.jit
@@ -142,13 +173,22 @@ def wide_sums(ones, which, x, C: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def log1p(e):
+    """log(1 + e) of 0 <= e <= 1, within 4e-7 of it: a polynomial of degree 9, e - e^2/2 + ... with other digits, which
+    is next to it at 200 Chebyshev points. What tl.log makes of 1 + e takes three times as long and has not the digits
+    of a small e."""
+    p = -0.14697665 + e * (0.091076573 + e * (-0.037743336 + e * 0.0073637238))
+    p = -0.49999983 + e * (0.33331103 + e * (-0.24949984 + e * (0.19561563 + e * p)))
+    return e + e * e * p
+
+
+@triton.jit
 def log_gates(raw, bias, log_rate, head, first, K: tl.constexpr, BK: tl.constexpr):
     """-exp(log_rate) softplus(raw + bias) [C, BK], of a head's channels from `first`."""
     channels = first + tl.arange(0, BK)
     x = raw + tl.load(bias + head * K + channels, mask=channels < K, other=0.0)[None, :]
-    e = tl.exp(-tl.abs(x))
-    small = e * (1 - e * (0.5 - e * (1 / 3 - 0.25 * e)))  # log(1 + e), which 1 + e has not the digits for
-    softplus = tl.maximum(x, 0.0) + tl.where(e < 0.03, small, tl.log(1 + e))
+    e = exp(-tl.abs(x))
+    softplus = tl.maximum(x, 0.0) + log1p(e)
     return -tl.exp(tl.load(log_rate + head)) * softplus
 
 
@@ -156,26 +196,26 @@ def log_gates(raw, bias, log_rate, head, first, K: tl.constexpr, BK: tl.constexp
 def log_gates_gradient(gates, rate):
     """By raw [C, BK], for 1 by the log gates: -rate sigmoid(raw + bias), which is 1 - e^(log gate / rate) of them."""
     x = gates * (1 / rate)
-    small = -x * (1 + x * (0.5 + x * (1 / 6 + x / 24)))
-    return -rate * tl.where(x > -0.03, small, 1 - tl.exp(x))
+    small = -x * (1 + x * (0.5 + x * (1 / 6)))
+    return -rate * tl.where(x > -0.03, small, 1 - exp(x))
+
+
+LOG_GROUP = tl.constexpr(3)  # of a group of tokens: a load of 16 bytes has as many numbers of 16 bits
 
 
 @triton.jit
-def meet(ones, halving, gates, reader, C: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """How tokens of a halving's pairs of blocks meet: by what those are multiplied [C, BK] that have a row, the readers
-    (or the writers), and by what the others; the pairs of tokens [C, C] that do; and the next halving, or -1.
+def meets(halving, GROUPS: tl.constexpr, C: tl.constexpr):
+    """The pairs of tokens [C, C] that meet in a halving. GROUPS: if it is of whole groups of tokens, so that one bit is
+    enough of a mask for 8 numbers that are loaded."""
+    block = tl.arange(0, C) >> halving
+    if GROUPS:
+        block = tl.max_constancy(block, 8)
+    return (block ^ 1)[:, None] == block[None, :]
 
-    Where the gates of no block add up to less than -FAR, a factor's inverse is far from what 16 bits can't hold. Then
-    a border does for all tokens on the same side of it too, and this halving is the last."""
-    FAR: tl.constexpr = 6.0 if TYPE.is_fp16() else 40.0 if TYPE.is_fp32() else MOST
-    summed = sums(ones, halving, gates, C, PRECISION)
-    near = tl.min(tl.min(summed, 1), 0) >= -FAR
-    t = tl.arange(0, C)
-    block = t >> halving
-    ahead = ((block & 1 == 1) == reader)[:, None]
-    back = tl.minimum(-summed, FAR)  # what is not used, where tokens are not near, is cut off
-    own, others = tl.exp(tl.where(ahead, summed, back)), tl.exp(tl.where(ahead, back, summed))
-    pair, order = block >> 1, tl.where(near, t, block)
-    order = tl.where(reader, order, -order)
-    pairs = (pair[:, None] == pair[None, :]) & (order[:, None] > order[None, :])
-    return own, others, pairs, tl.where(near, -1, halving - 1)
+
+@triton.jit
+def together(log_size, C: tl.constexpr):
+    """The pairs of tokens [C, C] of a block of 2^log_size, which is of whole groups, or no pair if log_size is 0."""
+    block = tl.max_constancy(tl.arange(0, C) >> tl.maximum(log_size, LOG_GROUP), 8)
+    rows = tl.max_constancy(tl.where(log_size > 0, block, -1), 8)
+    return rows[:, None] == block[None, :]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.mixers.mixer import State, check_choice, positions_of
+from models.mixers.mixer import Layer, State, check_choice, positions_of
 from models.regression.regressor import Choice
 
 BACKENDS = ("auto", "torch", "recurrent")
@@ -22,13 +22,12 @@ BACKENDS = ("auto", "torch", "recurrent")
 Held = tuple[Tensor, ...]  # what a call leaves behind, [B, *] each; all zero before the first token
 
 
-class Baseline(nn.Module):
+class Baseline(Layer):
     """(x [B, T, D], state=None, segments=None) -> (y [B, T, D], state), as every mixer.
 
     backend: auto | torch (the parallel form, which auto takes) | recurrent (the definition, a loop over tokens).
     """
 
-    rings: ClassVar[bool] = False  # as a mixer's
     num_heads: ClassVar[int] = 1  # of a feed-forward layer that has the mixer's (persistent_memory)
 
     def __init__(self, hidden_size: int, layer_index: int, backend: str = "auto") -> None:

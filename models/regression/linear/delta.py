@@ -110,12 +110,11 @@ def chunked_delta(
         S' = e^{c_C} S + Z^T U ,    Z = diag(e^{c_C - c}) W .
     All but the two lines' products with S is done for every chunk at once; the scan is two products a chunk.
     Where the gradient comes before the decay, K reads with c_{t-1} for c_t. Where channels fade at their own rates, L
-    stands inside the sum over channels, k_t.w_i, and is [C, C, K]: chunks are then of 16 at most.
+    stands inside the sum over channels, k_t.w_i, which takes a product for each halving of a chunk (halvings.py).
 
     Arguments and results as in recurrent_delta. T need not be a multiple of the chunk.
     """
-    per_channel = log_decay is not None and log_decay.ndim == 4
-    memory, chunk = first_memory(k, v, memory), short(min(chunk, 16) if per_channel else chunk, k.shape[1])
+    memory, chunk = first_memory(k, v, memory), short(chunk, k.shape[1])
     o, memory = ChunkedDelta.apply(q, k, write_key, v, step_size, log_decay, memory, chunk, gradient_before_decay)
     return o.to(v.dtype), memory
 

@@ -7,10 +7,13 @@ are B H apart, `rows` below.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.regression import halvings
 from models.regression.chunks import fades, from_chunks, into_chunks, unit_inverse
 from models.regression.regressor import FORGET
 
@@ -25,10 +28,9 @@ class ChunkedDelta(torch.autograd.Function):
             tensors = (q, k, v, b, log_decay, w)
             q, k, v, b, log_decay, w = (into_chunks(x, chunk, memory.dtype) for x in tensors)
             w = w if own else k
-            fade, start, end = fades(k, log_decay)
-            early = gradient_before_decay and log_decay is not None
-            fade_k, start_k = _before_decay(fade, start, log_decay) if early else (fade, start)
-            R = unit_inverse(_scores(k, w, fade_k).mul_(b))
+            inside, start, end, start_k = _inside(k, log_decay, gradient_before_decay and log_decay is not None)
+            attend, system = inside.scores(q, k, w)
+            R = unit_inverse(system.mul_(b))
             Y = torch.bmm(R, k * (start_k * b))
             U = torch.bmm(R * b.mT, v)
             Z = w * end
@@ -40,9 +42,10 @@ class ChunkedDelta(torch.autograd.Function):
                 U[here].baddbmm_(Y[here], S[here], alpha=-1)
                 # 0 + S e^c, not by out=, which a graph of torch.export can't run where weights want gradients
                 S[there].addcmul_(S[here], whole[here]).baddbmm_(Z[here].mT, U[here])
-            o = torch.bmm(q * start, S[:M]).baddbmm_(_scores(q, w, fade), U)
-        ctx.save_for_backward(q, k, w, v, b, fade, start, end, fade_k, start_k, R, Y, U, S)
-        ctx.like, ctx.has_decay, ctx.early, ctx.own = (B, T, H), log_decay is not None, early, own
+            o = torch.bmm(q * start, S[:M]).baddbmm_(attend, U)
+        ctx.save_for_backward(q, k, w, v, b, start, end, start_k, R, Y, U, S, attend, *inside.kept)
+        ctx.like, ctx.has_decay, ctx.early, ctx.own = (B, T, H), log_decay is not None, inside.early, own
+        ctx.channels = inside.channels
         return from_chunks(o, ctx.like), S[M:].clone().unflatten(0, (B, H))
 
     @staticmethod
@@ -62,11 +65,12 @@ class ChunkedDelta(torch.autograd.Function):
         of these collects dc from its token to the end of the chunk. With a decay per channel no product is summed over
         channels.
         """
-        q, k, w, v, b, fade, start, end, fade_k, start_k, R, Y, U, S = ctx.saved_tensors
+        q, k, w, v, b, start, end, start_k, R, Y, U, S, attend, *kept = ctx.saved_tensors
+        inside = _Fades(tuple(kept), ctx.early, ctx.channels)
         (M, rows), whole = (len(k), len(S) - len(k)), start[:, -1].unsqueeze(-1)
         with torch.autocast(q.device.type, enabled=False):
             do = into_chunks(do, q.shape[1], q.dtype)
-            dU = torch.bmm(_scores(q, w, fade).mT, do)
+            dU = torch.bmm(attend.mT, do)
             Z = w * end
             dS = torch.empty_like(S)
             torch.bmm((q * start).mT, do, out=dS[:M])
@@ -77,26 +81,24 @@ class ChunkedDelta(torch.autograd.Function):
                 dS[here].addcmul_(dS[there], whole[here]).baddbmm_(Y[here].mT, dU[here], alpha=-1)
             E = torch.bmm(R.mT, dU)
 
-            dq, dw = _scores_backward(torch.bmm(do, U.mT), q, w, fade)
-            dq.add_(torch.bmm(do, S[:M].mT).mul_(start))
-            EU = torch.bmm(E, U.mT)
+            EU = torch.bmm(E, U.mT).neg_()
             EU.diagonal(dim1=-2, dim2=-1).zero_()
-            G, dw_erased = _scores_backward(EU, k * b, w, fade_k)
-            G.add_(torch.bmm(E, S[:M].mT).mul_(start_k)).neg_()
-            dw.sub_(dw_erased).add_(torch.bmm(U, dS[rows:].mT).mul_(end))
+            dq, G, dw = inside.backward(torch.bmm(do, U.mT), EU, q, k * b, w)
+            dq.add_(torch.bmm(do, S[:M].mT).mul_(start))
+            G.sub_(torch.bmm(E, S[:M].mT).mul_(start_k))
+            dw.add_(torch.bmm(U, dS[rows:].mT).mul_(end))
             db = _dot(E, v).add_(_dot(k, G))
             dk, dlog_decay = G.mul_(b), None
             if ctx.has_decay:
-                channels = fade.ndim == 4
-                along = torch.mul if channels else _dot
+                along = torch.mul if ctx.channels else _dot
                 erased = along(k, dk)
                 if ctx.early:
                     erased = erased.roll(-1, 1)
                     erased[:, -1] = 0.0
                 dc = along(q, dq) + erased - along(w, dw)
-                dc[:, -1] += (S[rows:] * dS[rows:]).sum(-1 if channels else (-2, -1)).view_as(dc[:, -1])
+                dc[:, -1] += (S[rows:] * dS[rows:]).sum(-1 if ctx.channels else (-2, -1)).view_as(dc[:, -1])
                 dlog_decay = from_chunks(dc.flip(-2).cumsum(-2).flip(-2), ctx.like)
-                dlog_decay = dlog_decay if channels else dlog_decay.squeeze(-1)
+                dlog_decay = dlog_decay if ctx.channels else dlog_decay.squeeze(-1)
             if not ctx.own:
                 dk.add_(dw)
             dv, dmemory = E.mul_(b), dS[:rows].unflatten(0, ctx.like[::2])
@@ -105,28 +107,54 @@ class ChunkedDelta(torch.autograd.Function):
             return dq, dk, dw_own, dv, db.squeeze(-1), dlog_decay, dmemory, None, None
 
 
-def _before_decay(fade: Tensor, start: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    """What is left where the token before reads: rows one later. Nothing at FORGET."""
-    forgets = log_decay <= FORGET
-    fade, start = fade.roll(1, 1), start.roll(1, 1)
-    fade[:, 0], start[:, 0] = 0.0, 1.0
-    return fade.masked_fill_(forgets if fade.ndim == 3 else forgets.unsqueeze(2), 0.0), start.masked_fill_(forgets, 0.0)
+class _Fades(NamedTuple):
+    """L for the queries and for the keys, [C, C] or [M, C, C]; or the log decays [M, C, K] of channels that fade at
+    their own rates. early: keys look up before their own gate, and at FORGET nothing."""
+
+    kept: tuple[Tensor, ...]
+    early: bool
+    channels: bool
+
+    def readers(self, q: Tensor, k: Tensor) -> tuple[halvings.Reader, halvings.Reader]:
+        return halvings.Reader(q), halvings.Reader(self.forgotten(k), self.early)
+
+    def forgotten(self, k: Tensor) -> Tensor:
+        return k.masked_fill(self.kept[0] <= FORGET, 0.0) if self.early else k
+
+    def scores(self, q: Tensor, k: Tensor, w: Tensor) -> list[Tensor]:
+        """sum_j x_tj L_ti(j) w_ij of queries x and of keys, [M, C, C]."""
+        if self.channels:
+            return halvings.scores(self.readers(q, k), w, self.kept[0])
+        return [torch.bmm(x, w.mT).mul_(L) for x, L in ((q, self.kept[0]), (k, self.kept[-1]))]
+
+    def backward(self, dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients by q, k and w from those by both scores, which are overwritten."""
+        if self.channels:
+            (by_q, by_k), by_w = halvings.scores_backward((dq, dk), self.readers(q, k), w, self.kept[0])
+            return by_q, self.forgotten(by_k), by_w
+        dq.mul_(self.kept[0])
+        dk.mul_(self.kept[-1])
+        return torch.bmm(dq, w), torch.bmm(dk, w), torch.bmm(dq.mT, q).baddbmm_(dk.mT, k)
 
 
-def _scores(x: Tensor, y: Tensor, fade: Tensor) -> Tensor:
-    """sum_j x_tj L_ti(j) y_ij of x, y [M, C, K] with L [C, C], [M, C, C] or, per channel, [M, C, C, K]."""
-    if fade.ndim < 4:
-        return torch.bmm(x, y.mT).mul_(fade)
-    return torch.matmul(fade * y.unsqueeze(1), x.unsqueeze(-1)).squeeze(-1)
+def _inside(k: Tensor, log_decay: Tensor | None, early: bool) -> tuple[_Fades, Tensor, Tensor, Tensor]:
+    """What is left inside a chunk; of the first memory at each token; of each at the chunk's end; and of that memory
+    where the keys look it up."""
+    if log_decay is not None and log_decay.shape[-1] > 1:
+        start, end = log_decay.cumsum(1).exp(), halvings.after(log_decay).exp()
+        inside = _Fades((log_decay,), early, channels=True)
+    else:
+        fade, start, end = fades(k, log_decay)
+        inside = _Fades((fade, _before_decay(fade, log_decay, 0.0) if early else fade), early, channels=False)
+    return inside, start, end, _before_decay(start, log_decay, 1.0) if early else start
 
 
-def _scores_backward(d: Tensor, x: Tensor, y: Tensor, fade: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of _scores by x and y, d [M, C, C] being its own; d is overwritten."""
-    if fade.ndim < 4:
-        d.mul_(fade)
-        return torch.bmm(d, y), torch.bmm(d.mT, x)
-    faded = fade * d.unsqueeze(-1)
-    return (faded * y.unsqueeze(1)).sum(2), (faded * x.unsqueeze(2)).sum(1)
+def _before_decay(left: Tensor, log_decay: Tensor | None, first: float) -> Tensor:
+    """What is left where the token before reads: rows one later, and of the first `first`. Nothing at FORGET."""
+    assert log_decay is not None
+    left = left.roll(1, 1)
+    left[:, 0] = first
+    return left.masked_fill_(log_decay <= FORGET, 0.0)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

@@ -201,11 +201,14 @@ class Rwkv7(Delta):
 
     accepts_decay: tuple[str, ...] = ("none", "head", "channel")
     reads = ("bottleneck",)
+    chunked = staticmethod(chunked_rwkv7)
 
     def __init__(self, sizes: Sizes, backend: str = "auto", chunk: int | None = None, rank: int | None = None) -> None:
         if rank is not None and rank < 1:
             raise ValueError(f"regressor.rank={rank} must be at least 1, or null for the width of the values")
         super().__init__(sizes, backend, chunk)
+        # A compiler would write its scan out, of two steps a token. Not a decorator, which imports the compiler.
+        Rwkv7.chunked = staticmethod(torch.compiler.disable(chunked_rwkv7))
         self.fit, self.gradient_before_decay = "a step that erases, one that writes", True
         del self.step_size
         channels, rank = self.num_heads * self.key_dim, rank or self.value_dim
@@ -229,7 +232,7 @@ class Rwkv7(Delta):
         backend = "recurrent" if q.shape[1] == 1 else self.choose(v.device, v.dtype).backend
         if backend == "recurrent":
             return recurrent_rwkv7(*call)
-        return chunked_rwkv7(*call, chunk=self.tokens_at_once(v))
+        return self.chunked(*call, chunk=self.tokens_at_once(v))
 
     def describe(self, tokens: Tokens) -> dict[str, Tensor]:
         """The mean of e over channels."""

@@ -29,6 +29,7 @@ from models.kernels import fla
 from models.parts.linear import read
 from models.parts.precision import wide
 from models.parts.sizes import Sizes
+from models.regression import halvings
 from models.regression.chunks import fades, from_chunks, into_chunks, short
 from models.regression.documents import forget_at_starts
 from models.regression.memory import Memory, first_memory
@@ -69,18 +70,21 @@ def chunked_linear(
 
     With L the fades within a chunk, a those since its start and z those to its end (chunks.py):
         O = (Q K^T * L) V + diag(a) Q M ,    M' = a_C M + (diag(z) K)^T V .
-    A decay per channel goes inside the product, (Q K^T * L)_ti = sum_k q_tk L_tik k_ik, of which nothing larger than
-    one is ever exponentiated; it costs C numbers a token and channel, hence chunks of 16. Arguments and results as in
-    recurrent_linear. T need not be a multiple of the chunk.
+    A decay per channel goes inside the product, (Q K^T * L)_ti = sum_k q_tk L_tik k_ik, which takes a product for each
+    halving of a chunk (halvings.py). Arguments and results as in recurrent_linear, and T need not be a multiple of C.
     """
     memory = first_memory(k, v, memory)
     B, T, H, _ = k.shape
     per_channel = log_decay is not None and log_decay.ndim == 4
-    chunk = short(min(chunk, 16) if per_channel else chunk, T)
+    chunk = short(chunk, T)
     with torch.autocast(q.device.type, enabled=False):
         Q, K, V, g = (into_chunks(x, chunk, memory.dtype) for x in (q, k, v, log_decay))
-        within, start, end = fades(K, g)
-        attention = (within * K.unsqueeze(1) @ Q.unsqueeze(-1)).squeeze(-1) if per_channel else Q @ K.mT * within
+        if per_channel:
+            (attention,) = halvings.scores([halvings.Reader(Q)], K, g)
+            start, end = g.cumsum(1).exp(), halvings.after(g).exp()
+        else:
+            within, start, end = fades(K, g)
+            attention = Q @ K.mT * within
         writes = ((K * end).mT @ V).unflatten(0, (-1, B * H))  # [N, R, K, V]
         totals = None if g is None else g.sum(1).unflatten(0, (-1, B * H))  # [N, R, 1 or K]
         memories = _memories(writes, totals, memory.flatten(0, 1))

@@ -65,7 +65,8 @@ class _Scan(torch.autograd.Function):
                 X[there] = _mix(carry[here], X[here])
                 X[there].baddbmm_(Z[here].mT, U[here])
             seen = X[:M, : read.shape[-1] * K]
-            o = torch.bmm(spread(q, read), seen).baddbmm_(torch.bmm(q, k.mT).mul_(read_writes), U)
+            # not in place: Dynamo of torch 2.11 loses the gradient by an output that was written twice
+            o = torch.baddbmm(torch.bmm(spread(q, read), seen), torch.bmm(q, k.mT).mul_(read_writes), U)
         ctx.save_for_backward(q, k, read, read_writes, refer, refer_writes, carry, carry_writes, R, W, U, X)
         return o, X[M:].clone().view_as(first)
 

@@ -16,6 +16,7 @@ from models.regression.deep.network import Network
 from models.regression.deep.rules import Gates, Online, Start
 from models.regression.deep.windows import band
 from models.regression.linear.omega import recurrent_omega
+from tests.laws.presets import inputs, mixer, part
 from tests.regression.deep.test_deep import DOCUMENTS, B, H, K, draw, largest_error, outcome
 
 T, c = 40, 5
@@ -70,6 +71,33 @@ def test_a_weight_on_the_own_pair_alone_is_no_window():
     own[..., 0] = 1.0
     plain = deep_memory(Online(Network()), Call(start, *inputs[:3], Gates(*inputs[3:]), None, 8), 8)[0]
     assert (windowed(Network(), start, *inputs, own, chunk=8)[0] - plain).abs().max() < 1e-12
+
+
+PLAIN = {
+    "regressor__window": 1,
+    "regressor__inner_optimizer": "momentum",
+    "regressor__grad_batch": 64,
+    "regressor__expansion": 4,
+}
+SGD = {"regressor__inner_optimizer": "sgd"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings", "titans"),
+    [
+        ("atlas", PLAIN | {"key_dim": None, "features": part("features", "identity")}, {"regressor__grad_batch": 64}),
+        ("yaad", {"regressor__inner_loss": "l2"}, SGD),
+        ("yaad", {"regressor__delta": 1e9}, SGD),
+        ("memora", {"regressor__mass": None, "regressor__grad_batch": 16}, SGD | {"regressor__grad_batch": 16}),
+    ],
+    ids=["atlas", "yaad-l2", "yaad-delta", "memora"],
+)
+def test_with_the_settings_of_the_page_they_are_titans_mlp(preset, settings, titans):
+    """docs/family.md says so."""
+    m, known = mixer(preset, **settings), mixer("titans_mlp", **titans)
+    known.load_state_dict(m.state_dict())
+    x = inputs(1, 70)
+    assert torch.equal(m(x)[0], known(x)[0])
 
 
 def test_what_cannot_be():

@@ -107,7 +107,7 @@ def test_held_writes_are_what_a_state_space_model_holds():
         system[0, 0], system[0, 1] = -rate, 1.0  # d(M, u) = (-r M + u, 0), for each entry's own u
         solution = torch.matrix_exp(system * step)
         torch.testing.assert_close(memory[0, h], solution[0, 0] * before[0, h] + solution[0, 1] * write)
-    with pytest.raises(ValueError, match="possible kinds"):
+    with pytest.raises(ValueError, match="possible choices of decay"):
         mixer("linear", regressor__writes="held")
 
 
