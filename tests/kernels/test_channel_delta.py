@@ -29,7 +29,7 @@ CASES = {  # what differs from one head width of 16, 100 tokens, gates around 0.
     "ragged": {"K": 20, "V": 40, "T": 70},
     "short": {"T": 3},
 }
-INTERPRETED = ["gates of e^-1.5", "faster and faster", "gates of any size", "ragged", "short"]
+INTERPRETED = ["small gates", "gates of e^-1.5", "faster and faster", "gates of any size", "ragged", "short"]
 LOG_DECAY = 6  # in what errors() returns
 WIDE = {
     "wide": {"K": 128, "V": 128, "T": 300, "documents": 130},

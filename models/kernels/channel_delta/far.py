@@ -287,11 +287,11 @@ def far_gradient(
     i = tl.arange(0, BK)
     own = tl.where((i[:, None] == i[None, :]) & (until == C), carried, 0.0)
     keys = tl.load(at_k, mask=mask_k, other=0.0)
-    written = b * keys * dended
+    # no gate of the chunk fades what its last token writes, which in a difference would take the digits of small gates
+    written = tl.where(t[:, None] < tl.minimum(C, T - n * C) - 1, b * keys * dended, 0.0)
     total = tl.sum(written + own, 0) if BK == C else tl.sum(written, 0) + tl.sum(own, 0)  # one sum for two
-    dwriter += dended
-    found -= (b * keys) * dwriter
-    dwriter += itself * tl.load(at_q, mask=mask_k, other=0.0)
+    found -= (b * keys) * dwriter + written
+    dwriter += dended + itself * tl.load(at_q, mask=mask_k, other=0.0)
     begin = block.to(tl.int64) * (num_chunks // (H * N)) * T * H
     at, real = of_gates(dstep_size + begin, bh, n, T, H, C)
     tl.store(at, tl.sum(dwriter * keys, 1), mask=real)
