@@ -137,8 +137,12 @@ class Launch:
             )
             found.append(out)
         found += [new_link(self.call.x)] if self.later else []
-        found += [self.call.x[..., self.used :].contiguous()] if self.used < self.call.x.shape[2] else []
+        found += [self._rest()] if self.used < self.call.x.shape[2] else []
         return found if self.weight is None else [*found, self._tail()]
+
+    def _rest(self) -> Tensor:
+        """Never a view of the row, which it would be as `contiguous` of one token: an operator's output is its own."""
+        return self.call.x[..., self.used :].clone(memory_format=torch.contiguous_format)
 
     def _tail(self) -> Tensor:
         """The inputs of the convolution that the next call needs: those of the last token's document."""
