@@ -3,10 +3,10 @@
     python scripts/gpu_tests.py [--workers 15] [--limit 460] [PYTEST ARGUMENT ...]
 
 Most of their time is Triton's, which compiles a kernel on one core: so many processes take a few tests at a time, those
-that run whole models first, and what would try many launches of a kernel has one. Process i has GPU i modulo their number as its own, and sees all. Printed are each failure
-as it comes, every ten seconds how many tests are done, and at the end how long each file and the longest tests took,
-and what was left after `--limit` seconds. A process that ended in the middle of a test, or whose GPU went wrong, is
-replaced: a broken CUDA context would fail every test after it.
+that run whole models first, and what would try many launches of a kernel has one. Process i has GPU i modulo their
+number as its own, and sees all. Printed are each failure as it comes, every ten seconds how many tests are done, and at
+the end how long each file and the longest tests took, and what was left after `--limit` seconds. A process that ended
+in the middle of a test, or whose GPU went wrong, is replaced: a broken CUDA context would fail every test after it.
 
 Without arguments it runs all tests that are marked `gpu`. The exit code is 0 where there is a GPU, and all
 have passed or were skipped.
