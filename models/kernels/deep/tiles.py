@@ -1,8 +1,8 @@
 """What the kernels of deep memories share: where tiles lie, and the activation.
 
-Triton code; the tuples `call`, `left` and `found` and the sizes S are in arguments.py. A chunk's tokens begin at
-`first_token`. Of the hidden layer a tile has BF units, from j BF on. Tiles are float32 unless they are operands of a
-product, which have the dtype of q, k, v.
+Triton code; the tuples `call`, `left` and `found` and the sizes S are in arguments.py. Of the hidden layer a tile has BF
+units, from j BF on. Tiles are float32 unless they are operands of a product, which have the dtype of q, k, v. A place of
+a slot that has no token reads as zero, and nothing is stored for it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ NOTHING = tl.constexpr(precision.NOTHING)
 
 
 @triton.jit
-def dot(x, y, S: tl.constexpr):
-    return tl.dot(x, y, input_precision=S.PRECISION)
+def dot(x, y, S: tl.constexpr, acc=None):
+    return tl.dot(x, y, acc, input_precision=S.PRECISION)
 
 
 @triton.jit
@@ -39,32 +39,54 @@ def turned(pointer, offset, R: tl.constexpr, X: tl.constexpr, STRIDE):
 
 
 @triton.jit
-def first_token(bh, n, call, S: tl.constexpr):
-    """The row of [B, N C, H, *] that a chunk begins with; its tokens are H rows apart."""
-    return ((bh // call.H) * call.N + n) * S.C * call.H + bh % call.H
+def of_slot(call, n, head):
+    """Of a slot: its first token's row of [B T, H, *] (int64), how many tokens it has, and the row of B that it begins,
+    or -1."""
+    at = call.slots + 3 * n
+    return tl.load(at).to(tl.int64) * call.H + head, tl.load(at + 1), tl.load(at + 2)
 
 
 @triton.jit
-def of_tokens(pointer, tokens, X: tl.constexpr, call, S: tl.constexpr):
-    """Addresses [C, X] of [B, N C, H, X], from a first token on."""
-    return tile(pointer, tokens * X, S.C, X, call.H * X)
+def load_tokens(pointer, first, count, X: tl.constexpr, call, S: tl.constexpr):
+    """[C, X] of a slot of [B, T, H, X]."""
+    t = tl.arange(0, S.C)[:, None]
+    return tl.load(tile(pointer, first * X, S.C, X, call.H * X), mask=t < count, other=0.0)
+
+
+@triton.jit
+def load_turned_tokens(pointer, first, count, X: tl.constexpr, call, S: tl.constexpr):
+    """[X, C] of it."""
+    t = tl.arange(0, S.C)[None, :]
+    return tl.load(turned(pointer, first * X, X, S.C, call.H * X), mask=t < count, other=0.0)
+
+
+@triton.jit
+def store_tokens(pointer, first, count, x, X: tl.constexpr, call, S: tl.constexpr):
+    t = tl.arange(0, S.C)[:, None]
+    tl.store(tile(pointer, first * X, S.C, X, call.H * X), x, mask=t < count)
+
+
+@triton.jit
+def store_turned_tokens(pointer, first, count, x, X: tl.constexpr, call, S: tl.constexpr):
+    t = tl.arange(0, S.C)[None, :]
+    tl.store(turned(pointer, first * X, X, S.C, call.H * X), x, mask=t < count)
 
 
 @triton.jit
 def of_chunk(pointer, chunk, X: tl.constexpr, S: tl.constexpr):
-    """Addresses [C, X] of [B H N, C, X]."""
+    """Addresses [C, X] of [H L, C, X]."""
     return tile(pointer, chunk * (S.C * X), S.C, X, X)
 
 
 @triton.jit
 def of_units(pointer, chunk, j, S: tl.constexpr):
-    """Addresses [C, BF] of [B H N, C, F]."""
+    """Addresses [C, BF] of [H L, C, F]."""
     return tile(pointer, chunk * (S.C * S.F) + j * S.BF, S.C, S.BF, S.F)
 
 
 @triton.jit
 def turned_units(pointer, chunk, j, S: tl.constexpr):
-    """Addresses [BF, C] of [B H N, C, F]."""
+    """Addresses [BF, C] of [H L, C, F]."""
     return turned(pointer, chunk * (S.C * S.F) + j * S.BF, S.BF, S.C, S.F)
 
 
@@ -89,6 +111,13 @@ def load_layers(pointer, offset, j, S: tl.constexpr):
 
 
 @triton.jit
+def load_layers_where(wanted, pointer, offset, j, S: tl.constexpr):
+    """The same, or zeros."""
+    at1, at2 = turned_layers(pointer, offset, j, S)
+    return tl.load(at1, mask=wanted, other=0.0), tl.load(at2, mask=wanted, other=0.0)
+
+
+@triton.jit
 def store_layers(pointer, offset, j, x1, x2, S: tl.constexpr):
     at1, at2 = turned_layers(pointer, offset, j, S)
     tl.store(at1, x1)
@@ -97,12 +126,12 @@ def store_layers(pointer, offset, j, x1, x2, S: tl.constexpr):
 
 @triton.jit
 def of_document(call, S: tl.constexpr):
-    """A program's document of a head, of [P H], and its part of the hidden layer; bh; the document's first mini-batch,
-    the one after its last, and the last that has tokens."""
+    """A program's document of a head, of [P H], and its part of the hidden layer; its head and row of B; the document's
+    first slot, the one after its last, and whether it ends the row."""
     program, part = (tl.program_id(0) // S.split).to(tl.int64), tl.program_id(0) % S.split
     run = call.runs + 4 * (program // call.H)
-    bh = tl.load(run).to(tl.int64) * call.H + program % call.H
-    return program, part, bh, tl.load(run + 1), tl.load(run + 2), tl.load(run + 3)
+    row = tl.load(run).to(tl.int64)
+    return program, part, program % call.H, row, tl.load(run + 1), tl.load(run + 2), tl.load(run + 3) != 0
 
 
 @triton.jit
