@@ -58,8 +58,8 @@ class Left(NamedTuple):
     errors1: Tensor  # [H L, C, F]: E_1 without the limit
     errors2: Tensor  # [H L, C, V]: E_2 without it
     limits: Tensor  # [H L, 3, C]: the share of both that is written, |X_2|^2 and |E_1|^2
-    slopes: Tensor | None  # [H L, C, F]: s' at k W_1, for the backward pass alone
-    curves: Tensor | None  # [H L, C, F]: s'' * E_2 W_2^T, likewise
+    z: Tensor  # [H L, C, F]: k W_1
+    back: Tensor | None  # [H L, C, F]: E_2 W_2^T, for the backward pass alone
 
 
 class Last(NamedTuple):

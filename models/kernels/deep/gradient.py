@@ -22,6 +22,8 @@ from models.kernels.deep.tiles import (
     of_document,
     of_slot,
     scaled,
+    silu,
+    silu_curve,
     square,
     store_layers,
     store_turned_tokens,
@@ -131,10 +133,11 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
         if call.reference is not None:  # noqa: SIM102, decided when this is compiled
             if opens >= 0:
                 W2 = tl.load(turned_layers(call.reference, of_row * S.pair, part, S)[1]).to(TYPE)
-        slope = tl.load(turned_units(left.slopes, chunk, part, S)).to(tl.float32)
+        z = tl.load(turned_units(left.z, chunk, part, S)).to(tl.float32)
+        slope = silu(z)[1]
         de1 = share * de1 + 2 * dmoved * length * e1.to(tl.float32)
         by_back = (de1 * slope).to(TYPE)
-        by_z = de1 * tl.load(turned_units(left.curves, chunk, part, S)).to(tl.float32)
+        by_z = de1 * silu_curve(z) * tl.load(turned_units(left.back, chunk, part, S)).to(tl.float32)
         seen = dot(tl.trans(W2), by_back, S)
         if S.split > 1:
             tl.store(tile(sums, part * WIDTH + S.C * S.V, S.V, S.C, S.C), seen)

@@ -154,7 +154,7 @@ def empty(scan: Scan, C: int, keep: bool) -> tuple[Last, Left]:
         errors1=new(M, C, F),
         errors2=new(M, C, V),
         limits=number(M, 3, C),
-        slopes=new(M, C, F) if keep else None,
-        curves=new(M, C, F) if keep else None,
+        z=new(M, C, F),
+        back=new(M, C, F) if keep else None,
     )
     return Last(number(B * H, size), number(B * H, pair)), left

@@ -88,53 +88,58 @@ def outputs_gradient(call, left, found, S: tl.constexpr):
     """Of do: from `inner` to `dvectors`."""
     chunk, head, first, count, query, key, of_writes, read_m, read_s, share = _chunk(call, left, S)
     TYPE: tl.constexpr = query.dtype
-    scores1, scores2 = dot(query, tl.trans(key), S), zeros(S.C, S.C)
-    attend = (scores1 * of_writes).to(TYPE)
+    scores2 = zeros(S.C, S.C)
+    attend = (dot(query, tl.trans(key), S) * of_writes).to(TYPE)
     for j in range(0, S.split):
         z, _ = _first_layer(query, attend, share, read_m, read_s, chunk, head, j, call, left, S)
         tl.store(of_units(found.dinner, chunk, j, S), z)  # until the gradient takes its place
         y = silu(z)[0].to(TYPE)
         tl.store(of_units(found.inner, chunk, j, S), y)
-        scores2 += dot(y, tl.trans(tl.load(of_units(left.hidden, chunk, j, S))), S)
+        scores2 = dot(y, tl.trans(tl.load(of_units(left.hidden, chunk, j, S))), S, scores2)
     u2 = scaled(share, tl.load(of_chunk(left.errors2, chunk, S.V, S)))
     doutput = load_tokens(found.do, first, count, S.V, call, S)
     dattend = dot(doutput, tl.trans(u2), S)
-    dwrites, dscores = dattend * scores2, (dattend * of_writes).to(TYPE)
+    of_writes = tl.load(of_chunk(call.G, chunk, S.C, S))  # once more, as below, rather than kept for a whole loop
+    tl.store(of_chunk(found.dcoefficients, chunk, S.C, S), dattend * scores2)
+    dscores = (dattend * of_writes).to(TYPE)
     du2 = dot(tl.trans((scores2 * of_writes).to(TYPE)), doutput, S)
     tl.store(of_chunk(found.derrors2, chunk, S.V, S), du2)
     tl.debug_barrier()
 
-    dread_m, dread_s, dattend = zeros(S.C, 1), zeros(S.C, 1), tl.zeros_like(dattend)
+    dread_m, dread_s, dattend = zeros(S.C, 1), zeros(S.C, 1), zeros(S.C, S.C)
     seen_m, seen_s = zeros(S.C, S.K), zeros(S.C, S.K)
     dquery = zeros(S.C, S.K)
     for j in range(0, S.split):
         y, slope = silu(tl.load(of_units(found.dinner, chunk, j, S)).to(tl.float32))
-        u1 = scaled(share, tl.load(of_units(left.errors1, chunk, j, S)))
+        tl.store(of_units(found.dhidden, chunk, j, S), dot(tl.trans(dscores), y.to(TYPE), S))
         at1, at2 = of_layers(left.states, chunk * S.size, j, S)
         seen = dot(doutput, tl.trans(tl.load(at2)), S)
         dread_m += row_sum(y * seen)
-        dy = read_m * seen + dot(dscores, tl.load(of_units(left.hidden, chunk, j, S)), S)
+        dy = dot(dscores, tl.load(of_units(left.hidden, chunk, j, S)), S, read_m * seen)
         if S.MOMENTUM:
             seen = dot(doutput, tl.trans(tl.load(at2 + S.pair)), S)
             dread_s += row_sum(y * seen)
             dy += read_s * seen
         if call.base is not None:
             base1, base2 = of_layers(call.base, head * S.pair, j, S)
-            dy += dot(doutput, tl.trans(tl.load(base2)), S)
-        tl.store(of_units(found.dhidden, chunk, j, S), dot(tl.trans(dscores), y.to(TYPE), S))
+            dy = dot(doutput, tl.trans(tl.load(base2)), S, dy)
         dz = (dy * slope).to(TYPE)
         tl.store(of_units(found.dinner, chunk, j, S), dz)
         tl.store(of_units(found.derrors1, chunk, j, S), dot(tl.trans(attend), dz, S))
-        dattend += dot(dz, tl.trans(u1), S)
-        seen_m += dot(dz, tl.trans(tl.load(at1)), S)
+        u1 = scaled(share, tl.load(of_units(left.errors1, chunk, j, S)))
+        dattend = dot(dz, tl.trans(u1), S, dattend)
+        seen_m = dot(dz, tl.trans(tl.load(at1)), S, seen_m)
         if S.MOMENTUM:
-            seen_s += dot(dz, tl.trans(tl.load(at1 + S.pair)), S)
+            seen_s = dot(dz, tl.trans(tl.load(at1 + S.pair)), S, seen_s)
         if call.base is not None:
-            dquery += dot(dz, tl.trans(tl.load(base1)), S)
-    tl.store(of_chunk(found.dcoefficients, chunk, S.C, S), dwrites + dattend * scores1)
-    dscores = (dattend * of_writes).to(TYPE)
+            dquery = dot(dz, tl.trans(tl.load(base1)), S, dquery)
+    query, key = load_tokens(call.q, first, count, S.K, call, S), load_tokens(call.k, first, count, S.K, call, S)
+    at_coefficients = of_chunk(found.dcoefficients, chunk, S.C, S)
+    tl.store(at_coefficients, tl.load(at_coefficients) + dattend * dot(query, tl.trans(key), S))
+    dscores = (dattend * tl.load(of_chunk(call.G, chunk, S.C, S))).to(TYPE)
     store_tokens(found.dkeys, first, count, dot(tl.trans(dscores), query, S), S.K, call, S)
-    dquery += read_m * seen_m + dot(dscores, key, S)
+    dquery += read_m * seen_m
+    dquery = dot(dscores, key, S, dquery)
     dgates = found.dvectors + chunk * (rows.ROWS * S.C) + tl.arange(0, S.C)[:, None]
     tl.store(dgates + rows.A * S.C, dread_m + row_sum(query.to(tl.float32) * seen_m))
     if S.MOMENTUM:

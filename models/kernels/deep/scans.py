@@ -26,7 +26,6 @@ from models.kernels.deep.tiles import (
     of_slot,
     scaled,
     silu,
-    silu_curve,
     square,
     store_layers,
     tile,
@@ -99,14 +98,14 @@ def scan(call, left, last, momenta, sums, arrived, S: tl.constexpr):
             if opens >= 0:
                 R1, R2 = load_layers(call.reference, of_row * S.pair, part, S)
         R1, R2 = R1.to(TYPE), R2.to(TYPE)
-        z = dot(R1, key, S)
-        x, slope = silu(z)
-        x = x.to(TYPE)
+        z = dot(R1, key, S).to(TYPE)
+        x = silu(z.to(tl.float32))[0].to(TYPE)
         y, widths = dot(tl.trans(R2), x, S), square(x)
         if S.split > 1:
             tl.store(tile(sums, part * WIDTH, S.V, S.C, S.C), y)
             tl.store(at_widths + part * WIDTH, widths)
             arrive(arrived + program)
+        tl.store(turned_units(left.z, chunk, part, S), z)
 
         # N <- A N + f S + X^T diag(c) E ,    S <- m S + X^T diag(c') E : first what they have of themselves
         kept_m = tl.load(gates + rows.A * S.C + S.C - 1)
@@ -122,21 +121,22 @@ def scan(call, left, last, momenta, sums, arrived, S: tl.constexpr):
             memory1 = _carry(memory1, at1, before1, carried)
             memory2 = _carry(memory2, at2, before2, carried)
         tl.store(turned_units(left.hidden, chunk, part, S), x)
-        if left.slopes is not None:
-            tl.store(turned_units(left.slopes, chunk, part, S), slope)
         if S.split > 1:
             wait(arrived + program, S.split * (2 * (n - begin) + 1))
             y, widths = total(tile(sums, 0, S.V, S.C, S.C), S.split, WIDTH), total(at_widths, S.split, WIDTH)
+        else:
+            tl.debug_barrier()
         e = (load_turned_tokens(call.v, first, count, S.V, call, S).to(tl.float32) - y).to(TYPE)
         back = dot(R2, e, S)
+        slope = silu(tl.load(turned_units(left.z, chunk, part, S)).to(tl.float32))[1]  # rather than waits in registers
         e1 = (back * slope).to(TYPE)
         sizes1 = square(e1)
         if S.split > 1:
             tl.store(at_widths + part * WIDTH + S.C, sizes1)
             arrive(arrived + program)
         tl.store(turned_units(left.errors1, chunk, part, S), e1)
-        if left.curves is not None:
-            tl.store(turned_units(left.curves, chunk, part, S), back * silu_curve(z))
+        if left.back is not None:
+            tl.store(turned_units(left.back, chunk, part, S), back)
         if S.split > 1:
             wait(arrived + program, S.split * (2 * (n - begin) + 2))
             sizes1 = total(at_widths + S.C, S.split, WIDTH)
