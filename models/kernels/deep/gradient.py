@@ -80,13 +80,13 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
         # what the writes hand back, by E_1 and E_2
         after1, after2 = D1.to(TYPE), D2.to(TYPE)
         at_E1, at_E2 = turned_layers(momenta, program * S.pair, part, S)
+        at_after1, at_after2 = turned_layers(found.dstates, chunk * S.size, part, S)
         de1 = tl.load(turned_units(found.derrors1, chunk, part, S)).to(tl.float32)
         de1 = dot(after1, scaled(write_m, key), S, de1)
         seen = dot(tl.trans(after2), scaled(write_m, x), S)
         if S.MOMENTUM:
             write_s = tl.load(gates + rows.WRITE_S * S.C + t)
-            momentum1, momentum2 = tl.load(at_E1), tl.load(at_E2)
-            E1, E2 = momentum1.to(TYPE), momentum2.to(TYPE)
+            E1, E2 = tl.load(at_E1).to(TYPE), tl.load(at_E2).to(TYPE)
             de1 = dot(E1, scaled(write_s, key), S, de1)
             seen = dot(tl.trans(E2), scaled(write_s, x), S, seen)
         dshare = column_sum(de1 * e1.to(tl.float32))
@@ -94,6 +94,12 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
             tl.store(tile(sums, part * WIDTH, S.V, S.C, S.C), seen)
             tl.store(at_share + part * WIDTH, dshare)
             arrive(arrived + program)
+
+        tl.store(at_after1, after1)
+        tl.store(at_after2, after2)
+        if S.MOMENTUM:
+            tl.store(at_after1 + S.pair, E1)
+            tl.store(at_after2 + S.pair, E2)
 
         # what the queries say of N and S before the mini-batch, and what those hand on
         query = load_tokens(call.q, first, count, S.K, call, S)
@@ -104,20 +110,18 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
         if S.MOMENTUM:
             carried, kept_s = tl.load(gates + rows.F * S.C + S.C - 1), tl.load(gates + rows.M * S.C + S.C - 1)
             read_s = tl.load(gates + rows.F * S.C + tl.trans(t))
-            momentum1 = kept_s * momentum1 + carried * D1
-            momentum2 = kept_s * momentum2 + carried * D2
-            momentum1 = dot(by_query, scaled(read_s, query), S, momentum1)
-            momentum2 = dot(y, scaled(read_s, doutput), S, momentum2)
-            tl.store(at_E1, momentum1)
-            tl.store(at_E2, momentum2)
-            store_layers(found.dstates, chunk * S.size + S.pair, part, E1, E2, S)
+            E1 = dot(by_query, scaled(read_s, query), S, kept_s * tl.load(at_E1) + carried * D1)
+            tl.store(at_E1, E1)
+            E2 = dot(y, scaled(read_s, doutput), S, kept_s * tl.load(at_E2) + carried * D2)
+            tl.store(at_E2, E2)
         D1 = dot(by_query, scaled(read_m, query), S, kept_m * D1)
         D2 = dot(y, scaled(read_m, doutput), S, kept_m * D2)
-        store_layers(found.dstates, chunk * S.size, part, after1, after2, S)
 
         if S.split > 1:
             wait(arrived + program, S.split * (2 * i + 1))
             seen, dshare = total(tile(sums, 0, S.V, S.C, S.C), S.split, WIDTH), total(at_share, S.split, WIDTH)
+        else:
+            tl.debug_barrier()
         de = tl.load(turned(found.derrors2, chunk * (S.C * S.V), S.V, S.C, S.V)).to(tl.float32) + seen
         dshare += column_sum(de * e.to(tl.float32))
 
@@ -135,6 +139,7 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
                 W2 = tl.load(turned_layers(call.reference, of_row * S.pair, part, S)[1]).to(TYPE)
         z = tl.load(turned_units(left.z, chunk, part, S)).to(tl.float32)
         slope = silu(z)[1]
+        e1 = tl.load(turned_units(left.errors1, chunk, part, S))
         de1 = share * de1 + 2 * dmoved * length * e1.to(tl.float32)
         by_back = (de1 * slope).to(TYPE)
         by_z = de1 * silu_curve(z) * tl.load(turned_units(left.back, chunk, part, S)).to(tl.float32)
@@ -143,12 +148,13 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
             tl.store(tile(sums, part * WIDTH + S.C * S.V, S.V, S.C, S.C), seen)
             arrive(arrived + program)
 
-        # to X_2, but for what comes by E_2
+        # to X_2, but for what comes by E_2. Tiles are read again rather than kept in registers
+        after2, x = tl.load(at_after2), tl.load(turned_units(left.hidden, chunk, part, S))
         dx = tl.load(turned_units(found.dhidden, chunk, part, S)).to(tl.float32)
         dx += 2 * dmoved * size * x.to(tl.float32)
         dx = dot(after2, scaled(write_m * share, e), S, dx)
         if S.MOMENTUM:
-            dx = dot(E2, scaled(write_s * share, e), S, dx)
+            dx = dot(tl.load(at_after2 + S.pair), scaled(write_s * share, e), S, dx)
         tl.store(turned_units(found.dback, chunk, part, S), by_back)
         if S.split > 1:
             wait(arrived + program, S.split * (2 * i + 2))
@@ -157,6 +163,7 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
 
         # to z, and to N before the mini-batch or R
         dx -= dot(W2, de, S)
+        slope = silu(tl.load(turned_units(left.z, chunk, part, S)).to(tl.float32))[1]
         by_z = (by_z + dx * slope).to(TYPE)
         if call.reference is None:
             D1 = dot(by_z, tl.trans(key), S, D1)
