@@ -2,7 +2,7 @@
 writes what it wants of them. None where there is none.
 
 A slot is a mini-batch of at most C tokens, which lie one after another in [B T, H, *]; a document has its slots one
-after another. `chunk` is a slot of a head, one of [H L]. The weights of a network are packed, W_1 [K, F] and then W_2
+after another. `chunk` is a slot of a head, one of [L H], slot by slot. The weights of a network are packed, W_1 [K, F] and then W_2
 [F, V], PAIR numbers; a state is N of both, and S of both after it, SIZE.
 """
 
@@ -44,22 +44,21 @@ class Call(NamedTuple):
     reference: Tensor | None
     slots: Tensor
     runs: Tensor
-    G: Tensor  # [H L, C, C]
-    vectors: Tensor  # [H L, ROWS, C]
-    L: int
+    G: Tensor  # [L H, C, C]
+    vectors: Tensor  # [L H, ROWS, C]
     H: int
 
 
 class Left(NamedTuple):
     """What the scan leaves behind of every chunk. R is not among it: it is W + N, or what was handed in."""
 
-    states: Tensor  # [H L, SIZE]: N and S before it
-    hidden: Tensor  # [H L, C, F]: X_2
-    errors1: Tensor  # [H L, C, F]: E_1 without the limit
-    errors2: Tensor  # [H L, C, V]: E_2 without it
-    limits: Tensor  # [H L, 3, C]: the share of both that is written, |X_2|^2 and |E_1|^2
-    z: Tensor  # [H L, C, F]: k W_1
-    back: Tensor | None  # [H L, C, F]: E_2 W_2^T, for the backward pass alone
+    states: Tensor  # [L H, SIZE]: N and S before it
+    hidden: Tensor  # [L H, C, F]: X_2
+    errors1: Tensor  # [L H, C, F]: E_1 without the limit
+    errors2: Tensor  # [L H, C, V]: E_2 without it
+    limits: Tensor  # [L H, 3, C]: the share of both that is written, |X_2|^2 and |E_1|^2
+    z: Tensor  # [L H, C, F]: k W_1
+    back: Tensor | None  # [L H, C, F]: E_2 W_2^T, for the backward pass alone
 
 
 class Last(NamedTuple):
@@ -76,20 +75,20 @@ class Found(NamedTuple):
     dlast: Tensor | None  # Last's, None for zeros
     dheld: Tensor | None
     dfirst: Tensor | None  # [P H, SIZE]: by N and S before a document, where any is wanted
-    inner: Tensor  # [H L, C, F]: no gradient, but what the queries put to the second layer
-    dinner: Tensor  # [H L, C, F]: by what they got of the first
+    inner: Tensor  # [L H, C, F]: no gradient, but what the queries put to the second layer
+    dinner: Tensor  # [L H, C, F]: by what they got of the first
     dq: Tensor  # [B, T, H, K]
     dkeys: Tensor  # [B, T, H, K]: of the outputs, as the next three
-    dhidden: Tensor  # [H L, C, F]: by X_2
-    derrors1: Tensor  # [H L, C, F]: by what is written of E_1
-    derrors2: Tensor  # [H L, C, V]: and of E_2
-    dcoefficients: Tensor  # [H L, C, C]: by G
-    dvectors: Tensor  # [H L, ROWS, C]: A and F of the outputs; then what the writes say of all
-    dstates: Tensor  # [H L, SIZE]: D and E, by N and S after every slot
-    dback: Tensor  # [H L, C, F]: by E_2 W_2^T
-    dz: Tensor  # [H L, C, F]: by k W_1
+    dhidden: Tensor  # [L H, C, F]: by X_2
+    derrors1: Tensor  # [L H, C, F]: by what is written of E_1
+    derrors2: Tensor  # [L H, C, V]: and of E_2
+    dcoefficients: Tensor  # [L H, C, C]: by G
+    dvectors: Tensor  # [L H, ROWS, C]: A and F of the outputs; then what the writes say of all
+    dstates: Tensor  # [L H, SIZE]: D and E, by N and S after every slot
+    dback: Tensor  # [L H, C, F]: by E_2 W_2^T
+    dz: Tensor  # [L H, C, F]: by k W_1
     dv: Tensor  # [B, T, H, V], which is minus the one by X_2 W_2
-    dlength: Tensor  # [H L, C]: by |k|^2 of the limit
+    dlength: Tensor  # [L H, C]: by |k|^2 of the limit
     dreference: Tensor | None  # [B H, PAIR]
     dk: Tensor  # [B, T, H, K]
 

@@ -67,8 +67,7 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
     D1, D2 = _last(of_row, ends, found, momenta, program, part, S)
     for i in tl.range(0, end - begin, disable_licm=True):
         n = end - 1 - i
-        chunk = head * call.L + n
-        first, count, opens = of_slot(call, n, head)
+        chunk, first, count, opens = of_slot(call, n, head)
         gates = call.vectors + chunk * (rows.ROWS * S.C)
         key = load_turned_tokens(call.k, first, count, S.K, call, S)
         e = tl.load(turned(left.errors2, chunk * (S.C * S.V), S.V, S.C, S.V))

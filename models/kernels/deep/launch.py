@@ -51,7 +51,7 @@ class Launch:
         grid, meeting, options = self._documents("scan", self.V + 2)
         scan[grid](call, left, last, *meeting, **options)
         o = torch.empty_like(call.v)
-        outputs[self.L, self.H](call, left, o, **self._options("outputs"))
+        outputs[(self.M,)](call, left, o, **self._options("outputs"))
         return o, last, left
 
     def backward(self, left: Left, do: Tensor | None, dlast: Tensor | None, dheld: Tensor | None) -> list[Tensor]:
@@ -70,20 +70,20 @@ class Launch:
             dreference=None if call.reference is None else torch.empty_like(call.reference),
             **{name: torch.empty_like(x, memory_format=torch.contiguous_format) for name, x in like.items()},
         )
-        outputs_gradient[self.L, self.H](call, left, found, **self._options("outputs_gradient"))
+        outputs_gradient[(self.M,)](call, left, found, **self._options("outputs_gradient"))
         grid, meeting, options = self._documents("scan_gradient", 2 * self.V + 1)
         scan_gradient[grid](call, left, found, *meeting, **options)
-        writes_gradient[self.L, self.H](call, left, found, **self._options("writes_gradient"))
+        writes_gradient[(self.M,)](call, left, found, **self._options("writes_gradient"))
         dgates = [x if x is None else torch.empty_like(x) for x in self.gates]
         grid, options = by_gates(self.M)
         coefficients_gradient[grid](
             *self.gates, None, self.scan.filled, call.G, call.vectors, found.dcoefficients, found.dvectors, *dgates,
-            self.L * self.C, self.L, self.H, self.M, C=self.C, **self.referring, **options,
+            self.C, 1, self.H, self.M, C=self.C, **self.referring, **options,
         )  # fmt: skip
         dbase = None
         if call.base is not None:
             options, parts = self._options("base_gradient"), self._new(GROUPS, self.H, self.pair)
-            base_gradient[options["S"].split, self.H, GROUPS](call, left, found, parts, **options)
+            base_gradient[options["S"].split, self.H, GROUPS](call, left, found, parts, self.L, **options)
             dbase = parts.sum(0)
         gradients = (found.dq, found.dk, found.dv, *dgates, *self._begins(found.dfirst), dbase, found.dreference)
         return [x for x in gradients if x is not None]
@@ -114,7 +114,7 @@ class Launch:
         )  # fmt: skip
         base = given.base if given.base is None else given.base.to(given.q.dtype)
         begins = given.first, given.carried, base, given.reference
-        return Call(given.q, given.k, given.v, *begins, given.slots, given.runs, G, vectors, self.L, self.H)
+        return Call(given.q, given.k, given.v, *begins, given.slots, given.runs, G, vectors, self.H)
 
     def _new(self, *shape: int) -> Tensor:
         return self.scan.step_size.new_empty(shape)

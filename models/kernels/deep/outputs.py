@@ -13,7 +13,7 @@ from models.kernels.deep.tiles import (
     load_tokens,
     of_chunk,
     of_layers,
-    of_slot,
+    of_program,
     of_units,
     row_sum,
     scaled,
@@ -28,9 +28,7 @@ from models.kernels.momentum import tiles as rows
 def _chunk(call, left, S: tl.constexpr):
     """A program's chunk and head, its first token and how many there are; its queries and keys, G, A and f, and the
     share that is written."""
-    n, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    chunk = head * call.L + n
-    first, count, _ = of_slot(call, n, head)
+    chunk, head, first, count, _ = of_program(call)
     t = tl.arange(0, S.C)
     gates = call.vectors + chunk * (rows.ROWS * S.C) + t[:, None]
     read_m = tl.load(gates + rows.A * S.C)

@@ -46,10 +46,11 @@ def _first(n, head, row, call, last, momenta, program, part, S: tl.constexpr):
     if call.first is not None:
         memory1, memory2 = load_layers(call.first, head * S.pair, part, S)
     if call.carried is not None:
-        goes_on = of_slot(call, n, head)[2] >= 0
+        goes_on = (of_slot(call, n, head)[3] >= 0).to(tl.int32)
         state = (row * call.H + head) * S.size
         held1, held2 = load_layers_where(goes_on, call.carried, state, part, S)
-        memory1, memory2 = tl.where(goes_on, held1, memory1), tl.where(goes_on, held2, memory2)
+        fresh = 1 - goes_on
+        memory1, memory2 = held1 + fresh * memory1, held2 + fresh * memory2
         if S.MOMENTUM:
             momentum1, momentum2 = load_layers_where(goes_on, call.carried, state + S.pair, part, S)
     if S.MOMENTUM:
@@ -86,8 +87,7 @@ def scan(call, left, last, momenta, sums, arrived, S: tl.constexpr):
 
     memory1, memory2 = _first(begin, head, row, call, last, momenta, program, part, S)
     for n in tl.range(begin, end, disable_licm=True):
-        chunk = head * call.L + n
-        first, count, opens = of_slot(call, n, head)
+        chunk, first, count, opens = of_slot(call, n, head)
         gates = call.vectors + chunk * (rows.ROWS * S.C)
         key = load_turned_tokens(call.k, first, count, S.K, call, S)
         R1, R2 = memory1, memory2
@@ -111,7 +111,7 @@ def scan(call, left, last, momenta, sums, arrived, S: tl.constexpr):
         kept_m = tl.load(gates + rows.A * S.C + S.C - 1)
         store_layers(left.states, chunk * S.size, part, memory1, memory2, S)
         if n == end - 1:
-            if ends:
+            if ends > 0:
                 store_layers(last.held, of_row * S.pair, part, memory1, memory2, S)
         memory1, memory2 = kept_m * memory1, kept_m * memory2
         if S.MOMENTUM:
@@ -156,7 +156,7 @@ def scan(call, left, last, momenta, sums, arrived, S: tl.constexpr):
             tl.store(at_limits + S.C, widths)
             tl.store(at_limits + 2 * S.C, sizes1)
         tl.debug_barrier()
-    if ends:
+    if ends > 0:
         store_layers(last.state, of_row * S.size, part, memory1, memory2, S)
         if S.MOMENTUM:
             momentum1, momentum2 = load_layers(momenta, program * S.pair, part, S)

@@ -40,10 +40,19 @@ def turned(pointer, offset, R: tl.constexpr, X: tl.constexpr, STRIDE):
 
 @triton.jit
 def of_slot(call, n, head):
-    """Of a slot: its first token's row of [B T, H, *] (int64), how many tokens it has, and the row of B that it begins,
-    or -1."""
+    """The chunk of a slot; its first token's row of [B T, H, *] (int64), how many tokens it has, and the row of B that
+    it begins, or -1."""
     at = call.slots + 3 * n
-    return tl.load(at).to(tl.int64) * call.H + head, tl.load(at + 1), tl.load(at + 2)
+    return n * call.H + head, tl.load(at).to(tl.int64) * call.H + head, tl.load(at + 1), tl.load(at + 2)
+
+
+@triton.jit
+def of_program(call):
+    """A program's chunk, one for each; its head, and the rest of of_slot."""
+    chunk = tl.program_id(0).to(tl.int64)
+    head = chunk % call.H
+    _, first, count, opens = of_slot(call, chunk // call.H, head)
+    return chunk, head, first, count, opens
 
 
 @triton.jit
@@ -74,19 +83,19 @@ def store_turned_tokens(pointer, first, count, x, X: tl.constexpr, call, S: tl.c
 
 @triton.jit
 def of_chunk(pointer, chunk, X: tl.constexpr, S: tl.constexpr):
-    """Addresses [C, X] of [H L, C, X]."""
+    """Addresses [C, X] of [L H, C, X]."""
     return tile(pointer, chunk * (S.C * X), S.C, X, X)
 
 
 @triton.jit
 def of_units(pointer, chunk, j, S: tl.constexpr):
-    """Addresses [C, BF] of [H L, C, F]."""
+    """Addresses [C, BF] of [L H, C, F]."""
     return tile(pointer, chunk * (S.C * S.F) + j * S.BF, S.C, S.BF, S.F)
 
 
 @triton.jit
 def turned_units(pointer, chunk, j, S: tl.constexpr):
-    """Addresses [BF, C] of [H L, C, F]."""
+    """Addresses [BF, C] of [L H, C, F]."""
     return turned(pointer, chunk * (S.C * S.F) + j * S.BF, S.BF, S.C, S.F)
 
 
@@ -112,9 +121,10 @@ def load_layers(pointer, offset, j, S: tl.constexpr):
 
 @triton.jit
 def load_layers_where(wanted, pointer, offset, j, S: tl.constexpr):
-    """The same, or zeros."""
+    """The same where wanted is 1, zeros where it is 0."""
     at1, at2 = turned_layers(pointer, offset, j, S)
-    return tl.load(at1, mask=wanted, other=0.0), tl.load(at2, mask=wanted, other=0.0)
+    inside = tl.arange(0, S.BF)[:, None] < wanted * S.BF
+    return tl.load(at1, mask=inside, other=0.0), tl.load(at2, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -127,11 +137,11 @@ def store_layers(pointer, offset, j, x1, x2, S: tl.constexpr):
 @triton.jit
 def of_document(call, S: tl.constexpr):
     """A program's document of a head, of [P H], and its part of the hidden layer; its head and row of B; the document's
-    first slot, the one after its last, and whether it ends the row."""
+    first slot, the one after its last, and 1 if it ends the row, else 0."""
     program, part = (tl.program_id(0) // S.split).to(tl.int64), tl.program_id(0) % S.split
     run = call.runs + 4 * (program // call.H)
     row = tl.load(run).to(tl.int64)
-    return program, part, program % call.H, row, tl.load(run + 1), tl.load(run + 2), tl.load(run + 3) != 0
+    return program, part, program % call.H, row, tl.load(run + 1), tl.load(run + 2), tl.load(run + 3)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from models.kernels.deep.tiles import (
     load_tokens,
     of_chunk,
     of_layers,
+    of_program,
     of_slot,
     of_units,
     row_sum,
@@ -25,9 +26,7 @@ from models.kernels.momentum import tiles as rows
 def writes_gradient(call, left, found, S: tl.constexpr):
     """dk, and the rest of dvectors: dK of k^T (c E_1), and dc = sum over k * (E_1 D^T) and over X_2 D * E_2, of D and E
     each; dA = sum of D N."""
-    n, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    chunk = head * call.L + n
-    first, count, opens = of_slot(call, n, head)
+    chunk, head, first, count, opens = of_program(call)
     t = tl.arange(0, S.C)
     key = load_tokens(call.k, first, count, S.K, call, S)
     TYPE: tl.constexpr = key.dtype
@@ -76,16 +75,15 @@ def writes_gradient(call, left, found, S: tl.constexpr):
     store_tokens(found.dk, first, count, dkey, S.K, call, S)
 
 
-@triton.jit
-def base_gradient(call, left, found, dbase, S: tl.constexpr):
-    """dbase [G, H, PAIR], of the chunks of a group. W is read by every query and, in R = W + N, by every key: k^T dz +
+@triton.jit(do_not_specialize=["L"])
+def base_gradient(call, left, found, dbase, L, S: tl.constexpr):
+    """dbase [G, H, PAIR], of the slots of a group. W is read by every query and, in R = W + N, by every key: k^T dz +
     q^T dz_q and dback^T E_2 - X_2^T dv + y^T do, summed over mini-batches. An R that was handed in does not hang on W.
     """
     j, head, group, groups = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(2)
     by1, by2 = zeros(S.K, S.BF), zeros(S.BF, S.V)
-    for n in range(group, call.L, groups):
-        chunk = head * call.L + n
-        first, count, opens = of_slot(call, n, head)
+    for n in range(group, L, groups):
+        chunk, first, count, opens = of_slot(call, n, head)
         hangs = 1.0
         if call.reference is not None:
             hangs = tl.where(opens >= 0, 0.0, 1.0)
