@@ -109,7 +109,7 @@ class Launch:
         G, vectors = self._new(self.M, C, C), self._new(self.M, ROWS, C)
         grid, options = by_gates(self.M)
         coefficients[grid](
-            *self.gates, None, given.filled, G, vectors, self.L * C, self.L, self.H, self.M, C=C,
+            *self.gates, None, given.filled, G, vectors, C, 1, self.H, self.M, C=C,
             **self.referring, **options,
         )  # fmt: skip
         base = given.base if given.base is None else given.base.to(given.q.dtype)
