@@ -81,13 +81,13 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
         at_E1, at_E2 = turned_layers(momenta, program * S.pair, part, S)
         at_after1, at_after2 = turned_layers(found.dstates, chunk * S.size, part, S)
         de1 = tl.load(turned_units(found.derrors1, chunk, part, S)).to(tl.float32)
-        de1 = dot(after1, scaled(write_m, key), S, de1)
-        seen = dot(tl.trans(after2), scaled(write_m, x), S)
+        de1 += write_m * dot(after1, key, S)
+        seen = write_m * dot(tl.trans(after2), x, S)
         if S.MOMENTUM:
             write_s = tl.load(gates + rows.WRITE_S * S.C + t)
             E1, E2 = tl.load(at_E1).to(TYPE), tl.load(at_E2).to(TYPE)
-            de1 = dot(E1, scaled(write_s, key), S, de1)
-            seen = dot(tl.trans(E2), scaled(write_s, x), S, seen)
+            de1 += write_s * dot(E1, key, S)
+            seen += write_s * dot(tl.trans(E2), x, S)
         dshare = column_sum(de1 * e1.to(tl.float32))
         if S.split > 1:
             tl.store(tile(sums, part * WIDTH, S.V, S.C, S.C), seen)
@@ -136,11 +136,10 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
         if call.reference is not None:  # noqa: SIM102, decided when this is compiled
             if opens >= 0:
                 W2 = tl.load(turned_layers(call.reference, of_row * S.pair, part, S)[1]).to(TYPE)
-        z = tl.load(turned_units(left.z, chunk, part, S)).to(tl.float32)
-        slope = silu(z)[1]
         e1 = tl.load(turned_units(left.errors1, chunk, part, S))
         de1 = share * de1 + 2 * dmoved * length * e1.to(tl.float32)
-        by_back = (de1 * slope).to(TYPE)
+        z = tl.load(turned_units(left.z, chunk, part, S)).to(tl.float32)
+        by_back = (de1 * silu(z)[1]).to(TYPE)
         by_z = de1 * silu_curve(z) * tl.load(turned_units(left.back, chunk, part, S)).to(tl.float32)
         seen = dot(tl.trans(W2), by_back, S)
         if S.split > 1:
@@ -151,9 +150,9 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
         after2, x = tl.load(at_after2), tl.load(turned_units(left.hidden, chunk, part, S))
         dx = tl.load(turned_units(found.dhidden, chunk, part, S)).to(tl.float32)
         dx += 2 * dmoved * size * x.to(tl.float32)
-        dx = dot(after2, scaled(write_m * share, e), S, dx)
+        dx += write_m * share * dot(after2, e, S)
         if S.MOMENTUM:
-            dx = dot(tl.load(at_after2 + S.pair), scaled(write_s * share, e), S, dx)
+            dx += write_s * share * dot(tl.load(at_after2 + S.pair), e, S)
         tl.store(turned_units(found.dback, chunk, part, S), by_back)
         if S.split > 1:
             wait(arrived + program, S.split * (2 * i + 2))

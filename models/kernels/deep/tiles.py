@@ -7,12 +7,15 @@ a slot that has no token reads as zero, and nothing is stored for it.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
 from models.parts import precision
 
 NOTHING = tl.constexpr(precision.NOTHING)
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -145,16 +148,23 @@ def of_document(call, S: tl.constexpr):
 
 
 @triton.jit
+def _sigmoid(z):
+    """1 / (1 + exp(-z)) with the square of an inverse root for a quotient, a third of its instructions."""
+    root = tl.rsqrt(1 + tl.exp2(z * -LOG2_E))
+    return root * root
+
+
+@triton.jit
 def silu(z):
     """z g with g = sigmoid(z), and its first derivative."""
-    gate = tl.sigmoid(z)
+    gate = _sigmoid(z)
     return z * gate, gate * (1 + z * (1 - gate))
 
 
 @triton.jit
 def silu_curve(z):
     """The second derivative."""
-    gate = tl.sigmoid(z)
+    gate = _sigmoid(z)
     return gate * (1 - gate) * (2 + z * (1 - 2 * gate))
 
 
