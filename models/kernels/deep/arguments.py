@@ -2,8 +2,10 @@
 writes what it wants of them. None where there is none.
 
 A slot is a mini-batch of at most C tokens, which lie one after another in [B T, H, *]; a document has its slots one
-after another. `chunk` is a slot of a head, one of [L H], slot by slot. The weights of a network are packed, W_1 [K, F] and then W_2
-[F, V], PAIR numbers; a state is N of both, and S of both after it, SIZE.
+after another. `chunk` is a slot of a head, one of [L H], slot by slot. The weights of a network are
+packed, W_1 turned to [F, K] and then W_2 [F, V], PAIR numbers; a state is N of both, and S of both after it, SIZE. What
+the scans read or write has the hidden layer for rows, as their tiles do: to turn one around takes four times as many
+barriers.
 """
 
 from __future__ import annotations
@@ -53,12 +55,12 @@ class Left(NamedTuple):
     """What the scan leaves behind of every chunk. R is not among it: it is W + N, or what was handed in."""
 
     states: Tensor  # [L H, SIZE]: N and S before it
-    hidden: Tensor  # [L H, C, F]: X_2
-    errors1: Tensor  # [L H, C, F]: E_1 without the limit
+    hidden: Tensor  # [L H, F, C]: X_2
+    errors1: Tensor  # [L H, F, C]: E_1 without the limit
     errors2: Tensor  # [L H, C, V]: E_2 without it
     limits: Tensor  # [L H, 3, C]: the share of both that is written, |X_2|^2 and |E_1|^2
-    z: Tensor  # [L H, C, F]: k W_1
-    back: Tensor | None  # [L H, C, F]: E_2 W_2^T, for the backward pass alone
+    z: Tensor  # [L H, F, C]: k W_1
+    back: Tensor | None  # [L H, F, C]: E_2 W_2^T, for the backward pass alone
 
 
 class Last(NamedTuple):
@@ -79,14 +81,14 @@ class Found(NamedTuple):
     dinner: Tensor  # [L H, C, F]: by what they got of the first
     dq: Tensor  # [B, T, H, K]
     dkeys: Tensor  # [B, T, H, K]: of the outputs, as the next three
-    dhidden: Tensor  # [L H, C, F]: by X_2
-    derrors1: Tensor  # [L H, C, F]: by what is written of E_1
+    dhidden: Tensor  # [L H, F, C]: by X_2
+    derrors1: Tensor  # [L H, F, C]: by what is written of E_1
     derrors2: Tensor  # [L H, C, V]: and of E_2
     dcoefficients: Tensor  # [L H, C, C]: by G
     dvectors: Tensor  # [L H, ROWS, C]: A and F of the outputs; then what the writes say of all
     dstates: Tensor  # [L H, SIZE]: D and E, by N and S after every slot
-    dback: Tensor  # [L H, C, F]: by E_2 W_2^T
-    dz: Tensor  # [L H, C, F]: by k W_1
+    dback: Tensor  # [L H, F, C]: by E_2 W_2^T
+    dz: Tensor  # [L H, F, C]: by k W_1
     dv: Tensor  # [B, T, H, V], which is minus the one by X_2 W_2
     dlength: Tensor  # [L H, C]: by |k|^2 of the limit
     dreference: Tensor | None  # [B H, PAIR]

@@ -20,7 +20,10 @@ from models.kernels.deep.tiles import (
     load_tokens,
     load_turned_tokens,
     of_document,
+    of_layers,
+    of_queries,
     of_slot,
+    of_units,
     scaled,
     silu,
     silu_curve,
@@ -29,8 +32,6 @@ from models.kernels.deep.tiles import (
     store_turned_tokens,
     tile,
     turned,
-    turned_layers,
-    turned_units,
     zeros,
 )
 from models.kernels.exchange import arrive, total, wait
@@ -74,13 +75,13 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
         at_limits = left.limits + chunk * (3 * S.C) + t
         share, widths, sizes1 = tl.load(at_limits), tl.load(at_limits + S.C), tl.load(at_limits + 2 * S.C)
         write_m = tl.load(gates + rows.WRITE_M * S.C + t)
-        x, e1 = tl.load(turned_units(left.hidden, chunk, part, S)), tl.load(turned_units(left.errors1, chunk, part, S))
+        x, e1 = tl.load(of_units(left.hidden, chunk, part, S)), tl.load(of_units(left.errors1, chunk, part, S))
 
         # what the writes hand back, by E_1 and E_2
         after1, after2 = D1.to(TYPE), D2.to(TYPE)
-        at_E1, at_E2 = turned_layers(momenta, program * S.pair, part, S)
-        at_after1, at_after2 = turned_layers(found.dstates, chunk * S.size, part, S)
-        de1 = tl.load(turned_units(found.derrors1, chunk, part, S)).to(tl.float32)
+        at_E1, at_E2 = of_layers(momenta, program * S.pair, part, S)
+        at_after1, at_after2 = of_layers(found.dstates, chunk * S.size, part, S)
+        de1 = tl.load(of_units(found.derrors1, chunk, part, S)).to(tl.float32)
         de1 += write_m * dot(after1, key, S)
         seen = write_m * dot(tl.trans(after2), x, S)
         if S.MOMENTUM:
@@ -103,8 +104,8 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
         # what the queries say of N and S before the mini-batch, and what those hand on
         query = load_tokens(call.q, first, count, S.K, call, S)
         doutput = load_tokens(found.do, first, count, S.V, call, S)
-        by_query = tl.load(turned_units(found.dinner, chunk, part, S))
-        y = tl.load(turned_units(found.inner, chunk, part, S))
+        by_query = tl.trans(tl.load(of_queries(found.dinner, chunk, part, S)))
+        y = tl.trans(tl.load(of_queries(found.inner, chunk, part, S)))
         kept_m, read_m = tl.load(gates + rows.A * S.C + S.C - 1), tl.load(gates + rows.A * S.C + tl.trans(t))
         if S.MOMENTUM:
             carried, kept_s = tl.load(gates + rows.F * S.C + S.C - 1), tl.load(gates + rows.M * S.C + S.C - 1)
@@ -129,31 +130,31 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
         moved = length * sizes1 + widths * size
         dsize = tl.where(moved > size, dshare / (tl.maximum(size, moved) + NOTHING), 0.0)
         dmoved = -share * dsize
-        W2 = tl.load(turned_layers(left.states, chunk * S.size, part, S)[1])
+        W2 = tl.load(of_layers(left.states, chunk * S.size, part, S)[1])
         if call.base is not None:
-            base2 = tl.load(turned_layers(call.base, head * S.pair, part, S)[1])
+            base2 = tl.load(of_layers(call.base, head * S.pair, part, S)[1])
             W2 = (W2.to(tl.float32) + base2.to(tl.float32)).to(TYPE)
         if call.reference is not None:  # noqa: SIM102, decided when this is compiled
             if opens >= 0:
-                W2 = tl.load(turned_layers(call.reference, of_row * S.pair, part, S)[1]).to(TYPE)
-        e1 = tl.load(turned_units(left.errors1, chunk, part, S))
+                W2 = tl.load(of_layers(call.reference, of_row * S.pair, part, S)[1]).to(TYPE)
+        e1 = tl.load(of_units(left.errors1, chunk, part, S))
         de1 = share * de1 + 2 * dmoved * length * e1.to(tl.float32)
-        z = tl.load(turned_units(left.z, chunk, part, S)).to(tl.float32)
+        z = tl.load(of_units(left.z, chunk, part, S)).to(tl.float32)
         by_back = (de1 * silu(z)[1]).to(TYPE)
-        by_z = de1 * silu_curve(z) * tl.load(turned_units(left.back, chunk, part, S)).to(tl.float32)
+        by_z = de1 * silu_curve(z) * tl.load(of_units(left.back, chunk, part, S)).to(tl.float32)
         seen = dot(tl.trans(W2), by_back, S)
         if S.split > 1:
             tl.store(tile(sums, part * WIDTH + S.C * S.V, S.V, S.C, S.C), seen)
             arrive(arrived + program)
 
         # to X_2, but for what comes by E_2. Tiles are read again rather than kept in registers
-        after2, x = tl.load(at_after2), tl.load(turned_units(left.hidden, chunk, part, S))
-        dx = tl.load(turned_units(found.dhidden, chunk, part, S)).to(tl.float32)
+        after2, x = tl.load(at_after2), tl.load(of_units(left.hidden, chunk, part, S))
+        dx = tl.load(of_units(found.dhidden, chunk, part, S)).to(tl.float32)
         dx += 2 * dmoved * size * x.to(tl.float32)
         dx += write_m * share * dot(after2, e, S)
         if S.MOMENTUM:
             dx += write_s * share * dot(tl.load(at_after2 + S.pair), e, S)
-        tl.store(turned_units(found.dback, chunk, part, S), by_back)
+        tl.store(of_units(found.dback, chunk, part, S), by_back)
         if S.split > 1:
             wait(arrived + program, S.split * (2 * i + 2))
             seen = total(tile(sums, S.C * S.V, S.V, S.C, S.C), S.split, WIDTH)
@@ -161,7 +162,7 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
 
         # to z, and to N before the mini-batch or R
         dx -= dot(W2, de, S)
-        slope = silu(tl.load(turned_units(left.z, chunk, part, S)).to(tl.float32))[1]
+        slope = silu(tl.load(of_units(left.z, chunk, part, S)).to(tl.float32))[1]
         by_z = (by_z + dx * slope).to(TYPE)
         if call.reference is None:
             D1 = dot(by_z, tl.trans(key), S, D1)
@@ -174,7 +175,7 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
                 store_layers(found.dreference, of_row * S.pair, part, part1, part2, S)
                 part1, part2 = tl.zeros_like(part1), tl.zeros_like(part2)
             D1, D2 = D1 + part1, D2 + part2
-        tl.store(turned_units(found.dz, chunk, part, S), by_z)
+        tl.store(of_units(found.dz, chunk, part, S), by_z)
         if part == 0:
             store_turned_tokens(found.dv, first, count, de, S.V, call, S)
             tl.store(found.dlength + chunk * S.C + t, dmoved * sizes1)

@@ -150,11 +150,11 @@ def empty(scan: Scan, C: int, keep: bool) -> tuple[Last, Left]:
     new, number = scan.q.new_empty, scan.step_size.new_empty
     left = Left(
         states=new(M, size),
-        hidden=new(M, C, F),
-        errors1=new(M, C, F),
+        hidden=new(M, F, C),
+        errors1=new(M, F, C),
         errors2=new(M, C, V),
         limits=number(M, 3, C),
-        z=new(M, C, F),
-        back=new(M, C, F) if keep else None,
+        z=new(M, F, C),
+        back=new(M, F, C) if keep else None,
     )
     return Last(number(B * H, size), number(B * H, pair)), left

@@ -14,6 +14,7 @@ from models.kernels.deep.tiles import (
     of_chunk,
     of_layers,
     of_program,
+    of_queries,
     of_units,
     row_sum,
     scaled,
@@ -43,16 +44,16 @@ def _chunk(call, left, S: tl.constexpr):
 
 @triton.jit
 def _first_layer(query, attend, share, read_m, read_s, chunk, head, j, call, left, S: tl.constexpr):
-    """z of a tile of the hidden layer, with attend = (y X^T) * G; and what is written of E_1."""
-    u = scaled(share, tl.load(of_units(left.errors1, chunk, j, S)))
+    """z of a tile of the hidden layer, with attend = (y X^T) * G."""
+    u = scaled(tl.trans(share), tl.load(of_units(left.errors1, chunk, j, S)))
     at, _ = of_layers(left.states, chunk * S.size, j, S)
-    z = dot(attend, u, S) + read_m * dot(query, tl.load(at), S)
+    z = dot(attend, tl.trans(u), S) + read_m * dot(query, tl.trans(tl.load(at)), S)
     if S.MOMENTUM:
-        z += read_s * dot(query, tl.load(at + S.pair), S)
+        z += read_s * dot(query, tl.trans(tl.load(at + S.pair)), S)
     if call.base is not None:
         at, _ = of_layers(call.base, head * S.pair, j, S)
-        z += dot(query, tl.load(at), S)
-    return z, u
+        z += dot(query, tl.trans(tl.load(at)), S)
+    return z
 
 
 @triton.jit
@@ -64,9 +65,9 @@ def outputs(call, left, o, S: tl.constexpr):
     scores, z = zeros(S.C, S.C), zeros(S.C, S.V)
     z_m, z_s = zeros(S.C, S.V), zeros(S.C, S.V)
     for j in range(0, S.split):
-        y, _ = silu(_first_layer(query, attend, share, read_m, read_s, chunk, head, j, call, left, S)[0])
+        y, _ = silu(_first_layer(query, attend, share, read_m, read_s, chunk, head, j, call, left, S))
         y = y.to(TYPE)
-        scores += dot(y, tl.trans(tl.load(of_units(left.hidden, chunk, j, S))), S)
+        scores += dot(y, tl.load(of_units(left.hidden, chunk, j, S)), S)
         _, at = of_layers(left.states, chunk * S.size, j, S)
         z_m += dot(y, tl.load(at), S)
         if S.MOMENTUM:
@@ -89,11 +90,11 @@ def outputs_gradient(call, left, found, S: tl.constexpr):
     scores2 = zeros(S.C, S.C)
     attend = (dot(query, tl.trans(key), S) * of_writes).to(TYPE)
     for j in range(0, S.split):
-        z, _ = _first_layer(query, attend, share, read_m, read_s, chunk, head, j, call, left, S)
-        tl.store(of_units(found.dinner, chunk, j, S), z)  # until the gradient takes its place
+        z = _first_layer(query, attend, share, read_m, read_s, chunk, head, j, call, left, S)
+        tl.store(of_queries(found.dinner, chunk, j, S), z)  # until the gradient takes its place
         y = silu(z)[0].to(TYPE)
-        tl.store(of_units(found.inner, chunk, j, S), y)
-        scores2 = dot(y, tl.trans(tl.load(of_units(left.hidden, chunk, j, S))), S, scores2)
+        tl.store(of_queries(found.inner, chunk, j, S), y)
+        scores2 = dot(y, tl.load(of_units(left.hidden, chunk, j, S)), S, scores2)
     u2 = scaled(share, tl.load(of_chunk(left.errors2, chunk, S.V, S)))
     doutput = load_tokens(found.do, first, count, S.V, call, S)
     dattend = dot(doutput, tl.trans(u2), S)
@@ -108,12 +109,12 @@ def outputs_gradient(call, left, found, S: tl.constexpr):
     seen_m, seen_s = zeros(S.C, S.K), zeros(S.C, S.K)
     dquery = zeros(S.C, S.K)
     for j in range(0, S.split):
-        y, slope = silu(tl.load(of_units(found.dinner, chunk, j, S)).to(tl.float32))
-        tl.store(of_units(found.dhidden, chunk, j, S), dot(tl.trans(dscores), y.to(TYPE), S))
+        y, slope = silu(tl.load(of_queries(found.dinner, chunk, j, S)).to(tl.float32))
+        tl.store(of_units(found.dhidden, chunk, j, S), dot(tl.trans(y.to(TYPE)), dscores, S))
         at1, at2 = of_layers(left.states, chunk * S.size, j, S)
         seen = dot(doutput, tl.trans(tl.load(at2)), S)
         dread_m += row_sum(y * seen)
-        dy = dot(dscores, tl.load(of_units(left.hidden, chunk, j, S)), S, read_m * seen)
+        dy = dot(dscores, tl.trans(tl.load(of_units(left.hidden, chunk, j, S))), S, read_m * seen)
         if S.MOMENTUM:
             seen = dot(doutput, tl.trans(tl.load(at2 + S.pair)), S)
             dread_s += row_sum(y * seen)
@@ -122,15 +123,15 @@ def outputs_gradient(call, left, found, S: tl.constexpr):
             base1, base2 = of_layers(call.base, head * S.pair, j, S)
             dy = dot(doutput, tl.trans(tl.load(base2)), S, dy)
         dz = (dy * slope).to(TYPE)
-        tl.store(of_units(found.dinner, chunk, j, S), dz)
-        tl.store(of_units(found.derrors1, chunk, j, S), dot(tl.trans(attend), dz, S))
-        u1 = scaled(share, tl.load(of_units(left.errors1, chunk, j, S)))
-        dattend = dot(dz, tl.trans(u1), S, dattend)
-        seen_m = dot(dz, tl.trans(tl.load(at1)), S, seen_m)
+        tl.store(of_queries(found.dinner, chunk, j, S), dz)
+        tl.store(of_units(found.derrors1, chunk, j, S), dot(tl.trans(dz), attend, S))
+        u1 = scaled(tl.trans(share), tl.load(of_units(left.errors1, chunk, j, S)))
+        dattend = dot(dz, u1, S, dattend)
+        seen_m = dot(dz, tl.load(at1), S, seen_m)
         if S.MOMENTUM:
-            seen_s = dot(dz, tl.trans(tl.load(at1 + S.pair)), S, seen_s)
+            seen_s = dot(dz, tl.load(at1 + S.pair), S, seen_s)
         if call.base is not None:
-            dquery = dot(dz, tl.trans(tl.load(base1)), S, dquery)
+            dquery = dot(dz, tl.load(base1), S, dquery)
     query, key = load_tokens(call.q, first, count, S.K, call, S), load_tokens(call.k, first, count, S.K, call, S)
     at_coefficients = of_chunk(found.dcoefficients, chunk, S.C, S)
     tl.store(at_coefficients, tl.load(at_coefficients) + dattend * dot(query, tl.trans(key), S))

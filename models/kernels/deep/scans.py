@@ -23,15 +23,15 @@ from models.kernels.deep.tiles import (
     load_layers_where,
     load_turned_tokens,
     of_document,
+    of_layers,
     of_slot,
+    of_units,
     scaled,
     silu,
     square,
     store_layers,
     tile,
     turned,
-    turned_layers,
-    turned_units,
     zeros,
 )
 from models.kernels.exchange import arrive, total, wait
@@ -105,7 +105,7 @@ def scan(call, left, last, momenta, sums, arrived, S: tl.constexpr):
             tl.store(tile(sums, part * WIDTH, S.V, S.C, S.C), y)
             tl.store(at_widths + part * WIDTH, widths)
             arrive(arrived + program)
-        tl.store(turned_units(left.z, chunk, part, S), z)
+        tl.store(of_units(left.z, chunk, part, S), z)
 
         # N <- A N + f S + X^T diag(c) E ,    S <- m S + X^T diag(c') E : first what they have of themselves
         kept_m = tl.load(gates + rows.A * S.C + S.C - 1)
@@ -116,11 +116,11 @@ def scan(call, left, last, momenta, sums, arrived, S: tl.constexpr):
         memory1, memory2 = kept_m * memory1, kept_m * memory2
         if S.MOMENTUM:
             carried = tl.load(gates + rows.F * S.C + S.C - 1)
-            at1, at2 = turned_layers(momenta, program * S.pair, part, S)
-            before1, before2 = turned_layers(left.states, chunk * S.size + S.pair, part, S)
+            at1, at2 = of_layers(momenta, program * S.pair, part, S)
+            before1, before2 = of_layers(left.states, chunk * S.size + S.pair, part, S)
             memory1 = _carry(memory1, at1, before1, carried)
             memory2 = _carry(memory2, at2, before2, carried)
-        tl.store(turned_units(left.hidden, chunk, part, S), x)
+        tl.store(of_units(left.hidden, chunk, part, S), x)
         if S.split > 1:
             wait(arrived + program, S.split * (2 * (n - begin) + 1))
             y, widths = total(tile(sums, 0, S.V, S.C, S.C), S.split, WIDTH), total(at_widths, S.split, WIDTH)
@@ -128,15 +128,15 @@ def scan(call, left, last, momenta, sums, arrived, S: tl.constexpr):
             tl.debug_barrier()
         e = (load_turned_tokens(call.v, first, count, S.V, call, S).to(tl.float32) - y).to(TYPE)
         back = dot(R2, e, S)
-        slope = silu(tl.load(turned_units(left.z, chunk, part, S)).to(tl.float32))[1]  # rather than waits in registers
+        slope = silu(tl.load(of_units(left.z, chunk, part, S)).to(tl.float32))[1]  # rather than waits in registers
         e1 = (back * slope).to(TYPE)
         sizes1 = square(e1)
         if S.split > 1:
             tl.store(at_widths + part * WIDTH + S.C, sizes1)
             arrive(arrived + program)
-        tl.store(turned_units(left.errors1, chunk, part, S), e1)
+        tl.store(of_units(left.errors1, chunk, part, S), e1)
         if left.back is not None:
-            tl.store(turned_units(left.back, chunk, part, S), back)
+            tl.store(of_units(left.back, chunk, part, S), back)
         if S.split > 1:
             wait(arrived + program, S.split * (2 * (n - begin) + 2))
             sizes1 = total(at_widths + S.C, S.split, WIDTH)

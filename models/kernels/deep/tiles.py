@@ -91,48 +91,41 @@ def of_chunk(pointer, chunk, X: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def of_units(pointer, chunk, j, S: tl.constexpr):
+def of_queries(pointer, chunk, j, S: tl.constexpr):
     """Addresses [C, BF] of [L H, C, F]."""
     return tile(pointer, chunk * (S.C * S.F) + j * S.BF, S.C, S.BF, S.F)
 
 
 @triton.jit
-def turned_units(pointer, chunk, j, S: tl.constexpr):
-    """Addresses [BF, C] of [L H, C, F]."""
-    return turned(pointer, chunk * (S.C * S.F) + j * S.BF, S.BF, S.C, S.F)
+def of_units(pointer, chunk, j, S: tl.constexpr):
+    """Addresses [BF, C] of [L H, F, C]."""
+    return tile(pointer, (chunk * S.F + j * S.BF) * S.C, S.BF, S.C, S.C)
 
 
 @triton.jit
 def of_layers(pointer, offset, j, S: tl.constexpr):
-    """Addresses of weights from `offset` on: [K, BF] of W_1 and [BF, V] of W_2."""
-    second = S.K * S.F + j * S.BF * S.V
-    return tile(pointer, offset + j * S.BF, S.K, S.BF, S.F), tile(pointer, offset + second, S.BF, S.V, S.V)
-
-
-@triton.jit
-def turned_layers(pointer, offset, j, S: tl.constexpr):
-    """The same, with the first turned: [BF, K]."""
-    second = S.K * S.F + j * S.BF * S.V
-    return turned(pointer, offset + j * S.BF, S.BF, S.K, S.F), tile(pointer, offset + second, S.BF, S.V, S.V)
+    """Addresses of weights from `offset` on: [BF, K] of W_1, turned, and [BF, V] of W_2."""
+    second = S.F * S.K + j * S.BF * S.V
+    return tile(pointer, offset + j * S.BF * S.K, S.BF, S.K, S.K), tile(pointer, offset + second, S.BF, S.V, S.V)
 
 
 @triton.jit
 def load_layers(pointer, offset, j, S: tl.constexpr):
-    at1, at2 = turned_layers(pointer, offset, j, S)
+    at1, at2 = of_layers(pointer, offset, j, S)
     return tl.load(at1), tl.load(at2)
 
 
 @triton.jit
 def load_layers_where(wanted, pointer, offset, j, S: tl.constexpr):
     """The same where wanted is 1, zeros where it is 0."""
-    at1, at2 = turned_layers(pointer, offset, j, S)
+    at1, at2 = of_layers(pointer, offset, j, S)
     inside = tl.arange(0, S.BF)[:, None] < wanted * S.BF
     return tl.load(at1, mask=inside, other=0.0), tl.load(at2, mask=inside, other=0.0)
 
 
 @triton.jit
 def store_layers(pointer, offset, j, x1, x2, S: tl.constexpr):
-    at1, at2 = turned_layers(pointer, offset, j, S)
+    at1, at2 = of_layers(pointer, offset, j, S)
     tl.store(at1, x1)
     tl.store(at2, x2)
 

@@ -12,6 +12,7 @@ from models.kernels.deep.tiles import (
     of_chunk,
     of_layers,
     of_program,
+    of_queries,
     of_slot,
     of_units,
     row_sum,
@@ -37,12 +38,12 @@ def writes_gradient(call, left, found, S: tl.constexpr):
     seen_m, seen_s = zeros(S.C, S.V), zeros(S.C, S.V)
     dkept_m, dcarried, dkept_s = 0.0, 0.0, 0.0
     for j in range(0, S.split):
-        u1 = scaled(share, tl.load(of_units(left.errors1, chunk, j, S)))
-        x = tl.load(of_units(left.hidden, chunk, j, S))
+        u1 = tl.trans(scaled(tl.trans(share), tl.load(of_units(left.errors1, chunk, j, S))))
+        x = tl.trans(tl.load(of_units(left.hidden, chunk, j, S)))
         at1, at2 = of_layers(found.dstates, chunk * S.size, j, S)
         before1, before2 = of_layers(left.states, chunk * S.size, j, S)
         D1, D2 = tl.load(at1), tl.load(at2)
-        from_m += dot(u1, tl.trans(D1), S)
+        from_m += dot(u1, D1, S)
         seen_m += dot(x, D2, S)
         N1, N2 = tl.load(before1), tl.load(before2)
         R1 = N1
@@ -52,13 +53,13 @@ def writes_gradient(call, left, found, S: tl.constexpr):
             if opens >= 0:
                 of_row = opens.to(tl.int64) * call.H + head
                 R1 = tl.load(of_layers(call.reference, of_row * S.pair, j, S)[0]).to(TYPE)
-        dkey += dot(tl.load(of_units(found.dz, chunk, j, S)), tl.trans(R1), S)
+        dkey += dot(tl.trans(tl.load(of_units(found.dz, chunk, j, S))), R1, S)
         dkept_m += tl.sum(D1.to(tl.float32) * N1) + tl.sum(D2.to(tl.float32) * N2)
         if S.MOMENTUM:
             S1, S2 = tl.load(before1 + S.pair), tl.load(before2 + S.pair)
             dcarried += tl.sum(D1.to(tl.float32) * S1) + tl.sum(D2.to(tl.float32) * S2)
             E1, E2 = tl.load(at1 + S.pair), tl.load(at2 + S.pair)
-            from_s += dot(u1, tl.trans(E1), S)
+            from_s += dot(u1, E1, S)
             seen_s += dot(x, E2, S)
             dkept_s += tl.sum(E1.to(tl.float32) * S1) + tl.sum(E2.to(tl.float32) * S2)
     u2 = share * tl.load(of_chunk(left.errors2, chunk, S.V, S)).to(tl.float32)
@@ -81,7 +82,7 @@ def base_gradient(call, left, found, dbase, L, S: tl.constexpr):
     q^T dz_q and dback^T E_2 - X_2^T dv + y^T do, summed over mini-batches. An R that was handed in does not hang on W.
     """
     j, head, group, groups = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(2)
-    by1, by2 = zeros(S.K, S.BF), zeros(S.BF, S.V)
+    by1, by2 = zeros(S.BF, S.K), zeros(S.BF, S.V)
     for n in range(group, L, groups):
         chunk, first, count, opens = of_slot(call, n, head)
         hangs = 1.0
@@ -90,12 +91,12 @@ def base_gradient(call, left, found, dbase, L, S: tl.constexpr):
         key, query = load_tokens(call.k, first, count, S.K, call, S), load_tokens(call.q, first, count, S.K, call, S)
         e = tl.load(of_chunk(left.errors2, chunk, S.V, S))
         de = load_tokens(found.dv, first, count, S.V, call, S)
-        by_key = dot(tl.trans(key), tl.load(of_units(found.dz, chunk, j, S)), S)
-        by1 += hangs * by_key + dot(tl.trans(query), tl.load(of_units(found.dinner, chunk, j, S)), S)
-        by_key = dot(tl.trans(tl.load(of_units(found.dback, chunk, j, S))), e, S)
-        by_key -= dot(tl.trans(tl.load(of_units(left.hidden, chunk, j, S))), de, S)
+        by_key = dot(tl.load(of_units(found.dz, chunk, j, S)), key, S)
+        by1 += hangs * by_key + dot(tl.trans(tl.load(of_queries(found.dinner, chunk, j, S))), query, S)
+        by_key = dot(tl.load(of_units(found.dback, chunk, j, S)), e, S)
+        by_key -= dot(tl.load(of_units(left.hidden, chunk, j, S)), de, S)
         doutput = load_tokens(found.do, first, count, S.V, call, S)
-        by2 += hangs * by_key + dot(tl.trans(tl.load(of_units(found.inner, chunk, j, S))), doutput, S)
+        by2 += hangs * by_key + dot(tl.trans(tl.load(of_queries(found.inner, chunk, j, S))), doutput, S)
     at1, at2 = of_layers(dbase, (group * call.H + head) * S.pair, j, S)
     tl.store(at1, by1)
     tl.store(at2, by2)

@@ -95,6 +95,11 @@ def unpack(x: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True))
 
 
+def _turned(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """With the first layer turned around, or back again: as kernels/deep has it."""
+    return weights[0].mT, *weights[1:]
+
+
 @torch.compiler.disable  # how many documents there are depends on the data
 def kernel_online(rule: Online, call: Call) -> tuple[Tensor, State]:
     """Results as of deep_memory."""
@@ -108,11 +113,11 @@ def kernel_online(rule: Online, call: Call) -> tuple[Tensor, State]:
             filled = (torch.arange(C, device=k.device) < layout.slots[:, 1:2]).view(1, -1)
         given = [x.to(products) for x in (q, k, v)] + [layout.fill(x, C) for x in gates[:3]]
 
-        weights = pack([w.to(dtype) for w in start.weights])
+        weights = pack(_turned([w.to(dtype) for w in start.weights]))
         first, base = (weights, None) if start.fades else (None, weights)
         carried = reference = None
         if state is not None:
-            M, S, R = ([pack([w.to(dtype) for w in part])] if part else [] for part in state.fitted[:3])
+            M, S, R = ([pack(_turned([w.to(dtype) for w in part]))] if part else [] for part in state.fitted[:3])
             carried = torch.cat([M[0] if base is None else M[0] - base, *S], dim=-1).flatten(0, 1)
             reference = torch.where((state.phase == 0).view(-1, 1, 1), M[0], R[0]).flatten(0, 1)
         scan = Scan._make((*given, first, carried, base, reference, filled, layout.slots, layout.runs))
@@ -126,7 +131,8 @@ def kernel_online(rule: Online, call: Call) -> tuple[Tensor, State]:
             rows = torch.arange(len(k), device=k.device).unsqueeze(1)
             alone = (layout.slots[:, 0] // k.shape[1] == rows).sum(1) == 1
             held = torch.where(alone.view(-1, 1, 1), reference.unflatten(0, (len(k), -1)), held)
-        parts = [unpack(x, start.weights) if x.shape[-1] else () for x in (fading, sums, held)]
+        like = _turned(start.weights)
+        parts = [_turned(unpack(x, like)) if x.shape[-1] else () for x in (fading, sums, held)]
     return o.to(v.dtype), State(Fitted(parts[0], parts[1], parts[2]), layout.phase)
 
 
