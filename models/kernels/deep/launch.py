@@ -120,9 +120,9 @@ class Launch:
         return self.scan.step_size.new_empty(shape)
 
     def _documents(self, kernel: str, width: int) -> tuple[tuple[int], tuple[Tensor, ...], dict[str, Any]]:
-        """A scan's grid; for its documents of a head S or E, where the programs of one exchange `width` numbers a token,
-        and count who has come; and its options. One program for each in the interpreter, where they run one after
-        another."""
+        """A scan's grid; for every document of a head S or E, where its programs exchange `width` numbers a token, and
+        count who has come; and its options. One program for each in the interpreter, where they run one after another.
+        """
         options, documents = self._options(kernel, self.F if backend.interpreting() else None), self.P * self.H
         split = options["S"].split
         sums = self._new(documents, split, self.C * width)

@@ -110,9 +110,8 @@ def scan(call, left, last, momenta, sums, arrived, S: tl.constexpr):
         # N <- A N + f S + X^T diag(c) E ,    S <- m S + X^T diag(c') E : first what they have of themselves
         kept_m = tl.load(gates + rows.A * S.C + S.C - 1)
         store_layers(left.states, chunk * S.size, part, memory1, memory2, S)
-        if n == end - 1:
-            if ends > 0:
-                store_layers(last.held, of_row * S.pair, part, memory1, memory2, S)
+        if (n == end - 1) & (ends > 0):
+            store_layers(last.held, of_row * S.pair, part, memory1, memory2, S)
         memory1, memory2 = kept_m * memory1, kept_m * memory2
         if S.MOMENTUM:
             carried = tl.load(gates + rows.F * S.C + S.C - 1)

@@ -1,8 +1,8 @@
 """What the kernels of deep memories share: where tiles lie, and the activation.
 
-Triton code; the tuples `call`, `left` and `found` and the sizes S are in arguments.py. Of the hidden layer a tile has BF
-units, from j BF on. Tiles are float32 unless they are operands of a product, which have the dtype of q, k, v. A place of
-a slot that has no token reads as zero, and nothing is stored for it.
+Triton code; the tuples `call`, `left` and `found` and the sizes S are in arguments.py. Of the hidden layer a tile has
+BF units, from j BF on. Tiles are float32 unless they are operands of a product, which have the dtype of q, k, v. A
+place of a slot that has no token reads as zero, and nothing is stored for it.
 """
 
 from __future__ import annotations
