@@ -54,26 +54,43 @@ def _last(of_row, ends, found, momenta, program, part, S: tl.constexpr):
 
 
 @triton.jit
+def _second_layer(chunk, opens, head, of_row, part, call, left, TYPE: tl.constexpr, S: tl.constexpr):
+    """R of W_2."""
+    W2 = tl.load(of_layers(left.states, chunk * S.size, part, S)[1])
+    if call.base is not None:
+        base2 = tl.load(of_layers(call.base, head * S.pair, part, S)[1])
+        W2 = (W2.to(tl.float32) + base2.to(tl.float32)).to(TYPE)
+    if call.reference is not None:  # noqa: SIM102, decided when this is compiled
+        if opens >= 0:
+            W2 = tl.load(of_layers(call.reference, of_row * S.pair, part, S)[1]).to(TYPE)
+    return W2
+
+
+@triton.jit
 def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
-    """From `dstates` to `dreference`, and dfirst. momenta [P H, PAIR] is E of every document; sums [P H, SPLIT, C (2 V
-    + 1)] and arrived as in the scan."""
+    """From `dstates` to `dreference`, and dfirst. momenta [P H, PAIR] is E of every document; sums [P H, 2,
+    SPLIT, C (3 V + 1)] and arrived as in the scan.
+
+    What the limit says of E_1 is a number d for each token, which wants sums over the whole hidden layer, and its part
+    of the gradient by E_2 d times what W_2 makes of s' * E_1. So both products with W_2 are summed at once, and d is
+    put in later: the programs meet once for a mini-batch.
+    """
     program, part, head, row, begin, end, ends = of_document(call, S)
     TYPE: tl.constexpr = call.k.dtype.element_ty
     t = tl.arange(0, S.C)[None, :]
-    WIDTH: tl.constexpr = S.C * (2 * S.V + 1)
-    sums += program * (S.split * WIDTH)
-    at_share = sums + 2 * S.C * S.V + t
+    SUM: tl.constexpr = S.C * S.V
+    WIDTH: tl.constexpr = 3 * SUM + S.C
+    sums += program * (2 * S.split * WIDTH)
     of_row = row * call.H + head
 
     D1, D2 = _last(of_row, ends, found, momenta, program, part, S)
     for i in tl.range(0, end - begin, disable_licm=True):
         n = end - 1 - i
         chunk, first, count, opens = of_slot(call, n, head)
+        given = sums + i % 2 * (S.split * WIDTH)  # one meeting later the other programs may not have read theirs
+        own = given + part * WIDTH
         gates = call.vectors + chunk * (rows.ROWS * S.C)
         key = load_turned_tokens(call.k, first, count, S.K, call, S)
-        e = tl.load(turned(left.errors2, chunk * (S.C * S.V), S.V, S.C, S.V))
-        at_limits = left.limits + chunk * (3 * S.C) + t
-        share, widths, sizes1 = tl.load(at_limits), tl.load(at_limits + S.C), tl.load(at_limits + 2 * S.C)
         write_m = tl.load(gates + rows.WRITE_M * S.C + t)
         x, e1 = tl.load(of_units(left.hidden, chunk, part, S)), tl.load(of_units(left.errors1, chunk, part, S))
 
@@ -90,11 +107,15 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
             de1 += write_s * dot(E1, key, S)
             seen += write_s * dot(tl.trans(E2), x, S)
         dshare = column_sum(de1 * e1.to(tl.float32))
+        slope = silu(tl.load(of_units(left.z, chunk, part, S)).to(tl.float32))[1]
+        W2 = tl.trans(_second_layer(chunk, opens, head, of_row, part, call, left, TYPE, S))
+        back, limited = dot(W2, (de1 * slope).to(TYPE), S), dot(W2, (e1.to(tl.float32) * slope).to(TYPE), S)
         if S.split > 1:
-            tl.store(tile(sums, part * WIDTH, S.V, S.C, S.C), seen)
-            tl.store(at_share + part * WIDTH, dshare)
+            tl.store(tile(own, 0, S.V, S.C, S.C), seen)
+            tl.store(tile(own, SUM, S.V, S.C, S.C), back)
+            tl.store(tile(own, 2 * SUM, S.V, S.C, S.C), limited)
+            tl.store(own + 3 * SUM + t, dshare)
             arrive(arrived + program)
-
         tl.store(at_after1, after1)
         tl.store(at_after2, after2)
         if S.MOMENTUM:
@@ -117,52 +138,42 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
         D1 = dot(by_query, scaled(read_m, query), S, kept_m * D1)
         D2 = dot(y, scaled(read_m, doutput), S, kept_m * D2)
 
-        if S.split > 1:
-            wait(arrived + program, S.split * (2 * i + 1))
-            seen, dshare = total(tile(sums, 0, S.V, S.C, S.C), S.split, WIDTH), total(at_share, S.split, WIDTH)
-        else:
+        # to X_2, but for what comes by E_2. Tiles are read again rather than kept in registers
+        e = tl.load(turned(left.errors2, chunk * SUM, S.V, S.C, S.V))
+        at_limits = left.limits + chunk * (3 * S.C) + t
+        share = tl.load(at_limits)
+        dx = tl.load(of_units(found.dhidden, chunk, part, S)).to(tl.float32)
+        if S.split == 1:
             tl.debug_barrier()
-        de = tl.load(turned(found.derrors2, chunk * (S.C * S.V), S.V, S.C, S.V)).to(tl.float32) + seen
-        dshare += column_sum(de * e.to(tl.float32))
+        dx += write_m * share * dot(tl.load(at_after2), e, S)
+        if S.MOMENTUM:
+            dx += write_s * share * dot(tl.load(at_after2 + S.pair), e, S)
+        if S.split > 1:
+            wait(arrived + program, S.split * (i + 1))
+            seen = total(tile(given, 0, S.V, S.C, S.C), S.split, WIDTH)
+            back = total(tile(given, SUM, S.V, S.C, S.C), S.split, WIDTH)
+            limited = total(tile(given, 2 * SUM, S.V, S.C, S.C), S.split, WIDTH)
+            dshare = total(given + 3 * SUM + t, S.split, WIDTH)
 
-        # through the limit and E_1, to E_2. Where nothing is held the share is one, whatever the errors
+        # through the limit to E_2. Where nothing is held the share is one, whatever the errors
+        de = tl.load(turned(found.derrors2, chunk * SUM, S.V, S.C, S.V)).to(tl.float32) + seen
+        dshare += column_sum(de * e.to(tl.float32))
+        widths, sizes1 = tl.load(at_limits + S.C), tl.load(at_limits + 2 * S.C)
         size, length = square(e), square(key)
         moved = length * sizes1 + widths * size
         dsize = tl.where(moved > size, dshare / (tl.maximum(size, moved) + NOTHING), 0.0)
         dmoved = -share * dsize
-        W2 = tl.load(of_layers(left.states, chunk * S.size, part, S)[1])
-        if call.base is not None:
-            base2 = tl.load(of_layers(call.base, head * S.pair, part, S)[1])
-            W2 = (W2.to(tl.float32) + base2.to(tl.float32)).to(TYPE)
-        if call.reference is not None:  # noqa: SIM102, decided when this is compiled
-            if opens >= 0:
-                W2 = tl.load(of_layers(call.reference, of_row * S.pair, part, S)[1]).to(TYPE)
-        e1 = tl.load(of_units(left.errors1, chunk, part, S))
-        de1 = share * de1 + 2 * dmoved * length * e1.to(tl.float32)
-        z = tl.load(of_units(left.z, chunk, part, S)).to(tl.float32)
-        by_back = (de1 * silu(z)[1]).to(TYPE)
-        by_z = de1 * silu_curve(z) * tl.load(of_units(left.back, chunk, part, S)).to(tl.float32)
-        seen = dot(tl.trans(W2), by_back, S)
-        if S.split > 1:
-            tl.store(tile(sums, part * WIDTH + S.C * S.V, S.V, S.C, S.C), seen)
-            arrive(arrived + program)
+        de = share * (de + back) + 2 * (dsize + dmoved * widths) * e.to(tl.float32) + 2 * dmoved * length * limited
+        de = de.to(TYPE)
 
-        # to X_2, but for what comes by E_2. Tiles are read again rather than kept in registers
-        after2, x = tl.load(at_after2), tl.load(of_units(left.hidden, chunk, part, S))
-        dx = tl.load(of_units(found.dhidden, chunk, part, S)).to(tl.float32)
+        # to E_1, z, and N before the mini-batch or R
+        de1 = share * de1 + 2 * dmoved * length * tl.load(of_units(left.errors1, chunk, part, S)).to(tl.float32)
+        z, x = tl.load(of_units(left.z, chunk, part, S)).to(tl.float32), tl.load(of_units(left.hidden, chunk, part, S))
         dx += 2 * dmoved * size * x.to(tl.float32)
-        dx += write_m * share * dot(after2, e, S)
-        if S.MOMENTUM:
-            dx += write_s * share * dot(tl.load(at_after2 + S.pair), e, S)
-        tl.store(of_units(found.dback, chunk, part, S), by_back)
-        if S.split > 1:
-            wait(arrived + program, S.split * (2 * i + 2))
-            seen = total(tile(sums, S.C * S.V, S.V, S.C, S.C), S.split, WIDTH)
-        de = (share * de + 2 * (dsize + dmoved * widths) * e.to(tl.float32) + seen).to(TYPE)
-
-        # to z, and to N before the mini-batch or R
-        dx -= dot(W2, de, S)
-        slope = silu(tl.load(of_units(left.z, chunk, part, S)).to(tl.float32))[1]
+        dx -= dot(_second_layer(chunk, opens, head, of_row, part, call, left, TYPE, S), de, S)
+        slope = silu(z)[1]
+        by_back = (de1 * slope).to(TYPE)
+        by_z = de1 * silu_curve(z) * tl.load(of_units(left.back, chunk, part, S)).to(tl.float32)
         by_z = (by_z + dx * slope).to(TYPE)
         if call.reference is None:
             D1 = dot(by_z, tl.trans(key), S, D1)
@@ -175,6 +186,7 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
                 store_layers(found.dreference, of_row * S.pair, part, part1, part2, S)
                 part1, part2 = tl.zeros_like(part1), tl.zeros_like(part2)
             D1, D2 = D1 + part1, D2 + part2
+        tl.store(of_units(found.dback, chunk, part, S), by_back)
         tl.store(of_units(found.dz, chunk, part, S), by_z)
         if part == 0:
             store_turned_tokens(found.dv, first, count, de, S.V, call, S)

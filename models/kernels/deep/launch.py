@@ -71,7 +71,7 @@ class Launch:
             **{name: torch.empty_like(x, memory_format=torch.contiguous_format) for name, x in like.items()},
         )
         outputs_gradient[(self.M,)](call, left, found, **self._options("outputs_gradient"))
-        grid, meeting, options = self._documents("scan_gradient", 2 * self.V + 1)
+        grid, meeting, options = self._documents("scan_gradient", 2 * (3 * self.V + 1))
         scan_gradient[grid](call, left, found, *meeting, **options)
         writes_gradient[(self.M,)](call, left, found, **self._options("writes_gradient"))
         dgates = [x if x is None else torch.empty_like(x) for x in self.gates]
