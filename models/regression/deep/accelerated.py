@@ -13,6 +13,7 @@ as the kernels have them, PAIR numbers, and with sums SIZE.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -78,6 +79,28 @@ def lay_out(tokens: Tensor, C: int, phase: Tensor | None = None, segments: Tenso
     return Layout(_slots(first, count, T), runs.int(), place, (within[:, -1] + 1) % C)
 
 
+class _Known(NamedTuple):
+    segments: weakref.ref[Tensor]
+    version: int
+    size: int
+    layout: Layout
+
+
+_KNOWN: list[_Known] = []  # the last one
+
+
+def layout_of(tokens: Tensor, C: int, phase: Tensor | None, segments: Tensor | None) -> Layout:
+    """lay_out, once for all layers, which are given the same documents: a GPU waits while they are counted."""
+    if segments is None or phase is not None or torch.is_inference_mode_enabled() or segments.is_inference():
+        return lay_out(tokens, C, phase, segments)
+    for known in _KNOWN:
+        if known.segments() is segments and (known.version, known.size) == (segments._version, C):
+            return known.layout
+    layout = lay_out(tokens, C, phase, segments)
+    _KNOWN[:] = [_Known(weakref.ref(segments), segments._version, C, layout)]
+    return layout
+
+
 def _slots(first: Tensor, count: Tensor, T: int) -> Tensor:
     row = torch.where(first % T == 0, first // T, -1)
     return torch.stack([first, count, row], dim=1).int()
@@ -105,7 +128,7 @@ def kernel_online(rule: Online, call: Call) -> tuple[Tensor, State]:
     """Results as of deep_memory."""
     start, q, k, v, gates, state, C, segments = call
     dtype = torch.float32
-    layout = lay_out(k, C, None if state is None else state.phase, segments)
+    layout = layout_of(k, C, None if state is None else state.phase, segments)
     products = torch.promote_types(q.dtype, torch.promote_types(k.dtype, v.dtype))
     with torch.autocast(q.device.type, enabled=False):
         filled = None
