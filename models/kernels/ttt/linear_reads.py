@@ -76,8 +76,8 @@ def read_gradient(
     dq, shared, derrors, dreads,
     L, H, G, C: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """dq, and the gradients by u and z because of queries; in shared [B H, G + 1, C + 2 K], which comes in as zeros, of
-    each span those by sizes, gamma and beta.
+    """dq, and the gradients by u and z because of queries; in shared [B H, G + 1, C + 2 K], of each span, those by
+    sizes, gamma and beta.
     """
     g, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head, key = row // H, row % H, tl.arange(0, K)
@@ -193,3 +193,43 @@ def _key_gradient(
         dx = tl.dot(dz, tl.trans(rows(weights, j, K, PART))) - dx
         dx -= part(dv, batch, head, token, real, j, L, H, K, PART)
         _store_part(dk, dx, batch, head, token, mine, j, L, H, K, PART)
+
+
+@triton.jit
+def _sum_of_rows(x, out, program, B, M, BLOCK: tl.constexpr):
+    """Some columns of the sum [M] over rows of x [B, M]."""
+    column = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for row in range(0, B):
+        total += tl.load(x + row * M + column, mask=column < M, other=0.0)
+    tl.store(out + column, total, mask=column < M)
+
+
+@triton.jit
+def _sum_of_spans(x, out, counts, head, column, B, H, G, S, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Some columns of the sum [H, S] of a head, of x [B, H, G + 1, S]."""
+    column += tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for batch in range(0, B):
+        count = tl.load(counts + 2 * batch + 1)
+        for begin in range(0, G + 1, ROWS):
+            g = begin + tl.arange(0, ROWS)
+            real = ((g < count) | (g == G))[:, None] & (column < S)[None, :]
+            at = ((batch * H + head).to(tl.int64) * (G + 1) + g)[:, None] * S + column[None, :]
+            total += tl.load(x + at, mask=real, other=0.0)
+    tl.store(out + head * S + column, tl.sum(total, 0), mask=column < S)
+
+
+@triton.jit(do_not_specialize=["B", "G"])
+def sums(
+    shared, dstart, counts, by_shared, by_start, B, H, G, S, P,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """by_shared [H, S] of shared [B, H, G + 1, S], of the spans that there are and of what comes last; by_start [H, P]
+    of dstart [B, H, P]. The first programs have some columns of a head of the one, the others of all of the other."""
+    program, parts = tl.program_id(0), tl.cdiv(S, COLUMNS)
+    if program < H * parts:
+        head, column = program // parts, program % parts * COLUMNS
+        _sum_of_spans(shared, by_shared, counts, head, column, B, H, G, S, ROWS, COLUMNS)
+    else:
+        _sum_of_rows(dstart, by_start, program - H * parts, B, H * P, BLOCK)

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from models.kernels.ttt import linear_tiles as at
-from models.kernels.ttt.linear_tiles import no_gradients, number_at
-from models.kernels.ttt.parts import EPS, add_dot, dot, mini_batch, tokens
+from models.kernels.ttt.linear_tiles import batch_length, first_begin, no_gradients, num_batches, number_at
+from models.kernels.ttt.parts import EPS, add_dot, dot, tokens
 
 
 @triton.jit
@@ -63,50 +63,61 @@ def _fold(x, K: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _pairs(k, v, steps, batch, head, token, real, L, H, K: tl.constexpr):
-    x, value = _rows(k, batch, head, token, real, L, H, K), _rows(v, batch, head, token, real, L, H, K)
-    return x, value, tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)
+def _pairs(k, v, steps, batch, head, begin, length, L, H, K: tl.constexpr, C: tl.constexpr):
+    """Of what follows a mini-batch there are keys and values too: its steps are 0."""
+    place = tl.arange(0, C)
+    token = begin + place
+    x, value = (_rows(k, batch, head, token, token < L, L, H, K), _rows(v, batch, head, token, token < L, L, H, K))
+    return x, value, tl.load(steps + (batch * L + token) * H + head, mask=place < length, other=0.0)
 
 
-@triton.jit(do_not_specialize=["L", "N", "G"])
+@triton.jit(do_not_specialize=["L", "G"])
 def scan(
-    k, v, steps, sizes, start, gammas, betas, init, first, spans, counts, fresh,
-    last, kept, biases, errors, standard, numbers,
-    L, H, N, G, C: tl.constexpr, K: tl.constexpr, DOCUMENTS: tl.constexpr,
+    k, v, steps, sizes, start, gammas, betas, init, position,
+    last, kept, biases, errors, standard, numbers, edges, counts,
+    L, H, G, C: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, DOCUMENTS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """From init [B H, P], or if there is none from start [H, P]: last [B H, P]; of every token u and y, errors and
     standard [B, L, H, K], and numbers [B H, 6, L]; and what stands before the first mini-batch of each span, kept [B H,
-    G, K, K] and, in float32, biases [B H, G, K].
+    G, K, K] and, in float32, biases [B H, G, K]. Of each row the spans' edges [B, G + 1], where each begins and the
+    last one ends, L beyond; and counts [B, 2], of mini-batches and of spans.
     """
     row = tl.program_id(0).to(tl.int64)
     batch, head, P = row // H, row % H, K * K + K
     TYPE: tl.constexpr = k.dtype.element_ty
     key = tl.arange(0, K)
     matrix, bias = key[None, :] * K + key[:, None], K * K + key[:, None]
-    which = tl.arange(0, 8)[:, None]
+    which, place = tl.arange(0, 8)[:, None], tl.arange(0, C)[None, :]
     gamma, beta = tl.load(gammas + head * K + key[:, None]), tl.load(betas + head * K + key[:, None])
     one = _one(TYPE, C)
     curve = gamma * gamma
     slope, last_c = tl.sum(curve) / K, tl.load(sizes + C - 1)
-    end, opening = tl.load(counts + batch), start + head * P
-    begin, length, token, real, new = mini_batch(first, fresh, batch, 0, N, C, DOCUMENTS)
+    opening, once = start + head * P, head == 0
+    position, edges = position + batch * L, edges + batch * (G + 1)
+    begin = first_begin(position, L, C)
+    end, length = num_batches(position, begin, L, C, DOCUMENTS), batch_length(position, begin, L, C, DOCUMENTS)
     if init is None:
         W, b = tl.load(opening + matrix), tl.load(opening + bias)
     else:
         init += row * P
         if DOCUMENTS:
-            init = tl.where(new, opening, init)
+            goes_on = (begin == 0) | (tl.load(position + begin, mask=begin < L, other=1) > 0)
+            init = tl.where(goes_on, init, opening)
         W, b = tl.load(init + matrix), tl.load(init + bias)
-    span = 0
+    span, span_begin = 0, begin
+    tl.store(edges, begin, mask=once)
     if end > 0:
         tl.store(kept + row * G * (K * K) + matrix, W.to(TYPE))
         tl.store(biases + row * G * K + key[:, None], b)
-    x, value, eta = _pairs(k, v, steps, batch, head, token, real, L, H, K)
+    if AHEAD:
+        x, value, eta = _pairs(k, v, steps, batch, head, begin, length, L, H, K, C)
     for n in tl.range(0, end, disable_licm=True):
-        m = tl.minimum(n + 1, N - 1)
-        next_begin, next_length, next_token, next_real, next_new = mini_batch(first, fresh, batch, m, N, C, DOCUMENTS)
-        next_x, next_value, next_eta = _pairs(k, v, steps, batch, head, next_token, next_real, L, H, K)
-        next_span = tl.load(spans + batch * N + m)
+        next_begin = begin + length
+        next_length = batch_length(position, next_begin, L, C, DOCUMENTS)
+        if AHEAD:
+            next_x, next_value, next_eta = _pairs(k, v, steps, batch, head, next_begin, next_length, L, H, K, C)
+        else:
+            x, value, eta = _pairs(k, v, steps, batch, head, begin, length, L, H, K, C)
 
         pull = gamma * (beta + (_turned(x, one) - _turned(value, one)))
         z = dot(W, tl.trans(x), TYPE) + b
@@ -129,19 +140,26 @@ def scan(
         W = add_dot(step, x, W, TYPE)
         b += tl.sum(step, 1, keep_dims=True)
         _store_both(errors, standard, u.to(TYPE), y.to(TYPE), batch, head, begin, length, L, H, K, C)
-        tl.store(number_at(numbers, row, which, token[None, :], L), found, mask=real[None, :] & (which < at.NUMBERS))
+        tl.store(number_at(numbers, row, which, begin + place, L), found, mask=(place < length) & (which < at.NUMBERS))
         # before a document's own weights come in: after that Triton turns W around for this store in every mini-batch
-        if (next_span != span) & (n + 1 < end):
-            span = next_span
+        if (next_begin + next_length > span_begin + TILE) & (next_begin < L):
+            span, span_begin = span + 1, next_begin
+            tl.store(edges + span, next_begin, mask=once)
             tl.store(kept + (row * G + span) * (K * K) + matrix, W.to(TYPE))
             tl.store(biases + (row * G + span) * K + key[:, None], b)
-        if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
-            if next_new & (n + 1 < end):
+        if DOCUMENTS:
+            new = tl.load(position + next_begin, mask=next_begin < L, other=1) == 0
+            if new:
                 W, b = tl.load(opening + matrix), tl.load(opening + bias)
-        begin, length, token, real = next_begin, next_length, next_token, next_real
-        x, value, eta = next_x, next_value, next_eta
+        begin, length = next_begin, next_length
+        if AHEAD:
+            x, value, eta = next_x, next_value, next_eta
     tl.store(last + row * P + matrix, W)
     tl.store(last + row * P + bias, b)
+    for g in range(span + 1, G + 1):
+        tl.store(edges + g, L, mask=once)
+    tl.store(counts + 2 * batch, end, mask=once)
+    tl.store(counts + 2 * batch + 1, tl.where(end > 0, span + 1, 0), mask=once)
 
 
 @triton.jit
@@ -151,23 +169,35 @@ def _two(numbers, row, one: tl.constexpr, other: tl.constexpr, token, real, L):
 
 
 @triton.jit
-def _gradient_inputs(q, k, v, standard, derrors, dreads, batch, head, token, real, L, H, K: tl.constexpr):
+def _gradient_inputs(
+    q, k, v, standard, derrors, dreads, batch, head, begin, end, L, H, K: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    token = begin + tl.arange(0, C)
+    real = token < end
     query, x = _rows(q, batch, head, token, real, L, H, K), _rows(k, batch, head, token, real, L, H, K)
     value, y = _rows(v, batch, head, token, real, L, H, K), _rows(standard, batch, head, token, real, L, H, K)
     du, dread = _rows(derrors, batch, head, token, real, L, H, K), _rows(dreads, batch, head, token, real, L, H, K)
     return query, x, value, y, du, dread
 
 
-@triton.jit(do_not_specialize=["L", "N", "G"])
+@triton.jit
+def _batch_before(position, end, opens, C: tl.constexpr):
+    """Where the mini-batch begins that ends there, and whether it begins a document; none before `opens`."""
+    place = tl.load(position + tl.maximum(end - 1, 0))
+    begin = tl.where(end > opens, end - 1 - place % C, end)
+    return begin, (place < C) & (begin > 0)
+
+
+@triton.jit(do_not_specialize=["L", "G"])
 def scan_gradient(
-    q, k, v, sizes, gammas, betas, first, spans, counts, fresh, standard, numbers, derrors, dreads,
+    q, k, v, sizes, gammas, betas, position, edges, counts, standard, numbers, derrors, dreads,
     dlast, dinit, dstart, dkept, dback, dv, dsteps, shared,
-    L, H, N, G, C: tl.constexpr, K: tl.constexpr, DOCUMENTS: tl.constexpr,
+    L, H, G, C: tl.constexpr, K: tl.constexpr, DOCUMENTS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Backwards, from the gradient by the last weights dlast [B H, P], or None, to that by the first, dinit [B H, P].
-    If it is None, these were start. dstart [B H, P] comes in as zeros. What stands at the end of each span is left in
-    dkept [B H, G, K, K], and the gradient by z of every token's error in dback [B, L, H, K]. dv and dsteps; and those
-    by sizes, gamma and beta in the last of shared [B H, G + 1, C + 2 K].
+    """Backwards, from the gradient by the last weights dlast [B H, P], or None, to those by the first, dinit [B H, P],
+    or None where these were start, and by start, dstart [B H, P]. What stands at the end of each span is left in dkept
+    [B H, G, K, K], and the gradient by z of every token's error in dback [B, L, H, K]. dv and dsteps; and those by
+    sizes, gamma and beta in the last of shared [B H, G + 1, C + 2 K].
     """
     row = tl.program_id(0).to(tl.int64)
     batch, head, P = row // H, row % H, K * K + K
@@ -178,36 +208,42 @@ def scan_gradient(
     one = _one(TYPE, C)
     curve = gamma * gamma
     slope, last_c = tl.sum(curve) / K, tl.load(sizes + C - 1)
-    before, opens = tl.arange(0, C), tl.load(first + batch * (N + 1))
+    position, edges = position + batch * L, edges + batch * (G + 1)
+    place, opens = tl.arange(0, C), tl.load(edges)
     no_gradients(dv, opens, batch, head, L, H, C, K)
-    tl.store(dsteps + (batch * L + before) * H + head, tl.zeros([C], tl.float32), mask=before < opens)
-    opening = dstart + row * P
+    tl.store(dsteps + (batch * L + place) * H + head, tl.zeros([C], tl.float32), mask=place < opens)
+    opening, opened = dstart + row * P, 0
     D, d = tl.zeros([K, K], tl.float32), tl.zeros([K, 1], tl.float32)
     if dlast is not None:
         D, d = tl.load(dlast + row * P + matrix), tl.load(dlast + row * P + bias)
     dgamma, dbeta, by_last_c = tl.zeros([K, 4], tl.float32), tl.zeros([K, 4], tl.float32), tl.zeros([K, 4], tl.float32)
-    end, span = tl.load(counts + batch), -1
-    m = tl.maximum(end - 1, 0)
-    begin, length, token, real, new = mini_batch(first, fresh, batch, m, N, C, DOCUMENTS)
-    next_span = tl.load(spans + batch * N + m)
-    query, x, value, y_row, du, dread = _gradient_inputs(
-        q, k, v, standard, derrors, dreads, batch, head, token, real, L, H, K
-    )
-    for i in tl.range(0, end, disable_licm=True):
+    span, edge, end = tl.load(counts + 2 * batch + 1), L, L
+    begin, new = _batch_before(position, end, opens, C)
+    if AHEAD:
+        query, x, value, y_row, du, dread = _gradient_inputs(
+            q, k, v, standard, derrors, dreads, batch, head, begin, end, L, H, K, C
+        )
+    for _ in tl.range(0, tl.load(counts + 2 * batch), disable_licm=True):
+        token = begin + place
+        real = token < end
         scale, eta_s = _two(numbers, row, at.SCALE, at.STEP, token, real, L)
         cross, bent = _two(numbers, row, at.CROSS, at.BENT, token, real, L)
         level, turn = _two(numbers, row, at.LEVEL, at.TURN, token, real, L)
-        if next_span != span:
-            span = next_span
+        if end == edge:
+            span -= 1
+            edge = tl.load(edges + span)
             tl.store(dkept + (row * G + span) * (K * K) + matrix, D.to(TYPE))
-        m = tl.maximum(end - 2 - i, 0)
-        next_begin, next_length, next_token, next_real, next_new = mini_batch(first, fresh, batch, m, N, C, DOCUMENTS)
-        next_span = tl.load(spans + batch * N + m)
-        next_query, next_x, next_value, next_y, next_du, next_dread = _gradient_inputs(
-            q, k, v, standard, derrors, dreads, batch, head, next_token, next_real, L, H, K
-        )
+        next_begin, next_new = _batch_before(position, begin, opens, C)
+        if AHEAD:
+            next_query, next_x, next_value, next_y, next_du, next_dread = _gradient_inputs(
+                q, k, v, standard, derrors, dreads, batch, head, next_begin, begin, L, H, K, C
+            )
+        else:
+            query, x, value, y_row, du, dread = _gradient_inputs(
+                q, k, v, standard, derrors, dreads, batch, head, begin, end, L, H, K, C
+            )
 
-        full = tl.where(length == C, 1.0, 0.0)
+        full = tl.where(end - begin == C, 1.0, 0.0)
         moved = full * (dot(D, tl.trans(x), TYPE) + d)
         y, pull = _turned(y_row, one), beta + (_turned(x, one) - _turned(value, one))
         g = curve * y + gamma * pull
@@ -227,24 +263,26 @@ def scan_gradient(
         deta = scale * (K * (by_h + (turn - cross) * by_y + mean * bent) - by_both)
         tl.store(dsteps + (batch * L + token[None, :]) * H + head, deta, mask=real[None, :])
         dg = eta_s * (p - y * by_y)
-        _store_both(dback, dv, dz.to(TYPE), (-gamma * dg).to(TYPE), batch, head, begin, length, L, H, K, C)
+        _store_both(dback, dv, dz.to(TYPE), (-gamma * dg).to(TYPE), batch, head, begin, end - begin, L, H, K, C)
         dgamma += _fold(dg * (2 * gamma * y + pull), K, C)
         dbeta += _fold(dg, K, C)
         if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
             if new:  # what comes before is another document
-                tl.store(opening + matrix, tl.load(opening + matrix) + D)
-                tl.store(opening + bias, tl.load(opening + bias) + d)
-                D, d = tl.zeros_like(D), tl.zeros_like(d)
-        begin, length, token, real, new = next_begin, next_length, next_token, next_real, next_new
-        query, x, value, y_row, du, dread = next_query, next_x, next_value, next_y, next_du, next_dread
-    if dinit is None:
-        here = opening
-        D, d = D + tl.load(opening + matrix), d + tl.load(opening + bias)
-    else:
-        here = dinit + row * P
-    tl.store(here + matrix, D)
-    tl.store(here + bias, d)
+                before = opened > 0
+                tl.store(opening + matrix, tl.load(opening + matrix, mask=before, other=0.0) + D)
+                tl.store(opening + bias, tl.load(opening + bias, mask=before, other=0.0) + d)
+                D, d, opened = tl.zeros_like(D), tl.zeros_like(d), 1
+        begin, end, new = next_begin, begin, next_new
+        if AHEAD:
+            query, x, value, y_row, du, dread = next_query, next_x, next_value, next_y, next_du, next_dread
+    if dinit is not None:
+        tl.store(dinit + row * P + matrix, D)
+        tl.store(dinit + row * P + bias, d)
+        D, d = tl.zeros_like(D), tl.zeros_like(d)
+    before = opened > 0
+    tl.store(opening + matrix, tl.load(opening + matrix, mask=before, other=0.0) + D)
+    tl.store(opening + bias, tl.load(opening + bias, mask=before, other=0.0) + d)
     shared += (row * (G + 1) + G) * (C + 2 * K)
-    tl.store(shared + C - 1, -tl.sum(by_last_c))
+    tl.store(shared + place, tl.where(place == C - 1, -tl.sum(by_last_c), 0.0))
     tl.store(shared + C + key, tl.sum(dgamma, 1))
     tl.store(shared + C + K + key[:, None], gamma * tl.sum(dbeta, 1, keep_dims=True))

@@ -10,7 +10,9 @@ with W_0, b_0 what a span of tokens begins with and j in that span and in the sa
 the span, W_0 and b_0 are its own. So once the scan has left u and the weights of each span, all tokens of a span are
 read at once, and the gradients go the same way from the end of a span, where scan_gradient has left them.
 
-A span has as many mini-batches as TILE tokens hold, each but the last of a row more than TILE - C.
+A mini-batch begins where a token's position in its document is a multiple of C, and ends before the next one does. A
+span has as many mini-batches as TILE tokens hold, each but the last of a row more than TILE - C. Its edges are what the
+first scan finds on its way.
 
 p = eta du has by the inner gradient the gradient dz = H p. For z - mean = y / s, g = gamma (gamma y + beta - target),
 
@@ -39,21 +41,36 @@ def number_at(numbers, row, which, token, L):
     return numbers + (row * NUMBERS + which) * L + token
 
 
-@triton.jit(do_not_specialize=["N", "G", "L"])
-def divide(first, edges, span, count, N, G, L, TILE: tl.constexpr):
-    """What a Call says of spans, from first [B, N + 1]. A program a row."""
-    row, some, n = tl.program_id(0), tl.arange(0, TILE), 0
-    first, edges, span = first + row * (N + 1), edges + row * (G + 1), span + row * N
-    tl.store(edges, tl.load(first))
-    for g in range(0, G):
-        at, begin = n + some, tl.load(first + n)
-        here = tl.load(first + at, mask=at <= N, other=L)
-        end = tl.load(first + at + 1, mask=at < N, other=L)
-        mine = (here < L) & (end <= begin + TILE)
-        tl.store(span + at, g, mask=mine)
-        n += tl.sum(mine.to(tl.int32))
-        tl.store(edges + g + 1, tl.load(first + n))
-    tl.store(count + row, n)
+@triton.jit
+def first_begin(position, L, C: tl.constexpr):
+    """Where the first mini-batch of a row begins, or L if none does. position: of its first token."""
+    place = tl.arange(0, C)
+    found = tl.load(position + place, mask=place < L, other=1)
+    return tl.minimum(tl.min(tl.where(found % C == 0, place, C)), L)
+
+
+@triton.jit
+def num_batches(position, opens, L, C: tl.constexpr, DOCUMENTS: tl.constexpr, AT_ONCE: tl.constexpr = 2048):
+    """How many mini-batches begin in a row, the first one at `opens`."""
+    count = (L - opens + C - 1) // C
+    if DOCUMENTS:
+        count = 0
+        for start in range(0, L, AT_ONCE):
+            token = start + tl.arange(0, AT_ONCE)
+            found = tl.load(position + token, mask=token < L, other=1)
+            count += tl.sum((found % C == 0).to(tl.int32))
+    return count
+
+
+@triton.jit
+def batch_length(position, begin, L, C: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """Tokens of the mini-batch that begins there, none at L: C, or as many as are left of its document."""
+    length = tl.maximum(tl.minimum(L - begin, C), 0)
+    if DOCUMENTS:  # the j-th token after its first is the j-th of its document at least, or of another one
+        place = tl.arange(0, C)
+        found = tl.load(position + begin + place, mask=begin + place < L, other=-1)
+        length = tl.sum((found >= place).to(tl.int32))
+    return length
 
 
 @triton.jit
