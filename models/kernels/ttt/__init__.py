@@ -26,7 +26,7 @@ TAKES = {  # of a recipe
 HIDDEN = 4  # the hidden layer's width over that of keys
 MINI_BATCH = 16  # the smallest that Triton's products take, and the paper's
 WIDTHS = {"linear": (16, 32, 64, 128), "mlp": (16, 32, 64)}  # of keys; wider ones' weights do not fit on chip
-KEPT = 8  # tensors, for the backward pass
+KEPT = 9  # tensors, for the backward pass
 TILE = 64  # tokens that the linear model's kernels take at a time
 SLAB = 4096  # spans of MINI_BATCH tokens that the MLP's kernels take at a time, of all heads of all sequences
 
@@ -91,7 +91,7 @@ def _kernels(call: Call) -> Any:
 @torch.library.custom_op("test_time_regression::ttt_scan", mutates_args=())
 def _forward(
     given: list[Tensor], names: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the last weights, and what is kept for the backward pass: of the MLP the weights at the first mini-batch of
     each slab [B, H, *, P] and empty tensors; of the linear model what Linear.forward says."""
     call = unpacked(Call, given, names)
@@ -114,8 +114,8 @@ def _(given, names):
         G = num_spans(call, TILE)
         u, y, read_y = (torch.empty_like(call.v) for _ in range(3))
         numbers, scales = new(B, H, NUMBERS.value, L), new(B, H, L)
-        edges, counts = (call.q.new_empty(B, n, dtype=torch.int32) for n in (G + 1, 2))
-        kept = call.q.new_empty(B, H, G, K, K), u, y, numbers, read_y, scales, edges, counts
+        where = (call.q.new_empty(B, n, dtype=torch.int32) for n in (L + 1, G + 1, 2))
+        kept = call.q.new_empty(B, H, G, K, K), u, y, numbers, read_y, scales, *where
     return torch.empty_like(call.v), new(B, H, P), *kept
 
 

@@ -54,29 +54,29 @@ class Linear:
 
     def forward(self) -> tuple[Tensor, ...]:
         """o, the last weights, and for the backward pass the weights of each span [B, H, G, K, K], u and y [B, L, H,
-        K], numbers [B, H, 6, L], of the queries y [B, L, H, K] and s [B, H, L], and edges and counts of the spans.
+        K], numbers [B, H, 6, L], of the queries y [B, L, H, K] and s [B, H, L], and begins, edges and counts (scan).
         """
         (B, L, H, K), (o, u, y, read_y) = self.q.shape, (torch.empty_like(self.v) for _ in range(4))
         G, new, number = self.spans[2], self.steps.new_empty, partial(self.q.new_empty, dtype=torch.int32)
         last, numbers, scales = new(B, H, K * K + K), new(B, H, linear_tiles.NUMBERS.value, L), new(B, H, L)
         kept, biases = self.q.new_empty(*self.spans, K, K), new(*self.spans, K)
-        edges, counts = number(B, G + 1), number(B, 2)
+        begins, edges, counts = number(B, L + 1), number(B, G + 1), number(B, 2)
         scan[(self.rows,)](
             self.k, self.v, self.steps, self.sizes, self.start, *self.norm, self.init, self.position,
-            last, kept, biases, u, y, numbers, edges, counts, TILE=self.tile, **self.scans,
+            last, kept, biases, u, y, numbers, begins, edges, counts, TILE=self.tile, **self.scans,
         )  # fmt: skip
         read[(G, self.rows)](
             self.q, self.k, self.sizes, *self.norm, edges, self.position, self.opening, self.start, kept, biases, u, o,
             read_y, scales, **self._reads("read"),
         )  # fmt: skip
-        return o, last, kept, u, y, numbers, read_y, scales, edges, counts
+        return o, last, kept, u, y, numbers, read_y, scales, begins, edges, counts
 
     def backward(
         self, do: Tensor, dlast: Tensor | None, kept: Tensor, u: Tensor, y: Tensor, numbers: Tensor,
-        read_y: Tensor, scales: Tensor, edges: Tensor, counts: Tensor,
+        read_y: Tensor, scales: Tensor, begins: Tensor, edges: Tensor, counts: Tensor,
     ) -> list[Tensor]:  # fmt: skip
         """The gradients, as the operator has them."""
-        (B, H, G), (_, L, _, K), C, new = self.spans, self.q.shape, len(self.sizes), self.steps.new_empty
+        (B, H, G), C, K, new = self.spans, len(self.sizes), self.q.shape[-1], self.steps.new_empty
         dq, dk, dv, derrors, dreads, dback = (torch.empty_like(self.q) for _ in range(6))
         dsteps, dstart, dkept = torch.empty_like(self.steps), new(B, H, K * K + K), torch.empty_like(kept)
         dinit = None if self.init is None else torch.empty_like(self.init)
@@ -87,7 +87,7 @@ class Linear:
             dq, shared, derrors, dreads, **self._reads("read_gradient"),
         )  # fmt: skip
         scan_gradient[(self.rows,)](
-            self.q, self.k, self.v, self.sizes, *self.norm, self.position, edges, counts,
+            self.q, self.k, self.v, self.sizes, *self.norm, begins, edges, counts,
             y, numbers, derrors, dreads, dlast, dinit, dstart, dkept, dback, dv, dsteps, shared,
             **self.scans,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from models.kernels.ttt import linear_tiles as at
-from models.kernels.ttt.linear_tiles import batch_length, first_begin, no_gradients, num_batches, number_at
+from models.kernels.ttt.linear_tiles import batch_at, lay_out, no_gradients, number_at
 from models.kernels.ttt.parts import EPS, add_dot, dot, tokens
 
 
@@ -63,24 +63,23 @@ def _fold(x, K: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _pairs(k, v, steps, batch, head, begin, length, L, H, K: tl.constexpr, C: tl.constexpr):
-    """Of what follows a mini-batch there are keys and values too: its steps are 0."""
-    place = tl.arange(0, C)
-    token = begin + place
-    x, value = (_rows(k, batch, head, token, token < L, L, H, K), _rows(v, batch, head, token, token < L, L, H, K))
-    return x, value, tl.load(steps + (batch * L + token) * H + head, mask=place < length, other=0.0)
+def _pairs(k, v, steps, batch, head, begin, end, L, H, K: tl.constexpr, C: tl.constexpr):
+    token = begin + tl.arange(0, C)
+    real = token < end
+    x, value = _rows(k, batch, head, token, real, L, H, K), _rows(v, batch, head, token, real, L, H, K)
+    return x, value, tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)
 
 
 @triton.jit(do_not_specialize=["L", "G"])
 def scan(
     k, v, steps, sizes, start, gammas, betas, init, position,
-    last, kept, biases, errors, standard, numbers, edges, counts,
+    last, kept, biases, errors, standard, numbers, begins, edges, counts,
     L, H, G, C: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, DOCUMENTS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """From init [B H, P], or if there is none from start [H, P]: last [B H, P]; of every token u and y, errors and
     standard [B, L, H, K], and numbers [B H, 6, L]; and what stands before the first mini-batch of each span, kept [B H,
-    G, K, K] and, in float32, biases [B H, G, K]. Of each row the spans' edges [B, G + 1], where each begins and the
-    last one ends, L beyond; and counts [B, 2], of mini-batches and of spans.
+    G, K, K] and, in float32, biases [B H, G, K]. Of each row begins [B, L + 1] as lay_out leaves them, the spans' edges
+    [B, G + 1], where each begins and the last one ends, L beyond; and counts [B, 2], of mini-batches and of spans.
     """
     row = tl.program_id(0).to(tl.int64)
     batch, head, P = row // H, row % H, K * K + K
@@ -93,31 +92,31 @@ def scan(
     curve = gamma * gamma
     slope, last_c = tl.sum(curve) / K, tl.load(sizes + C - 1)
     opening, once = start + head * P, head == 0
-    position, edges = position + batch * L, edges + batch * (G + 1)
-    begin = first_begin(position, L, C)
-    end, length = num_batches(position, begin, L, C, DOCUMENTS), batch_length(position, begin, L, C, DOCUMENTS)
+    begins, edges = begins + batch * (L + 1), edges + batch * (G + 1)
+    opens, count = lay_out(position + batch * L, begins, L, C, DOCUMENTS)  # all heads of a row write the same
     if init is None:
         W, b = tl.load(opening + matrix), tl.load(opening + bias)
     else:
         init += row * P
         if DOCUMENTS:
-            goes_on = (begin == 0) | (tl.load(position + begin, mask=begin < L, other=1) > 0)
-            init = tl.where(goes_on, init, opening)
+            init = tl.where(tl.load(begins) % 2 > 0, opening, init)
         W, b = tl.load(init + matrix), tl.load(init + bias)
-    span, span_begin = 0, begin
-    tl.store(edges, begin, mask=once)
-    if end > 0:
+    span, span_begin = 0, opens
+    tl.store(edges, opens, mask=once)
+    if count > 0:
         tl.store(kept + row * G * (K * K) + matrix, W.to(TYPE))
         tl.store(biases + row * G * K + key[:, None], b)
     if AHEAD:
-        x, value, eta = _pairs(k, v, steps, batch, head, begin, length, L, H, K, C)
-    for n in tl.range(0, end, disable_licm=True):
-        next_begin = begin + length
-        next_length = batch_length(position, next_begin, L, C, DOCUMENTS)
+        begin, end, _ = batch_at(begins, opens, 0, L, C, DOCUMENTS)
+        x, value, eta = _pairs(k, v, steps, batch, head, begin, end, L, H, K, C)
+    for n in tl.range(0, count, disable_licm=True):
+        m = tl.minimum(n + 1, count - 1)
+        next_begin, next_end, next_new = batch_at(begins, opens, m, L, C, DOCUMENTS)
         if AHEAD:
-            next_x, next_value, next_eta = _pairs(k, v, steps, batch, head, next_begin, next_length, L, H, K, C)
+            next_x, next_value, next_eta = _pairs(k, v, steps, batch, head, next_begin, next_end, L, H, K, C)
         else:
-            x, value, eta = _pairs(k, v, steps, batch, head, begin, length, L, H, K, C)
+            begin, end, _ = batch_at(begins, opens, n, L, C, DOCUMENTS)
+            x, value, eta = _pairs(k, v, steps, batch, head, begin, end, L, H, K, C)
 
         pull = gamma * (beta + (_turned(x, one) - _turned(value, one)))
         z = dot(W, tl.trans(x), TYPE) + b
@@ -136,30 +135,29 @@ def scan(
         found = tl.where(which == at.BENT, bent, found)
         found = tl.where(which == at.LEVEL, 2 * bent + rest, found)
         found = tl.where(which == at.TURN, 0.5 * scale * quadratic + 1.5 * cross, found)
-        step = tl.where(length == C, -last_c, 0.0) * u
+        step = tl.where(end - begin == C, -last_c, 0.0) * u
         W = add_dot(step, x, W, TYPE)
         b += tl.sum(step, 1, keep_dims=True)
-        _store_both(errors, standard, u.to(TYPE), y.to(TYPE), batch, head, begin, length, L, H, K, C)
-        tl.store(number_at(numbers, row, which, begin + place, L), found, mask=(place < length) & (which < at.NUMBERS))
+        _store_both(errors, standard, u.to(TYPE), y.to(TYPE), batch, head, begin, end - begin, L, H, K, C)
+        token = begin + place
+        tl.store(number_at(numbers, row, which, token, L), found, mask=(token < end) & (which < at.NUMBERS))
         # before a document's own weights come in: after that Triton turns W around for this store in every mini-batch
-        if (next_begin + next_length > span_begin + TILE) & (next_begin < L):
+        if (next_end > span_begin + TILE) & (n + 1 < count):
             span, span_begin = span + 1, next_begin
             tl.store(edges + span, next_begin, mask=once)
             tl.store(kept + (row * G + span) * (K * K) + matrix, W.to(TYPE))
             tl.store(biases + (row * G + span) * K + key[:, None], b)
-        if DOCUMENTS:
-            new = tl.load(position + next_begin, mask=next_begin < L, other=1) == 0
-            if new:
+        if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
+            if next_new & (n + 1 < count):
                 W, b = tl.load(opening + matrix), tl.load(opening + bias)
-        begin, length = next_begin, next_length
         if AHEAD:
-            x, value, eta = next_x, next_value, next_eta
+            begin, end, x, value, eta = next_begin, next_end, next_x, next_value, next_eta
     tl.store(last + row * P + matrix, W)
     tl.store(last + row * P + bias, b)
     for g in range(span + 1, G + 1):
         tl.store(edges + g, L, mask=once)
-    tl.store(counts + 2 * batch, end, mask=once)
-    tl.store(counts + 2 * batch + 1, tl.where(end > 0, span + 1, 0), mask=once)
+    tl.store(counts + 2 * batch, count, mask=once)
+    tl.store(counts + 2 * batch + 1, tl.where(count > 0, span + 1, 0), mask=once)
 
 
 @triton.jit
@@ -180,17 +178,9 @@ def _gradient_inputs(
     return query, x, value, y, du, dread
 
 
-@triton.jit
-def _batch_before(position, end, opens, C: tl.constexpr):
-    """Where the mini-batch begins that ends there, and whether it begins a document; none before `opens`."""
-    place = tl.load(position + tl.maximum(end - 1, 0))
-    begin = tl.where(end > opens, end - 1 - place % C, end)
-    return begin, (place < C) & (begin > 0)
-
-
 @triton.jit(do_not_specialize=["L", "G"])
 def scan_gradient(
-    q, k, v, sizes, gammas, betas, position, edges, counts, standard, numbers, derrors, dreads,
+    q, k, v, sizes, gammas, betas, begins, edges, counts, standard, numbers, derrors, dreads,
     dlast, dinit, dstart, dkept, dback, dv, dsteps, shared,
     L, H, G, C: tl.constexpr, K: tl.constexpr, DOCUMENTS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
@@ -208,7 +198,7 @@ def scan_gradient(
     one = _one(TYPE, C)
     curve = gamma * gamma
     slope, last_c = tl.sum(curve) / K, tl.load(sizes + C - 1)
-    position, edges = position + batch * L, edges + batch * (G + 1)
+    begins, edges = begins + batch * (L + 1), edges + batch * (G + 1)
     place, opens = tl.arange(0, C), tl.load(edges)
     no_gradients(dv, opens, batch, head, L, H, C, K)
     tl.store(dsteps + (batch * L + place) * H + head, tl.zeros([C], tl.float32), mask=place < opens)
@@ -217,13 +207,17 @@ def scan_gradient(
     if dlast is not None:
         D, d = tl.load(dlast + row * P + matrix), tl.load(dlast + row * P + bias)
     dgamma, dbeta, by_last_c = tl.zeros([K, 4], tl.float32), tl.zeros([K, 4], tl.float32), tl.zeros([K, 4], tl.float32)
-    span, edge, end = tl.load(counts + 2 * batch + 1), L, L
-    begin, new = _batch_before(position, end, opens, C)
+    count, span, edge = tl.load(counts + 2 * batch), tl.load(counts + 2 * batch + 1), L
     if AHEAD:
+        begin, end, new = batch_at(begins, opens, tl.maximum(count - 1, 0), L, C, DOCUMENTS)
         query, x, value, y_row, du, dread = _gradient_inputs(
             q, k, v, standard, derrors, dreads, batch, head, begin, end, L, H, K, C
         )
-    for _ in tl.range(0, tl.load(counts + 2 * batch), disable_licm=True):
+    for i in tl.range(0, count, disable_licm=True):
+        if AHEAD:
+            next_begin, next_end, next_new = batch_at(begins, opens, tl.maximum(count - 2 - i, 0), L, C, DOCUMENTS)
+        else:
+            begin, end, new = batch_at(begins, opens, count - 1 - i, L, C, DOCUMENTS)
         token = begin + place
         real = token < end
         scale, eta_s = _two(numbers, row, at.SCALE, at.STEP, token, real, L)
@@ -233,10 +227,9 @@ def scan_gradient(
             span -= 1
             edge = tl.load(edges + span)
             tl.store(dkept + (row * G + span) * (K * K) + matrix, D.to(TYPE))
-        next_begin, next_new = _batch_before(position, begin, opens, C)
         if AHEAD:
             next_query, next_x, next_value, next_y, next_du, next_dread = _gradient_inputs(
-                q, k, v, standard, derrors, dreads, batch, head, next_begin, begin, L, H, K, C
+                q, k, v, standard, derrors, dreads, batch, head, next_begin, next_end, L, H, K, C
             )
         else:
             query, x, value, y_row, du, dread = _gradient_inputs(
@@ -272,8 +265,8 @@ def scan_gradient(
                 tl.store(opening + matrix, tl.load(opening + matrix, mask=before, other=0.0) + D)
                 tl.store(opening + bias, tl.load(opening + bias, mask=before, other=0.0) + d)
                 D, d, opened = tl.zeros_like(D), tl.zeros_like(d), 1
-        begin, end, new = next_begin, begin, next_new
         if AHEAD:
+            begin, end, new = next_begin, next_end, next_new
             query, x, value, y_row, du, dread = next_query, next_x, next_value, next_y, next_du, next_dread
     if dinit is not None:
         tl.store(dinit + row * P + matrix, D)

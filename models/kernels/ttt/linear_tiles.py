@@ -42,35 +42,38 @@ def number_at(numbers, row, which, token, L):
 
 
 @triton.jit
-def first_begin(position, L, C: tl.constexpr):
-    """Where the first mini-batch of a row begins, or L if none does. position: of its first token."""
+def lay_out(position, begins, L, C: tl.constexpr, DOCUMENTS: tl.constexpr, AT_ONCE: tl.constexpr = 2048):
+    """Of a row, given the positions [L] of its tokens: where its first mini-batch begins, L if there is none, and how
+    many there are. With documents begins [L + 1] becomes 2 t of the token t where each of them begins, one more where
+    a document does, and 2 L behind the last.
+    """
     place = tl.arange(0, C)
-    found = tl.load(position + place, mask=place < L, other=1)
-    return tl.minimum(tl.min(tl.where(found % C == 0, place, C)), L)
-
-
-@triton.jit
-def num_batches(position, opens, L, C: tl.constexpr, DOCUMENTS: tl.constexpr, AT_ONCE: tl.constexpr = 2048):
-    """How many mini-batches begin in a row, the first one at `opens`."""
+    near = tl.load(position + place, mask=place < L, other=1)
+    opens = tl.minimum(tl.min(tl.where(near % C == 0, place, C)), L)
     count = (L - opens + C - 1) // C
     if DOCUMENTS:
         count = 0
         for start in range(0, L, AT_ONCE):
             token = start + tl.arange(0, AT_ONCE)
             found = tl.load(position + token, mask=token < L, other=1)
-            count += tl.sum((found % C == 0).to(tl.int32))
-    return count
+            here = (found % C == 0).to(tl.int32)
+            new = (found == 0) & (token > 0)
+            tl.store(begins + count + tl.cumsum(here, 0) - here, 2 * token + new.to(tl.int32), mask=here > 0)
+            count += tl.sum(here)
+        tl.store(begins + count, 2 * L)
+        tl.debug_barrier()  # what other threads have written is read
+    return opens, count
 
 
 @triton.jit
-def batch_length(position, begin, L, C: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """Tokens of the mini-batch that begins there, none at L: C, or as many as are left of its document."""
-    length = tl.maximum(tl.minimum(L - begin, C), 0)
-    if DOCUMENTS:  # the j-th token after its first is the j-th of its document at least, or of another one
-        place = tl.arange(0, C)
-        found = tl.load(position + begin + place, mask=begin + place < L, other=-1)
-        length = tl.sum((found >= place).to(tl.int32))
-    return length
+def batch_at(begins, opens, n, L, C: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """Of mini-batch n where it begins and ends, and whether it begins a document."""
+    begin, new = opens + n * C, opens < 0
+    end = tl.minimum(begin + C, L)
+    if DOCUMENTS:
+        found = tl.load(begins + n)
+        begin, end, new = found >> 1, tl.load(begins + n + 1) >> 1, found % 2 > 0
+    return begin, end, new
 
 
 @triton.jit

@@ -65,7 +65,7 @@ class MLP:
                 self.q, self.k, self.v, *self.given, self.opening, self.opening_biases, self.weights, self.biases, o,
                 g0=g0, **self._options("read"),
             )  # fmt: skip
-        return o, last, kept, *(last.new_empty(0) for _ in range(7))
+        return o, last, kept, *(last.new_empty(0) for _ in range(8))
 
     def backward(self, do: Tensor, dlast: Tensor | None, kept: Tensor, *_: Tensor) -> list[Tensor]:
         """The gradients, as the operator has them."""
