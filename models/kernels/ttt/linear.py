@@ -28,7 +28,10 @@ READS = {  # in 16 bits: channels of a product on their way to shared memory at 
     "key_gradient": (32, 4),
 }
 SUMS = {"COLUMNS": 32, "ROWS": 64, "BLOCK": 512, "num_warps": 4}
-SCANS = {"AHEAD": True, "num_stages": 1}
+SCANS = {
+    "scan": {"AHEAD": False, "num_stages": 3},
+    "scan_gradient": {"AHEAD": False, "STACK": True, "num_stages": 5},
+}
 
 
 def num_spans(call: Call, tile: int) -> int:
@@ -49,7 +52,7 @@ class Linear:
         # with keys of 16 in float32 8 warps met an illegal memory access (Triton 3.7.1)
         self.warps = 8 if K >= 64 else 4
         self.common = {"L": L, "H": H, "G": G, "C": C, "K": K, "DOCUMENTS": call.opening is not None}
-        self.scans = {**self.common, **SCANS, "num_warps": self.warps}
+        self.scans = {**self.common, "num_warps": self.warps}
         self.opening = self.start if call.opening is None else call.opening
 
     def forward(self) -> tuple[Tensor, ...]:
@@ -63,7 +66,7 @@ class Linear:
         begins, edges, counts = number(B, L + 1), number(B, G + 1), number(B, 2)
         scan[(self.rows,)](
             self.k, self.v, self.steps, self.sizes, self.start, *self.norm, self.init, self.position,
-            last, kept, biases, u, y, numbers, begins, edges, counts, TILE=self.tile, **self.scans,
+            last, kept, biases, u, y, numbers, begins, edges, counts, TILE=self.tile, **self.scans, **SCANS["scan"],
         )  # fmt: skip
         read[(G, self.rows)](
             self.q, self.k, self.sizes, *self.norm, edges, self.position, self.opening, self.start, kept, biases, u, o,
@@ -89,7 +92,7 @@ class Linear:
         scan_gradient[(self.rows,)](
             self.q, self.k, self.v, self.sizes, *self.norm, begins, edges, counts,
             y, numbers, derrors, dreads, dlast, dinit, dstart, dkept, dback, dv, dsteps, shared,
-            **self.scans,
+            **self.scans, **SCANS["scan_gradient"],
         )  # fmt: skip
         key_gradient[G, self.rows](
             self.q, self.k, self.sizes, *where, self.opening, kept, u, dreads,

@@ -48,6 +48,26 @@ def _turned(x, one):
 
 
 @triton.jit
+def _stacked(a, b, c, d, batch, head, begin, end, L, H, K: tl.constexpr, C: tl.constexpr):
+    """The rows [4 C, K] of a mini-batch of four tensors [B, L, H, K], one below the other."""
+    t = tl.arange(0, 4 * C)
+    token = begin + t % C
+    first = tl.where(t < 2 * C, tl.where(t < C, a, b), tl.where(t < 3 * C, c, d))
+    place = (((batch * L + token) * H + head) * K)[:, None] + tl.arange(0, K)[None, :]
+    return tl.load(first[:, None] + place, mask=(token < end)[:, None], other=0.0)
+
+
+@triton.jit
+def _turned_each(x, one, K: tl.constexpr, C: tl.constexpr):
+    """The four tiles [K, C] of rows [4 C, K]."""
+    columns = tl.permute(tl.reshape(_turned(x, one), [K, 2, 2, C]), [0, 3, 1, 2])
+    even, odd = tl.split(columns)
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
 def _store_both(a, b, x, y, batch, head, begin, length, L, H, K: tl.constexpr, C: tl.constexpr):
     """Stores tiles [K, C] as rows, x in a and y in b: laid out so together, which are barriers."""
     t = tl.arange(0, 2 * C)
@@ -182,7 +202,7 @@ def _gradient_inputs(
 def scan_gradient(
     q, k, v, sizes, gammas, betas, begins, edges, counts, standard, numbers, derrors, dreads,
     dlast, dinit, dstart, dkept, dback, dv, dsteps, shared,
-    L, H, G, C: tl.constexpr, K: tl.constexpr, DOCUMENTS: tl.constexpr, AHEAD: tl.constexpr,
+    L, H, G, C: tl.constexpr, K: tl.constexpr, DOCUMENTS: tl.constexpr, AHEAD: tl.constexpr, STACK: tl.constexpr,
 ):  # fmt: skip
     """Backwards, from the gradient by the last weights dlast [B H, P], or None, to those by the first, dinit [B H, P],
     or None where these were start, and by start, dstart [B H, P]. What stands at the end of each span is left in dkept
@@ -195,7 +215,7 @@ def scan_gradient(
     key = tl.arange(0, K)
     matrix, bias = key[None, :] * K + key[:, None], K * K + key[:, None]
     gamma, beta = tl.load(gammas + head * K + key[:, None]), tl.load(betas + head * K + key[:, None])
-    one = _one(TYPE, C)
+    one, ones = _one(TYPE, C), _one(TYPE, 4 * C)
     curve = gamma * gamma
     slope, last_c = tl.sum(curve) / K, tl.load(sizes + C - 1)
     begins, edges = begins + batch * (L + 1), edges + batch * (G + 1)
@@ -231,6 +251,9 @@ def scan_gradient(
             next_query, next_x, next_value, next_y, next_du, next_dread = _gradient_inputs(
                 q, k, v, standard, derrors, dreads, batch, head, next_begin, next_end, L, H, K, C
             )
+        elif STACK:
+            query, x = _rows(q, batch, head, token, real, L, H, K), _rows(k, batch, head, token, real, L, H, K)
+            stack = _stacked(standard, derrors, dreads, v, batch, head, begin, end, L, H, K, C)
         else:
             query, x, value, y_row, du, dread = _gradient_inputs(
                 q, k, v, standard, derrors, dreads, batch, head, begin, end, L, H, K, C
@@ -238,10 +261,13 @@ def scan_gradient(
 
         full = tl.where(end - begin == C, 1.0, 0.0)
         moved = full * (dot(D, tl.trans(x), TYPE) + d)
-        y, pull = _turned(y_row, one), beta + (_turned(x, one) - _turned(value, one))
+        if STACK:
+            y, p, read, target = _turned_each(stack, ones, K, C)
+        else:
+            y, p, read, target = _turned(y_row, one), _turned(du, one), _turned(dread, one), _turned(value, one)
+        pull = beta + (_turned(x, one) - target)
         g = curve * y + gamma * pull
-        h, p = g + curve * y, _turned(du, one) - last_c * moved
-        read = _turned(dread, one)
+        h, p = g + curve * y, p - last_c * moved
         sums = tl.reduce((p, p * y, p * h, curve * p, curve * p * y), 0, _add5, keep_dims=True)
         mean, by_y, by_h, by_curve, by_both = sums
         mean, by_y = mean / K, by_y / K
