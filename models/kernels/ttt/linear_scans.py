@@ -153,7 +153,7 @@ def scan(
         found = tl.where(which == at.SCALE, scale, eta[None, :] * scale)
         found = tl.where(which == at.CROSS, cross, found)
         found = tl.where(which == at.BENT, bent, found)
-        found = tl.where(which == at.LEVEL, 2 * bent + rest, found)
+        found = tl.where(which == at.REST, rest, found)
         found = tl.where(which == at.TURN, 0.5 * scale * quadratic + 1.5 * cross, found)
         step = tl.where(end - begin == C, -last_c, 0.0) * u
         W = add_dot(step, x, W, TYPE)
@@ -181,9 +181,8 @@ def scan(
 
 
 @triton.jit
-def _two(numbers, row, one: tl.constexpr, other: tl.constexpr, token, real, L):
-    found = tl.load(number_at(numbers, row, one, token, L), mask=real, other=0.0)
-    return found[None, :], tl.load(number_at(numbers, row, other, token, L), mask=real, other=0.0)[None, :]
+def _number(numbers, row, which: tl.constexpr, token, real, L):
+    return tl.load(number_at(numbers, row, which, token, L), mask=real, other=0.0)[None, :]
 
 
 @triton.jit
@@ -240,9 +239,10 @@ def scan_gradient(
             begin, end, new = batch_at(begins, opens, count - 1 - i, L, C, DOCUMENTS)
         token = begin + place
         real = token < end
-        scale, eta_s = _two(numbers, row, at.SCALE, at.STEP, token, real, L)
-        cross, bent = _two(numbers, row, at.CROSS, at.BENT, token, real, L)
-        level, turn = _two(numbers, row, at.LEVEL, at.TURN, token, real, L)
+        scale, eta_s = _number(numbers, row, at.SCALE, token, real, L), _number(numbers, row, at.STEP, token, real, L)
+        cross, turn = _number(numbers, row, at.CROSS, token, real, L), _number(numbers, row, at.TURN, token, real, L)
+        bent, rest = _number(numbers, row, at.BENT, token, real, L), _number(numbers, row, at.REST, token, real, L)
+        level = 2 * bent + rest
         if end == edge:
             span -= 1
             edge = tl.load(edges + span)
@@ -278,7 +278,7 @@ def scan_gradient(
         D = add_dot(read, query, add_dot(dz, x, D, TYPE), TYPE)
         d += tl.sum(dz + read, 1, keep_dims=True)
 
-        by_last_c += _fold(eta_s * moved * (g - (level - bent) - y * cross), K, C)
+        by_last_c += _fold(eta_s * moved * (g - (bent + rest) - y * cross), K, C)
         deta = scale * (K * (by_h + (turn - cross) * by_y + mean * bent) - by_both)
         tl.store(dsteps + (batch * L + token[None, :]) * H + head, deta, mask=real[None, :])
         dg = eta_s * (p - y * by_y)

@@ -32,7 +32,8 @@ from models.kernels.ttt.parts import tokens
 
 NUMBERS = tl.constexpr(6)
 SCALE, STEP, CROSS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # s, eta s, <g y>
-BENT, LEVEL, TURN = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)  # <gamma^2 y>, and of h what is taken from it
+# <gamma^2 y>, <gamma (beta - target)>, and what y is taken from h times
+BENT, REST, TURN = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
 
 
 @triton.jit
