@@ -157,6 +157,7 @@ def scan(
         found = tl.where(which == at.TURN, 0.5 * scale * quadratic + 1.5 * cross, found)
         step = tl.where(end - begin == C, -last_c, 0.0) * u
         W = add_dot(step, x, W, TYPE)
+        rounded = W.to(TYPE)  # here, since for what conditions alone want of a product Triton does not wait
         b += tl.sum(step, 1, keep_dims=True)
         _store_both(errors, standard, u.to(TYPE), y.to(TYPE), batch, head, begin, end - begin, L, H, K, C)
         token = begin + place
@@ -165,7 +166,7 @@ def scan(
         if (next_end > span_begin + TILE) & (n + 1 < count):
             span, span_begin = span + 1, next_begin
             tl.store(edges + span, next_begin, mask=once)
-            tl.store(kept + (row * G + span) * (K * K) + matrix, W.to(TYPE))
+            tl.store(kept + (row * G + span) * (K * K) + matrix, rounded)
             tl.store(biases + (row * G + span) * K + key[:, None], b)
         if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
             if next_new & (n + 1 < count):
