@@ -29,7 +29,7 @@ READS = {  # in 16 bits: channels of a product on their way to shared memory at 
 }
 SUMS = {"COLUMNS": 32, "ROWS": 64, "BLOCK": 512, "num_warps": 4}
 SCANS = {
-    "scan": {"AHEAD": False, "num_stages": 3},
+    "scan": {"AHEAD": False, "STACK": False, "num_stages": 3},
     "scan_gradient": {"AHEAD": False, "STACK": True, "num_stages": 5},
 }
 

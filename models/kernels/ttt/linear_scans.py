@@ -95,6 +95,7 @@ def scan(
     k, v, steps, sizes, start, gammas, betas, init, position,
     last, kept, biases, errors, standard, numbers, begins, edges, counts,
     L, H, G, C: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, DOCUMENTS: tl.constexpr, AHEAD: tl.constexpr,
+    STACK: tl.constexpr,
 ):  # fmt: skip
     """From init [B H, P], or if there is none from start [H, P]: last [B H, P]; of every token u and y, errors and
     standard [B, L, H, K], and numbers [B H, 6, L]; and what stands before the first mini-batch of each span, kept [B H,
@@ -109,6 +110,9 @@ def scan(
     which, place = tl.arange(0, 8)[:, None], tl.arange(0, C)[None, :]
     gamma, beta = tl.load(gammas + head * K + key[:, None]), tl.load(betas + head * K + key[:, None])
     one = _one(TYPE, C)
+    if STACK:
+        t = tl.arange(0, 2 * C)
+        signs = tl.where((t % C)[:, None] == tl.arange(0, C)[None, :], tl.where(t < C, 1.0, -1.0)[:, None], 0.0).to(TYPE)
     curve = gamma * gamma
     slope, last_c = tl.sum(curve) / K, tl.load(sizes + C - 1)
     opening, once = start + head * P, head == 0
@@ -137,8 +141,16 @@ def scan(
         else:
             begin, end, _ = batch_at(begins, opens, n, L, C, DOCUMENTS)
             x, value, eta = _pairs(k, v, steps, batch, head, begin, end, L, H, K, C)
+            if STACK:
+                t = tl.arange(0, 2 * C)
+                token = begin + t % C
+                at_row = (((batch * L + token) * H + head) * K)[:, None] + key[None, :]
+                stack = tl.load(tl.where(t < C, k, v)[:, None] + at_row, mask=(token < end)[:, None], other=0.0)
 
-        pull = gamma * (beta + (_turned(x, one) - _turned(value, one)))
+        if STACK:
+            pull = gamma * (beta + tl.dot(tl.trans(stack), signs))
+        else:
+            pull = gamma * (beta + (_turned(x, one) - _turned(value, one)))
         z = dot(W, tl.trans(x), TYPE) + b
         bent = curve * z
         means = tl.reduce((z, z * z, bent, bent * z, pull * z, pull), 0, _add6, keep_dims=True)
