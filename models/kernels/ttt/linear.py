@@ -52,7 +52,6 @@ class Linear:
         # with keys of 16 in float32 8 warps met an illegal memory access (Triton 3.7.1)
         self.warps = 8 if K >= 64 else 4
         self.common = {"L": L, "H": H, "G": G, "C": C, "K": K, "DOCUMENTS": call.opening is not None}
-        self.scans = {**self.common, "num_warps": self.warps}
         self.opening = self.start if call.opening is None else call.opening
 
     def forward(self) -> tuple[Tensor, ...]:
@@ -66,7 +65,7 @@ class Linear:
         begins, edges, counts = number(B, L + 1), number(B, G + 1), number(B, 2)
         scan[(self.rows,)](
             self.k, self.v, self.steps, self.sizes, self.start, *self.norm, self.init, self.position,
-            last, kept, biases, u, y, numbers, begins, edges, counts, TILE=self.tile, **self.scans, **SCANS["scan"],
+            last, kept, biases, u, y, numbers, begins, edges, counts, TILE=self.tile, **self._scans("scan"),
         )  # fmt: skip
         read[(G, self.rows)](
             self.q, self.k, self.sizes, *self.norm, edges, self.position, self.opening, self.start, kept, biases, u, o,
@@ -92,7 +91,7 @@ class Linear:
         scan_gradient[(self.rows,)](
             self.q, self.k, self.v, self.sizes, *self.norm, begins, edges, counts,
             y, numbers, derrors, dreads, dlast, dinit, dstart, dkept, dback, dv, dsteps, shared,
-            **self.scans, **SCANS["scan_gradient"],
+            **self._scans("scan_gradient"),
         )  # fmt: skip
         key_gradient[G, self.rows](
             self.q, self.k, self.sizes, *where, self.opening, kept, u, dreads,
@@ -108,6 +107,12 @@ class Linear:
         programs = H * triton.cdiv(S, SUMS["COLUMNS"]) + triton.cdiv(H * P, SUMS["BLOCK"])
         sums[(programs,)](shared, dstart, counts, by_shared, by_start, B, H, G, S, P, **SUMS)
         return by_shared, by_start
+
+    def _scans(self, kernel: str) -> dict[str, Any]:
+        found = {**self.common, **SCANS[kernel], "num_warps": self.warps}
+        if self.q.dtype == torch.float32:  # tiles are twice as large
+            found["num_stages"] = min(found["num_stages"], 3)
+        return found
 
     def _reads(self, kernel: str) -> dict[str, Any]:
         (part, warps), K = READS[kernel], self.q.shape[-1]
