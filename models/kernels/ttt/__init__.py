@@ -121,8 +121,8 @@ def _(given, names):
 
 @torch.library.custom_op("test_time_regression::ttt_scan_backward", mutates_args=())
 def _backward(given: list[Tensor], names: str, kept: list[Tensor], do: Tensor, dlast: Tensor | None) -> list[Tensor]:
-    """The gradients by q, k, v and the steps; side by side those by sizes, gamma and beta [H, b + 2 K], and that by
-    start [H, P]; and that by init, if there is one."""
+    """The gradients by q, k, v and the steps; those by sizes [H, b], of each head, by gamma, beta and start; and that by
+    init, if there is one."""
     call = unpacked(Call, given, names)
     with torch.cuda.device_of(call.q):
         return _kernels(call).backward(do, dlast, *kept)
@@ -131,9 +131,9 @@ def _backward(given: list[Tensor], names: str, kept: list[Tensor], do: Tensor, d
 @_backward.register_fake
 def _(given, names, *others):
     call = unpacked(Call, given, names)
-    _, _, H, K = call.q.shape
-    shared = call.steps.new_empty(H, len(call.sizes) + 2 * K)
-    found = [*(torch.empty_like(x) for x in call[:4]), shared, torch.empty_like(call.start)]
+    by_sizes = call.sizes.new_empty(call.q.shape[2], len(call.sizes))
+    others = (torch.empty_like(x) for x in (call.gamma, call.beta, call.start))
+    found = [*(torch.empty_like(x) for x in call[:4]), by_sizes, *others]
     return found if call.init is None else [*found, torch.empty_like(call.init)]
 
 
@@ -149,9 +149,8 @@ def _gradients(ctx, do, dlast, *_):
     call = unpacked(Call, given, ctx.names)
     do = torch.zeros_like(call.v) if do is None else do.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
-    dq, dk, dv, dsteps, shared, dstart, *dinit = _backward(list(given), ctx.names, list(kept), do, dlast)
-    K = call.q.shape[-1]
-    dsizes, dgamma, dbeta = shared.split([len(call.sizes), K, K], dim=-1)
+    made = _backward(list(given), ctx.names, list(kept), do, dlast)
+    dq, dk, dv, dsteps, dsizes, dgamma, dbeta, dstart, *dinit = made
     found = [dq, dk, dv, dsteps, dsizes.sum(0), dstart, dgamma, dbeta, *dinit]
     return [*found, *[None] * (len(given) - len(found))], None
 

@@ -100,13 +100,13 @@ class Linear:
         found = [dq, dk, dv, dsteps, *self._summed(shared, dstart, counts)]
         return found if dinit is None else [*found, dinit]
 
-    def _summed(self, shared: Tensor, dstart: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Over rows, and shared [B, H, G + 1, C + 2 K] over the spans that there are: [H, C + 2 K] and [H, P]."""
-        (B, H, G), S, P = self.spans, shared.shape[3], dstart.shape[2]
-        by_shared, by_start = shared.new_empty(H, S), dstart.new_empty(H, P)
-        programs = H * triton.cdiv(S, SUMS["COLUMNS"]) + triton.cdiv(H * P, SUMS["BLOCK"])
-        sums[(programs,)](shared, dstart, counts, by_shared, by_start, B, H, G, S, P, **SUMS)
-        return by_shared, by_start
+    def _summed(self, shared: Tensor, dstart: Tensor, counts: Tensor) -> list[Tensor]:
+        """By sizes [H, C], gamma and beta [H, K] and start [H, P], over rows and the spans that there are."""
+        (B, H, G), C, K, P = self.spans, len(self.sizes), self.q.shape[-1], dstart.shape[2]
+        found = [dstart.new_empty(H, n) for n in (C, K, K, P)]
+        programs = H * triton.cdiv(C + 2 * K, SUMS["COLUMNS"]) + triton.cdiv(H * P, SUMS["BLOCK"])
+        sums[(programs,)](shared, dstart, counts, *found, B, H, G, P, C=C, K=K, **SUMS)
+        return found
 
     def _scans(self, kernel: str) -> dict[str, Any]:
         found = {**self.common, **SCANS[kernel], "num_warps": self.warps}

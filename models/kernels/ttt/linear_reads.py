@@ -206,10 +206,9 @@ def _sum_of_rows(x, out, program, B, M, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_spans(x, out, counts, head, column, B, H, G, S, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Some columns of the sum [H, S] of a head, of x [B, H, G + 1, S]."""
-    column += tl.arange(0, COLUMNS)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+def _sum_of_spans(x, counts, head, column, B, H, G, S, ROWS: tl.constexpr):
+    """Columns of the sum [H, S] of a head, of x [B, H, G + 1, S]."""
+    total = tl.zeros([ROWS, column.shape[0]], tl.float32)
     for batch in range(0, B):
         count = tl.load(counts + 2 * batch + 1)
         for begin in range(0, G + 1, ROWS):
@@ -217,19 +216,24 @@ def _sum_of_spans(x, out, counts, head, column, B, H, G, S, ROWS: tl.constexpr, 
             real = ((g < count) | (g == G))[:, None] & (column < S)[None, :]
             at = ((batch * H + head).to(tl.int64) * (G + 1) + g)[:, None] * S + column[None, :]
             total += tl.load(x + at, mask=real, other=0.0)
-    tl.store(out + head * S + column, tl.sum(total, 0), mask=column < S)
+    return tl.sum(total, 0)
 
 
 @triton.jit(do_not_specialize=["B", "G"])
 def sums(
-    shared, dstart, counts, by_shared, by_start, B, H, G, S, P,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    shared, dstart, counts, by_sizes, by_gamma, by_beta, by_start, B, H, G, P,
+    C: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """by_shared [H, S] of shared [B, H, G + 1, S], of the spans that there are and of what comes last; by_start [H, P]
-    of dstart [B, H, P]. The first programs have some columns of a head of the one, the others of all of the other."""
-    program, parts = tl.program_id(0), tl.cdiv(S, COLUMNS)
+    """by_sizes [H, C], by_gamma and by_beta [H, K] of shared [B, H, G + 1, C + 2 K], of the spans that there are and of
+    what comes last; by_start [H, P] of dstart [B, H, P]. The first programs have some columns of a head of the one, the
+    others of all of the other."""
+    program, S = tl.program_id(0), C + 2 * K
+    parts: tl.constexpr = (C + 2 * K + COLUMNS - 1) // COLUMNS
     if program < H * parts:
-        head, column = program // parts, program % parts * COLUMNS
-        _sum_of_spans(shared, by_shared, counts, head, column, B, H, G, S, ROWS, COLUMNS)
+        head, column = program // parts, program % parts * COLUMNS + tl.arange(0, COLUMNS)
+        found = _sum_of_spans(shared, counts, head, column, B, H, G, S, ROWS)
+        tl.store(by_sizes + head * C + column, found, mask=column < C)
+        tl.store(by_gamma + head * K + column - C, found, mask=(column >= C) & (column < C + K))
+        tl.store(by_beta + head * K + column - C - K, found, mask=(column >= C + K) & (column < S))
     else:
         _sum_of_rows(dstart, by_start, program - H * parts, B, H * P, BLOCK)

@@ -97,7 +97,7 @@ class MLP:
         B = len(self.q)
         dsizes, dgamma, dbeta, dlast_c = (x.sum(1).unflatten(0, (B, -1)) for x in (dsizes, dgamma, dbeta, dlast_c))
         dsizes[..., -1] += dlast_c
-        return [dq, dk, dv, dsteps, torch.cat([dsizes, dgamma, dbeta], -1).sum(0), dstart.sum(0), dinit]
+        return [dq, dk, dv, dsteps, *(x.sum(0) for x in (dsizes, dgamma, dbeta, dstart)), dinit]
 
     def _scan(self, last: Tensor, g0: int, g1: int) -> None:
         """Moves the weights `last` over the spans of a slab, and leaves those of its mini-batches behind."""
