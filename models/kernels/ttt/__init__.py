@@ -114,15 +114,15 @@ def _(given, names):
         G = num_spans(call, TILE)
         u, y, read_y = (torch.empty_like(call.v) for _ in range(3))
         numbers, scales = new(B, H, NUMBERS.value, L), new(B, H, L)
-        where = (call.q.new_empty(B, n, dtype=torch.int32) for n in (L + 1, G + 1, 2))
-        kept = call.q.new_empty(B, H, G, K, K), u, y, numbers, read_y, scales, *where
+        begins, edges, counts = (call.q.new_empty(B, n, dtype=torch.int32) for n in (L + 1, G + 1, 2))
+        kept = call.q.new_empty(B, H, G, K, K), u, y, numbers, read_y, scales, begins, edges, counts
     return torch.empty_like(call.v), new(B, H, P), *kept
 
 
 @torch.library.custom_op("test_time_regression::ttt_scan_backward", mutates_args=())
 def _backward(given: list[Tensor], names: str, kept: list[Tensor], do: Tensor, dlast: Tensor | None) -> list[Tensor]:
-    """The gradients by q, k, v and the steps; those by sizes [H, b], of each head, by gamma, beta and start; and that by
-    init, if there is one."""
+    """The gradients by q, k, v and the steps; those by sizes, of each head [H, b], by gamma, beta and start; and by init,
+    if there is one."""
     call = unpacked(Call, given, names)
     with torch.cuda.device_of(call.q):
         return _kernels(call).backward(do, dlast, *kept)

@@ -112,7 +112,9 @@ def scan(
     one = _one(TYPE, C)
     if STACK:
         t = tl.arange(0, 2 * C)
-        signs = tl.where((t % C)[:, None] == tl.arange(0, C)[None, :], tl.where(t < C, 1.0, -1.0)[:, None], 0.0).to(TYPE)
+        signs = tl.where((t % C)[:, None] == tl.arange(0, C)[None, :], tl.where(t < C, 1.0, -1.0)[:, None], 0.0).to(
+            TYPE
+        )
     curve = gamma * gamma
     slope, last_c = tl.sum(curve) / K, tl.load(sizes + C - 1)
     opening, once = start + head * P, head == 0

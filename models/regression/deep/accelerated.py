@@ -138,7 +138,8 @@ def kernel_averaged(rule: Averaged, call: Call) -> tuple[Tensor, State]:
 def _mini_batches(call: Call, opens: Tensor, begins: Tensor) -> tuple[Tensor, Tensor | None]:
     """The first tokens [B, N + 1] of the mini-batches, T beyond the last one, and which of them begin a document [B,
     N], None without documents. opens, begins [B, T]: which tokens begin a mini-batch, and a document."""
-    (B, T), index, b, state = opens.shape, torch.arange(opens.shape[1], device=opens.device), call.grad_batch, call.state
+    (B, T), b, state = opens.shape, call.grad_batch, call.state
+    index = torch.arange(T, device=opens.device)
     if call.segments is not None:  # there may be as many as tokens, and to count them a GPU would have to wait
         place = torch.where(opens, opens.cumsum(1) - 1, T + 1)  # the last one for what begins none
         first = index.new_full((B, T + 2), T).scatter(1, place, index.expand(B, T))[:, :-1]
