@@ -114,14 +114,14 @@ def _(given, names):
         G = num_spans(call, TILE)
         u, y, read_y = (torch.empty_like(call.v) for _ in range(3))
         numbers, scales = new(B, H, NUMBERS.value, L), new(B, H, L)
-        begins, edges, counts = (call.q.new_empty(B, n, dtype=torch.int32) for n in (L + 1, G + 1, 2))
-        kept = call.q.new_empty(B, H, G, K, K), u, y, numbers, read_y, scales, begins, edges, counts
+        edges = [call.q.new_empty(B, n, dtype=torch.int32) for n in (L + 1, G + 1, 2)]
+        kept = call.q.new_empty(B, H, G, K, K), u, y, numbers, read_y, scales, *edges
     return torch.empty_like(call.v), new(B, H, P), *kept
 
 
 @torch.library.custom_op("test_time_regression::ttt_scan_backward", mutates_args=())
 def _backward(given: list[Tensor], names: str, kept: list[Tensor], do: Tensor, dlast: Tensor | None) -> list[Tensor]:
-    """The gradients by q, k, v and the steps; those by sizes, of each head [H, b], by gamma, beta and start; and by init,
+    """The gradients by q, k, v and the steps; those by sizes, of each head [H, b], gamma, beta and start; and by init,
     if there is one."""
     call = unpacked(Call, given, names)
     with torch.cuda.device_of(call.q):
@@ -132,8 +132,8 @@ def _backward(given: list[Tensor], names: str, kept: list[Tensor], do: Tensor, d
 def _(given, names, *others):
     call = unpacked(Call, given, names)
     by_sizes = call.sizes.new_empty(call.q.shape[2], len(call.sizes))
-    others = (torch.empty_like(x) for x in (call.gamma, call.beta, call.start))
-    found = [*(torch.empty_like(x) for x in call[:4]), by_sizes, *others]
+    found = [*(torch.empty_like(x) for x in call[:4]), by_sizes]
+    found += [torch.empty_like(x) for x in (call.gamma, call.beta, call.start)]
     return found if call.init is None else [*found, torch.empty_like(call.init)]
 
 
