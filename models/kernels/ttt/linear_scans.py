@@ -14,7 +14,7 @@ import triton.language as tl
 
 from models.kernels.ttt import linear_tiles as at
 from models.kernels.ttt.linear_tiles import batch_at, lay_out, no_gradients, number_at
-from models.kernels.ttt.parts import EPS, add_dot, dot, tokens
+from models.kernels.ttt.parts import EPS, add_dot, dot
 
 
 @triton.jit
@@ -28,8 +28,16 @@ def _add6(a, b, c, d, e, f, a1, b1, c1, d1, e1, f1):
 
 
 @triton.jit
-def _rows(x, batch, head, token, real, L, H, K: tl.constexpr):
-    return tl.load(tokens(x, batch, head, token, L, H, K), mask=real[:, None], other=0.0)
+def _at(t, H, K: tl.constexpr):
+    """How far the rows of tokens t lie behind token 0: 32 bits, of a mini-batch."""
+    return (t * (H * K))[:, None] + tl.arange(0, K)[None, :]
+
+
+@triton.jit
+def _rows(x, origin, length, H, K: tl.constexpr, C: tl.constexpr):
+    """The rows [C, K] of a mini-batch of x [B, L, H, K], which begins at row `origin` of [B L H, K]."""
+    place = tl.arange(0, C)
+    return tl.load(x + origin * K + _at(place, H, K), mask=(place < length)[:, None], other=0.0)
 
 
 @triton.jit
@@ -48,13 +56,11 @@ def _turned(x, one):
 
 
 @triton.jit
-def _stacked(a, b, c, d, batch, head, begin, end, L, H, K: tl.constexpr, C: tl.constexpr):
-    """The rows [4 C, K] of a mini-batch of four tensors [B, L, H, K], one below the other."""
-    t = tl.arange(0, 4 * C)
-    token = begin + t % C
-    first = tl.where(t < 2 * C, tl.where(t < C, a, b), tl.where(t < 3 * C, c, d))
-    place = (((batch * L + token) * H + head) * K)[:, None] + tl.arange(0, K)[None, :]
-    return tl.load(first[:, None] + place, mask=(token < end)[:, None], other=0.0)
+def _stacked(a, b, c, d, origin, length, H, K: tl.constexpr, C: tl.constexpr):
+    """The rows [4 C, K] of a mini-batch of four tensors, one below the other."""
+    t, start = tl.arange(0, 4 * C), origin * K
+    first = tl.where(t < 2 * C, tl.where(t < C, a + start, b + start), tl.where(t < 3 * C, c + start, d + start))
+    return tl.load(first[:, None] + _at(t % C, H, K), mask=(t % C < length)[:, None], other=0.0)
 
 
 @triton.jit
@@ -68,12 +74,12 @@ def _turned_each(x, one, K: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _store_both(a, b, x, y, batch, head, begin, length, L, H, K: tl.constexpr, C: tl.constexpr):
+def _store_both(a, b, x, y, origin, length, H, K: tl.constexpr, C: tl.constexpr):
     """Stores tiles [K, C] as rows, x in a and y in b: laid out so together, which are barriers."""
-    t = tl.arange(0, 2 * C)
+    t, start = tl.arange(0, 2 * C), origin * K
     rows = tl.reshape(tl.permute(tl.join(x, y), [2, 1, 0]), [2 * C, K])
-    place = (((batch * L + begin + t % C) * H + head) * K)[:, None] + tl.arange(0, K)[None, :]
-    tl.store(tl.where(t < C, a, b)[:, None] + place, rows, mask=(t % C < length)[:, None])
+    first = tl.where(t < C, a + start, b + start)
+    tl.store(first[:, None] + _at(t % C, H, K), rows, mask=(t % C < length)[:, None])
 
 
 @triton.jit
@@ -83,11 +89,10 @@ def _fold(x, K: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _pairs(k, v, steps, batch, head, begin, end, L, H, K: tl.constexpr, C: tl.constexpr):
-    token = begin + tl.arange(0, C)
-    real = token < end
-    x, value = _rows(k, batch, head, token, real, L, H, K), _rows(v, batch, head, token, real, L, H, K)
-    return x, value, tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)
+def _pairs(k, v, steps, origin, length, H, K: tl.constexpr, C: tl.constexpr):
+    place = tl.arange(0, C)
+    x, value = _rows(k, origin, length, H, K, C), _rows(v, origin, length, H, K, C)
+    return x, value, tl.load(steps + origin + place * H, mask=place < length, other=0.0)
 
 
 @triton.jit(do_not_specialize=["L", "G"])
@@ -117,7 +122,7 @@ def scan(
         )
     curve = gamma * gamma
     slope, last_c = tl.sum(curve) / K, tl.load(sizes + C - 1)
-    opening, once = start + head * P, head == 0
+    opening, once, first = start + head * P, head == 0, batch * L * H + head
     begins, edges = begins + batch * (L + 1), edges + batch * (G + 1)
     opens, count = lay_out(position + batch * L, begins, L, C, DOCUMENTS)  # all heads of a row write the same
     if init is None:
@@ -134,20 +139,19 @@ def scan(
         tl.store(biases + row * G * K + key[:, None], b)
     if AHEAD:
         begin, end, _ = batch_at(begins, opens, 0, L, C, DOCUMENTS)
-        x, value, eta = _pairs(k, v, steps, batch, head, begin, end, L, H, K, C)
+        x, value, eta = _pairs(k, v, steps, first + begin * H, end - begin, H, K, C)
     for n in tl.range(0, count, disable_licm=True):
         m = tl.minimum(n + 1, count - 1)
         next_begin, next_end, next_new = batch_at(begins, opens, m, L, C, DOCUMENTS)
         if AHEAD:
-            next_x, next_value, next_eta = _pairs(k, v, steps, batch, head, next_begin, next_end, L, H, K, C)
+            next_x, next_value, next_eta = _pairs(k, v, steps, first + next_begin * H, next_end - next_begin, H, K, C)
         else:
             begin, end, _ = batch_at(begins, opens, n, L, C, DOCUMENTS)
-            x, value, eta = _pairs(k, v, steps, batch, head, begin, end, L, H, K, C)
+            x, value, eta = _pairs(k, v, steps, first + begin * H, end - begin, H, K, C)
             if STACK:
                 t = tl.arange(0, 2 * C)
-                token = begin + t % C
-                at_row = (((batch * L + token) * H + head) * K)[:, None] + key[None, :]
-                stack = tl.load(tl.where(t < C, k, v)[:, None] + at_row, mask=(token < end)[:, None], other=0.0)
+                both = tl.where(t < C, k + (first + begin * H) * K, v + (first + begin * H) * K)[:, None]
+                stack = tl.load(both + _at(t % C, H, K), mask=(t % C < end - begin)[:, None], other=0.0)
 
         if STACK:
             pull = gamma * (beta + tl.dot(tl.trans(stack), signs))
@@ -173,9 +177,9 @@ def scan(
         W = add_dot(step, x, W, TYPE)
         rounded = W.to(TYPE)  # here, since for what conditions alone want of a product Triton does not wait
         b += tl.sum(step, 1, keep_dims=True)
-        _store_both(errors, standard, u.to(TYPE), y.to(TYPE), batch, head, begin, end - begin, L, H, K, C)
-        token = begin + place
-        tl.store(number_at(numbers, row, which, token, L), found, mask=(token < end) & (which < at.NUMBERS))
+        _store_both(errors, standard, u.to(TYPE), y.to(TYPE), first + begin * H, end - begin, H, K, C)
+        number = number_at(numbers, row, begin, L) + which * L + place
+        tl.store(number, found, mask=(place < end - begin) & (which < at.NUMBERS))
         # before a document's own weights come in: after that Triton turns W around for this store in every mini-batch
         if (next_end > span_begin + TILE) & (n + 1 < count):
             span, span_begin = span + 1, next_begin
@@ -196,20 +200,16 @@ def scan(
 
 
 @triton.jit
-def _number(numbers, row, which: tl.constexpr, token, real, L):
-    return tl.load(number_at(numbers, row, which, token, L), mask=real, other=0.0)[None, :]
+def _number(number, which: tl.constexpr, length, L, C: tl.constexpr):
+    place = tl.arange(0, C)
+    return tl.load(number + which * L + place, mask=place < length, other=0.0)[None, :]
 
 
 @triton.jit
-def _gradient_inputs(
-    q, k, v, standard, derrors, dreads, batch, head, begin, end, L, H, K: tl.constexpr, C: tl.constexpr
-):  # fmt: skip
-    token = begin + tl.arange(0, C)
-    real = token < end
-    query, x = _rows(q, batch, head, token, real, L, H, K), _rows(k, batch, head, token, real, L, H, K)
-    value, y = _rows(v, batch, head, token, real, L, H, K), _rows(standard, batch, head, token, real, L, H, K)
-    du, dread = _rows(derrors, batch, head, token, real, L, H, K), _rows(dreads, batch, head, token, real, L, H, K)
-    return query, x, value, y, du, dread
+def _gradient_inputs(q, k, v, standard, derrors, dreads, origin, length, H, K: tl.constexpr, C: tl.constexpr):
+    query, x = _rows(q, origin, length, H, K, C), _rows(k, origin, length, H, K, C)
+    value, y = _rows(v, origin, length, H, K, C), _rows(standard, origin, length, H, K, C)
+    return query, x, value, y, _rows(derrors, origin, length, H, K, C), _rows(dreads, origin, length, H, K, C)
 
 
 @triton.jit(do_not_specialize=["L", "G"])
@@ -236,7 +236,7 @@ def scan_gradient(
     place, opens = tl.arange(0, C), tl.load(edges)
     no_gradients(dv, opens, batch, head, L, H, C, K)
     tl.store(dsteps + (batch * L + place) * H + head, tl.zeros([C], tl.float32), mask=place < opens)
-    opening, opened = dstart + row * P, 0
+    opening, opened, first = dstart + row * P, 0, batch * L * H + head
     D, d = tl.zeros([K, K], tl.float32), tl.zeros([K, 1], tl.float32)
     if dlast is not None:
         D, d = tl.load(dlast + row * P + matrix), tl.load(dlast + row * P + bias)
@@ -245,18 +245,17 @@ def scan_gradient(
     if AHEAD:
         begin, end, new = batch_at(begins, opens, tl.maximum(count - 1, 0), L, C, DOCUMENTS)
         query, x, value, y_row, du, dread = _gradient_inputs(
-            q, k, v, standard, derrors, dreads, batch, head, begin, end, L, H, K, C
+            q, k, v, standard, derrors, dreads, first + begin * H, end - begin, H, K, C
         )
     for i in tl.range(0, count, disable_licm=True):
         if AHEAD:
             next_begin, next_end, next_new = batch_at(begins, opens, tl.maximum(count - 2 - i, 0), L, C, DOCUMENTS)
         else:
             begin, end, new = batch_at(begins, opens, count - 1 - i, L, C, DOCUMENTS)
-        token = begin + place
-        real = token < end
-        scale, eta_s = _number(numbers, row, at.SCALE, token, real, L), _number(numbers, row, at.STEP, token, real, L)
-        cross, turn = _number(numbers, row, at.CROSS, token, real, L), _number(numbers, row, at.TURN, token, real, L)
-        bent, rest = _number(numbers, row, at.BENT, token, real, L), _number(numbers, row, at.REST, token, real, L)
+        origin, length, number = first + begin * H, end - begin, number_at(numbers, row, begin, L)
+        scale, eta_s = _number(number, at.SCALE, length, L, C), _number(number, at.STEP, length, L, C)
+        cross, turn = _number(number, at.CROSS, length, L, C), _number(number, at.TURN, length, L, C)
+        bent, rest = _number(number, at.BENT, length, L, C), _number(number, at.REST, length, L, C)
         level = 2 * bent + rest
         if end == edge:
             span -= 1
@@ -264,17 +263,17 @@ def scan_gradient(
             tl.store(dkept + (row * G + span) * (K * K) + matrix, D.to(TYPE))
         if AHEAD:
             next_query, next_x, next_value, next_y, next_du, next_dread = _gradient_inputs(
-                q, k, v, standard, derrors, dreads, batch, head, next_begin, next_end, L, H, K, C
+                q, k, v, standard, derrors, dreads, first + next_begin * H, next_end - next_begin, H, K, C
             )
         elif STACK:
-            query, x = _rows(q, batch, head, token, real, L, H, K), _rows(k, batch, head, token, real, L, H, K)
-            stack = _stacked(standard, derrors, dreads, v, batch, head, begin, end, L, H, K, C)
+            query, x = _rows(q, origin, length, H, K, C), _rows(k, origin, length, H, K, C)
+            stack = _stacked(standard, derrors, dreads, v, origin, length, H, K, C)
         else:
             query, x, value, y_row, du, dread = _gradient_inputs(
-                q, k, v, standard, derrors, dreads, batch, head, begin, end, L, H, K, C
+                q, k, v, standard, derrors, dreads, origin, length, H, K, C
             )
 
-        full = tl.where(end - begin == C, 1.0, 0.0)
+        full = tl.where(length == C, 1.0, 0.0)
         moved = full * (dot(D, tl.trans(x), TYPE) + d)
         if STACK:
             y, p, read, target = _turned_each(stack, ones, K, C)
@@ -295,9 +294,9 @@ def scan_gradient(
 
         by_last_c += _fold(eta_s * moved * (g - (bent + rest) - y * cross), K, C)
         deta = scale * (K * (by_h + (turn - cross) * by_y + mean * bent) - by_both)
-        tl.store(dsteps + (batch * L + token[None, :]) * H + head, deta, mask=real[None, :])
+        tl.store(dsteps + origin + (place * H)[None, :], deta, mask=(place < length)[None, :])
         dg = eta_s * (p - y * by_y)
-        _store_both(dback, dv, dz.to(TYPE), (-gamma * dg).to(TYPE), batch, head, begin, end - begin, L, H, K, C)
+        _store_both(dback, dv, dz.to(TYPE), (-gamma * dg).to(TYPE), origin, length, H, K, C)
         dgamma += _fold(dg * (2 * gamma * y + pull), K, C)
         dbeta += _fold(dg, K, C)
         if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled

@@ -37,9 +37,9 @@ BENT, REST, TURN = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
 
 
 @triton.jit
-def number_at(numbers, row, which, token, L):
-    """Pointers to one of the numbers of tokens."""
-    return numbers + (row * NUMBERS + which) * L + token
+def number_at(numbers, row, token, L):
+    """A pointer to the first number of a token; the others lie L behind each other."""
+    return numbers + row * NUMBERS * L + token
 
 
 @triton.jit
