@@ -28,10 +28,7 @@ READS = {  # in 16 bits: channels of a product on their way to shared memory at 
     "key_gradient": (32, 4),
 }
 SUMS = {"COLUMNS": 32, "ROWS": 64, "BLOCK": 512, "num_warps": 4}
-SCANS = {
-    "scan": {"AHEAD": False, "STACK": False, "num_stages": 3},
-    "scan_gradient": {"AHEAD": False, "STACK": True, "num_stages": 5},
-}
+SCANS = {"scan": 3, "scan_gradient": 3}  # stages: mini-batches on their way, and the one that is computed
 
 
 def num_spans(call: Call, tile: int) -> int:
@@ -51,31 +48,32 @@ class Linear:
         self.spans = B, H, G
         # with keys of 16 in float32 8 warps met an illegal memory access (Triton 3.7.1)
         self.warps = 8 if K >= 64 else 4
-        self.common = {"L": L, "H": H, "G": G, "C": C, "K": K, "DOCUMENTS": call.opening is not None}
+        self.common, self.documents = {"L": L, "H": H, "G": G, "C": C, "K": K}, call.opening is not None
         self.opening = self.start if call.opening is None else call.opening
 
     def forward(self) -> tuple[Tensor, ...]:
         """o, the last weights, and for the backward pass the weights of each span [B, H, G, K, K], u and y [B, L, H,
-        K], numbers [B, H, 6, L], of the queries y [B, L, H, K] and s [B, H, L], and begins, edges and counts (scan).
+        K], numbers [B, H, 6, L], of the queries y [B, L, H, K] and s [B, H, L], and starts, edges and counts (scan).
         """
         (B, L, H, K), (o, u, y, read_y) = self.q.shape, (torch.empty_like(self.v) for _ in range(4))
         G, new, number = self.spans[2], self.steps.new_empty, partial(self.q.new_empty, dtype=torch.int32)
         last, numbers, scales = new(B, H, K * K + K), new(B, H, linear_tiles.NUMBERS.value, L), new(B, H, L)
         kept, biases = self.q.new_empty(*self.spans, K, K), new(*self.spans, K)
-        begins, edges, counts = number(B, L + 1), number(B, G + 1), number(B, 2)
+        starts, edges, counts = number(B, L + 1), number(B, G + 1), number(B, 2)
         scan[(self.rows,)](
             self.k, self.v, self.steps, self.sizes, self.start, *self.norm, self.init, self.position,
-            last, kept, biases, u, y, numbers, begins, edges, counts, TILE=self.tile, **self._scans("scan"),
+            last, kept, biases, u, y, numbers, starts, edges, counts,
+            TILE=self.tile, DOCUMENTS=self.documents, **self._scans("scan"),
         )  # fmt: skip
         read[(G, self.rows)](
             self.q, self.k, self.sizes, *self.norm, edges, self.position, self.opening, self.start, kept, biases, u, o,
             read_y, scales, **self._reads("read"),
         )  # fmt: skip
-        return o, last, kept, u, y, numbers, read_y, scales, begins, edges, counts
+        return o, last, kept, u, y, numbers, read_y, scales, starts, edges, counts
 
     def backward(
         self, do: Tensor, dlast: Tensor | None, kept: Tensor, u: Tensor, y: Tensor, numbers: Tensor,
-        read_y: Tensor, scales: Tensor, begins: Tensor, edges: Tensor, counts: Tensor,
+        read_y: Tensor, scales: Tensor, starts: Tensor, edges: Tensor, counts: Tensor,
     ) -> list[Tensor]:  # fmt: skip
         """The gradients, as the operator has them."""
         (B, H, G), C, K, new = self.spans, len(self.sizes), self.q.shape[-1], self.steps.new_empty
@@ -89,7 +87,7 @@ class Linear:
             dq, shared, derrors, dreads, **self._reads("read_gradient"),
         )  # fmt: skip
         scan_gradient[(self.rows,)](
-            self.q, self.k, self.v, self.sizes, *self.norm, begins, edges, counts,
+            self.q, self.k, self.v, self.sizes, *self.norm, self.position, starts, edges, counts,
             y, numbers, derrors, dreads, dlast, dinit, dstart, dkept, dback, dv, dsteps, shared,
             **self._scans("scan_gradient"),
         )  # fmt: skip
@@ -109,15 +107,12 @@ class Linear:
         return found
 
     def _scans(self, kernel: str) -> dict[str, Any]:
-        found = {**self.common, **SCANS[kernel], "num_warps": self.warps}
-        if self.q.dtype == torch.float32:  # tiles are twice as large
-            found["num_stages"] = min(found["num_stages"], 3)
-        return found
+        return {**self.common, "num_warps": self.warps, "num_stages": SCANS[kernel]}
 
     def _reads(self, kernel: str) -> dict[str, Any]:
         (part, warps), K = READS[kernel], self.q.shape[-1]
         stages = 3 if K == 128 else 2
         if self.q.dtype == torch.float32:  # operands are twice as large
             part, warps, stages = 32, self.warps, 1
-        sizes = {**self.common, "TILE": self.tile, "PART": min(part, K)}
+        sizes = {**self.common, "TILE": self.tile, "PART": min(part, K), "DOCUMENTS": self.documents}
         return sizes | {"num_warps": warps, "num_stages": stages}

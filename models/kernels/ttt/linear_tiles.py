@@ -43,38 +43,25 @@ def number_at(numbers, row, token, L):
 
 
 @triton.jit
-def lay_out(position, begins, L, C: tl.constexpr, DOCUMENTS: tl.constexpr, AT_ONCE: tl.constexpr = 2048):
+def lay_out(position, starts, L, C: tl.constexpr, DOCUMENTS: tl.constexpr, AT_ONCE: tl.constexpr = 2048):
     """Of a row, given the positions [L] of its tokens: where its first mini-batch begins, L if there is none, and how
-    many there are. With documents begins [L + 1] becomes 2 t of the token t where each of them begins, one more where
-    a document does, and 2 L behind the last.
+    many documents have mini-batches. starts [L + 1] become the tokens where the first ones of those begin, and L.
     """
     place = tl.arange(0, C)
     near = tl.load(position + place, mask=place < L, other=1)
     opens = tl.minimum(tl.min(tl.where(near % C == 0, place, C)), L)
-    count = (L - opens + C - 1) // C
+    num = (opens < L).to(tl.int32)
+    tl.store(starts, opens)
     if DOCUMENTS:
-        count = 0
-        for start in range(0, L, AT_ONCE):
-            token = start + tl.arange(0, AT_ONCE)
-            found = tl.load(position + token, mask=token < L, other=1)
-            here = (found % C == 0).to(tl.int32)
-            new = (found == 0) & (token > 0)
-            tl.store(begins + count + tl.cumsum(here, 0) - here, 2 * token + new.to(tl.int32), mask=here > 0)
-            count += tl.sum(here)
-        tl.store(begins + count, 2 * L)
-        tl.debug_barrier()  # what other threads have written is read
-    return opens, count
-
-
-@triton.jit
-def batch_at(begins, opens, n, L, C: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """Of mini-batch n where it begins and ends, and whether it begins a document."""
-    begin, new = opens + n * C, opens < 0
-    end = tl.minimum(begin + C, L)
-    if DOCUMENTS:
-        found = tl.load(begins + n)
-        begin, end, new = found >> 1, tl.load(begins + n + 1) >> 1, found % 2 > 0
-    return begin, end, new
+        for begin in range(0, L, AT_ONCE):
+            token = begin + tl.arange(0, AT_ONCE)
+            new = (tl.load(position + token, mask=token < L, other=1) == 0) & (token > opens)
+            here = new.to(tl.int32)
+            tl.store(starts + num + tl.cumsum(here, 0) - here, token, mask=new)
+            num += tl.sum(here)
+    tl.store(starts + num, L)
+    tl.debug_barrier()  # what other threads have written is read
+    return opens, num
 
 
 @triton.jit
