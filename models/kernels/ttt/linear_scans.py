@@ -174,6 +174,14 @@ def _number(number, which: tl.constexpr, length, L, C: tl.constexpr):
     return tl.load(number + which * L + place, mask=place < length, other=0.0)[None, :]
 
 
+@triton.jit
+def _span_before(dkept, edges, weights, span, edge, matrix, K: tl.constexpr):
+    """Leaves the gradient by what stands at the end of a span, the one before `span`, which begins at `edge`. dkept: of
+    the head. The span and its edge; and the one before that, on its way before it is wanted."""
+    tl.store(dkept + (span - 1) * (K * K) + matrix, weights)
+    return span - 1, edge, tl.load(edges + tl.maximum(span - 2, 0))
+
+
 @triton.jit(do_not_specialize=["L", "G"])
 def scan_gradient(
     q, k, v, sizes, gammas, betas, position, starts, edges, counts, standard, numbers, derrors, dreads,
@@ -204,6 +212,7 @@ def scan_gradient(
         D, d = tl.load(dlast + row * P + matrix), tl.load(dlast + row * P + bias)
     dgamma, dbeta, by_last_c = tl.zeros([K, 4], tl.float32), tl.zeros([K, 4], tl.float32), tl.zeros([K, 4], tl.float32)
     num, span = tl.load(counts + 2 * batch), tl.load(counts + 2 * batch + 1)
+    dkept += row * G * (K * K)
     carried = 0
     if dinit is not None:
         carried = _goes_on(position + batch * L, opens, L).to(tl.int32)
@@ -212,13 +221,11 @@ def scan_gradient(
         at_start = starts + num - 1 - document
         begin, stop = tl.load(at_start), tl.load(at_start + 1)
         batches = (stop - begin + C - 1) // C
+        if stop == edge:
+            span, edge, next_edge = _span_before(dkept, edges, D.to(TYPE), span, next_edge, matrix, K)
         for n in tl.range(0, batches, disable_licm=True):
             here = begin + (batches - 1 - n) * C
             origin, length, number = first + here * H, tl.minimum(stop - here, C), number_at(numbers, row, here, L)
-            if here + length == edge:
-                span, edge = span - 1, next_edge
-                next_edge = tl.load(edges + tl.maximum(span - 1, 0))
-                tl.store(dkept + (row * G + span) * (K * K) + matrix, D.to(TYPE))
             scale, eta_s = _number(number, at.SCALE, length, L, C), _number(number, at.STEP, length, L, C)
             cross, turn = _number(number, at.CROSS, length, L, C), _number(number, at.TURN, length, L, C)
             bent, rest = _number(number, at.BENT, length, L, C), _number(number, at.REST, length, L, C)
@@ -244,6 +251,7 @@ def scan_gradient(
             dz = (curve - cross) * p - (by_curve / K - mean * slope) - (h - level - turn * y) * by_y - y * by_h
             dz = eta_s * scale * dz
             D = add_dot(read, query, add_dot(dz, x, D, TYPE), TYPE)
+            rounded = D.to(TYPE)
             d += tl.sum(dz + read, 1, keep_dims=True)
 
             by_last_c += _fold(eta_s * moved * (g - (bent + rest) - y * cross), K, C)
@@ -253,6 +261,8 @@ def scan_gradient(
             _store_both(dback, dv, dz.to(TYPE), (-gamma * dg).to(TYPE), origin, length, H, K, C)
             dgamma += _fold(dg * (2 * gamma * y + pull), K, C)
             dbeta += _fold(dg, K, C)
+            if (here == edge) & (here > begin):
+                span, edge, next_edge = _span_before(dkept, edges, rounded, span, next_edge, matrix, K)
         if (document + 1 < num) | (carried == 0):  # what comes before is another document
             before = document > 0
             tl.store(opening + matrix, tl.load(opening + matrix, mask=before, other=0.0) + D)
