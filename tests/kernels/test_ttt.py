@@ -109,17 +109,18 @@ def test_spans_take_what_a_tile_holds_interpreted():
         (B, L), K, x = torch.tensor(rows).shape, 16, torch.ones
         k, norm, start = x(B, L, 1, K), x(1, K), x(1, K * K + K)
         call = Call(k, k, k, x(B, L, 1), x(16), start, norm, norm, None, torch.tensor(rows).int(), start, *[None] * 3)
-        *_, begins, edges, counts = _forward(*packed(call))
-        return [x.tolist() for x in (begins, edges, counts)]
+        *_, starts, edges, counts = _forward(*packed(call))
+        return [x.tolist() for x in (starts, edges, counts)]
 
     print("FOUND", json.dumps([laid_out({rows}), laid_out([[3, 4, 5]])]))
     """
     found, few = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
     assert few[1:] == [[[3, 3]], [[0, 0]]]
-    for row, begins, edges, (count, num) in zip(rows, *found, strict=True):
+    for row, starts, edges, (num, count) in zip(rows, *found, strict=True):
         opens = [t for t in range(length) if row[t] % 16 == 0]
-        assert begins[: count + 1] == [2 * t + (t > 0 and row[t] == 0) for t in opens] + [2 * length]
-        assert count == len(opens) and edges[:num] == spans(opens, length) and set(edges[num:]) == {length}
+        documents = [t for t in opens if row[t] == 0 or t == opens[0]]
+        assert starts[: num + 1] == [*documents, length]
+        assert edges[:count] == spans(opens, length) and set(edges[count:]) == {length}
 
 
 @pytest.mark.gpu

@@ -27,7 +27,7 @@ READS = {  # in 16 bits: channels of a product on their way to shared memory at 
     "read_gradient": (64, 4),
     "key_gradient": (32, 4),
 }
-SUMS = {"COLUMNS": 32, "ROWS": 64, "BLOCK": 512, "num_warps": 4}
+SUMS = {"COLUMNS": 16, "ROWS": 256, "BLOCK": 512, "num_warps": 4}
 SCANS = {"scan": 3, "scan_gradient": 3}  # stages: mini-batches on their way, and the one that is computed
 
 
@@ -95,15 +95,15 @@ class Linear:
             self.q, self.k, self.sizes, *where, self.opening, kept, u, dreads,
             dkept, dback, dv, dk, **self._reads("key_gradient"),
         )  # fmt: skip
-        found = [dq, dk, dv, dsteps, *self._summed(shared, dstart, counts)]
+        found = [dq, dk, dv, dsteps, *self._summed(shared, dstart)]
         return found if dinit is None else [*found, dinit]
 
-    def _summed(self, shared: Tensor, dstart: Tensor, counts: Tensor) -> list[Tensor]:
-        """By sizes [H, C], gamma and beta [H, K] and start [H, P], over rows and the spans that there are."""
+    def _summed(self, shared: Tensor, dstart: Tensor) -> list[Tensor]:
+        """By sizes [H, C], gamma and beta [H, K] and start [H, P], over rows and spans."""
         (B, H, G), C, K, P = self.spans, len(self.sizes), self.q.shape[-1], dstart.shape[2]
         found = [dstart.new_empty(H, n) for n in (C, K, K, P)]
         programs = H * triton.cdiv(C + 2 * K, SUMS["COLUMNS"]) + triton.cdiv(H * P, SUMS["BLOCK"])
-        sums[(programs,)](shared, dstart, counts, *found, B, H, G, P, C=C, K=K, **SUMS)
+        sums[(programs,)](shared, dstart, *found, B, H, G, P, C=C, K=K, **SUMS)
         return found
 
     def _scans(self, kernel: str) -> dict[str, Any]:
