@@ -82,35 +82,45 @@ def test_kernels_are_the_dual_form(inner_model, width, dtype):
     assert max(found) < {torch.float32: 2e-2, torch.bfloat16: 5e-2}[dtype], found  # tensor cores round, to TF32 or bf16
 
 
-def spans(first: list[int], length: int) -> tuple[list[int], list[int]]:
-    """Where the spans of one row begin and end, and the span of each mini-batch: TILE tokens or fewer, in order."""
-    edges, span = [first[0]], []
-    for begin, end in pairwise([*(x for x in first if x < length), length]):
+SHAPES = ((1, 0), (5, 0), (40, 9), (1000, 0), (1000, 1))  # tokens of a document, and how many of the first are over
+
+
+def spans(begins: list[int], length: int) -> list[int]:
+    """Where the spans of one row begin: TILE tokens or fewer, in order."""
+    edges = begins[:1]
+    for begin, end in pairwise([*begins, length]):
         if end - edges[-1] > TILE:
             edges.append(begin)
-        span.append(len(edges) - 1)
-    return [*edges, length], span
+    return edges
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_spans_take_what_a_tile_holds_interpreted():
-    """Documents of one token, of a few, and of many; a row that begins within a mini-batch, and one without any."""
-    length, rows = 300, []
-    for size, begin in ((1, 0), (5, 0), (40, 7), (1000, 0), (1000, 300)):
-        opens = [t for d in range(begin, length, size) for t in range(d, min(d + size, length), 16)]
-        rows.append(opens + [length] * (length + 1 - len(opens)))
+    """Documents of one token, of a few, and of many; rows that begin within a mini-batch, and one without any."""
+    length = 300
+    rows = [[(t + seen) % size for t in range(length)] for size, seen in SHAPES]
     code = f"""
     import json, torch
-    from models.kernels.ttt import _spans
-    edges, spans, counts = _spans(torch.tensor({rows}, dtype=torch.int32), {length}, {-(-length // (TILE - 15))})
-    print("FOUND", json.dumps([edges.tolist(), spans.tolist(), counts.tolist()]))
+    from models.kernels.backend import packed
+    from models.kernels.ttt import Call, _forward
+
+    def laid_out(rows):
+        (B, L), K, x = torch.tensor(rows).shape, 16, torch.ones
+        k, norm, start = x(B, L, 1, K), x(1, K), x(1, K * K + K)
+        call = Call(k, k, k, x(B, L, 1), x(16), start, norm, norm, None, torch.tensor(rows).int(), start, *[None] * 3)
+        *_, starts, edges, counts = _forward(*packed(call))
+        return [x.tolist() for x in (starts, edges, counts)]
+
+    print("FOUND", json.dumps([laid_out({rows}), laid_out([[3, 4, 5]])]))
     """
-    found = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
-    for row, edges, span, count in zip(rows, *found, strict=True):
-        exact, of_batch = spans(row, length)
-        assert count == len(of_batch) and span[:count] == of_batch
-        assert edges[: len(exact)] == exact and set(edges[len(exact) :]) <= {length}
+    found, few = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
+    assert few[1:] == [[[3, 3]], [[0, 0]]]
+    for row, starts, edges, (num, count) in zip(rows, *found, strict=True):
+        opens = [t for t in range(length) if row[t] % 16 == 0]
+        documents = [t for t in opens if row[t] == 0 or t == opens[0]]
+        assert starts[: num + 1] == [*documents, length]
+        assert edges[:count] == spans(opens, length) and set(edges[count:]) == {length}
 
 
 @pytest.mark.gpu

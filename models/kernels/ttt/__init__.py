@@ -26,7 +26,7 @@ TAKES = {  # of a recipe
 HIDDEN = 4  # the hidden layer's width over that of keys
 MINI_BATCH = 16  # the smallest that Triton's products take, and the paper's
 WIDTHS = {"linear": (16, 32, 64, 128), "mlp": (16, 32, 64)}  # of keys; wider ones' weights do not fit on chip
-KEPT = 7  # tensors, for the backward pass
+KEPT = 9  # tensors, for the backward pass
 TILE = 64  # tokens that the linear model's kernels take at a time
 SLAB = 4096  # spans of MINI_BATCH tokens that the MLP's kernels take at a time, of all heads of all sequences
 
@@ -54,44 +54,27 @@ def slab(rows: int) -> int:
     return max(SLAB // rows, 1)
 
 
-@torch.library.custom_op("test_time_regression::ttt_spans", mutates_args=())
-def _spans(first: Tensor, length: int, num: int) -> tuple[Tensor, Tensor, Tensor]:
-    """edges, spans and counts of a Call, with `num` spans or fewer."""
-    from models.kernels.ttt.linear_tiles import divide
-
-    found = _empty(first, length, num)
-    with torch.cuda.device_of(first):
-        divide[(len(first),)](first, *found, first.shape[1] - 1, num, length, TILE=TILE, num_warps=1)
-    return found
-
-
-@_spans.register_fake
-def _empty(first: Tensor, length: int, num: int) -> tuple[Tensor, Tensor, Tensor]:
-    (B, N), new = first.shape, first.new_empty
-    return new(B, num + 1), new(B, N - 1), new(B)
-
-
 def scan(
-    q: Tensor, k: Tensor, v: Tensor, steps: Tensor, sizes: Tensor, start: Tensor, gamma: Tensor,
-    beta: Tensor, init: Tensor | None, first: Tensor, position: Tensor, fresh: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, steps: Tensor, sizes: Tensor, start: Tensor, gamma: Tensor, beta: Tensor,
+    init: Tensor | None, position: Tensor, batches: tuple[Tensor, Tensor | None] | None, documents: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """All mini-batches of a call, arguments as in Call; without `init` the first one begins with `start`. Returns o [B,
-    L, H, K] in the dtype of v, and the weights of the last mini-batch [B, H, P].
+    """All mini-batches of a call, arguments as in Call; without `init` the first one begins with `start`. batches:
+    first and fresh, of the MLP alone. documents: whether any may begin inside. Returns o [B, L, H, K] in the dtype of
+    v, and the weights of the last mini-batch [B, H, P].
     """
-    length, K, first, group, spans = q.shape[1], q.shape[-1], first.int().contiguous(), None, (None, None, None)
-    if start.shape[1] == K * (K + 1):
-        least = TILE if fresh is None else TILE - MINI_BATCH + 1  # tokens of a span that is not the last one
-        spans = _spans(first, length, -(-length // least))
+    where = []
+    if batches is None:
+        where += [position.int().contiguous(), start.to(v.dtype).contiguous() if documents else None, *[None] * 3]
     else:
+        length, first, fresh = q.shape[1], batches[0].int().contiguous(), batches[1]
         edges = (torch.arange(-(-length // MINI_BATCH) + 1, device=q.device) * MINI_BATCH).clamp(max=length)
         group = torch.searchsorted(first, edges.int().expand(len(q), -1).contiguous()).int()
+        where += [None, None, first, group, None if fresh is None else fresh.to(torch.int8).contiguous()]
         init = start.expand(len(q), -1, -1) if init is None else init
     tensors = (x.contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v))
     numbers = (x.float().contiguous() for x in (steps, sizes, start, gamma, beta))
     init = None if init is None else init.float().contiguous()
-    fresh = None if fresh is None else fresh.to(torch.int8).contiguous()
-    call = Call._make((*tensors, *numbers, init, first, group, *spans, position.int().contiguous(), fresh))
-    o, last, *_ = _forward(*packed(call))
+    o, last, *_ = _forward(*packed(Call._make((*tensors, *numbers, init, *where))))
     return o, last
 
 
@@ -108,9 +91,9 @@ def _kernels(call: Call) -> Any:
 @torch.library.custom_op("test_time_regression::ttt_scan", mutates_args=())
 def _forward(
     given: list[Tensor], names: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the last weights, and what is kept for the backward pass: of the MLP the weights at the first mini-batch of
-    each slab [B, H, *, P] and six empty tensors; of the linear model what Linear.forward says."""
+    each slab [B, H, *, P] and empty tensors; of the linear model what Linear.forward says."""
     call = unpacked(Call, given, names)
     with torch.cuda.device_of(call.q):
         return _kernels(call).forward()
@@ -125,20 +108,21 @@ def _(given, names):
         G = call.group.shape[1] - 1
         kept = new(B, H, -(-G // slab(B * H)), P), *(new(0) for _ in range(KEPT - 1))
     else:
+        from models.kernels.ttt.linear import num_spans
         from models.kernels.ttt.linear_tiles import NUMBERS
 
-        assert call.edges is not None
-        G = call.edges.shape[1] - 1
+        G = num_spans(call, TILE)
         u, y, read_y = (torch.empty_like(call.v) for _ in range(3))
         numbers, scales = new(B, H, NUMBERS.value, L), new(B, H, L)
-        kept = call.q.new_empty(B, H, G, K, K), new(B, H, G, K), u, y, numbers, read_y, scales
+        edges = [call.q.new_empty(B, n, dtype=torch.int32) for n in (L + 1, G + 1, 2)]
+        kept = call.q.new_empty(B, H, G, K, K), u, y, numbers, read_y, scales, *edges
     return torch.empty_like(call.v), new(B, H, P), *kept
 
 
 @torch.library.custom_op("test_time_regression::ttt_scan_backward", mutates_args=())
 def _backward(given: list[Tensor], names: str, kept: list[Tensor], do: Tensor, dlast: Tensor | None) -> list[Tensor]:
-    """The gradients by q, k, v and the steps; side by side those by sizes, gamma and beta [B, H, b + 2 K], and that by
-    start [B, H, P], of each row; and that by init, if there is one."""
+    """The gradients by q, k, v and the steps; those by sizes, of each head [H, b], gamma, beta and start; and by init,
+    if there is one."""
     call = unpacked(Call, given, names)
     with torch.cuda.device_of(call.q):
         return _kernels(call).backward(do, dlast, *kept)
@@ -147,10 +131,10 @@ def _backward(given: list[Tensor], names: str, kept: list[Tensor], do: Tensor, d
 @_backward.register_fake
 def _(given, names, *others):
     call = unpacked(Call, given, names)
-    B, _, H, K = call.q.shape
-    shared, weights = (call.steps.new_empty(B, H, n) for n in (len(call.sizes) + 2 * K, call.start.shape[1]))
-    found = [*(torch.empty_like(x) for x in call[:4]), shared, weights]
-    return found if call.init is None else [*found, torch.empty_like(weights)]
+    by_sizes = call.sizes.new_empty(call.q.shape[2], len(call.sizes))
+    found = [*(torch.empty_like(x) for x in call[:4]), by_sizes]
+    found += [torch.empty_like(x) for x in (call.gamma, call.beta, call.start)]
+    return found if call.init is None else [*found, torch.empty_like(call.init)]
 
 
 def _keep(ctx, inputs, output):
@@ -165,10 +149,9 @@ def _gradients(ctx, do, dlast, *_):
     call = unpacked(Call, given, ctx.names)
     do = torch.zeros_like(call.v) if do is None else do.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
-    dq, dk, dv, dsteps, shared, dstart, *dinit = _backward(list(given), ctx.names, list(kept), do, dlast)
-    K = call.q.shape[-1]
-    dsizes, dgamma, dbeta = shared.sum(0).split([len(call.sizes), K, K], dim=-1)
-    found = [dq, dk, dv, dsteps, dsizes.sum(0), dstart.sum(0), dgamma, dbeta, *dinit]
+    made = _backward(list(given), ctx.names, list(kept), do, dlast)
+    dq, dk, dv, dsteps, dsizes, dgamma, dbeta, dstart, *dinit = made
+    found = [dq, dk, dv, dsteps, dsizes.sum(0), dstart, dgamma, dbeta, *dinit]
     return [*found, *[None] * (len(given) - len(found))], None
 
 

@@ -19,14 +19,12 @@ class Call(NamedTuple):
     gamma: Tensor  # [H, K]
     beta: Tensor  # [H, K]
     init: Tensor | None  # [B, H, P]: of the first one, None for `start` (the linear model alone)
-    first: Tensor  # [B, N + 1]: the first token of each mini-batch, and where the last one ends
-    # of the MLP alone:
-    group: Tensor | None  # [B, G + 1]: the first mini-batch of each span of tokens
     # of the linear model alone:
-    edges: Tensor | None  # [B, G + 1]: the first token of each span of mini-batches, and where the last one ends
-    spans: Tensor | None  # [B, N]: the span of each mini-batch
-    counts: Tensor | None  # [B]: how many mini-batches begin in each row
-    position: Tensor  # [B, L]: how many tokens of its document, or of the mini-batch that goes on, come before each
+    position: Tensor | None  # [B, L]: how many tokens of its document, or of the mini-batch that goes on, come before
+    opening: Tensor | None  # [H, P]: start in the dtype of q, None where no document begins inside
+    # of the MLP alone:
+    first: Tensor | None  # [B, N + 1]: the first token of each mini-batch, and where the last one ends
+    group: Tensor | None  # [B, G + 1]: the first mini-batch of each span of tokens
     fresh: Tensor | None  # [B, N]: which mini-batches begin a document, None where none does
 
     @property

@@ -10,14 +10,16 @@ A head's weights are packed as [W b], P numbers.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from models.kernels.ttt import linear_tiles
 from models.kernels.ttt.arguments import Call
-from models.kernels.ttt.linear_reads import key_gradient, read, read_gradient
+from models.kernels.ttt.linear_reads import key_gradient, read, read_gradient, sums
 from models.kernels.ttt.linear_scans import scan, scan_gradient
 
 READS = {  # in 16 bits: channels of a product on their way to shared memory at a time, and warps
@@ -25,6 +27,14 @@ READS = {  # in 16 bits: channels of a product on their way to shared memory at 
     "read_gradient": (64, 4),
     "key_gradient": (32, 4),
 }
+SUMS = {"COLUMNS": 16, "ROWS": 256, "BLOCK": 512, "num_warps": 4}
+SCANS = {"scan": 3, "scan_gradient": 3}  # stages: mini-batches on their way, and the one that is computed
+
+
+def num_spans(call: Call, tile: int) -> int:
+    """The most spans that a row can have: all but its last one have more tokens than `least`."""
+    least = tile if call.opening is None else tile - len(call.sizes) + 1
+    return -(-call.q.shape[1] // least)
 
 
 class Linear:
@@ -32,66 +42,77 @@ class Linear:
 
     def __init__(self, call: Call, tile: int) -> None:
         self.q, self.k, self.v, self.steps, self.sizes, self.start, *self.norm = call[:8]
-        self.init, self.places = call.init, (call.first, call.spans, call.counts, call.fresh)
-        assert call.edges is not None
-        (B, L, H, K), G = self.q.shape, call.edges.shape[1] - 1
-        self.rows, self.spans, self.tile = B * H, (B, H, G), tile
+        self.init, self.position = call.init, call.position
+        (B, L, H, K), C = self.q.shape, len(self.sizes)
+        self.rows, self.tile, G = B * H, tile, num_spans(call, tile)
+        self.spans = B, H, G
         # with keys of 16 in float32 8 warps met an illegal memory access (Triton 3.7.1)
         self.warps = 8 if K >= 64 else 4
-        self.common = {"L": L, "H": H, "G": G, "C": len(self.sizes), "K": K, "DOCUMENTS": call.fresh is not None}
-        self.scans = {**self.common, "N": call.first.shape[1] - 1}
-        self.scans |= {"num_warps": self.warps, "num_stages": 1}
-        self.opening = self.start if call.fresh is None else self.start.to(self.q.dtype)  # operands of the spans
-        self.where = call.edges, call.position
+        self.common, self.documents = {"L": L, "H": H, "G": G, "C": C, "K": K}, call.opening is not None
+        self.opening = self.start if call.opening is None else call.opening
 
     def forward(self) -> tuple[Tensor, ...]:
-        """o, the last weights, and for the backward pass the weights of each span [B, H, G, K, K], their biases [B, H,
-        G, K], u and y [B, L, H, K], numbers [B, H, 6, L], and of the queries y [B, L, H, K] and s [B, H, L].
+        """o, the last weights, and for the backward pass the weights of each span [B, H, G, K, K], u and y [B, L, H,
+        K], numbers [B, H, 6, L], of the queries y [B, L, H, K] and s [B, H, L], and starts, edges and counts (scan).
         """
         (B, L, H, K), (o, u, y, read_y) = self.q.shape, (torch.empty_like(self.v) for _ in range(4))
-        new = self.steps.new_empty
+        G, new, number = self.spans[2], self.steps.new_empty, partial(self.q.new_empty, dtype=torch.int32)
         last, numbers, scales = new(B, H, K * K + K), new(B, H, linear_tiles.NUMBERS.value, L), new(B, H, L)
         kept, biases = self.q.new_empty(*self.spans, K, K), new(*self.spans, K)
+        starts, edges, counts = number(B, L + 1), number(B, G + 1), number(B, 2)
         scan[(self.rows,)](
-            self.k, self.v, self.steps, self.sizes, self.start, *self.norm, self.init, *self.places,
-            last, kept, biases, u, y, numbers, **self.scans,
+            self.k, self.v, self.steps, self.sizes, self.start, *self.norm, self.init, self.position,
+            last, kept, biases, u, y, numbers, starts, edges, counts,
+            TILE=self.tile, DOCUMENTS=self.documents, **self._scans("scan"),
         )  # fmt: skip
-        read[(self.spans[2], self.rows)](
-            self.q, self.k, self.sizes, *self.norm, *self.where, self.opening, self.start, kept, biases, u, o,
+        read[(G, self.rows)](
+            self.q, self.k, self.sizes, *self.norm, edges, self.position, self.opening, self.start, kept, biases, u, o,
             read_y, scales, **self._reads("read"),
         )  # fmt: skip
-        return o, last, kept, biases, u, y, numbers, read_y, scales
+        return o, last, kept, u, y, numbers, read_y, scales, starts, edges, counts
 
     def backward(
-        self, do: Tensor, dlast: Tensor | None, kept: Tensor, _: Tensor, u: Tensor, y: Tensor, numbers: Tensor,
-        read_y: Tensor, scales: Tensor,
+        self, do: Tensor, dlast: Tensor | None, kept: Tensor, u: Tensor, y: Tensor, numbers: Tensor,
+        read_y: Tensor, scales: Tensor, starts: Tensor, edges: Tensor, counts: Tensor,
     ) -> list[Tensor]:  # fmt: skip
         """The gradients, as the operator has them."""
-        (B, H, G), C, K, new = self.spans, len(self.sizes), self.q.shape[-1], self.steps.new_zeros
+        (B, H, G), C, K, new = self.spans, len(self.sizes), self.q.shape[-1], self.steps.new_empty
         dq, dk, dv, derrors, dreads, dback = (torch.empty_like(self.q) for _ in range(6))
         dsteps, dstart, dkept = torch.empty_like(self.steps), new(B, H, K * K + K), torch.empty_like(kept)
         dinit = None if self.init is None else torch.empty_like(self.init)
         shared = new(B, H, G + 1, C + 2 * K)  # by sizes, gamma and beta, of each span, and last of the scan
+        where = edges, self.position
         read_gradient[G, self.rows](
-            self.q, self.k, self.sizes, self.norm[0], *self.where, self.opening, kept, u, read_y, scales, do,
+            self.q, self.k, self.sizes, self.norm[0], *where, self.opening, kept, u, read_y, scales, do,
             dq, shared, derrors, dreads, **self._reads("read_gradient"),
         )  # fmt: skip
         scan_gradient[(self.rows,)](
-            self.q, self.k, self.v, self.sizes, *self.norm, *self.places,
+            self.q, self.k, self.v, self.sizes, *self.norm, self.position, starts, edges, counts,
             y, numbers, derrors, dreads, dlast, dinit, dstart, dkept, dback, dv, dsteps, shared,
-            **self.scans,
+            **self._scans("scan_gradient"),
         )  # fmt: skip
         key_gradient[G, self.rows](
-            self.q, self.k, self.sizes, *self.where, self.opening, kept, u, dreads,
+            self.q, self.k, self.sizes, *where, self.opening, kept, u, dreads,
             dkept, dback, dv, dk, **self._reads("key_gradient"),
         )  # fmt: skip
-        found = [dq, dk, dv, dsteps, shared.sum(2), dstart]
+        found = [dq, dk, dv, dsteps, *self._summed(shared, dstart)]
         return found if dinit is None else [*found, dinit]
+
+    def _summed(self, shared: Tensor, dstart: Tensor) -> list[Tensor]:
+        """By sizes [H, C], gamma and beta [H, K] and start [H, P], over rows and spans."""
+        (B, H, G), C, K, P = self.spans, len(self.sizes), self.q.shape[-1], dstart.shape[2]
+        found = [dstart.new_empty(H, n) for n in (C, K, K, P)]
+        programs = H * triton.cdiv(C + 2 * K, SUMS["COLUMNS"]) + triton.cdiv(H * P, SUMS["BLOCK"])
+        sums[(programs,)](shared, dstart, *found, B, H, G, P, C=C, K=K, **SUMS)
+        return found
+
+    def _scans(self, kernel: str) -> dict[str, Any]:
+        return {**self.common, "num_warps": self.warps, "num_stages": SCANS[kernel]}
 
     def _reads(self, kernel: str) -> dict[str, Any]:
         (part, warps), K = READS[kernel], self.q.shape[-1]
         stages = 3 if K == 128 else 2
         if self.q.dtype == torch.float32:  # operands are twice as large
             part, warps, stages = 32, self.warps, 1
-        sizes = {**self.common, "TILE": self.tile, "PART": min(part, K)}
+        sizes = {**self.common, "TILE": self.tile, "PART": min(part, K), "DOCUMENTS": self.documents}
         return sizes | {"num_warps": warps, "num_stages": stages}

@@ -76,8 +76,8 @@ def read_gradient(
     dq, shared, derrors, dreads,
     L, H, G, C: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """dq, and the gradients by u and z because of queries; in shared [B H, G + 1, C + 2 K], which comes in as zeros, of
-    each span those by sizes, gamma and beta.
+    """dq, and the gradients by u and z because of queries; in shared [B H, G + 1, C + 2 K], of each span, those by
+    sizes, gamma and beta, zeros of a span without tokens.
     """
     g, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head, key = row // H, row % H, tl.arange(0, K)
@@ -85,7 +85,10 @@ def read_gradient(
     if g == 0:
         no_gradients(dq, tl.load(edges + batch * (G + 1)), batch, head, L, H, C, K)
     begin, end, token, real, place, batch_of, document_of = span_tokens(edges, position, batch, g, G, L, C, TILE)
+    shared += (row * (G + 1) + g) * (C + 2 * K)
     if begin == end:
+        tl.store(shared + tl.arange(0, C), tl.zeros([C], tl.float32))
+        tl.store(shared + C + tl.arange(0, 2 * K), tl.zeros([2 * K], tl.float32))
         return
     # on their way before the products that they are not for
     y, dout = (_rows(standard, batch, head, token, real, L, H, K), _rows(do, batch, head, token, real, L, H, K))
@@ -93,7 +96,6 @@ def read_gradient(
     carried, others = carried_on(begin, real, document_of)
     gamma = tl.load(gammas + head * K + key)[None, :]
     kept, opening = kept + (row * G + g) * (K * K), opening + head * (K * K + K)
-    shared += (row * (G + 1) + g) * (C + 2 * K)
     y, dout = y.to(tl.float32), dout.to(tl.float32)
     tl.store(shared + C + key, tl.sum(dout * y, 0))
     tl.store(shared + C + K + key, tl.sum(dout, 0))
@@ -193,3 +195,43 @@ def _key_gradient(
         dx = tl.dot(dz, tl.trans(rows(weights, j, K, PART))) - dx
         dx -= part(dv, batch, head, token, real, j, L, H, K, PART)
         _store_part(dk, dx, batch, head, token, mine, j, L, H, K, PART)
+
+
+@triton.jit
+def _sum_of_rows(x, out, program, B, M, BLOCK: tl.constexpr):
+    """Some columns of the sum [M] over rows of x [B, M]."""
+    column = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for row in range(0, B):
+        total += tl.load(x + row * M + column, mask=column < M, other=0.0)
+    tl.store(out + column, total, mask=column < M)
+
+
+@triton.jit
+def _sum_of_spans(x, head, column, B, H, G, S, ROWS: tl.constexpr):
+    """Columns of the sum [H, S] of a head, of x [B, H, G + 1, S]."""
+    total = tl.zeros([ROWS, column.shape[0]], tl.float32)
+    for begin in range(0, B * (G + 1), ROWS):
+        row = begin + tl.arange(0, ROWS)
+        at = ((row // (G + 1) * H + head).to(tl.int64) * (G + 1) + row % (G + 1))[:, None] * S + column[None, :]
+        total += tl.load(x + at, mask=(row < B * (G + 1))[:, None] & (column < S)[None, :], other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["B", "G"])
+def sums(
+    shared, dstart, by_sizes, by_gamma, by_beta, by_start, B, H, G, P,
+    C: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """by_sizes [H, C], by_gamma and by_beta [H, K] of shared [B, H, G + 1, C + 2 K], and by_start [H, P] of dstart [B,
+    H, P]. The first programs have some columns of a head of the one, the others of all of the other."""
+    program, S = tl.program_id(0), C + 2 * K
+    parts: tl.constexpr = (C + 2 * K + COLUMNS - 1) // COLUMNS
+    if program < H * parts:
+        head, column = program // parts, program % parts * COLUMNS + tl.arange(0, COLUMNS)
+        found = _sum_of_spans(shared, head, column, B, H, G, S, ROWS)
+        tl.store(by_sizes + head * C + column, found, mask=column < C)
+        tl.store(by_gamma + head * K + column - C, found, mask=(column >= C) & (column < C + K))
+        tl.store(by_beta + head * K + column - C - K, found, mask=(column >= C + K) & (column < S))
+    else:
+        _sum_of_rows(dstart, by_start, program - H * parts, B, H * P, BLOCK)

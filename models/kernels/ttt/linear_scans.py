@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from models.kernels.ttt import linear_tiles as at
-from models.kernels.ttt.linear_tiles import no_gradients, number_at
-from models.kernels.ttt.parts import EPS, add_dot, dot, mini_batch, tokens
+from models.kernels.ttt.linear_tiles import lay_out, no_gradients, number_at
+from models.kernels.ttt.parts import EPS, add_dot, dot
 
 
 @triton.jit
@@ -28,8 +28,16 @@ def _add6(a, b, c, d, e, f, a1, b1, c1, d1, e1, f1):
 
 
 @triton.jit
-def _rows(x, batch, head, token, real, L, H, K: tl.constexpr):
-    return tl.load(tokens(x, batch, head, token, L, H, K), mask=real[:, None], other=0.0)
+def _at(t, H, K: tl.constexpr):
+    """How far the rows of tokens t lie behind token 0: 32 bits, of a mini-batch."""
+    return (t * (H * K))[:, None] + tl.arange(0, K)[None, :]
+
+
+@triton.jit
+def _rows(x, origin, length, H, K: tl.constexpr, C: tl.constexpr):
+    """The rows [C, K] of a mini-batch of x [B, L, H, K], which begins at row `origin` of [B L H, K]."""
+    place = tl.arange(0, C)
+    return tl.load(x + origin * K + _at(place, H, K), mask=(place < length)[:, None], other=0.0)
 
 
 @triton.jit
@@ -48,12 +56,12 @@ def _turned(x, one):
 
 
 @triton.jit
-def _store_both(a, b, x, y, batch, head, begin, length, L, H, K: tl.constexpr, C: tl.constexpr):
+def _store_both(a, b, x, y, origin, length, H, K: tl.constexpr, C: tl.constexpr):
     """Stores tiles [K, C] as rows, x in a and y in b: laid out so together, which are barriers."""
-    t = tl.arange(0, 2 * C)
+    t, start = tl.arange(0, 2 * C), origin * K
     rows = tl.reshape(tl.permute(tl.join(x, y), [2, 1, 0]), [2 * C, K])
-    place = (((batch * L + begin + t % C) * H + head) * K)[:, None] + tl.arange(0, K)[None, :]
-    tl.store(tl.where(t < C, a, b)[:, None] + place, rows, mask=(t % C < length)[:, None])
+    first = tl.where(t < C, a + start, b + start)
+    tl.store(first[:, None] + _at(t % C, H, K), rows, mask=(t % C < length)[:, None])
 
 
 @triton.jit
@@ -63,111 +71,127 @@ def _fold(x, K: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _pairs(k, v, steps, batch, head, token, real, L, H, K: tl.constexpr):
-    x, value = _rows(k, batch, head, token, real, L, H, K), _rows(v, batch, head, token, real, L, H, K)
-    return x, value, tl.load(steps + (batch * L + token) * H + head, mask=real, other=0.0)
+def _pairs(k, v, steps, origin, length, H, K: tl.constexpr, C: tl.constexpr):
+    place = tl.arange(0, C)
+    x, value = _rows(k, origin, length, H, K, C), _rows(v, origin, length, H, K, C)
+    return x, value, tl.load(steps + origin + place * H, mask=place < length, other=0.0)
 
 
-@triton.jit(do_not_specialize=["L", "N", "G"])
+@triton.jit
+def _goes_on(position, opens, L):
+    """Whether the first mini-batch goes on with what the call has begun with."""
+    return (opens == 0) | (tl.load(position + opens, mask=opens < L, other=1) > 0)
+
+
+@triton.jit
+def _keep(kept, biases, edges, weights, b, span, begin, once, matrix, K: tl.constexpr):
+    """Leaves what stands where a span begins. kept, biases: of the head."""
+    tl.store(edges + span, begin, mask=once)
+    tl.store(kept + span * (K * K) + matrix, weights)
+    tl.store(biases + span * K + tl.arange(0, K)[:, None], b)
+
+
+@triton.jit(do_not_specialize=["L", "G"])
 def scan(
-    k, v, steps, sizes, start, gammas, betas, init, first, spans, counts, fresh,
-    last, kept, biases, errors, standard, numbers,
-    L, H, N, G, C: tl.constexpr, K: tl.constexpr, DOCUMENTS: tl.constexpr,
+    k, v, steps, sizes, start, gammas, betas, init, position,
+    last, kept, biases, errors, standard, numbers, starts, edges, counts,
+    L, H, G, C: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """From init [B H, P], or if there is none from start [H, P]: last [B H, P]; of every token u and y, errors and
     standard [B, L, H, K], and numbers [B H, 6, L]; and what stands before the first mini-batch of each span, kept [B H,
-    G, K, K] and, in float32, biases [B H, G, K].
+    G, K, K] and, in float32, biases [B H, G, K]. Of each row starts [B, L + 1] as lay_out leaves them, the spans' edges
+    [B, G + 1], where each begins and the last one ends, L beyond; and counts [B, 2], of documents and of spans.
     """
     row = tl.program_id(0).to(tl.int64)
     batch, head, P = row // H, row % H, K * K + K
     TYPE: tl.constexpr = k.dtype.element_ty
     key = tl.arange(0, K)
     matrix, bias = key[None, :] * K + key[:, None], K * K + key[:, None]
-    which = tl.arange(0, 8)[:, None]
+    which, place = tl.arange(0, 8)[:, None], tl.arange(0, C)[None, :]
     gamma, beta = tl.load(gammas + head * K + key[:, None]), tl.load(betas + head * K + key[:, None])
     one = _one(TYPE, C)
     curve = gamma * gamma
     slope, last_c = tl.sum(curve) / K, tl.load(sizes + C - 1)
-    end, opening = tl.load(counts + batch), start + head * P
-    begin, length, token, real, new = mini_batch(first, fresh, batch, 0, N, C, DOCUMENTS)
-    if init is None:
-        W, b = tl.load(opening + matrix), tl.load(opening + bias)
-    else:
-        init += row * P
-        if DOCUMENTS:
-            init = tl.where(new, opening, init)
-        W, b = tl.load(init + matrix), tl.load(init + bias)
-    span = 0
-    if end > 0:
-        tl.store(kept + row * G * (K * K) + matrix, W.to(TYPE))
-        tl.store(biases + row * G * K + key[:, None], b)
-    x, value, eta = _pairs(k, v, steps, batch, head, token, real, L, H, K)
-    for n in tl.range(0, end, disable_licm=True):
-        m = tl.minimum(n + 1, N - 1)
-        next_begin, next_length, next_token, next_real, next_new = mini_batch(first, fresh, batch, m, N, C, DOCUMENTS)
-        next_x, next_value, next_eta = _pairs(k, v, steps, batch, head, next_token, next_real, L, H, K)
-        next_span = tl.load(spans + batch * N + m)
+    opening, once, first = start + head * P, head == 0, batch * L * H + head
+    position, starts, edges = position + batch * L, starts + batch * (L + 1), edges + batch * (G + 1)
+    opens, num = lay_out(position, starts, L, C, DOCUMENTS)  # all heads of a row write the same
+    source = opening
+    if init is not None:
+        source = tl.where(_goes_on(position, opens, L), init + row * P, opening)
+    W, b = tl.load(source + matrix), tl.load(source + bias)
+    span, span_begin = -1, -L - TILE
+    kept, biases = kept + row * G * (K * K), biases + row * G * K
+    for document in range(0, num):
+        begin, stop = tl.load(starts + document), tl.load(starts + document + 1)
+        if document > 0:
+            W, b = tl.load(opening + matrix), tl.load(opening + bias)
+        if tl.minimum(begin + C, stop) > span_begin + TILE:
+            span, span_begin = span + 1, begin
+            _keep(kept, biases, edges, W.to(TYPE), b, span, begin, once, matrix, K)
+        for n in tl.range(0, (stop - begin + C - 1) // C, disable_licm=True):
+            here = begin + n * C
+            origin, length, after = first + here * H, tl.minimum(stop - here, C), here + C
+            x, value, eta = _pairs(k, v, steps, origin, length, H, K, C)
 
-        pull = gamma * (beta + (_turned(x, one) - _turned(value, one)))
-        z = dot(W, tl.trans(x), TYPE) + b
-        bent = curve * z
-        means = tl.reduce((z, z * z, bent, bent * z, pull * z, pull), 0, _add6, keep_dims=True)
-        mean, square, linear, quadratic, cross, rest = means
-        mean, rest = mean / K, rest / K
-        scale = tl.rsqrt(tl.maximum(square / K - mean * mean, 0.0) + EPS)
-        linear, y = linear / K - mean * slope, scale * (z - mean)  # <gamma^2 (z - mean)>
-        quadratic = scale * (quadratic / K - mean * (2 * linear + mean * slope))
-        cross = scale * (quadratic + cross / K - mean * rest)  # <g y>
-        bent = scale * linear
-        u = (eta[None, :] * scale) * (curve * y + pull - (bent + rest) - y * cross)
-        found = tl.where(which == at.SCALE, scale, eta[None, :] * scale)
-        found = tl.where(which == at.CROSS, cross, found)
-        found = tl.where(which == at.BENT, bent, found)
-        found = tl.where(which == at.LEVEL, 2 * bent + rest, found)
-        found = tl.where(which == at.TURN, 0.5 * scale * quadratic + 1.5 * cross, found)
-        step = tl.where(length == C, -last_c, 0.0) * u
-        W = add_dot(step, x, W, TYPE)
-        b += tl.sum(step, 1, keep_dims=True)
-        _store_both(errors, standard, u.to(TYPE), y.to(TYPE), batch, head, begin, length, L, H, K, C)
-        tl.store(number_at(numbers, row, which, token[None, :], L), found, mask=real[None, :] & (which < at.NUMBERS))
-        # before a document's own weights come in: after that Triton turns W around for this store in every mini-batch
-        if (next_span != span) & (n + 1 < end):
-            span = next_span
-            tl.store(kept + (row * G + span) * (K * K) + matrix, W.to(TYPE))
-            tl.store(biases + (row * G + span) * K + key[:, None], b)
-        if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
-            if next_new & (n + 1 < end):
-                W, b = tl.load(opening + matrix), tl.load(opening + bias)
-        begin, length, token, real = next_begin, next_length, next_token, next_real
-        x, value, eta = next_x, next_value, next_eta
+            pull = gamma * (beta + (_turned(x, one) - _turned(value, one)))
+            z = dot(W, tl.trans(x), TYPE) + b
+            bent = curve * z
+            means = tl.reduce((z, z * z, bent, bent * z, pull * z, pull), 0, _add6, keep_dims=True)
+            mean, square, linear, quadratic, cross, rest = means
+            mean, rest = mean / K, rest / K
+            scale = tl.rsqrt(tl.maximum(square / K - mean * mean, 0.0) + EPS)
+            linear, y = linear / K - mean * slope, scale * (z - mean)  # <gamma^2 (z - mean)>
+            quadratic = scale * (quadratic / K - mean * (2 * linear + mean * slope))
+            cross = scale * (quadratic + cross / K - mean * rest)  # <g y>
+            bent = scale * linear
+            u = (eta[None, :] * scale) * (curve * y + pull - (bent + rest) - y * cross)
+            found = tl.where(which == at.SCALE, scale, eta[None, :] * scale)
+            found = tl.where(which == at.CROSS, cross, found)
+            found = tl.where(which == at.BENT, bent, found)
+            found = tl.where(which == at.REST, rest, found)
+            found = tl.where(which == at.TURN, 0.5 * scale * quadratic + 1.5 * cross, found)
+            step = tl.where(length == C, -last_c, 0.0) * u
+            W = add_dot(step, x, W, TYPE)
+            rounded = W.to(TYPE)  # here, since for what conditions alone want of a product Triton does not wait
+            b += tl.sum(step, 1, keep_dims=True)
+            _store_both(errors, standard, u.to(TYPE), y.to(TYPE), origin, length, H, K, C)
+            number = number_at(numbers, row, here, L) + which * L + place
+            tl.store(number, found, mask=(place < length) & (which < at.NUMBERS))
+            if (after < stop) & (tl.minimum(after + C, stop) > span_begin + TILE):
+                span, span_begin = span + 1, after
+                _keep(kept, biases, edges, rounded, b, span, after, once, matrix, K)
     tl.store(last + row * P + matrix, W)
     tl.store(last + row * P + bias, b)
+    for g in range(span + 1, G + 1):
+        tl.store(edges + g, L, mask=once)
+    tl.store(counts + 2 * batch, num, mask=once)
+    tl.store(counts + 2 * batch + 1, span + 1, mask=once)
 
 
 @triton.jit
-def _two(numbers, row, one: tl.constexpr, other: tl.constexpr, token, real, L):
-    found = tl.load(number_at(numbers, row, one, token, L), mask=real, other=0.0)
-    return found[None, :], tl.load(number_at(numbers, row, other, token, L), mask=real, other=0.0)[None, :]
+def _number(number, which: tl.constexpr, length, L, C: tl.constexpr):
+    place = tl.arange(0, C)
+    return tl.load(number + which * L + place, mask=place < length, other=0.0)[None, :]
 
 
 @triton.jit
-def _gradient_inputs(q, k, v, standard, derrors, dreads, batch, head, token, real, L, H, K: tl.constexpr):
-    query, x = _rows(q, batch, head, token, real, L, H, K), _rows(k, batch, head, token, real, L, H, K)
-    value, y = _rows(v, batch, head, token, real, L, H, K), _rows(standard, batch, head, token, real, L, H, K)
-    du, dread = _rows(derrors, batch, head, token, real, L, H, K), _rows(dreads, batch, head, token, real, L, H, K)
-    return query, x, value, y, du, dread
+def _span_before(dkept, edges, weights, span, edge, matrix, K: tl.constexpr):
+    """Leaves the gradient by what stands at the end of a span, the one before `span`, which begins at `edge`. dkept: of
+    the head. The span and its edge; and the one before that, on its way before it is wanted."""
+    tl.store(dkept + (span - 1) * (K * K) + matrix, weights)
+    return span - 1, edge, tl.load(edges + tl.maximum(span - 2, 0))
 
 
-@triton.jit(do_not_specialize=["L", "N", "G"])
+@triton.jit(do_not_specialize=["L", "G"])
 def scan_gradient(
-    q, k, v, sizes, gammas, betas, first, spans, counts, fresh, standard, numbers, derrors, dreads,
+    q, k, v, sizes, gammas, betas, position, starts, edges, counts, standard, numbers, derrors, dreads,
     dlast, dinit, dstart, dkept, dback, dv, dsteps, shared,
-    L, H, N, G, C: tl.constexpr, K: tl.constexpr, DOCUMENTS: tl.constexpr,
+    L, H, G, C: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Backwards, from the gradient by the last weights dlast [B H, P], or None, to that by the first, dinit [B H, P].
-    If it is None, these were start. dstart [B H, P] comes in as zeros. What stands at the end of each span is left in
-    dkept [B H, G, K, K], and the gradient by z of every token's error in dback [B, L, H, K]. dv and dsteps; and those
-    by sizes, gamma and beta in the last of shared [B H, G + 1, C + 2 K].
+    """Backwards, from the gradient by the last weights dlast [B H, P], or None, to those by the first, dinit [B H, P],
+    or None where these were start, and by start, dstart [B H, P]. What stands at the end of each span is left in dkept
+    [B H, G, K, K], and the gradient by z of every token's error in dback [B, L, H, K]. dv and dsteps; and those by
+    sizes, gamma and beta in the last of shared [B H, G + 1, C + 2 K].
     """
     row = tl.program_id(0).to(tl.int64)
     batch, head, P = row // H, row % H, K * K + K
@@ -178,73 +202,79 @@ def scan_gradient(
     one = _one(TYPE, C)
     curve = gamma * gamma
     slope, last_c = tl.sum(curve) / K, tl.load(sizes + C - 1)
-    before, opens = tl.arange(0, C), tl.load(first + batch * (N + 1))
+    starts, edges = starts + batch * (L + 1), edges + batch * (G + 1)
+    place, opens = tl.arange(0, C), tl.load(edges)
     no_gradients(dv, opens, batch, head, L, H, C, K)
-    tl.store(dsteps + (batch * L + before) * H + head, tl.zeros([C], tl.float32), mask=before < opens)
-    opening = dstart + row * P
+    tl.store(dsteps + (batch * L + place) * H + head, tl.zeros([C], tl.float32), mask=place < opens)
+    opening, first = dstart + row * P, batch * L * H + head
     D, d = tl.zeros([K, K], tl.float32), tl.zeros([K, 1], tl.float32)
     if dlast is not None:
         D, d = tl.load(dlast + row * P + matrix), tl.load(dlast + row * P + bias)
     dgamma, dbeta, by_last_c = tl.zeros([K, 4], tl.float32), tl.zeros([K, 4], tl.float32), tl.zeros([K, 4], tl.float32)
-    end, span = tl.load(counts + batch), -1
-    m = tl.maximum(end - 1, 0)
-    begin, length, token, real, new = mini_batch(first, fresh, batch, m, N, C, DOCUMENTS)
-    next_span = tl.load(spans + batch * N + m)
-    query, x, value, y_row, du, dread = _gradient_inputs(
-        q, k, v, standard, derrors, dreads, batch, head, token, real, L, H, K
-    )
-    for i in tl.range(0, end, disable_licm=True):
-        scale, eta_s = _two(numbers, row, at.SCALE, at.STEP, token, real, L)
-        cross, bent = _two(numbers, row, at.CROSS, at.BENT, token, real, L)
-        level, turn = _two(numbers, row, at.LEVEL, at.TURN, token, real, L)
-        if next_span != span:
-            span = next_span
-            tl.store(dkept + (row * G + span) * (K * K) + matrix, D.to(TYPE))
-        m = tl.maximum(end - 2 - i, 0)
-        next_begin, next_length, next_token, next_real, next_new = mini_batch(first, fresh, batch, m, N, C, DOCUMENTS)
-        next_span = tl.load(spans + batch * N + m)
-        next_query, next_x, next_value, next_y, next_du, next_dread = _gradient_inputs(
-            q, k, v, standard, derrors, dreads, batch, head, next_token, next_real, L, H, K
-        )
+    num, span = tl.load(counts + 2 * batch), tl.load(counts + 2 * batch + 1)
+    dkept += row * G * (K * K)
+    carried = 0
+    if dinit is not None:
+        carried = _goes_on(position + batch * L, opens, L).to(tl.int32)
+    edge, next_edge = L, tl.load(edges + tl.maximum(span - 1, 0))
+    for document in range(0, num):
+        at_start = starts + num - 1 - document
+        begin, stop = tl.load(at_start), tl.load(at_start + 1)
+        batches = (stop - begin + C - 1) // C
+        if stop == edge:
+            span, edge, next_edge = _span_before(dkept, edges, D.to(TYPE), span, next_edge, matrix, K)
+        for n in tl.range(0, batches, disable_licm=True):
+            here = begin + (batches - 1 - n) * C
+            origin, length, number = first + here * H, tl.minimum(stop - here, C), number_at(numbers, row, here, L)
+            scale, eta_s = _number(number, at.SCALE, length, L, C), _number(number, at.STEP, length, L, C)
+            cross, turn = _number(number, at.CROSS, length, L, C), _number(number, at.TURN, length, L, C)
+            bent, rest = _number(number, at.BENT, length, L, C), _number(number, at.REST, length, L, C)
+            query, x, value = (
+                _rows(q, origin, length, H, K, C),
+                _rows(k, origin, length, H, K, C),
+                _rows(v, origin, length, H, K, C),
+            )
+            y_row, du = (_rows(standard, origin, length, H, K, C), _rows(derrors, origin, length, H, K, C))
+            dread, level = _rows(dreads, origin, length, H, K, C), 2 * bent + rest
 
-        full = tl.where(length == C, 1.0, 0.0)
-        moved = full * (dot(D, tl.trans(x), TYPE) + d)
-        y, pull = _turned(y_row, one), beta + (_turned(x, one) - _turned(value, one))
-        g = curve * y + gamma * pull
-        h, p = g + curve * y, _turned(du, one) - last_c * moved
-        read = _turned(dread, one)
-        sums = tl.reduce((p, p * y, p * h, curve * p, curve * p * y), 0, _add5, keep_dims=True)
-        mean, by_y, by_h, by_curve, by_both = sums
-        mean, by_y = mean / K, by_y / K
-        by_h = by_h / K - level * mean - turn * by_y
-        p -= mean
-        dz = (curve - cross) * p - (by_curve / K - mean * slope) - (h - level - turn * y) * by_y - y * by_h
-        dz = eta_s * scale * dz
-        D = add_dot(read, query, add_dot(dz, x, D, TYPE), TYPE)
-        d += tl.sum(dz + read, 1, keep_dims=True)
+            full = tl.where(length == C, 1.0, 0.0)
+            moved = full * (dot(D, tl.trans(x), TYPE) + d)
+            y, p, read = _turned(y_row, one), _turned(du, one), _turned(dread, one)
+            pull = beta + (_turned(x, one) - _turned(value, one))
+            g = curve * y + gamma * pull
+            h, p = g + curve * y, p - last_c * moved
+            sums = tl.reduce((p, p * y, p * h, curve * p, curve * p * y), 0, _add5, keep_dims=True)
+            mean, by_y, by_h, by_curve, by_both = sums
+            mean, by_y = mean / K, by_y / K
+            by_h = by_h / K - level * mean - turn * by_y
+            p -= mean
+            dz = (curve - cross) * p - (by_curve / K - mean * slope) - (h - level - turn * y) * by_y - y * by_h
+            dz = eta_s * scale * dz
+            D = add_dot(read, query, add_dot(dz, x, D, TYPE), TYPE)
+            rounded = D.to(TYPE)
+            d += tl.sum(dz + read, 1, keep_dims=True)
 
-        by_last_c += _fold(eta_s * moved * (g - (level - bent) - y * cross), K, C)
-        deta = scale * (K * (by_h + (turn - cross) * by_y + mean * bent) - by_both)
-        tl.store(dsteps + (batch * L + token[None, :]) * H + head, deta, mask=real[None, :])
-        dg = eta_s * (p - y * by_y)
-        _store_both(dback, dv, dz.to(TYPE), (-gamma * dg).to(TYPE), batch, head, begin, length, L, H, K, C)
-        dgamma += _fold(dg * (2 * gamma * y + pull), K, C)
-        dbeta += _fold(dg, K, C)
-        if DOCUMENTS:  # noqa: SIM102, both sides of an `and` are compiled
-            if new:  # what comes before is another document
-                tl.store(opening + matrix, tl.load(opening + matrix) + D)
-                tl.store(opening + bias, tl.load(opening + bias) + d)
-                D, d = tl.zeros_like(D), tl.zeros_like(d)
-        begin, length, token, real, new = next_begin, next_length, next_token, next_real, next_new
-        query, x, value, y_row, du, dread = next_query, next_x, next_value, next_y, next_du, next_dread
-    if dinit is None:
-        here = opening
-        D, d = D + tl.load(opening + matrix), d + tl.load(opening + bias)
-    else:
-        here = dinit + row * P
-    tl.store(here + matrix, D)
-    tl.store(here + bias, d)
+            by_last_c += _fold(eta_s * moved * (g - (bent + rest) - y * cross), K, C)
+            deta = scale * (K * (by_h + (turn - cross) * by_y + mean * bent) - by_both)
+            tl.store(dsteps + origin + (place * H)[None, :], deta, mask=(place < length)[None, :])
+            dg = eta_s * (p - y * by_y)
+            _store_both(dback, dv, dz.to(TYPE), (-gamma * dg).to(TYPE), origin, length, H, K, C)
+            dgamma += _fold(dg * (2 * gamma * y + pull), K, C)
+            dbeta += _fold(dg, K, C)
+            if (here == edge) & (here > begin):
+                span, edge, next_edge = _span_before(dkept, edges, rounded, span, next_edge, matrix, K)
+        if (document + 1 < num) | (carried == 0):  # what comes before is another document
+            before = document > 0
+            tl.store(opening + matrix, tl.load(opening + matrix, mask=before, other=0.0) + D)
+            tl.store(opening + bias, tl.load(opening + bias, mask=before, other=0.0) + d)
+            D, d = tl.zeros_like(D), tl.zeros_like(d)
+    if dinit is not None:
+        tl.store(dinit + row * P + matrix, D)
+        tl.store(dinit + row * P + bias, d)
+        if num <= carried:  # none has begun with start
+            tl.store(opening + matrix, tl.zeros_like(D))
+            tl.store(opening + bias, tl.zeros_like(d))
     shared += (row * (G + 1) + G) * (C + 2 * K)
-    tl.store(shared + C - 1, -tl.sum(by_last_c))
+    tl.store(shared + place, tl.where(place == C - 1, -tl.sum(by_last_c), 0.0))
     tl.store(shared + C + key, tl.sum(dgamma, 1))
     tl.store(shared + C + K + key[:, None], gamma * tl.sum(dbeta, 1, keep_dims=True))

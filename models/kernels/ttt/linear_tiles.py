@@ -10,7 +10,9 @@ with W_0, b_0 what a span of tokens begins with and j in that span and in the sa
 the span, W_0 and b_0 are its own. So once the scan has left u and the weights of each span, all tokens of a span are
 read at once, and the gradients go the same way from the end of a span, where scan_gradient has left them.
 
-A span has as many mini-batches as TILE tokens hold, each but the last of a row more than TILE - C.
+A mini-batch begins where a token's position in its document is a multiple of C, and ends before the next one does. A
+span has as many mini-batches as TILE tokens hold, each but the last of a row more than TILE - C. Its edges are what the
+first scan finds on its way.
 
 p = eta du has by the inner gradient the gradient dz = H p. For z - mean = y / s, g = gamma (gamma y + beta - target),
 
@@ -30,30 +32,36 @@ from models.kernels.ttt.parts import tokens
 
 NUMBERS = tl.constexpr(6)
 SCALE, STEP, CROSS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # s, eta s, <g y>
-BENT, LEVEL, TURN = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)  # <gamma^2 y>, and of h what is taken from it
+# <gamma^2 y>, <gamma (beta - target)>, and what y is taken from h times
+BENT, REST, TURN = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
 
 
 @triton.jit
-def number_at(numbers, row, which, token, L):
-    """Pointers to one of the numbers of tokens."""
-    return numbers + (row * NUMBERS + which) * L + token
+def number_at(numbers, row, token, L):
+    """A pointer to the first number of a token; the others lie L behind each other."""
+    return numbers + row * NUMBERS * L + token
 
 
-@triton.jit(do_not_specialize=["N", "G", "L"])
-def divide(first, edges, span, count, N, G, L, TILE: tl.constexpr):
-    """What a Call says of spans, from first [B, N + 1]. A program a row."""
-    row, some, n = tl.program_id(0), tl.arange(0, TILE), 0
-    first, edges, span = first + row * (N + 1), edges + row * (G + 1), span + row * N
-    tl.store(edges, tl.load(first))
-    for g in range(0, G):
-        at, begin = n + some, tl.load(first + n)
-        here = tl.load(first + at, mask=at <= N, other=L)
-        end = tl.load(first + at + 1, mask=at < N, other=L)
-        mine = (here < L) & (end <= begin + TILE)
-        tl.store(span + at, g, mask=mine)
-        n += tl.sum(mine.to(tl.int32))
-        tl.store(edges + g + 1, tl.load(first + n))
-    tl.store(count + row, n)
+@triton.jit
+def lay_out(position, starts, L, C: tl.constexpr, DOCUMENTS: tl.constexpr, AT_ONCE: tl.constexpr = 2048):
+    """Of a row, given the positions [L] of its tokens: where its first mini-batch begins, L if there is none, and how
+    many documents have mini-batches. starts [L + 1] become the tokens where the first ones of those begin, and L.
+    """
+    place = tl.arange(0, C)
+    near = tl.load(position + place, mask=place < L, other=1)
+    opens = tl.minimum(tl.min(tl.where(near % C == 0, place, C)), L)
+    num = (opens < L).to(tl.int32)
+    tl.store(starts, opens)
+    if DOCUMENTS:
+        for begin in range(0, L, AT_ONCE):
+            token = begin + tl.arange(0, AT_ONCE)
+            new = (tl.load(position + token, mask=token < L, other=1) == 0) & (token > opens)
+            here = new.to(tl.int32)
+            tl.store(starts + num + tl.cumsum(here, 0) - here, token, mask=new)
+            num += tl.sum(here)
+    tl.store(starts + num, L)
+    tl.debug_barrier()  # what other threads have written is read
+    return opens, num
 
 
 @triton.jit

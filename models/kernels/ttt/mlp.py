@@ -36,9 +36,10 @@ class MLP:
     """One call, and what its kernels have in common. slab: spans of C tokens that are taken at a time."""
 
     def __init__(self, call: Call, slab: int) -> None:
-        self.q, self.k, self.v, self.steps, self.sizes, self.start, gamma, beta, init, first, group = call[:11]
-        assert init is not None and group is not None
-        self.init, fresh = init, call.fresh
+        self.q, self.k, self.v, self.steps, self.sizes, self.start, gamma, beta, init = call[:9]
+        first, group, fresh = call.first, call.group, call.fresh
+        assert init is not None and first is not None and group is not None
+        self.init = init
         self.given = self.steps, self.sizes, gamma, beta, first, group, fresh
         q, start = self.q, self.start
         (B, L, self.H, K), C, N, self.G = q.shape, len(self.sizes), first.shape[1] - 1, group.shape[1] - 1
@@ -54,7 +55,7 @@ class MLP:
         self.weights, self.biases = q.new_empty(self.rows, self.spans, 2 * F * K), self._new(self.spans, F + K)
 
     def forward(self) -> tuple[Tensor, ...]:
-        """o, the last weights, those at the first mini-batch of each slab [B, H, slabs, P], and six empty tensors."""
+        """o, the last weights, those at the first mini-batch of each slab [B, H, slabs, P], and empty tensors."""
         o, last, (B, H, P) = torch.empty_like(self.v), self.init.clone(), self.init.shape
         kept = last.new_empty(B, H, len(self.slabs), P)
         for i, (g0, g1) in enumerate(self.slabs):
@@ -64,7 +65,7 @@ class MLP:
                 self.q, self.k, self.v, *self.given, self.opening, self.opening_biases, self.weights, self.biases, o,
                 g0=g0, **self._options("read"),
             )  # fmt: skip
-        return o, last, kept, *(last.new_empty(0) for _ in range(6))
+        return o, last, kept, *(last.new_empty(0) for _ in range(8))
 
     def backward(self, do: Tensor, dlast: Tensor | None, kept: Tensor, *_: Tensor) -> list[Tensor]:
         """The gradients, as the operator has them."""
@@ -96,7 +97,7 @@ class MLP:
         B = len(self.q)
         dsizes, dgamma, dbeta, dlast_c = (x.sum(1).unflatten(0, (B, -1)) for x in (dsizes, dgamma, dbeta, dlast_c))
         dsizes[..., -1] += dlast_c
-        return [dq, dk, dv, dsteps, torch.cat([dsizes, dgamma, dbeta], -1), dstart, dinit]
+        return [dq, dk, dv, dsteps, *(x.sum(0) for x in (dsizes, dgamma, dbeta, dstart)), dinit]
 
     def _scan(self, last: Tensor, g0: int, g1: int) -> None:
         """Moves the weights `last` over the spans of a slab, and leaves those of its mini-batches behind."""

@@ -162,18 +162,12 @@ def kernel_online(rule: Online, call: Call) -> tuple[Tensor, State]:
 def kernel_averaged(rule: Averaged, call: Call) -> tuple[Tensor, State]:
     """Results as of deep_memory."""
     start, q, k, v, gates, state, b, segments = call
-    (B, T), index = k.shape[:2], torch.arange(k.shape[1], device=k.device)
+    T = k.shape[1]
     position, begins = positions(k, None if state is None else state.phase, segments)
-    opens, first, fresh = position % b == 0, index.new_zeros(B, 1), None
-    if segments is not None:  # there may be as many as tokens, and to count them a GPU would have to wait
-        place = torch.where(opens, opens.cumsum(1) - 1, T + 1)  # the last one for what begins none
-        first = index.new_full((B, T + 2), T).scatter(1, place, index.expand(B, T))[:, :-1]
-        fresh = begins.gather(1, first[:, :-1].clamp(max=T - 1)) & (first[:, :-1] < T)
-    else:
-        first = first if state is None else (-state.phase % b).unsqueeze(1)
-        first = (first + b * torch.arange(-(-T // b) + 1, device=k.device)).clamp(max=T)
+    opens = position % b == 0
+    batches = None if len(start.weights) == 1 else _mini_batches(call, opens, begins)
     learned = pack([w.float() for w in start.weights])
-    fitted = rule.begin(start, B, torch.float32)
+    fitted = rule.begin(start, len(k), torch.float32)
     init = None
     if state is not None:
         mine, few = opens.cumsum(1) == 0, slice(min(b - 1, T))  # tokens of the mini-batch that the state has begun
@@ -181,14 +175,27 @@ def kernel_averaged(rule: Averaged, call: Call) -> tuple[Tensor, State]:
         before, (fitted, *_) = deep_memory(rule, Call(start, q[:, few], k[:, few], v[:, few], only, state, b), chunk=b)
         init = pack(fitted.weights)
     scale, shift = (x.squeeze(1) for x in start.norm)
-    given = (q, k, v, gates.step_size, gates.share, learned, scale, shift, init, first, position, fresh)
-    o, last = averaged.scan(*given)
+    given = (q, k, v, gates.step_size, gates.share, learned, scale, shift, init, position, batches)
+    o, last = averaged.scan(*given, segments is not None)
     if state is not None:
         o = torch.where(mine[..., None, None], F.pad(before, (0, 0, 0, 0, 0, T - before.shape[1])), o)
     weights, sums = unpack(last, start.weights), fitted.sums
     if segments is not None or state is not None or T % b:
         sums = _unfinished(rule, call, weights, position, opens, sums)
     return o.to(v.dtype), State(Fitted(weights, sums), (position[:, -1] + 1) % b)
+
+
+def _mini_batches(call: Call, opens: Tensor, begins: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The first tokens [B, N + 1] of the mini-batches, T beyond the last one, and which of them begin a document [B,
+    N], None without documents. opens, begins [B, T]: which tokens begin a mini-batch, and a document."""
+    (B, T), b, state = opens.shape, call.grad_batch, call.state
+    index = torch.arange(T, device=opens.device)
+    if call.segments is not None:  # there may be as many as tokens, and to count them a GPU would have to wait
+        place = torch.where(opens, opens.cumsum(1) - 1, T + 1)  # the last one for what begins none
+        first = index.new_full((B, T + 2), T).scatter(1, place, index.expand(B, T))[:, :-1]
+        return first, begins.gather(1, first[:, :-1].clamp(max=T - 1)) & (first[:, :-1] < T)
+    first = index.new_zeros(B, 1) if state is None else (-state.phase % b).unsqueeze(1)
+    return (first + b * torch.arange(-(-T // b) + 1, device=opens.device)).clamp(max=T), None
 
 
 def _unfinished(
