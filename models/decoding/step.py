@@ -78,6 +78,7 @@ def places(model: Any, prompt: Tensor) -> Iterator[Buffers | None]:
             step = None
         else:
             step.buffers.filling = True
+            step._order()
             step.weights.refresh()
     try:
         yield None if step is None else step.buffers
