@@ -143,8 +143,7 @@ def scan_gradient(call, left, found, momenta, sums, arrived, S: tl.constexpr):
         at_limits = left.limits + chunk * (3 * S.C) + t
         share = tl.load(at_limits)
         dx = tl.load(of_units(found.dhidden, chunk, part, S)).to(tl.float32)
-        if S.split == 1:
-            tl.debug_barrier()
+        tl.debug_barrier()
         dx += write_m * share * dot(tl.load(at_after2), e, S)
         if S.MOMENTUM:
             dx += write_s * share * dot(tl.load(at_after2 + S.pair), e, S)
