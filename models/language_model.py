@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,14 +27,14 @@ from transformers.utils import logging as transformers_logging
 from models import decoding
 from models.block import Block, add_and_norm, feed_forward, nothing
 from models.build import build
-from models.cache import Cache, alone
+from models.cache import Cache, alone, map_tensors
 from models.calls import documents, refuse_documents, refuse_shapes, refuse_targets, refuse_unknown
 from models.context import Context
 from models.loss import IGNORED, score, sum_nats
 from models.mixers.mixer import State
 from models.parts.linear import is_its_weight
 from models.parts.norm import RMSNorm
-from models.parts.precision import wide
+from models.parts.precision import uncached, wide
 
 PIECE = 24576  # tokens of a prompt that go through the layers at once on a GPU; more take memory and are no faster
 
@@ -159,10 +160,16 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         return hidden, cast("list[State]", states)
 
     def _layers(
-        self, x: Tensor, segments: Tensor | None, states: list[State | None], every: bool = False, keep: bool = True
+        self,
+        x: Tensor,
+        segments: Tensor | None,
+        states: list[State | None],
+        every: bool = False,
+        keep: bool = True,
+        buffers: decoding.Buffers | None = None,
     ) -> tuple[Tensor, ...]:
         """What each block is given, where every is wanted, and at last what the head is. The states become those after
-        the last token, each as soon as it is there, where they are kept.
+        the last token, each as soon as it is there, where they are kept; in the buffers if there are any.
         """
         ring = self.context is not None and all(block.rings for block in self.blocks)
         keep = keep if self.context is None else not ring
@@ -181,7 +188,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             if self.context is not None:
                 x = self.context.hand_on(x, state)
             held = torch.is_grad_enabled() or torch.compiler.is_compiling()  # the one by the graph of gradients
-            states[i] = state if held else alone(state)
+            states[i] = state if held else alone(state) if buffers is None else buffers.keep(i, state)
         return (*each, add_and_norm(x, y, self.norm)[1])
 
     def _states(self, cache: Cache | None) -> list[State | None]:
@@ -199,13 +206,26 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         grows = self.state_size(1 << 40) > self.state_size(1 << 39)
         return given.shape[1] if grows or not given.is_cuda else max(64, PIECE // len(given) // 64 * 64)
 
-    def _in_pieces(self, given: Tensor, segments: Tensor | None, states: list[State | None]) -> tuple[Tensor, ...]:
-        """As _layers, where nothing but the last token and the states is wanted: a long prompt, a piece at a time."""
-        size = self.piece(given)
-        for start in range(0, given.shape[1], size):
-            now = slice(start, start + size)
-            found = self._layers(self._embedded(given[:, now]), None if segments is None else segments[:, now], states)
-        return found
+    def _in_pieces(
+        self, given: Tensor, segments: Tensor | None, cache: Cache | None, use_cache: bool
+    ) -> tuple[Tensor, Cache]:
+        """What the head reads of the last tokens, and the cache, where nothing else is wanted: a long prompt, a piece
+        at a time, without copies of all weights in the dtype of autocast. Where a step is captured, states lie there.
+        """
+        states, size, seen = self._states(cache), self.piece(given), 0 if cache is None else cache.get_seq_length()
+        fresh = use_cache and seen == 0
+        with decoding.places(self, given) if fresh else nullcontext() as buffers, uncached(given.device):
+            for start in range(0, given.shape[1], size):
+                now = slice(start, start + size)
+                told = None if segments is None else segments[:, now]
+                (hidden,) = self._layers(self._embedded(given[:, now]), told, states, buffers=buffers)
+            seen += given.shape[1]
+            if buffers is None:
+                return hidden, Cache(states, seen)
+            if all(x is y for x, y in zip(states, buffers.states, strict=True)):
+                return hidden, decoding.Held(buffers, len(given), seen)
+            pairs = zip(states, buffers.states, strict=True)
+            return hidden, Cache([map_tensors(x, Tensor.clone) if x is y else x for x, y in pairs], seen)
 
     def forward(
         self,
@@ -265,14 +285,14 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             if (step := decoding.go_on(self, input_ids, past_key_values)) is not None:
                 found = CausalLMOutputWithPast(None, step[0], cast("Any", step[1]))
                 return found.to_tuple() if return_dict is False else found
-        last = plain and logits_to_keep == 1 and not torch.is_grad_enabled()
-        states = self._states(past_key_values)
-        each = (
-            self._in_pieces(given, segments, states)
-            if last
-            else self._layers(self._embedded(given), segments, states, bool(wanted))
-        )
-        hidden, loss = each[-1], None
+        cache: Any  # of another kind than transformers' own
+        if plain and logits_to_keep == 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            hidden, cache = self._in_pieces(given, segments, past_key_values, bool(use_cache))
+        else:
+            states = self._states(past_key_values)
+            each = self._layers(self._embedded(given), segments, states, bool(wanted))
+            hidden, cache = each[-1], Cache(states, seen + given.shape[1])
+        loss = None
         if targets is not None:
             self._warn_of_tied_adapters()
             counted = (targets != IGNORED).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
@@ -281,9 +301,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             logits = self.head(hidden[:, logits_to_keep])
         else:
             logits = self.head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        # of another kind than transformers' own
-        cache: Any = Cache(states, seen + given.shape[1]) if use_cache else None
-        found = CausalLMOutputWithPast(loss, logits, cache, each if wanted else None)
+        found = CausalLMOutputWithPast(loss, logits, cache if use_cache else None, each if wanted else None)
         return found.to_tuple() if return_dict is False else found
 
     def sum_nats(self, input_ids: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:

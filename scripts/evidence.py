@@ -1,9 +1,10 @@
-"""The jobs of an experiment's sweep, some at a time on one device, within a time. The next call goes on where it ended.
+"""The jobs of experiments' sweeps, some at a time on one device, within a time. The next call goes on where it ended.
 
     python scripts/evidence.py mqar --jobs                           # the jobs, and which of them have a result
     python scripts/evidence.py mqar --at-once 8 --minutes 20         # runs them; the same line again goes on
     python scripts/evidence.py mqar --at-once 8 seed=1,2,3 optimizer.lr=1e-3,3.2e-3     # other points of the sweep
     python scripts/evidence.py ablation --rates ablation_rates --times 0.75          # each mixer's best rate there
+    python scripts/evidence.py needles regression --at-once 12 --minutes 9           # two sweeps, one job after another
 
 Small models leave most of a GPU idle: several of them, each in a process of its own, share it. Where there are several
 GPUs, each process sees one of them. The sweep is that of conf/experiment/NAME.yaml (hydra.sweeper.params); words behind
@@ -56,6 +57,10 @@ class Job(NamedTuple):
 
     name: str
     words: tuple[str, ...]
+
+    @property
+    def experiment(self) -> str:
+        return self.words[0].partition("=")[2]
 
     @property
     def folder(self) -> Path:
@@ -166,6 +171,22 @@ class Results:
         )
 
 
+class Shared:
+    """Those of several experiments, each with a file of its own."""
+
+    def __init__(self, of: dict[str, Results]) -> None:
+        self.of = of
+
+    def have(self) -> set[str]:
+        return {key for each in self.of.values() for key in each.have()}
+
+    def add(self, job: Job) -> dict[str, Any]:
+        return self.of[job.experiment].add(job)
+
+    def fail(self, job: Job, reason: str) -> None:
+        self.of[job.experiment].fail(job, reason)
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     """A line that a kill has cut off is left out."""
     text = path.read_text() if path.exists() else ""
@@ -213,7 +234,7 @@ def results_of(experiment: str) -> Path:
     return ROOT / "docs" / "evidence" / experiment / "results.jsonl"
 
 
-def left(every: Iterable[Job], results: Results) -> Iterator[Job]:
+def left(every: Iterable[Job], results: Results | Shared) -> Iterator[Job]:
     """Jobs without a result. One that ended when nobody was there to write it down gets its line now."""
     done = results.have()
     for job in every:
@@ -236,7 +257,7 @@ def slots(at_once: int) -> list[Slot]:
     return [gpus[i % len(gpus)] for i in range(at_once)]
 
 
-def run(todo: list[Job], results: Results, at_once: int, until: float) -> list[Job]:
+def run(todo: list[Job], results: Results | Shared, at_once: int, until: float) -> list[Job]:
     """Runs them, in order, so many at a time, until then. Returns those that failed, not those that only ran out of
     time."""
     waiting, failed, free = list(todo), [], slots(at_once)
@@ -268,7 +289,7 @@ def start(job: Job, slot: Slot, environment: dict[str, str]) -> Running:
     return Running(job, process, time.time(), slot)
 
 
-def ended(one: Running, results: Results) -> bool:
+def ended(one: Running, results: Results | Shared) -> bool:
     """Says how. Whether it failed."""
     seconds = f"{time.time() - one.began:6.0f} s"
     if (one.job.folder / "result.json").exists():
@@ -309,8 +330,9 @@ def summary(row: dict[str, Any]) -> str:
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", help="a file of conf/experiment")
-    parser.add_argument("words", nargs="*", help="settings, as for train.py -m")
+    parser.add_argument(
+        "words", nargs="+", metavar="EXPERIMENT [SETTING=VALUE]", help="files of conf/experiment; as for train.py -m"
+    )
     parser.add_argument("--at-once", type=int, default=1, help="processes at a time, on all GPUs (default: 1)")
     parser.add_argument("--minutes", type=float, help="after which runs are asked to save (default: no limit)")
     parser.add_argument("--results", type=Path, help="(default: docs/evidence/EXPERIMENT/results.jsonl)")
@@ -319,6 +341,12 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--commit", help="of these files, where they are a copy without git")
     parser.add_argument("--jobs", action="store_true", help="print the jobs, and run none")
     given = parser.parse_intermixed_args(words)
+    given.experiments = [word for word in given.words if "=" not in word]
+    given.words = [word for word in given.words if "=" in word]
+    if not given.experiments:
+        parser.error("no EXPERIMENT is named, a file of conf/experiment")
+    if given.results is not None and len(given.experiments) > 1:
+        parser.error(f"--results {given.results} is a file for one experiment, not for {' '.join(given.experiments)}")
     if given.at_once < 1:
         parser.error(f"--at-once {given.at_once} must be at least 1")
     if not 0 < given.times < math.inf or (given.times != 1 and not given.rates):
@@ -332,9 +360,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
-    results = Results(given.results or results_of(given.experiment), given.commit)
+    of = {name: Results(given.results or results_of(name), given.commit) for name in given.experiments}
+    results = Shared(of)
     try:
-        every, done = sweep(given.experiment, given.words), results.have()
+        every, done = [job for name in of for job in sweep(name, given.words)], results.have()
         if given.rates:
             source = Path(given.rates) if given.rates.endswith(".jsonl") else results_of(given.rates)
             if not source.exists():
@@ -347,7 +376,8 @@ def main() -> None:
     if given.jobs:
         return said("\n".join(f"{'done' if job.key in done else '    '}  {job.label}" for job in every))
     todo = list(left(every, results))
-    print(f"{len(every)} jobs, {len(every) - len(todo)} have a result; results are in {results.path}", flush=True)
+    where = ", ".join(str(each.path) for each in of.values())
+    print(f"{len(every)} jobs, {len(every) - len(todo)} have a result; results are in {where}", flush=True)
     until = time.time() + given.minutes * 60 if given.minutes else float("inf")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(UNFINISHED))  # the runs are asked to save, as at the end of time
     failed = run(todo, results, given.at_once, until)

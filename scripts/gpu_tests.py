@@ -3,10 +3,10 @@
     python scripts/gpu_tests.py [--workers 15] [--limit 460] [PYTEST ARGUMENT ...]
 
 Most of their time is Triton's, which compiles a kernel on one core: so many processes take a few tests at a time, those
-that run whole models first. Process i has GPU i modulo their number as its own, and sees all. Printed are each failure
-as it comes, every ten seconds how many tests are done, and at the end how long each file and the longest tests took,
-and what was left after `--limit` seconds. A process that ended in the middle of a test, or whose GPU went wrong, is
-replaced: a broken CUDA context would fail every test after it.
+that run whole models first, and what would try many launches of a kernel has one. Process i has GPU i modulo their
+number as its own, and sees all. Printed are each failure as it comes, every ten seconds how many tests are done, and at
+the end how long each file and the longest tests took, and what was left after `--limit` seconds. A process that ended
+in the middle of a test, or whose GPU went wrong, is replaced: a broken CUDA context would fail every test after it.
 
 Without arguments it runs all tests that are marked `gpu`. The exit code is 0 where there is a GPU, and all
 have passed or were skipped.
@@ -15,6 +15,7 @@ have passed or were skipped.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,7 @@ import sys
 import time
 from collections import Counter, defaultdict, deque
 from contextlib import suppress
+from functools import wraps
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -64,8 +66,25 @@ class Worker:
             self.connection.send(("failed", f"{report.nodeid} ({report.when})\n{report.longreprtext}", 0.0))
 
 
+def one_launch() -> None:
+    """Kernels that would be timed have one launch from here on, of two stages and four warps if they have such a one: a
+    test is about what they compute, and most of its time would be that of compiling all the others."""
+    from triton.runtime.autotuner import Autotuner
+
+    init: Any = Autotuner.__init__
+
+    @wraps(init)
+    def few(self: Any, fn: Any, arg_names: Any, configs: list[Any], *others: Any, **settings: Any) -> None:
+        nearest = sorted(configs, key=lambda x: (abs(x.num_stages - 2), abs(x.num_warps - 4)))
+        init(self, fn, arg_names, nearest[:1], *others, **settings)
+
+    Autotuner.__init__ = few
+
+
 def work(number: int, arguments: list[str], connection: Connection) -> None:
     """A process, from its fork to its end."""
+    if importlib.util.find_spec("triton") is not None:
+        one_launch()
     os.setpgid(0, 0)  # whatever it starts is ended with it
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if count := torch.cuda.device_count():

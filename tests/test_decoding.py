@@ -272,6 +272,33 @@ def test_a_cache_holds_no_more_than_its_states():
 
 
 @torch.no_grad()
+def test_the_states_of_a_prompt_lie_where_the_step_finds_them(replays, monkeypatch):
+    """And are held once. A step's copies of weights are those of now; where another cache lies nothing is written."""
+    m, ids = recurrent("gated_delta").double(), IDS[:, :12]
+    generated(m, 2, attention_mask=torch.ones(2, 12))
+    step = steps._STEPS[m]
+    m.blocks[0].mixer.projection.weight.mul_(0.5)
+    with decoding.uncaptured():
+        plain = m(ids, use_cache=True, logits_to_keep=1)
+        expected = logits_of(layers_of(m), plain.past_key_values)
+    monkeypatch.setattr(m, "piece", lambda given: 5)
+    first = m(ids, use_cache=True, logits_to_keep=1)
+    cache = first.past_key_values
+    assert isinstance(cache, Held) and step.buffers.owned_by(cache)
+    second = m(ids.flip(1), use_cache=True, logits_to_keep=1).past_key_values
+    assert not isinstance(second, Held) and step.buffers.owned_by(cache)
+    torch.testing.assert_close(first.logits, plain.logits)
+    torch.testing.assert_close(logits_of(step, cache), expected)
+    assert isinstance(m(ids[:1], use_cache=True, logits_to_keep=1).past_key_values, Cache)
+    del cache, first
+    with pytest.raises(ValueError), decoding.places(m, ids) as buffers:
+        assert buffers is step.buffers and not step.awaits(ids) and not step.fits(second, ids[:, :1])
+        raise ValueError
+    assert step.awaits(ids) and m(ids, use_cache=False, logits_to_keep=1).past_key_values is None
+    assert step.buffers.owner is None or step.buffers.owner() is None
+
+
+@torch.no_grad()
 def test_a_prompt_in_pieces_is_the_prompt(monkeypatch):
     """Its last logits and its states; padding on the left included."""
     mask = torch.ones(2, 20)

@@ -140,16 +140,34 @@ def test_the_pages_commands_are_understood():
     lines = [line for line in pages.splitlines() if line.startswith("python scripts/evidence.py")]
     for line in lines:
         given = evidence.arguments(shlex.split(line)[2:])
-        assert (evidence.CONF / "experiment" / f"{given.experiment}.yaml").exists(), line
+        assert all((evidence.CONF / "experiment" / f"{name}.yaml").exists() for name in given.experiments), line
     assert len(lines) >= 4
 
 
 def test_the_command_line(capsys):
     given = evidence.arguments(["mqar", "--at-once", "2", "seed=1,2", "--minutes", "0.5"])
-    assert (given.experiment, given.words, given.at_once, given.minutes) == ("mqar", ["seed=1,2"], 2, 0.5)
-    with pytest.raises(SystemExit):
-        evidence.arguments(["mqar", "--at-once", "0"])
-    assert "--at-once 0 must be at least 1" in capsys.readouterr().err
+    assert (given.experiments, given.words, given.at_once, given.minutes) == (["mqar"], ["seed=1,2"], 2, 0.5)
+    for words, why in (
+        (["mqar", "--at-once", "0"], "--at-once 0 must be at least 1"),
+        (["seed=1"], "no EXPERIMENT is named"),
+        (
+            ["mqar", "mad", "--results", "one.jsonl"],
+            "--results one.jsonl is a file for one experiment, not for mqar",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            evidence.arguments(words)
+        assert why in capsys.readouterr().err
+
+
+def test_several_sweeps_have_their_results_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+    jobs = [Miniature(name, (f"experiment={name}", "seed=1")) for name in ("mqar", "mad")]
+    of = {job.name: evidence.Results(tmp_path / f"{job.name}.jsonl") for job in jobs}
+    results = evidence.Shared(of)
+    assert not evidence.run(list(evidence.left(jobs, results)), results, 2, float("inf"))
+    assert [[row["job"] for row in each.read()] for each in of.values()] == [[job.key] for job in jobs]
+    assert results.have() == {job.key for job in jobs} and list(evidence.left(jobs, results)) == []
 
 
 def test_a_job_takes_the_rate_that_was_best_for_its_mixer():

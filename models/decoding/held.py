@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from models.cache import Cache, leaves, map_tensors
+from models.cache import Cache, alone, leaves, map_tensors
 from models.mixers.mixer import State
 
 States = Sequence[State | None]
@@ -32,6 +32,7 @@ class Buffers:
         self.flat = {dtype: given[0].new_zeros(size, dtype=dtype) for dtype, size in sizes.items()}
         self.states = self._laid_out(states, self.flat)
         self.owner: weakref.ref[Held] | None = None
+        self.filling = False  # by a prompt
 
     def _laid_out(self, like: States, flat: dict[torch.dtype, Tensor]) -> States:
         places = iter(self.places)
@@ -46,18 +47,30 @@ class Buffers:
         """States of the same numbers elsewhere."""
         return self._laid_out(self.states, {dtype: x.clone() for dtype, x in self.flat.items()})
 
-    def load(self, states: States) -> None:
-        """The numbers of other states. Those that were written in place are there already; what else lies here, under
-        another name, is read before it is written over.
+    def load(self, states: States, first: int = 0) -> None:
+        """The numbers of other states, of the layers from `first` on. Those that were written in place are there
+        already; what else lies here, under another name, is read before it is written over.
         """
         here = {x.untyped_storage().data_ptr() for x in self.flat.values()}
         pairs = []
-        for a, b in zip(leaves(self.states), leaves(states), strict=True):
+        for a, b in zip(leaves(self.states[first : first + len(states)]), leaves(states), strict=True):
             if a.data_ptr() != b.data_ptr() or a.stride() != b.stride():
                 pairs.append((a, b.clone() if b.untyped_storage().data_ptr() in here else b))
         for dtype in {a.dtype for a, _ in pairs}:
             some = [pair for pair in pairs if pair[0].dtype == dtype]
             torch._foreach_copy_([a for a, _ in some], [b for _, b in some])
+
+    def keep(self, layer: int, state: State) -> State:
+        """The state of a layer, here if it is one of those that the step is for."""
+        if signature(state) != signature(self.states[layer]):
+            return alone(state)
+        self.load([state], layer)
+        return cast("State", self.states[layer])
+
+    @property
+    def free(self) -> bool:
+        """Whether no cache lies here."""
+        return not self.filling and (self.owner is None or self.owner() is None)
 
     def owned_by(self, cache: Cache) -> bool:
         return self.owner is not None and self.owner() is cache
@@ -68,9 +81,9 @@ class Buffers:
 
 
 class Held(Cache):
-    """The cache after a step. Its states are where the step holds them, until somebody looks at them, or the step goes
-    on from this cache or another: then they are copies. So a step changes no cache that it is given, as no call of a
-    model does.
+    """The cache after a step, or after a prompt that found a step's places free. Its states are where the step holds
+    them, until somebody looks at them, or the step goes on from this cache or another: then they are copies. So a step
+    changes no cache that it is given, as no call of a model does.
 
     spent: generate goes on from a cache once and forgets it; a step then spares the copy.
     """

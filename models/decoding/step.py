@@ -67,6 +67,26 @@ def go_on(model: Any, ids: Tensor, cache: Cache) -> tuple[Tensor, Cache] | None:
         return None if step is None else step(ids, cache)
 
 
+@contextmanager
+def places(model: Any, prompt: Tensor) -> Iterator[Buffers | None]:
+    """Where a captured step will look for the states after a prompt [B, T] or [B, T, D], so that they are not held
+    twice; None where no step is captured for such a prompt, or the cache of another one lies there.
+    """
+    with _LOCK:
+        step = _STEPS.get(model) if _ALLOWED.get() and not torch.is_grad_enabled() else None
+        if not (isinstance(step, Step) and step.awaits(prompt)):
+            step = None
+        else:
+            step.buffers.filling = True
+            step._order()
+            step.weights.refresh()
+    try:
+        yield None if step is None else step.buffers
+    finally:
+        if step is not None:
+            step.buffers.filling = False
+
+
 def refusal_of_call(ids: Tensor) -> str | None:
     """What a call of one token has that can't be captured."""
     if not _ALLOWED.get():
@@ -128,9 +148,17 @@ class Step:
         self.stream = torch.cuda.current_stream() if ids.is_cuda else None
         self.run: Callable[[], Any] = self._graph(run) if ids.is_cuda else run
 
+    def awaits(self, prompt: Tensor) -> bool:
+        """Whether this step can go on from the states after a prompt of its own."""
+        return self._is_for(prompt) and self.buffers.free and not self.weights.moved
+
+    def _is_for(self, given: Tensor) -> bool:
+        same = len(given) == len(self.ids) and given.device == self.ids.device
+        return same and autocast_dtype(given) == self.dtype
+
     def fits(self, cache: Cache, ids: Tensor) -> bool:
         """Whether this step can go on from a cache."""
-        if ids.shape != self.ids.shape or ids.device != self.ids.device or autocast_dtype(ids) != self.dtype:
+        if not self._is_for(ids) or self.buffers.filling:
             return False
         if self.buffers.owned_by(cache):
             return (isinstance(cache, Held) and cache.spent) or not self.weights.moved

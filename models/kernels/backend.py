@@ -36,6 +36,16 @@ def unpacked(kind: type[Call], given: list[Tensor], names: str) -> Call:
     return kind._make(found.get(name) for name in kind._fields)
 
 
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b). Triton's own belongs to the language of kernels, and takes a launch several microseconds a call."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
 def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels on a CPU: slow, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.kernels.backend import cdiv
+
 ROWS, COLUMNS = 512, 8  # of a tile: short rows make many programs, and 32 bytes are what memory gives at least
 
 
@@ -32,7 +34,7 @@ def summed(x: Tensor, like: Tensor) -> Tensor:
     if M:
         width = 1 if like.ndim < 2 else like.shape[1]
         with torch.cuda.device_of(x):
-            column_sums[(triton.cdiv(M, COLUMNS),)](
+            column_sums[(cdiv(M, COLUMNS),)](
                 x, out, N, M, width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8
             )  # fmt: skip
     return out

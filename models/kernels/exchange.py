@@ -13,15 +13,26 @@ import triton.language as tl
 
 
 @triton.jit
-def meet(arrived, count):
-    """Goes on when `count` arrivals have been counted, one for each program and meeting; what was stored before them is
-    then seen. A place in memory may be written again two meetings later: all have read it by then."""
+def arrive(arrived):
+    """Counts this program as one that has stored its part. What it does before it waits costs no time of its own."""
     tl.debug_barrier()
     tl.atomic_add(arrived, 1, sem="release")
+
+
+@triton.jit
+def wait(arrived, count):
+    """Goes on when `count` arrivals have been counted, one for each program and meeting; what was stored before them is
+    then seen. A place in memory may be written again two meetings later: all have read it by then."""
     while tl.atomic_add(arrived, 0, sem="relaxed") < count:
         pass
     tl.atomic_add(arrived, 0, sem="acquire")  # once: it empties the first cache, spilled registers with it
     tl.debug_barrier()
+
+
+@triton.jit
+def meet(arrived, count):
+    arrive(arrived)
+    wait(arrived, count)
 
 
 @triton.jit

@@ -22,6 +22,8 @@ from models.kernels import backend, tuning
 # float32 and leaves them be.
 LEAST_LOG_DECAY = -32.0
 
+INSTALLED = importlib.util.find_spec("fla") is not None  # looked up once: it is asked for in every call of a layer
+
 # Where FlashQLA is installed fla calls it in place of its own kernel, without a word. It was not checked here with the
 # decays that part documents, so it has to be asked for: FLA_FLASH_QLA=1.
 FLASH_QLA = os.environ.setdefault("FLA_FLASH_QLA", "0") != "0" and importlib.util.find_spec("flash_qla") is not None
@@ -33,7 +35,7 @@ BROKEN_ON_HOPPER = ((3, 4, 0), (3, 7, 1))
 def refusal_linear(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why fla can't run linear attention here, or None if it can. dtype is that of q, k and v. Asked for each of fla's
     kernels before its first call: where they can run, they are tuned side by side from here on."""
-    if importlib.util.find_spec("fla") is None:
+    if not INSTALLED:
         return "flash-linear-attention is not installed"
     if (reason := backend.refusal(device, dtype)) is None:
         tuning.side_by_side()

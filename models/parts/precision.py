@@ -22,6 +22,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+def uncached(device: torch.device) -> torch.autocast:
+    """Autocast as it is, but with no copies of weights kept: for what reads each weight a few times."""
+    kind = device.type
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False)
+
+
 def working_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype in which a memory is computed from these: float64 where one of them is, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32

@@ -12,11 +12,13 @@ run, and counts its own parameters, operations and state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from models.parts.linear import Products
 from models.parts.sizes import Sizes
 
 # What a decay can be: no log_decay; one per head [B, T, H]; one per key channel [B, T, H, K]; one per head of which
@@ -32,7 +34,8 @@ FORGET = -64.0
 class Tokens(NamedTuple):
     """What a regressor is given of the tokens of a call.
 
-    x [B, T, D]: the layer's input, from which the regressor projects its own step sizes.
+    x [B, T, D]: the layer's input, from which the regressor projects its own step sizes; or the Products of
+        parts/linear.py that stand for it.
     q, k [B, T, H, K] and v [B, T, H, V]: queries, keys, values. With n pairs per token k and v are [B, T n, H, *], a
         token's one after another.
     log_decay [B, T, H] or [B, T, H, K]: natural logarithm of gamma, <= 0, float32; None forgets nothing. Of a regressor
@@ -41,12 +44,18 @@ class Tokens(NamedTuple):
         see each other. None: one document a row.
     """
 
-    x: Tensor
+    x: Tensor | Any
     q: Tensor
     k: Tensor
     v: Tensor
     log_decay: Tensor | Any | None = None
     segments: Tensor | None = None
+
+    def each(self, function: Callable[..., Tensor], *others: Tokens) -> Tokens:
+        """The function of every tensor, and of those of other calls beside it; of products where they stand for x."""
+        calls = [call._replace(x=getattr(call.x, "products", call.x)) for call in (self, *others)]
+        found = Tokens._make(None if x[0] is None else function(*x) for x in zip(*calls, strict=True))
+        return found._replace(x=self.x._replace(products=found.x)) if isinstance(self.x, Products) else found
 
 
 class Choice(NamedTuple):

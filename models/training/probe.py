@@ -61,8 +61,7 @@ def read_at(regressor: Regressor, tokens: Tokens, queries: Tensor, values: Tenso
     [R, B, T n, G, V]: others to be written, row by row.
     """
     rows = len(queries)
-    call = Tokens._make(None if x is None else x.repeat(rows, *[1] * (x.ndim - 1)) for x in tokens)
-    call = call._replace(q=queries.flatten(0, 1))
+    call = tokens.each(lambda x: x.repeat(rows, *[1] * (x.ndim - 1)))._replace(q=queries.flatten(0, 1))
     if values is not None:
         call = call._replace(v=values.flatten(0, 1))
     o, state = regressor(call)
@@ -242,4 +241,4 @@ class _Signs(list[Tensor]):
 
 def _joined(calls: list[Tokens]) -> Tokens:
     """Calls that follow one another, as one."""
-    return Tokens._make(None if x[0] is None else torch.cat(x, dim=1) for x in zip(*calls, strict=True))
+    return calls[0].each(lambda *x: torch.cat(x, dim=1), *calls[1:])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import textwrap
+from typing import Any
 
 import pytest
 import torch
@@ -20,21 +21,27 @@ SHAPES = {"narrow": (2, 16, 16), "middle": (1, 32, 64), "wide": (1, 64, 64)}  # 
 def errors(device: str, shape: str, T: int, dtype: torch.dtype = torch.float32) -> list[float]:
     """Of the Triton form, to the PyTorch form, with and without documents; without, of one row on a CPU, where kernels
     are interpreted."""
+    rows = inputs(2, T, dtype).to(device)
+    documents = (torch.arange(T, device=device) // 40).expand(2, -1)
+    found = distances(shape, rows if device == "cuda" else rows[:1])
+    return found + distances(shape, rows, segments=documents)
+
+
+def distances(shape: str, x: torch.Tensor, splits: tuple[int, ...] = (), **given: Any) -> list[float]:
+    """In calls that end at `splits`, with the last memory in what gradients are taken of; given: documents, and
+    settings of the layer."""
     heads, width, grad_batch = SHAPES[shape]
     sizes = {"num_heads": heads, "key_dim": width, "value_dim": width, "regressor__grad_batch": grad_batch}
-    rows, found = inputs(2, T, dtype).to(device), []
-    documents = (torch.arange(T, device=device) // 40).expand(2, -1)
-    for x, segments in ((rows if device == "cuda" else rows[:1], None), (rows, documents)):
-        pair = []
-        for backend in ("triton", "torch"):
-            layer = mixer("titans_mlp", backend, dtype, **sizes)
-            torch.manual_seed(3)
-            with torch.no_grad():
-                for weight in layer.regressor.start:
-                    weight += 0.3 * torch.randn_like(weight)
-            pair.append(outcome(layer.to(device), x, segments=segments, memory=False))
-        found += [((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in zip(*pair, strict=True)]
-    return found
+    segments, pair = given.pop("segments", None), []
+    for backend in ("triton", "torch"):
+        layer = mixer("titans_mlp", backend, x.dtype, **sizes, **given)
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for weight in layer.regressor.start:
+                weight += 0.3 * torch.randn_like(weight)
+        with torch.compiler.set_stance("force_eager"):  # a minute for each form that PyTorch would compile
+            pair.append(outcome(layer.to(x.device), x, splits, segments, memory=bool(splits)))
+    return [((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in zip(*pair, strict=True)]
 
 
 @pytest.mark.slow
@@ -47,6 +54,25 @@ def test_interpreted_kernels_are_the_pytorch_form(shape, T):
     print("FOUND", json.dumps(errors("cpu", %r, %d)))
     """
     found = json.loads(run_interpreted(textwrap.dedent(code % (shape, T)), fla=False).split("FOUND")[1])
+    assert max(found) < 1e-5, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forget_to", ["start", "zero"])
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_interpreted_kernels_go_on_with_a_state(forget_to):
+    """In the midst of a mini-batch, at the end of one and of a document, and with the gradients that cross calls; a
+    start that fades is what documents begin with, else W."""
+    code = """
+    import json, torch
+    from tests.kernels.test_deep import distances
+    from tests.laws.presets import inputs
+    documents = torch.stack([torch.arange(60) // 60, torch.arange(60) // 23])
+    x = inputs(2, 60, torch.float32)
+    found = distances("narrow", x, (20, 23, 32), segments=documents, regressor__forget_to=%r)
+    print("FOUND", json.dumps(found))
+    """
+    found = json.loads(run_interpreted(textwrap.dedent(code % forget_to), fla=False).split("FOUND")[1])
     assert max(found) < 1e-5, found
 
 

@@ -80,10 +80,10 @@ def errors(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float
 
 
 def layer_errors(preset: str, T: int = 9, **settings: Any) -> float:
-    """Of a whole layer in two calls, documents in it: outputs, memory, and all gradients."""
+    """Of a whole layer in three calls, one of a token, documents in it: outputs, memory, and all gradients."""
     x, documents = inputs(1, T, torch.float32), (torch.arange(T) // 5).expand(1, -1)
     ours, exact = (
-        outcome(mixer(preset, "torch", torch.float32, pairs_backend=form, **settings), x, (T - 2,), documents)
+        outcome(mixer(preset, "torch", torch.float32, pairs_backend=form, **settings), x, (T - 2, T - 1), documents)
         for form in ("triton", "torch")
     )
     largest = max(b.norm().item() for b in exact)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from models.mixers.mixer import Mixer
 from models.parts.convolution import Shift, ShortConvolution
@@ -59,14 +60,10 @@ def test_unknown_words_are_refused():
         mixer("linear", pairs="past")
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_one_product_of_the_input_serves_all_who_read_it(preset, monkeypatch):
-    """As the kernels hand it on (Mixer._accelerated): a module that names its layers in `reads` takes no more of x."""
-    m, x = mixer(preset), inputs(2, 11)
+def hand_on_products(m: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on all that a regressor and a decay get of the input is its products, as from Mixer._accelerated."""
     shells = [each for each in m.modules() if isinstance(each, Mixer)]
-    readers = [each for each in shells if len(each.layers_of_input()) > 1]
-    expected = m(x)[0]
-    for each in readers:
+    for each in [each for each in shells if len(each.layers_of_input()) > 1]:
 
         def pairs(x, *others, shell=each, own=each._pairs):
             layers = shell.layers_of_input()
@@ -74,4 +71,12 @@ def test_one_product_of_the_input_serves_all_who_read_it(preset, monkeypatch):
             return *own(x, *others)[:-1], Products(layers[1:], products)
 
         monkeypatch.setattr(each, "_pairs", pairs)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_one_product_of_the_input_serves_all_who_read_it(preset, monkeypatch):
+    """A module that names its layers in `reads` takes no more of x."""
+    m, x = mixer(preset), inputs(2, 11)
+    expected = m(x)[0]
+    hand_on_products(m, monkeypatch)
     assert torch.allclose(m(x)[0], expected, rtol=0, atol=1e-12)

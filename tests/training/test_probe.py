@@ -11,14 +11,48 @@ import torch
 from models.mixers.mixer import Mixer
 from models.regression.regressor import Regressor, Tokens
 from models.training import probe
+from models.training.regression import row_of
 from tests.laws.presets import HIDDEN, inputs, mixer, part
 from tests.laws.test_probe import AGES, T, check_losses, looped, no_gradient, seen_of, watched  # noqa: F401
+from tests.mixers.test_mixer import hand_on_products
 
 pytestmark = pytest.mark.usefixtures("no_gradient")
 
 
 def test_losses_of_grouped_heads():
     check_losses("softmax", seen_of("softmax", num_kv_heads=1))
+
+
+@pytest.mark.parametrize("preset", ["gated_delta", "titans", "mamba2", "titans_mac"])
+def test_products_that_stand_for_the_input_are_seen_through(preset, monkeypatch):
+    """On a GPU a regressor is given those (Mixer._accelerated)."""
+    m, x = mixer(preset), inputs(2, T)
+    expected = [row_of(seen) for seen in watched(m, x)]
+    hand_on_products(m, monkeypatch)
+    assert [row_of(seen) for seen in watched(m, x)] == expected
+
+
+KERNELS = "softmax linear mamba2 gated_delta kda delta_product titans titans_mlp ttt_linear mesa rwkv7 local_linear"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("preset", KERNELS.split())
+def test_what_kernels_are_given_is_seen_on_a_gpu(preset):
+    """In bf16 and with documents, as in training: nearly what float32 shows by PyTorch."""
+    sizes, T = {"num_heads": 2, "key_dim": 64, "value_dim": 64}, 128
+    x = inputs(2, T, torch.float32).cuda()
+    rows = []
+    for backend in ("auto", "torch"):
+        m = mixer(preset, backend, torch.float32, **sizes).cuda()
+        with (
+            torch.autocast("cuda", torch.bfloat16, enabled=backend == "auto"),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            rows.append([row_of(seen) for seen in watched(m, x)])
+    for row, expected in zip(*rows, strict=True):
+        assert row["quantities"].keys() == expected["quantities"].keys()
+        assert torch.tensor(row["loss"]).allclose(torch.tensor(expected["loss"]), rtol=0.1, atol=0.05)
 
 
 def test_a_signed_decay_turns_what_is_read():

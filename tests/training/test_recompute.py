@@ -136,7 +136,7 @@ def test_a_step_needs_what_was_said(preset, monkeypatch):
         with torch.autocast("cuda", torch.bfloat16):
             return m.sum_nats(*given)
 
-    whole = choose(recompute, loss, optimizer)
+    whole = choose(recompute, loss, optimizer, 0)
     assert not whole.chosen
     saved, peak, plain = measure(recompute, m.config.layers, loss)
     half = plan(saved, peak, plain, 0, (whole.needs + peak) // 2)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from models.kernels.backend import cdiv, next_power_of_2
 from models.kernels.channel_delta.far import far_gradient, far_scores, far_scores_gradient
 from models.kernels.channel_delta.gradient import gradient
 from models.kernels.channel_delta.prepare import fade, scores
@@ -83,14 +83,14 @@ class Launch:
     def __init__(self, q: Tensor, k: Tensor, step_size: Tensor, value_dim: int) -> None:
         self.given = tuple(x.contiguous() for x in (q, k, step_size))
         (self.B, self.T, self.H, self.K), self.V = q.shape, value_dim
-        self.N = triton.cdiv(self.T, CHUNK)
+        self.N = cdiv(self.T, CHUNK)
         half = q.dtype != torch.float32
         least = 64 if half else 16
-        self.BK, self.BV = (max(least, triton.next_power_of_2(width)) for width in (self.K, self.V))
+        self.BK, self.BV = (max(least, next_power_of_2(width)) for width in (self.K, self.V))
         self.configurations = HALF if half else SINGLE
         self.common = {"C": CHUNK, "PRECISION": "tf32" if half else "tf32x3"}
         self.width = min(self.configurations["fade"].block, self.BK)
-        self.flags = triton.cdiv(self.K, self.width)
+        self.flags = cdiv(self.K, self.width)
         self.sizes = (self.T, self.N, self.H, self.K, self.V)
         ones = (LOG_CHUNK + ORDERS, CHUNK, CHUNK)
         self.ones, self.same = q.new_empty(ones, dtype=dtype_of_gates(q)), q.new_empty(ones)
@@ -112,7 +112,7 @@ class Launch:
         BK = min(configuration.block, self.BK)
         further = {"FLAGS": self.flags, "WIDTH": self.width, "LOG_C": LOG_CHUNK, "BK": BK}
         sizes |= {name: size for name, size in further.items() if name in kernel.arg_names}
-        kernel[self.B * self.H * self.N * (programs or triton.cdiv(self.K, BK)),](
+        kernel[self.B * self.H * self.N * (programs or cdiv(self.K, BK)),](
             *tensors, *self.sizes[:4], **self.common, **sizes, **configuration.options
         )
 
@@ -121,7 +121,7 @@ class Launch:
         if self.BV > configuration.block >= 64 and many(self.given[0], WHOLE_SHARED):
             configuration = WHOLE
         BV = min(configuration.block, self.BV)
-        kernel[triton.cdiv(self.V, BV), self.B * self.H](
+        kernel[cdiv(self.V, BV), self.B * self.H](
             *tensors, *self.sizes, **self.common, BK=self.BK, BV=BV, **configuration.options
         )
 
@@ -155,7 +155,7 @@ class Launch:
         dfirst = scale.new_empty(self.B, self.H, self.K, self.V)
         self.scan("scan_gradient", scan_gradient, *faded[:4], starts, R, attend, do, dlast, dv, dstates, dfirst)
 
-        num_blocks = triton.cdiv(self.K, min(self.configurations["gradient"].block, self.BK))
+        num_blocks = cdiv(self.K, min(self.configurations["gradient"].block, self.BK))
         dq, dk, dsteps = torch.empty_like(q), torch.empty_like(k), step_size.new_empty(num_blocks, *step_size.shape)
         dlog_decay = torch.empty_like(q, dtype=torch.float32 if log_rate is None else q.dtype)
         sums: tuple[Tensor | None, Tensor | None] = None, None  # by the bias and by the rates, of each program

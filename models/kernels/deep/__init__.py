@@ -7,9 +7,9 @@ for none: a call is three kernels forward, of which only the scan is sequential,
     scan            X_2, E_1 and E_2 of a mini-batch from N and S before it, and N and S after it
     outputs         what its queries read, from all of these
 
-and five backward, after the first two again, so that nothing but the inputs is kept between the passes: what the
-outputs alone say, the scan's gradient from the last mini-batch to the first, and the gradients by keys and by what
-carries on, by W, and by the gates. A document of a head has one program in the scans, or two that exchange sums.
+and five backward, after the coefficients again: what the outputs alone say, the scan's gradient from the last
+mini-batch to the first, and the gradients by keys and by what carries on, by W, and by the gates. What the scan leaves
+behind is kept between the passes. A document of a head has one program in the scans, or two that exchange sums.
 
 Precision: products of bf16 operands, summed in float32; N, S and their gradients are float32 in the scans and rounded
 where they are operands, as what one kernel leaves to another is. float32 inputs are multiplied as sums of three TF32
@@ -71,56 +71,71 @@ def refusal(device: torch.device, dtype: torch.dtype, grad_batch: int, widths: t
 def deep_scan(scan: Scan, grad_batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """All mini-batches of a call, of C = grad_batch tokens.
 
-    Returns o [B, T, H, V]; N and S after each document [P H, n PAIR]; N at the last mini-batch of it that has tokens [P
+    Returns o [B, T, H, V]; N and S after the last document of each row [B H, n PAIR]; N before its last mini-batch [B
     H, PAIR].
     """
-    q, k, v, *numbers, filled, runs = scan
+    q, k, v, *numbers, filled, slots, runs = scan
     numbers = [x if x is None else x.float() for x in numbers]
     filled = filled if filled is None else filled.to(torch.int8)
-    scan = Scan._make((q.to(v.dtype), k.to(v.dtype), v, *numbers, filled, runs))
-    return _forward(*packed(scan), grad_batch)
+    scan = Scan._make((q.to(v.dtype), k.to(v.dtype), v, *numbers, filled, slots, runs))
+    given, names = packed(scan)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    o, last, held, *_ = _forward(given, names, grad_batch, keep)
+    return o, last, held
 
 
 @torch.library.custom_op("test_time_regression::deep_scan", mutates_args=())
-def _forward(given: list[Tensor], names: str, grad_batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    given: list[Tensor], names: str, grad_batch: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, the last N and S, N before that, and what is kept for the backward pass, the fields of Left: empty tensors
+    without `keep`."""
     from models.kernels.deep.launch import Launch
 
     with torch.cuda.device_of(given[0]):
-        return Launch(unpacked(Scan, given, names), grad_batch).forward()
+        o, last, left = Launch(unpacked(Scan, given, names), grad_batch).forward(keep)
+        return o, *last, *(left if keep else [o.new_empty(0) for _ in left])
 
 
 @_forward.register_fake
-def _(given, names, grad_batch):
+def _(given, names, grad_batch, keep):
+    from models.kernels.deep.launch import empty
+
     scan = unpacked(Scan, given, names)
-    held = scan.begin.new_empty(len(scan.begin), scan.begin.shape[-1] // (1 if scan.log_momentum is None else 2))
-    return (*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (scan.v, scan.begin)), held)
+    last, left = empty(scan, grad_batch, keep)
+    o = torch.empty_like(scan.v, memory_format=torch.contiguous_format)
+    return o, *last, *(left if keep else [o.new_empty(0) for _ in left])
 
 
 @torch.library.custom_op("test_time_regression::deep_scan_backward", mutates_args=())
 def _backward(
-    given: list[Tensor], names: str, grad_batch: int, do: Tensor, dlast: Tensor, dheld: Tensor
-) -> list[Tensor]:
+    given: list[Tensor], names: str, grad_batch: int, kept: list[Tensor], do: Tensor | None, dlast: Tensor | None,
+    dheld: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    from models.kernels.deep.arguments import Left
     from models.kernels.deep.launch import Launch
 
     with torch.cuda.device_of(given[0]):
-        return Launch(unpacked(Scan, given, names), grad_batch).backward(do, dlast, dheld)
+        return Launch(unpacked(Scan, given, names), grad_batch).backward(Left._make(kept), do, dlast, dheld)
 
 
 @_backward.register_fake
 def _(given, names, *_):
-    numbers = unpacked(Scan, given, names)[:-2]  # all but filled and runs
+    numbers = unpacked(Scan, given, names)[:-3]  # all but filled, slots and runs
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in numbers if x is not None]
 
 
 def _keep(ctx, inputs, output) -> None:
-    given, *ctx.known = inputs
-    ctx.save_for_backward(*given)
+    given, *ctx.known, _ = inputs
+    ctx.save_for_backward(*given, *output[3:])
+    ctx.set_materialize_grads(False)  # no zeros for what is kept, which is large
 
 
-def _gradients(ctx, *gradients: Tensor) -> tuple[list[Tensor | None], None, None]:
+def _gradients(ctx, do: Tensor | None, dlast: Tensor | None, dheld: Tensor | None, *_):
     saved = list(ctx.saved_tensors)  # once: recomputed blocks give them no second time
-    found = _backward(saved, *ctx.known, *gradients)
-    return [*found, *[None] * (len(saved) - len(found))], None, None
+    given, kept = saved[: len(ctx.known[0].split())], saved[len(ctx.known[0].split()) :]
+    found = _backward(given, *ctx.known, kept, do, dlast, dheld)
+    return [*found, *[None] * (len(given) - len(found))], None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from models.kernels.backend import cdiv, next_power_of_2
 from models.kernels.delta.gradient import gradient
 from models.kernels.delta.scans import prepare, scan, scan_gradient
 from models.kernels.delta.tiles import ROWS
@@ -86,10 +86,10 @@ class Launch:
     def __init__(self, q: Tensor, k: Tensor, value_dim: int) -> None:
         self.q, self.k, self.V = q.contiguous(), k.contiguous(), value_dim
         self.B, self.T, self.H, self.K = q.shape
-        self.N = triton.cdiv(self.T, CHUNK)
+        self.N = cdiv(self.T, CHUNK)
         half = q.dtype != torch.float32
         least = 64 if half else 16  # products of 16 bits with fewer columns may be wrong: docs/kernels.md
-        self.BK, self.BV = (max(least, triton.next_power_of_2(width)) for width in (self.K, self.V))
+        self.BK, self.BV = (max(least, next_power_of_2(width)) for width in (self.K, self.V))
         self.configurations = HALF if half else SINGLE
         self.common = {"C": CHUNK, "PRECISION": "tf32" if half else "tf32x3"}
         self.sizes = (self.T, self.N, self.H, self.K, self.V)
@@ -99,7 +99,7 @@ class Launch:
         if self.BV > configuration.block >= 64 and many(self.q, WHOLE_SHARED):
             configuration = WHOLE
         BV = min(configuration.block, self.BV)
-        kernel[triton.cdiv(self.V, BV), self.B * self.H](
+        kernel[cdiv(self.V, BV), self.B * self.H](
             *tensors,
             *self.sizes,
             **self.common,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from models.kernels import backend
+from models.kernels.backend import cdiv, next_power_of_2
 from models.kernels.delta.launch import many
 from models.kernels.momentum.coefficients import coefficients, coefficients_gradient
 from models.kernels.momentum.products import outputs, systems, tokens_gradient
@@ -66,7 +66,7 @@ def by_gates(num_chunks: int) -> tuple[tuple[int], dict[str, int]]:
     """Grid and options of the kernels of coefficients: a warp for every chunk, and in the interpreter, whose time goes
     by operations, one program for many."""
     many = 64 if backend.interpreting() else 1
-    return (triton.cdiv(num_chunks, many),), {"CHUNKS": many, "num_warps": 1}
+    return (cdiv(num_chunks, many),), {"CHUNKS": many, "num_warps": 1}
 
 
 class Launch:
@@ -79,10 +79,10 @@ class Launch:
         self.log_momentum, self.log_decay, self.matrices, write_key, self.source = rest
         self.own_writes, self.write_key = write_key is not None, self.k if write_key is None else write_key
         self.rule, (self.B, self.T, self.H, self.K), self.V = rule, call.q.shape, call.v.shape[-1]
-        self.N, self.BH = triton.cdiv(self.T, CHUNK), self.B * self.H
+        self.N, self.BH = cdiv(self.T, CHUNK), self.B * self.H
         half = call.v.dtype != torch.float32
         self.least = 64 if half else 16  # products of 16 bits with fewer columns may be wrong: docs/kernels.md
-        self.width = max(self.least, triton.next_power_of_2(self.K))
+        self.width = max(self.least, next_power_of_2(self.K))
         self.configurations = configurations(self.width, half, rule.carried and rule.solve)
         self.precision = {"PRECISION": "tf32" if half else "tf32x3"}
         self.sizes = (self.T, self.N, self.H, self.K, self.V)
@@ -96,11 +96,11 @@ class Launch:
 
     def columns(self, kernel: str) -> tuple[dict[str, int], int]:
         """A kernel's options, and how many programs share the values."""
-        found, width = self.configurations[kernel], max(self.least, triton.next_power_of_2(self.V))
+        found, width = self.configurations[kernel], max(self.least, next_power_of_2(self.V))
         if kernel.startswith("scan") and width > found.BV >= 64 and many(self.q, WHOLE_SHARED):
             found = WHOLE
         BV = min(found.BV, width)
-        return {"BV": BV, **found.options}, triton.cdiv(self.V, BV)
+        return {"BV": BV, **found.options}, cdiv(self.V, BV)
 
     def forward(self) -> tuple[Tensor, Tensor, Kept]:
         """The outputs, the last matrices and what the backward pass wants again."""

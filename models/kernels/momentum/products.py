@@ -70,11 +70,11 @@ def systems(
     if SOLVE and not DECAYED:
         refer = referred(G, chunk, places(source, bh, n, T, H, C, SOURCES), C)
     product = dot(queries, tl.trans(written), PRECISION)
-    leave_lower(similar, chunk, product.to(TYPE), C)
+    leave_lower(similar, chunk, product.to(similar.dtype.element_ty), C)
     tl.store(of_square(attend, chunk, C), (product * combined).to(TYPE))
     if SOLVE:
         product = dot(keys, tl.trans(written), PRECISION)
-        leave_lower(system, chunk, product.to(TYPE), C)
+        leave_lower(system, chunk, product.to(system.dtype.element_ty), C)
         inverse = unit_inverse(tl.where(below, product * refer, 0.0), C, LOG_C, TYPE, PRECISION)
         high, low = halves(tl.where(below, inverse, 0.0), TYPE)
         HALVES: tl.constexpr = 1 if TYPE.is_fp32() else 2

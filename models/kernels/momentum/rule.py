@@ -9,6 +9,7 @@ from torch import Tensor
 
 CHUNK = 64
 PART = 16  # columns of the keys that matrices are kept by
+PRECISE = 64  # channels of keys whose products are kept in float32, as gates' gradients have their rounding
 ROWS = 11  # of a chunk's vectors: tiles.py names them
 EMPTY = 2**30  # a source: no memory, but zero
 
@@ -62,7 +63,7 @@ class Kept(NamedTuple):
     # [B H N, ceil(K / PART), V, n, PART]: what chunks begin with, PART columns of the keys of all matrices together
     states: Tensor
     attend: Tensor  # [B H N, C, C]
-    similar: Tensor  # [B H N, C, C]
+    similar: Tensor  # [B H N, C, C], like `system` in float32 where keys have up to PRECISE channels
     system: Tensor  # [B H N, C, C], or none as R
 
 
@@ -72,12 +73,15 @@ def new_kept(call: Call, rule: Rule) -> Kept:
     chunks, matrices = B * H * -(-T // CHUNK), 1 + rule.momentum + (rule.carried and rule.solve)
     halves = 1 if call.v.dtype == torch.float32 else 2
     solved = chunks if rule.solve else 0
-    squares = [call.v.new_empty(n, CHUNK, CHUNK) for n in (chunks, chunks, solved)]
+    attend = call.v.new_empty(chunks, CHUNK, CHUNK)
+    alike = attend.dtype if K > PRECISE else torch.float32
+    squares = [attend.new_empty(n, CHUNK, CHUNK, dtype=alike) for n in (chunks, solved)]
     return Kept(
         call.v.new_empty(chunks, CHUNK, CHUNK, dtype=torch.float32),
         call.v.new_empty(solved, halves, CHUNK, CHUNK),
         call.v.new_empty(chunks, ROWS, CHUNK, dtype=torch.float32),
         call.v.new_empty(chunks, V, CHUNK),
         call.v.new_empty(chunks, -(-K // PART), V, matrices, PART),
+        attend,
         *squares,
     )

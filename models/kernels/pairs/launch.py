@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from models.kernels.backend import cdiv, next_power_of_2
 from models.kernels.columns import summed
 from models.kernels.pairs.arguments import LATER, LEARNED, Call, Recipe, new_link
 from models.kernels.pairs.kernels import pairs_backward, pairs_forward
@@ -50,7 +50,7 @@ class Part(NamedTuple):
 
 def _half(part: Part) -> int:
     """The width of a tile of half a head."""
-    return triton.next_power_of_2(triton.cdiv(part.width, 2))
+    return next_power_of_2(cdiv(part.width, 2))
 
 
 class Launch:
@@ -108,20 +108,20 @@ class Launch:
     def _programs(self, part: Part, shape: Shape) -> dict[str, Any]:
         """What a kernel's programs are compiled for."""
         BH = _half(part)
-        BG = min(triton.next_power_of_2(part.heads), max(1, shape.numbers // BH))
+        BG = min(next_power_of_2(part.heads), max(1, shape.numbers // BH))
         programs = {"BG": BG, "BH": BH, "S": self._span(shape), "AHEAD": shape.ahead, "UNROLL": shape.unroll}
         warps = max(1, BG * BH // (32 * shape.per_thread))
         return programs | {"num_warps": warps, "maxnreg": shape.registers}
 
     def _span(self, shape: Shape) -> int:
         """The tokens of a program, the same for all parts of this shape, since their sums of the weight are as many."""
-        S, numbers = min(shape.tokens, triton.next_power_of_2(self.T)), max(p.heads * _half(p) for p in self.parts)
-        while LEAST < S and self.B * triton.cdiv(self.T, S) * triton.cdiv(numbers, shape.numbers) < PROGRAMS:
+        S, numbers = min(shape.tokens, next_power_of_2(self.T)), max(p.heads * _half(p) for p in self.parts)
+        while LEAST < S and self.B * cdiv(self.T, S) * cdiv(numbers, shape.numbers) < PROGRAMS:
             S //= 2
         return S
 
     def _grid(self, part: Part, programs: dict[str, Any]) -> tuple[int, int]:
-        return triton.cdiv(part.heads, programs["BG"]) * triton.cdiv(self.T, programs["S"]), self.B
+        return cdiv(part.heads, programs["BG"]) * cdiv(self.T, programs["S"]), self.B
 
     def _strides(self) -> tuple[int, ...]:
         x = self.call.x
@@ -137,8 +137,12 @@ class Launch:
             )
             found.append(out)
         found += [new_link(self.call.x)] if self.later else []
-        found += [self.call.x[..., self.used :].contiguous()] if self.used < self.call.x.shape[2] else []
+        found += [self._rest()] if self.used < self.call.x.shape[2] else []
         return found if self.weight is None else [*found, self._tail()]
+
+    def _rest(self) -> Tensor:
+        """Never a view of the row, which it would be as `contiguous` of one token: an operator's output is its own."""
+        return self.call.x[..., self.used :].clone(memory_format=torch.contiguous_format)
 
     def _tail(self) -> Tensor:
         """The inputs of the convolution that the next call needs: those of the last token's document."""
@@ -195,7 +199,7 @@ class Launch:
 
     def _partial(self, shape: Shape, *sizes: int) -> Tensor:
         """For the sums over every span of tokens."""
-        return self.call.x.new_empty(self.B * triton.cdiv(self.T, self._span(shape)), *sizes, dtype=torch.float32)
+        return self.call.x.new_empty(self.B * cdiv(self.T, self._span(shape)), *sizes, dtype=torch.float32)
 
     def _add_tail(self, gradient: Tensor, dx: Tensor, dtail: Tensor | None) -> None:
         """The gradient by the next call's tail, to what that was made of."""

@@ -14,9 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from models.kernels.backend import cdiv
 from models.kernels.ttt import linear_tiles
 from models.kernels.ttt.arguments import Call
 from models.kernels.ttt.linear_reads import key_gradient, read, read_gradient, sums
@@ -103,7 +103,7 @@ class Linear:
         """By sizes [H, C], gamma and beta [H, K] and start [H, P], over rows and spans."""
         (B, H, G), C, K, P = self.spans, len(self.sizes), self.q.shape[-1], dstart.shape[2]
         found = [dstart.new_empty(H, n) for n in (C, K, K, P)]
-        programs = H * triton.cdiv(C + 2 * K, SUMS["COLUMNS"]) + triton.cdiv(H * P, SUMS["BLOCK"])
+        programs = H * cdiv(C + 2 * K, SUMS["COLUMNS"]) + cdiv(H * P, SUMS["BLOCK"])
         sums[(programs,)](shared, dstart, *found, B, H, G, P, C=C, K=K, **SUMS)
         return found
 

@@ -13,6 +13,7 @@ as the kernels have them, PAIR numbers, and with sums SIZE.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,34 +25,85 @@ from models.kernels import ttt as averaged
 from models.kernels.deep import Scan, deep_scan
 from models.regression.deep.forms import Call, State, deep_memory
 from models.regression.deep.rules import Averaged, Fitted, Online, Weights, where
-from models.regression.deep.slots import Slots, lay_out
 from models.regression.documents import positions
 
 
-class Documents(NamedTuple):
-    """runs [P, 4]: of every document its row, its first slot, the one after its last, and the last that has tokens.
-    last [B]: which is the last one of each row.
+class Layout(NamedTuple):
+    """The mini-batches of B rows, one after another, as models/kernels/deep/arguments.py has them.
+
+    slots [L, 3]: of each its first token, of the B T of all rows, how many there are, and the row that begins with it
+    or -1. runs [P, 4]: of every document its row, its first slot, the one after its last, and whether it ends the row;
+    long documents come first, so that none is left when all others are done. place [B T]: of each token, among the L C
+    of all slots; None where token t has place t. phase [B]: of the state after the call.
     """
 
+    slots: Tensor
     runs: Tensor
-    last: Tensor
+    place: Tensor | None
+    phase: Tensor
+
+    def fill(self, x: Tensor | None, size: int) -> Tensor | None:
+        """[B, T, H] of tokens to [1, L C, H] of places, zeros in the empty ones."""
+        if x is None or self.place is None:
+            return x if x is None else x.flatten(0, 1).unsqueeze(0)
+        return x.new_zeros(len(self.slots) * size, x.shape[-1]).index_copy(0, self.place, x.flatten(0, 1)).unsqueeze(0)
 
 
-def documents(slots: Slots, B: int, device: torch.device) -> Documents:
-    """The documents of B rows, in order. What a row has of empty slots belongs to its last one."""
-    N, rows = slots.num, torch.arange(B, device=device)
-    full = torch.full_like(rows, N)
-    final = full - 1 if slots.place is None else slots.place[:, -1] // slots.size
-    if slots.document is None:
-        return Documents(torch.stack([rows, torch.zeros_like(rows), full, final], dim=1).int(), rows)
-    begins = slots.document.T.clone()
+def lay_out(tokens: Tensor, C: int, phase: Tensor | None = None, segments: Tensor | None = None) -> Layout:
+    """Of tokens [B, T, ...], for mini-batches of C."""
+    (B, T), device = tokens.shape[:2], tokens.device
+    row, index = torch.arange(B, device=device), torch.arange(B * T, device=device)
+    if phase is None and segments is None:
+        N = -(-T // C)
+        first = (row.unsqueeze(1) * T + C * torch.arange(N, device=device)).flatten()
+        count = (T - first % T).clamp(max=C)
+        runs = torch.stack([row, N * row, N * (row + 1), torch.ones_like(row)], dim=1)
+        place = None if T % C == 0 else index + index // T * (N * C - T)
+        end = torch.full_like(row, T % C)
+        return Layout(_slots(first, count, T), runs.int(), place, end)
+    position, document = positions(tokens, phase, segments)
+    within = position % C
+    begins = document.clone()
     begins[:, 0] = True
-    row, first = begins.nonzero().unbind(1)
-    ends = row != row.roll(-1)
-    ends[-1] = True
-    until = torch.where(ends, N, first.roll(-1))
-    runs = torch.stack([row, first, until, torch.minimum(until - 1, final[row])], dim=1)
-    return Documents(runs.int(), ends.nonzero().squeeze(1))
+    opens = ((within == 0) | begins).flatten()
+    slot = opens.cumsum(0) - 1
+    first = opens.nonzero().squeeze(1)
+    count = torch.diff(first, append=first.new_full((1,), B * T))
+    token = begins.flatten().nonzero().squeeze(1)
+    until = slot[torch.cat([token[1:], token.new_full((1,), B * T)]) - 1] + 1
+    of_row = token // T
+    ends = torch.cat([of_row[1:], of_row.new_full((1,), B)]) != of_row
+    runs = torch.stack([of_row, slot[token], until, ends], dim=1)
+    runs = runs[(runs[:, 2] - runs[:, 1]).argsort(descending=True, stable=True)]
+    place = slot * C + index - first[slot]
+    return Layout(_slots(first, count, T), runs.int(), place, (within[:, -1] + 1) % C)
+
+
+class _Known(NamedTuple):
+    segments: weakref.ref[Tensor]
+    version: int
+    size: int
+    layout: Layout
+
+
+_KNOWN: list[_Known] = []  # the last one
+
+
+def layout_of(tokens: Tensor, C: int, phase: Tensor | None, segments: Tensor | None) -> Layout:
+    """lay_out, once for all layers, which are given the same documents: a GPU waits while they are counted."""
+    if segments is None or phase is not None or torch.is_inference_mode_enabled() or segments.is_inference():
+        return lay_out(tokens, C, phase, segments)
+    for known in _KNOWN:
+        if known.segments() is segments and (known.version, known.size) == (segments._version, C):
+            return known.layout
+    layout = lay_out(tokens, C, phase, segments)
+    _KNOWN[:] = [_Known(weakref.ref(segments), segments._version, C, layout)]
+    return layout
+
+
+def _slots(first: Tensor, count: Tensor, T: int) -> Tensor:
+    row = torch.where(first % T == 0, first // T, -1)
+    return torch.stack([first, count, row], dim=1).int()
 
 
 def pack(weights: Sequence[Tensor]) -> Tensor:
@@ -66,47 +118,45 @@ def unpack(x: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True))
 
 
+def _turned(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """With the first layer turned around, or back again: as kernels/deep has it."""
+    return weights[0].mT, *weights[1:]
+
+
 @torch.compiler.disable  # how many documents there are depends on the data
 def kernel_online(rule: Online, call: Call) -> tuple[Tensor, State]:
     """Results as of deep_memory."""
     start, q, k, v, gates, state, C, segments = call
-    (B, T, H), dtype = k.shape[:3], torch.float32
-    slots = lay_out(k, C, C, None if state is None else state.phase, segments)
-    runs, last_run = documents(slots, B, k.device)
+    dtype = torch.float32
+    layout = layout_of(k, C, None if state is None else state.phase, segments)
     products = torch.promote_types(q.dtype, torch.promote_types(k.dtype, v.dtype))
-
-    def places(x: Tensor | None) -> Tensor | None:
-        """[B, N C, ...] of tokens [B, T, ...], zeros where none is."""
-        if x is None:
-            return None
-        x = slots.fill(x)
-        return F.pad(x, (0, 0) * (x.ndim - 2) + (0, slots.num * C - x.shape[1]))
-
     with torch.autocast(q.device.type, enabled=False):
-        filled = None if slots.place is None and slots.num * C == T else places(k.new_ones(B, T))
-        given = [places(x) for x in (q.to(products), k.to(products), v.to(products), *gates[:3])]
+        filled = None
+        if layout.place is not None:
+            filled = (torch.arange(C, device=k.device) < layout.slots[:, 1:2]).view(1, -1)
+        given = [x.to(products) for x in (q, k, v)] + [layout.fill(x, C) for x in gates[:3]]
 
-        first = pack([w.to(dtype) for w in start.weights])
-        base = torch.zeros_like(first) if start.fades else first
-        momenta = [torch.zeros_like(first)] if rule.momentum else []
-        begin, reference = torch.cat([first - base, *momenta], dim=-1).expand(len(runs), -1, -1), None
+        weights = pack(_turned([w.to(dtype) for w in start.weights]))
+        first, base = (weights, None) if start.fades else (None, weights)
+        carried = reference = None
         if state is not None:
-            M, S, R = ([pack([w.to(dtype) for w in part])] if part else [] for part in state.fitted[:3])
-            goes_on = torch.cat([M[0] - base, *S], dim=-1)[runs[:, 0]]
-            begin = torch.where((runs[:, 1] == 0).view(-1, 1, 1), goes_on, begin)
-            reference = torch.where((state.phase == 0).view(-1, 1, 1), M[0], R[0])
-        weights = (begin.flatten(0, 1), None if start.fades else base)
-        handed = None if reference is None else reference.flatten(0, 1)
-        o, last, held = deep_scan(Scan._make((*given, *weights, handed, filled, runs)), C)
+            M, S, R = ([pack(_turned([w.to(dtype) for w in part]))] if part else [] for part in state.fitted[:3])
+            carried = torch.cat([M[0] if base is None else M[0] - base, *S], dim=-1).flatten(0, 1)
+            reference = torch.where((state.phase == 0).view(-1, 1, 1), M[0], R[0]).flatten(0, 1)
+        scan = Scan._make((*given, first, carried, base, reference, filled, layout.slots, layout.runs))
+        o, last, held = deep_scan(scan, C)
 
-        last, held = (x.unflatten(0, (-1, H))[last_run] for x in (last, held))
-        fading, sums = last[..., : base.shape[-1]], last[..., base.shape[-1] :]
-        held = held + base
-        if reference is not None:
-            held = torch.where((runs[last_run, 3] == 0).view(-1, 1, 1), reference, held)
-        parts = [unpack(x, start.weights) if x.shape[-1] else () for x in (fading + base, sums, held)]
-    o = o[:, :T] if slots.place is None else slots.empty(o)
-    return o.to(v.dtype), State(Fitted(parts[0], parts[1], parts[2]), slots.phase)
+        last, held = (x.unflatten(0, (len(k), -1)) for x in (last, held))
+        fading, sums = last[..., : weights.shape[-1]], last[..., weights.shape[-1] :]
+        if base is not None:
+            fading, held = fading + base, held + base
+        if reference is not None:  # of a row that is one mini-batch
+            rows = torch.arange(len(k), device=k.device).unsqueeze(1)
+            alone = (layout.slots[:, 0] // k.shape[1] == rows).sum(1) == 1
+            held = torch.where(alone.view(-1, 1, 1), reference.unflatten(0, (len(k), -1)), held)
+        like = _turned(start.weights)
+        parts = [_turned(unpack(x, like)) if x.shape[-1] else () for x in (fading, sums, held)]
+    return o.to(v.dtype), State(Fitted(parts[0], parts[1], parts[2]), layout.phase)
 
 
 def kernel_averaged(rule: Averaged, call: Call) -> tuple[Tensor, State]:

@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, H heads, K and V widths of keys and values, C tokens 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from models.kernels import backend
 from models.parts.precision import working_dtype
 from models.regression.chunks import from_chunks, into_chunks, short
 from models.regression.deep.rules import Chunk, Fitted, Fixed, Flag, Gates, Rule, Start, each, where
@@ -150,4 +150,4 @@ def compiled_steps(rule: Rule) -> Callable[..., tuple[list[Tensor], Fitted]]:
 
 def compiles(device: torch.device) -> bool:
     """Whether torch.compile can: on a GPU, with Triton."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and backend.TRITON_INSTALLED

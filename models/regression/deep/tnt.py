@@ -96,8 +96,7 @@ class TNT(Memory):
         for i, W in enumerate(self.memories[1:]):
             before = None if state is None else W.forget(state.local[i], begins)
             asked, P = self._asked(W.grad_batch, q, k, place, None if state is None else state.keys[i])
-            given = Tokens(x, asked, k, v, log_decay, shards)
-            given = Tokens._make(y if y is None else y.unflatten(1, (times, -1)).flatten(0, 1) for y in given)
+            given = Tokens(x, asked, k, v, log_decay, shards).each(lambda y: y.unflatten(1, (times, -1)).flatten(0, 1))
             read, after = W(given, before)
             o = o + read.unflatten(0, (-1, times)).flatten(1, 2)
             local.append(each(lambda y: y.unflatten(0, (-1, times))[:, -1], after))
