@@ -27,8 +27,8 @@ READS = {  # in 16 bits: channels of a product on their way to shared memory at 
     "read_gradient": (64, 4),
     "key_gradient": (32, 4),
 }
-SUMS = {"COLUMNS": 16, "ROWS": 256, "BLOCK": 512, "num_warps": 4}
-SCANS = {"scan": 3, "scan_gradient": 3}  # stages: mini-batches on their way, and the one that is computed
+SUMS = {"COLUMNS": 16, "ROWS": 256, "BLOCK": 512}  # of a program
+STAGES = 3  # of the scans: mini-batches on their way, and the one that is computed
 
 
 def num_spans(call: Call, tile: int) -> int:
@@ -49,6 +49,7 @@ class Linear:
         # with keys of 16 in float32 8 warps met an illegal memory access (Triton 3.7.1)
         self.warps = 8 if K >= 64 else 4
         self.common, self.documents = {"L": L, "H": H, "G": G, "C": C, "K": K}, call.opening is not None
+        self.scans = {**self.common, "num_warps": self.warps, "num_stages": STAGES}
         self.opening = self.start if call.opening is None else call.opening
 
     def forward(self) -> tuple[Tensor, ...]:
@@ -63,7 +64,7 @@ class Linear:
         scan[(self.rows,)](
             self.k, self.v, self.steps, self.sizes, self.start, *self.norm, self.init, self.position,
             last, kept, biases, u, y, numbers, starts, edges, counts,
-            TILE=self.tile, DOCUMENTS=self.documents, **self._scans("scan"),
+            TILE=self.tile, DOCUMENTS=self.documents, **self.scans,
         )  # fmt: skip
         read[(G, self.rows)](
             self.q, self.k, self.sizes, *self.norm, edges, self.position, self.opening, self.start, kept, biases, u, o,
@@ -89,7 +90,7 @@ class Linear:
         scan_gradient[(self.rows,)](
             self.q, self.k, self.v, self.sizes, *self.norm, self.position, starts, edges, counts,
             y, numbers, derrors, dreads, dlast, dinit, dstart, dkept, dback, dv, dsteps, shared,
-            **self._scans("scan_gradient"),
+            **self.scans,
         )  # fmt: skip
         key_gradient[G, self.rows](
             self.q, self.k, self.sizes, *where, self.opening, kept, u, dreads,
@@ -105,9 +106,6 @@ class Linear:
         programs = H * cdiv(C + 2 * K, SUMS["COLUMNS"]) + cdiv(H * P, SUMS["BLOCK"])
         sums[(programs,)](shared, dstart, *found, B, H, G, P, C=C, K=K, **SUMS)
         return found
-
-    def _scans(self, kernel: str) -> dict[str, Any]:
-        return {**self.common, "num_warps": self.warps, "num_stages": SCANS[kernel]}
 
     def _reads(self, kernel: str) -> dict[str, Any]:
         (part, warps), K = READS[kernel], self.q.shape[-1]

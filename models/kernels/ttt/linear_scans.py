@@ -3,8 +3,10 @@ mini-batch before and nothing else.
 
 The weights stay in registers, transposed, [values, keys], so that they go into a product of warp groups from where they
 are, and so do the errors, [values, tokens]. All means along the values are sums of one reduction a mini-batch, which is
-a barrier, and norms and their gradients are polynomials of them. The inputs of the next mini-batch are loaded before
-the products of this one.
+a barrier, and norms and their gradients are polynomials of them.
+
+A loop goes over the mini-batches of one document. So it knows where the next ones lie, whose inputs come from memory to
+shared memory by themselves, and no condition in it brings other weights in, which would then be held twice.
 """
 
 from __future__ import annotations
