@@ -76,6 +76,25 @@ def test_interpreted_kernels_go_on_with_a_state(forget_to):
     assert max(found) < 1e-5, found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [2, 4])
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_interpreted_programs_that_share_a_document_meet(split):
+    """With parts of the hidden layer of 64, as on a GPU, in threads of their own."""
+    code = """
+    import json, torch
+    from types import SimpleNamespace
+    from models.kernels.deep import launch
+    from tests.kernels.interpreter import side_by_side
+    from tests.kernels.test_deep import errors
+    side_by_side(%d, "scan", "scan_gradient")
+    launch.WHOLE, launch.backend = (64 // %d, 4, 1), SimpleNamespace(interpreting=lambda: False)
+    print("FOUND", json.dumps(errors("cpu", "narrow", 54)))
+    """
+    found = json.loads(run_interpreted(textwrap.dedent(code % (split, split)), fla=False).split("FOUND")[1])
+    assert max(found) < 1e-5, found
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
