@@ -3,6 +3,8 @@ which need more digits than those."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -22,10 +24,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def uncached(device: torch.device) -> torch.autocast:
+def uncached(device: torch.device) -> AbstractContextManager[None]:
     """Autocast as it is, but with no copies of weights kept: for what reads each weight a few times."""
     kind = device.type
-    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False)
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return nullcontext()
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
