@@ -231,6 +231,15 @@ def test_a_step_is_for_tokens_that_go_on(replays):
         assert not replays
         m(**given)
         assert replays == [2]
+        replays.clear()
+        prompt = {"input_ids": IDS[:, :9], "use_cache": True, "logits_to_keep": 1}
+        with m.blocks[0].register_forward_hook(lambda *_: None):
+            given["past_key_values"] = m(**prompt).past_key_values
+            assert type(given["past_key_values"]) is Cache and m(**given).past_key_values.seen == 10
+        given["past_key_values"] = m(**prompt).past_key_values
+        with m.blocks[0].register_forward_hook(lambda *_: None):
+            m(**given)
+        assert isinstance(given["past_key_values"], Held) and not replays
         grown = model("softmax", num_layers=1)(IDS, use_cache=True).past_key_values
         assert "grow" in decoding.refusal(model("softmax", num_layers=1), IDS[:, :1], grown)
         adapter = type("Linear", (torch.nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
@@ -296,6 +305,21 @@ def test_the_states_of_a_prompt_lie_where_the_step_finds_them(replays, monkeypat
         raise ValueError
     assert step.awaits(ids) and m(ids, use_cache=False, logits_to_keep=1).past_key_values is None
     assert step.buffers.owner is None or step.buffers.owner() is None
+
+
+@torch.no_grad()
+def test_a_token_beside_another_threads_prompt_goes_by_layers(replays):
+    """Rather than by a step that would be captured in the place of the one that the prompt is for."""
+    m = recurrent("gated_delta")
+    generated(m, 2, attention_mask=torch.ones(2, 12))
+    step, cache = steps._STEPS[m], m(IDS[:, :9], use_cache=True).past_key_values
+    replays.clear()
+    with decoding.places(m, IDS[:, :9]) as buffers:
+        assert buffers is step.buffers
+        m(IDS[:, 9:10], past_key_values=cache, use_cache=True)
+        assert not replays and steps._STEPS[m] is step
+    m(IDS[:, 9:10], past_key_values=cache, use_cache=True)
+    assert replays == [2] and steps._STEPS[m] is step
 
 
 @torch.no_grad()
