@@ -3,8 +3,9 @@ a test is where people met its case."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any
 
 import pytest
@@ -305,6 +306,36 @@ def test_the_states_of_a_prompt_lie_where_the_step_finds_them(replays, monkeypat
         raise ValueError
     assert step.awaits(ids) and m(ids, use_cache=False, logits_to_keep=1).past_key_values is None
     assert step.buffers.owner is None or step.buffers.owner() is None
+
+
+@torch.no_grad()
+def test_the_cache_of_a_prompt_is_copied_and_kept_as_any(replays):
+    """In a file too, for a prompt that many texts begin with."""
+    m, ids = recurrent("gated_delta").double(), IDS[:, :12]
+    for kind in (Cache, Held):
+        cache = m(ids, use_cache=True, logits_to_keep=1).past_key_values
+        assert type(cache) is kind
+        for copied in (copy(cache), pickle.loads(pickle.dumps(cache))):
+            assert type(copied) is Cache and copied.seen == 12
+            torch.testing.assert_close(leaves(copied.states), leaves(cache.states))
+        del cache, copied
+        generated(m, 2, attention_mask=torch.ones(2, 12))
+
+
+@torch.no_grad()
+def test_weights_are_cast_anew_for_the_first_token_after_a_prompt(replays):
+    """Those that were changed through .data, which no version tells, too."""
+    m = recurrent("gated_delta").float()
+    with torch.autocast("cpu", torch.bfloat16):
+        generated(m, 2, attention_mask=torch.ones(2, 12))
+        cache = m(IDS[:, :12], use_cache=True, logits_to_keep=1).past_key_values
+    assert isinstance(cache, Held)
+    m.head.weight.data.mul_(1.5)
+    given = {"input_ids": IDS[:, 12:13], "past_key_values": cache, "use_cache": True}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = m(**given).logits
+        with decoding.uncaptured():
+            assert torch.equal(m(**given).logits, found)
 
 
 @torch.no_grad()

@@ -107,6 +107,10 @@ class Held(Cache):
             self.own = self.buffers.copied()
             self.buffers.hand_to(None)
 
+    def __reduce__(self) -> tuple[type[Cache], tuple[States, int]]:
+        """What copy.copy and pickle make of it has its states where any cache has them."""
+        return Cache, (list(self.states), self.seen)
+
     @property
     def batch_size(self) -> int:
         return self.rows

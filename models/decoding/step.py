@@ -178,7 +178,7 @@ class Step:
             assert isinstance(cache, Held)
             if not cache.spent:
                 cache.part()
-                if self.weights.stamp != self.weights.now():
+                if cache.prompt or self.weights.stamp != self.weights.now():
                     self.weights.refresh()
         else:
             if self.buffers.owner is not None and (other := self.buffers.owner()) is not None:
