@@ -343,7 +343,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", action="store_true", help="print the jobs, and run none")
     given = parser.parse_intermixed_args(words)
     settings = [word for word in given.words if "=" in word or word.startswith("~")]
-    given.experiments, given.words = [word for word in given.words if word not in settings], settings
+    given.experiments = list(dict.fromkeys(word for word in given.words if word not in settings))
+    given.words = settings
     if not given.experiments:
         parser.error("no EXPERIMENT is named, a file of conf/experiment")
     if given.results is not None and len(given.experiments) > 1:

@@ -147,7 +147,7 @@ def test_the_pages_commands_are_understood():
 def test_the_command_line(capsys):
     given = evidence.arguments(["mqar", "--at-once", "2", "seed=1,2", "--minutes", "0.5"])
     assert (given.experiments, given.words, given.at_once, given.minutes) == (["mqar"], ["seed=1,2"], 2, 0.5)
-    given = evidence.arguments(["mqar", "seed=1", "~logger", "mad"])
+    given = evidence.arguments(["mqar", "seed=1", "~logger", "mad", "mqar"])
     assert (given.experiments, given.words) == (["mqar", "mad"], ["seed=1", "~logger"])
     for words, why in (
         (["mqar", "--at-once", "0"], "--at-once 0 must be at least 1"),
