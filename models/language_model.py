@@ -223,7 +223,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             if buffers is None:
                 return hidden, Cache(states, seen)
             if all(x is y for x, y in zip(states, buffers.states, strict=True)):
-                return hidden, decoding.Held(buffers, len(given), seen)
+                return hidden, decoding.Held(buffers, len(given), seen, prompt=True)
             pairs = zip(states, buffers.states, strict=True)
             return hidden, Cache([map_tensors(x, Tensor.clone) if x is y else x for x, y in pairs], seen)
 

@@ -81,7 +81,8 @@ class Job(NamedTuple):
 
     @property
     def label(self) -> str:
-        return " ".join(word for word in self.words[1:] if not word.startswith("hydra."))
+        """Two sweeps may be over the same settings."""
+        return " ".join([self.experiment, *(word for word in self.words[1:] if not word.startswith("hydra."))])
 
 
 Slot = dict[str, str]  # what is another in a process's environment: the GPU that it sees
@@ -341,8 +342,9 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--commit", help="of these files, where they are a copy without git")
     parser.add_argument("--jobs", action="store_true", help="print the jobs, and run none")
     given = parser.parse_intermixed_args(words)
-    given.experiments = [word for word in given.words if "=" not in word]
-    given.words = [word for word in given.words if "=" in word]
+    settings = [word for word in given.words if "=" in word or word.startswith("~")]
+    given.experiments = list(dict.fromkeys(word for word in given.words if word not in settings))
+    given.words = settings
     if not given.experiments:
         parser.error("no EXPERIMENT is named, a file of conf/experiment")
     if given.results is not None and len(given.experiments) > 1:

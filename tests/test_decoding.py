@@ -3,8 +3,9 @@ a test is where people met its case."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any
 
 import pytest
@@ -231,6 +232,15 @@ def test_a_step_is_for_tokens_that_go_on(replays):
         assert not replays
         m(**given)
         assert replays == [2]
+        replays.clear()
+        prompt = {"input_ids": IDS[:, :9], "use_cache": True, "logits_to_keep": 1}
+        with m.blocks[0].register_forward_hook(lambda *_: None):
+            given["past_key_values"] = m(**prompt).past_key_values
+            assert type(given["past_key_values"]) is Cache and m(**given).past_key_values.seen == 10
+        given["past_key_values"] = m(**prompt).past_key_values
+        with m.blocks[0].register_forward_hook(lambda *_: None):
+            m(**given)
+        assert isinstance(given["past_key_values"], Held) and not replays
         grown = model("softmax", num_layers=1)(IDS, use_cache=True).past_key_values
         assert "grow" in decoding.refusal(model("softmax", num_layers=1), IDS[:, :1], grown)
         adapter = type("Linear", (torch.nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
@@ -296,6 +306,51 @@ def test_the_states_of_a_prompt_lie_where_the_step_finds_them(replays, monkeypat
         raise ValueError
     assert step.awaits(ids) and m(ids, use_cache=False, logits_to_keep=1).past_key_values is None
     assert step.buffers.owner is None or step.buffers.owner() is None
+
+
+@torch.no_grad()
+def test_the_cache_of_a_prompt_is_copied_and_kept_as_any(replays):
+    """In a file too, for a prompt that many texts begin with."""
+    m, ids = recurrent("gated_delta").double(), IDS[:, :12]
+    for kind in (Cache, Held):
+        cache = m(ids, use_cache=True, logits_to_keep=1).past_key_values
+        assert type(cache) is kind
+        for copied in (copy(cache), pickle.loads(pickle.dumps(cache))):
+            assert type(copied) is Cache and copied.seen == 12
+            torch.testing.assert_close(leaves(copied.states), leaves(cache.states))
+        del cache, copied
+        generated(m, 2, attention_mask=torch.ones(2, 12))
+
+
+@torch.no_grad()
+def test_weights_are_cast_anew_for_the_first_token_after_a_prompt(replays):
+    """Those that were changed through .data, which no version tells, too."""
+    m = recurrent("gated_delta").float()
+    with torch.autocast("cpu", torch.bfloat16):
+        generated(m, 2, attention_mask=torch.ones(2, 12))
+        cache = m(IDS[:, :12], use_cache=True, logits_to_keep=1).past_key_values
+    assert isinstance(cache, Held)
+    m.head.weight.data.mul_(1.5)
+    given = {"input_ids": IDS[:, 12:13], "past_key_values": cache, "use_cache": True}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = m(**given).logits
+        with decoding.uncaptured():
+            assert torch.equal(m(**given).logits, found)
+
+
+@torch.no_grad()
+def test_a_token_beside_another_threads_prompt_goes_by_layers(replays):
+    """Rather than by a step that would be captured in the place of the one that the prompt is for."""
+    m = recurrent("gated_delta")
+    generated(m, 2, attention_mask=torch.ones(2, 12))
+    step, cache = steps._STEPS[m], m(IDS[:, :9], use_cache=True).past_key_values
+    replays.clear()
+    with decoding.places(m, IDS[:, :9]) as buffers:
+        assert buffers is step.buffers
+        m(IDS[:, 9:10], past_key_values=cache, use_cache=True)
+        assert not replays and steps._STEPS[m] is step
+    m(IDS[:, 9:10], past_key_values=cache, use_cache=True)
+    assert replays == [2] and steps._STEPS[m] is step
 
 
 @torch.no_grad()

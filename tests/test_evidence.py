@@ -147,6 +147,8 @@ def test_the_pages_commands_are_understood():
 def test_the_command_line(capsys):
     given = evidence.arguments(["mqar", "--at-once", "2", "seed=1,2", "--minutes", "0.5"])
     assert (given.experiments, given.words, given.at_once, given.minutes) == (["mqar"], ["seed=1,2"], 2, 0.5)
+    given = evidence.arguments(["mqar", "seed=1", "~logger", "mad", "mqar"])
+    assert (given.experiments, given.words) == (["mqar", "mad"], ["seed=1", "~logger"])
     for words, why in (
         (["mqar", "--at-once", "0"], "--at-once 0 must be at least 1"),
         (["seed=1"], "no EXPERIMENT is named"),
@@ -165,6 +167,7 @@ def test_several_sweeps_have_their_results_apart(tmp_path, monkeypatch):
     jobs = [Miniature(name, (f"experiment={name}", "seed=1")) for name in ("mqar", "mad")]
     of = {job.name: evidence.Results(tmp_path / f"{job.name}.jsonl") for job in jobs}
     results = evidence.Shared(of)
+    assert [job.label for job in jobs] == ["mqar seed=1", "mad seed=1"]
     assert not evidence.run(list(evidence.left(jobs, results)), results, 2, float("inf"))
     assert [[row["job"] for row in each.read()] for each in of.values()] == [[job.key] for job in jobs]
     assert results.have() == {job.key for job in jobs} and list(evidence.left(jobs, results)) == []

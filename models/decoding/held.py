@@ -85,11 +85,12 @@ class Held(Cache):
     them, until somebody looks at them, or the step goes on from this cache or another: then they are copies. So a step
     changes no cache that it is given, as no call of a model does.
 
-    spent: generate goes on from a cache once and forgets it; a step then spares the copy.
+    spent: generate goes on from a cache once and forgets it; a step then spares the copy. prompt: after one, from which
+    no step has gone on: whether one can is still to be asked.
     """
 
-    def __init__(self, buffers: Buffers, rows: int, seen: int) -> None:
-        self.buffers, self.rows, self.seen, self.spent = buffers, rows, seen, False
+    def __init__(self, buffers: Buffers, rows: int, seen: int, prompt: bool = False) -> None:
+        self.buffers, self.rows, self.seen, self.spent, self.prompt = buffers, rows, seen, False, prompt
         self.own: States | None = None
         buffers.hand_to(self)
 
@@ -105,6 +106,10 @@ class Held(Cache):
             assert self.buffers.owned_by(self), "a spent cache has no states"
             self.own = self.buffers.copied()
             self.buffers.hand_to(None)
+
+    def __reduce__(self) -> tuple[type[Cache], tuple[States, int]]:
+        """What copy.copy and pickle make of it has its states where any cache has them."""
+        return Cache, (list(self.states), self.seen)
 
     @property
     def batch_size(self) -> int:

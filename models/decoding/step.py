@@ -60,7 +60,10 @@ def go_on(model: Any, ids: Tensor, cache: Cache) -> tuple[Tensor, Cache] | None:
         return None
     with _LOCK, torch.inference_mode(False), torch.no_grad():
         step = _STEPS.get(model)
-        if not (isinstance(step, Step) and step.buffers.owned_by(cache)) and refusal(model, ids, cache) is not None:
+        if isinstance(step, Step) and step.buffers.filling:
+            return None  # rather than another step beside it: the prompt is another thread's
+        asked = isinstance(step, Step) and step.buffers.owned_by(cache) and isinstance(cache, Held) and not cache.prompt
+        if not asked and refusal(model, ids, cache) is not None:
             return None
         if not (isinstance(step, Step) and step.fits(cache, ids)):
             step = _captured(model, ids, cache)
@@ -73,8 +76,8 @@ def places(model: Any, prompt: Tensor) -> Iterator[Buffers | None]:
     twice; None where no step is captured for such a prompt, or the cache of another one lies there.
     """
     with _LOCK:
-        step = _STEPS.get(model) if _ALLOWED.get() and not torch.is_grad_enabled() else None
-        if not (isinstance(step, Step) and step.awaits(prompt)):
+        step = _STEPS.get(model) if refusal_of_call(prompt) is None else None
+        if not (isinstance(step, Step) and step.awaits(prompt) and refusal_of_model(model, prompt.device) is None):
             step = None
         else:
             step.buffers.filling = True
@@ -88,7 +91,7 @@ def places(model: Any, prompt: Tensor) -> Iterator[Buffers | None]:
 
 
 def refusal_of_call(ids: Tensor) -> str | None:
-    """What a call of one token has that can't be captured."""
+    """What a call has for which no step is captured."""
     if not _ALLOWED.get():
         return "it is switched off"
     if ids.device.type != "cuda":
@@ -106,8 +109,13 @@ def refusal(model: Any, ids: Tensor, cache: Cache) -> str | None:
         return reason
     if model.state_size(cache.seen) != model.state_size(cache.seen + 1):
         return "its states grow with every token"
-    if any(type(x) is not nn.Parameter or x.device != ids.device for x in model.parameters()):
-        return f"its parameters are not all plain ones on {ids.device}"
+    return refusal_of_model(model, ids.device)
+
+
+def refusal_of_model(model: Any, device: torch.device) -> str | None:
+    """What a model has that can't be captured."""
+    if any(type(x) is not nn.Parameter or x.device != device for x in model.parameters()):
+        return f"its parameters are not all plain ones on {device}"
     layers = (layer for layer in model.modules() if layer is not model)
     if any(x._forward_hooks or x._forward_pre_hooks or "forward" in vars(x) for x in layers):
         return "a layer has hooks, which a graph would leave out"
@@ -170,7 +178,7 @@ class Step:
             assert isinstance(cache, Held)
             if not cache.spent:
                 cache.part()
-                if self.weights.stamp != self.weights.now():
+                if cache.prompt or self.weights.stamp != self.weights.now():
                     self.weights.refresh()
         else:
             if self.buffers.owner is not None and (other := self.buffers.owner()) is not None:

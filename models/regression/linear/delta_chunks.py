@@ -24,6 +24,7 @@ class ChunkedDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, w, v, b, log_decay, memory, chunk, gradient_before_decay):
         (B, T, H, _), own = k.shape, w is not None
+        ctx.by_channel = log_decay is not None and log_decay.ndim == k.ndim  # of which there may be one
         with torch.autocast(q.device.type, enabled=False):
             tensors = (q, k, v, b, log_decay, w)
             q, k, v, b, log_decay, w = (into_chunks(x, chunk, memory.dtype) for x in tensors)
@@ -98,7 +99,7 @@ class ChunkedDelta(torch.autograd.Function):
                 dc = along(q, dq) + erased - along(w, dw)
                 dc[:, -1] += (S[rows:] * dS[rows:]).sum(-1 if ctx.channels else (-2, -1)).view_as(dc[:, -1])
                 dlog_decay = from_chunks(dc.flip(-2).cumsum(-2).flip(-2), ctx.like)
-                dlog_decay = dlog_decay if ctx.channels else dlog_decay.squeeze(-1)
+                dlog_decay = dlog_decay if ctx.by_channel else dlog_decay.squeeze(-1)
             if not ctx.own:
                 dk.add_(dw)
             dv, dmemory = E.mul_(b), dS[:rows].unflatten(0, ctx.like[::2])

@@ -105,6 +105,14 @@ def test_chunked_without_decay_or_memory_is_recurrent():
     assert_same(values_and_gradients(recurrent_delta, inputs), values_and_gradients(chunked_delta, inputs))
 
 
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_keys_of_one_channel(by_channel):
+    """Whose decay by channel is a number a head, too."""
+    inputs = draw(width=1)
+    inputs[4] = inputs[4].unsqueeze(-1) if by_channel else inputs[4]
+    assert_same(values_and_gradients(recurrent_delta, inputs), values_and_gradients(chunked_delta, inputs))
+
+
 def test_the_gradient_written_by_hand_is_the_numerical_one():
     inputs = [x[:1, :, :1].clone().requires_grad_() if i < 5 else x[:1, :1] for i, x in enumerate(draw(9, width=3))]
     inputs[5] = inputs[5].clone().requires_grad_()
