@@ -207,9 +207,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     draft.replace(path)
 
 
-def with_rates(every: list[Job], found: list[dict[str, Any]], times: float) -> list[Job]:
+def with_rates(every: list[Job], found: list[dict[str, Any]], times: float) -> tuple[list[Job], list[str]]:
     """The jobs, each at the rate that was best for its mixer among these results, by the mean over seeds of the last
-    validation loss, times this. Raises ValueError where a mixer has no result.
+    validation loss, times this; and the mixers that have no result, whose jobs are left out. Raises ValueError where
+    none has one.
     """
     losses: dict[str, dict[float, list[float]]] = {}
     for row in found:
@@ -217,18 +218,22 @@ def with_rates(every: list[Job], found: list[dict[str, Any]], times: float) -> l
         of_rate = losses.setdefault(words["model"], {}).setdefault(float(words["optimizer.lr"]), [])
         of_rate.append(row["validation/nats"] if math.isfinite(row["validation/nats"]) else math.inf)
 
+    def model_of(job: Job) -> str:
+        return dict(word.split("=", 1) for word in job.words)["model"]
+
     def rated(job: Job) -> Job:
-        model = dict(word.split("=", 1) for word in job.words)["model"]
-        if model not in losses:
-            raise ValueError(
-                f"--rates has no result of model={model}; it has {', '.join(sorted(losses)) or 'no results'}"
-            )
+        model = model_of(job)
         best = min(losses[model], key=lambda rate: sum(losses[model][rate]) / len(losses[model][rate]))
         if math.isinf(sum(losses[model][best])):
             raise ValueError(f"--rates: model={model} has diverged at each of its rates; try a lower one")
         return Job(job.name, (*job.words, f"optimizer.lr={best * times:.4g}"))
 
-    return [rated(job) for job in every]
+    unknown = [model for model in dict.fromkeys(map(model_of, every)) if model not in losses]
+    if len(unknown) == len(set(map(model_of, every))):
+        raise ValueError(
+            f"--rates has no result of model={','.join(unknown)}; it has {', '.join(sorted(losses)) or 'no results'}"
+        )
+    return [rated(job) for job in every if model_of(job) in losses], unknown
 
 
 def results_of(experiment: str) -> Path:
@@ -372,7 +377,11 @@ def main() -> None:
                 raise ValueError(
                     f"--rates={given.rates}: there is no {source}; it is an experiment with results, or a file"
                 )
-            every = with_rates(every, Results(source).read(), given.times)
+            every, unknown = with_rates(every, Results(source).read(), given.times)
+            if unknown:
+                print(
+                    f"left out, as --rates={given.rates} has no result of them: model={','.join(unknown)}", flush=True
+                )
     except ValueError as error:
         sys.exit(f"error: {error}")
     if given.jobs:

@@ -189,8 +189,10 @@ def test_a_job_takes_the_rate_that_was_best_for_its_mixer():
         row("mesa", "8e-3", math.nan),
     ]
     jobs = evidence.sweep("ablation", ["model=mesa", "seed=1,2"])
-    rated = evidence.with_rates(jobs, found, 0.75)
+    rated, unknown = evidence.with_rates(jobs, found, 0.75)
     assert [job.words[-1] for job in rated] == ["optimizer.lr=0.00075"] * 2 and rated[0].key != jobs[0].key
+    others = evidence.sweep("ablation", ["model=titans,mesa", "seed=1"])
+    assert not unknown and evidence.with_rates(others, found, 0.75) == (rated[:1], ["titans"])
     with pytest.raises(ValueError, match="--rates has no result of model=titans; it has mesa"):
         evidence.with_rates(evidence.sweep("ablation", ["model=titans"]), found, 1.0)
     with pytest.raises(SystemExit):

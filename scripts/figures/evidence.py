@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -147,9 +148,11 @@ def page(name: str, claim: Claim, rows: list[Row], table: list[Row], notes: str,
 
 def made(rows: list[Row], jobs: dict[str, int]) -> Iterator[str]:
     """Where the numbers come from: runs, machines, time, versions, commits."""
-    there = " and ".join(f"the {count} runs of `{name}`" for name, count in jobs.items())
-    yield f"`results.jsonl` has {len(rows)} of {there}, each with its command. Their seconds add"
-    yield f"up to {sum(row.get('seconds') or 0 for row in rows) / 3600:.2f} hours, of processes that shared a machine."
+    of = Counter(row["job"].partition("/")[0] for row in rows)
+    there = " and ".join(f"{of[name]} of the {count} runs of `{name}`" for name, count in jobs.items())
+    yield f"`results.jsonl` has {there}, each with its command."
+    hours = sum(row.get("seconds") or 0 for row in rows) / 3600
+    yield f"Their seconds add up to {hours:.2f} hours, of processes that shared a machine."
     yield ""
     for kind in ("device", "date", "commit", "versions"):
         values: dict[str, int] = {}
@@ -159,7 +162,13 @@ def made(rows: list[Row], jobs: dict[str, int]) -> Iterator[str]:
             if kind == "commit":
                 shown = f"{shown[:10]}{' with changes' if row.get('changed') else ''}"
             values[shown] = values.get(shown, 0) + 1
-        yield f"* {kind}: {'; '.join(f'{value} ({count} runs)' for value, count in values.items())}"
+        said = [f"{value} ({count} {'run' if count == 1 else 'runs'})" for value, count in values.items()]
+        yield f"* {kind}: {'; '.join(said)}"
+
+
+def plain(row: Row) -> Row:
+    """For JSON, which has none but finite numbers."""
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
 
 
 def write(name: str, folder: Path) -> list[Row]:
@@ -172,7 +181,10 @@ def write(name: str, folder: Path) -> list[Row]:
     failures = [row for source in claim.sources for row in Results(folder / source / "results.jsonl").failures()]
     said = notes.read_text() if notes.exists() else ""
     (to / "README.md").write_text(page(name, claim, rows, table, said, failures))
-    (to / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+    finite = [
+        {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in row.items()} for row in table
+    ]
+    (to / "table.json").write_text(json.dumps(finite, indent=1, allow_nan=False) + "\n")
     (to / "table.txt").write_text(text(table))
     look: dict[Any, Any] = {"svg.hashsalt": name, "svg.fonttype": "none"}
     with matplotlib.rc_context(look | {"font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"], "font.size": 9}):

@@ -34,7 +34,7 @@ def known_first(x: float) -> float:
 
 
 def ablation_table(rows: list[Row]) -> list[Row]:
-    """In the order of the loss. place: among those that the published table has too, where all of them were run."""
+    """In the order of the loss. place: among those that the published table has too, where three of them were run."""
     found = []
     for name, runs in best(rows, label, better).items():
         bits = [run["validation/bits_per_byte"] for run in runs]
@@ -46,6 +46,7 @@ def ablation_table(rows: list[Row]) -> list[Row]:
         found.append(row)
     found.sort(key=lambda row: known_first(row["bits per byte"]))
     places = [row["mixer"] for row in found if row["mixer"] in published.ABLATION.of]
+    places = places if len(places) > 2 else []
     known = {name: row for name, row in published.ABLATION.of.items() if name in places}
     theirs = sorted(known, key=lambda name: known[name][0] or 0)
     return [row | {"place": places.index(row["mixer"]) + 1 if row["mixer"] in places else None,
@@ -83,7 +84,8 @@ def mean_by_position(runs: list[Row]) -> dict[float, float]:
 
 
 def rates_table(rows: list[Row]) -> list[Row]:
-    """A row for each mixer: the loss at every rate, and the rate of the least. Those with the least loss first."""
+    """A row for each mixer: the loss at every rate, the rate of the least, and whether that is the lowest or highest
+    at which it was run. Those with the least loss first."""
     rates = sorted({settings(row)["optimizer.lr"] for row in rows}, key=float)
     found = []
     for name, runs in grouped(rows, label).items():
@@ -92,8 +94,9 @@ def rates_table(rows: list[Row]) -> list[Row]:
             for rate in rates
         }
         best_rate = min(rates, key=lambda rate: known_first(of[rate]))
-        edge = best_rate in (rates[0], rates[-1])
-        found.append({"mixer": name} | of | {"best": best_rate, "at the edge": "yes" if edge else ""})
+        run_at = [rate for rate in rates if any(settings(run)["optimizer.lr"] == rate for run in runs)]
+        edge = "the only one" if len(run_at) == 1 else "yes" if best_rate in (run_at[0], run_at[-1]) else ""
+        found.append({"mixer": name} | of | {"best": best_rate, "at the edge": edge})
     return sorted(found, key=lambda row: known_first(row[row["best"]]))
 
 

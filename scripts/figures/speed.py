@@ -140,8 +140,8 @@ def starting(run: Run) -> Iterator[str]:
     yield where(run, "python scripts/benchmark.py starts")
     card = f"of {run['memory_gb']:.0f} GB of a GPU" if run["memory_gb"] else "without a limit of memory"
     yield f"Two steps of each preset, {card}, by recompute=auto. *Compiled* is the first step of few layers, with all"
-    beside = f"{run['at_once']} such processes at a time" if run["at_once"] > 1 else "one process at a time"
-    yield f"that is compiled in it, in {beside}; *first* is that of the whole model, which finds it compiled."
+    yield "that is compiled in it, beside other such processes; *first* is that of the whole model, which finds it"
+    yield "compiled."
     yield ""
     head = ["preset", "peak GB", "blocks recomputed", "compiled, s", "first, s", "backend"]
     rows = [
@@ -273,7 +273,7 @@ def sending(run: Run) -> Iterator[str]:
     yield "The seconds of a step, how much longer it is than a linear one, and the GB that a device sends in it by the"
     yield f"formulas ([scaling](scaling.md)).{at}"
     yield ""
-    yield from table(["", "step, s", "longer, s", "GB sent", *(["expected, s"] if linked else [])], rows)
+    yield from table(["", "mean step, s", "longer, s", "GB sent", *(["expected, s"] if linked else [])], rows)
 
 
 def traced(run: Run) -> Iterator[str]:
