@@ -41,7 +41,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
 from conf import schema
-from conf.command import said
+from conf.command import said, sentence
 from conf.folders import job_folder, runs
 from models.training import origin
 from scripts.array_job import CONF, jobs
@@ -125,12 +125,12 @@ def sweep(experiment: str, words: list[str]) -> list[Job]:
     for model in models:
         if not any((folder / "model" / f"{model}.yaml").exists() for folder in searched):
             raise ValueError(f"model={model} is not there; python train.py --help lists them")
+    mine = [w for w in found[0].words if w.partition("=")[0] in typed and not w.startswith("model.")]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            mine = [w for w in found[0].words if w.partition("=")[0] in typed and not w.startswith("model.")]
             compose("train", [first, *mine, "run_dir=none"])
     except HydraException as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(sentence(error, mine)) from None
     return found
 
 

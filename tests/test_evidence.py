@@ -58,6 +58,8 @@ def test_a_sweep_is_that_of_the_experiment_and_its_words():
         evidence.sweep("none", [])
     with pytest.raises(ValueError, match=r"Error parsing|mismatched|no viable"):
         evidence.sweep("mqar", ["seed=[1,"])
+    with pytest.raises(ValueError, match=r"optimizer\.lrr=0\.001 is not a setting; did you mean optimizer\.lr\?"):
+        evidence.sweep("mqar", ["optimizer.lrr=1e-3"])
 
 
 def test_jobs_run_once_and_the_next_call_goes_on(tmp_path, monkeypatch, capsys):
