@@ -209,16 +209,21 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def with_rates(every: list[Job], found: list[dict[str, Any]], times: float) -> list[Job]:
     """The jobs, each at the rate that was best for its mixer among these results, by the mean over seeds of the last
-    validation loss, times this. Raises ValueError where a mixer has no result.
+    validation loss, times this. Raises ValueError where a mixer has no result, a result no rate, or a job one already.
     """
     losses: dict[str, dict[float, list[float]]] = {}
     for row in found:
         words = dict(word.split("=", 1) for word in row["words"])
+        if not {"model", "optimizer.lr"} <= words.keys():
+            raise ValueError(f"--rates: {row['job']} has no optimizer.lr; they are of a sweep over mixers and rates")
         of_rate = losses.setdefault(words["model"], {}).setdefault(float(words["optimizer.lr"]), [])
         of_rate.append(row["validation/nats"] if math.isfinite(row["validation/nats"]) else math.inf)
 
     def rated(job: Job) -> Job:
-        model = dict(word.split("=", 1) for word in job.words)["model"]
+        words = dict(word.split("=", 1) for word in job.words)
+        if "optimizer.lr" in words:
+            raise ValueError(f"--rates: {job.label} has a rate already; leave optimizer.lr out, or --rates")
+        model = words["model"]
         if model not in losses:
             raise ValueError(
                 f"--rates has no result of model={model}; it has {', '.join(sorted(losses)) or 'no results'}"
