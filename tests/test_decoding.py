@@ -4,6 +4,7 @@ a test is where people met its case."""
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from copy import copy, deepcopy
 from typing import Any
@@ -351,6 +352,32 @@ def test_a_token_beside_another_threads_prompt_goes_by_layers(replays):
         assert not replays and steps._STEPS[m] is step
     m(IDS[:, 9:10], past_key_values=cache, use_cache=True)
     assert replays == [2] and steps._STEPS[m] is step
+
+
+@torch.no_grad()
+def test_a_step_waits_while_another_threads_beams_are_chosen(replays):
+    """Or what was chosen would be written over the states of the step's own text."""
+    m = recurrent("gated_delta").double()
+    mine, others = (m(ids, use_cache=True).past_key_values for ids in (IDS[:, :9], IDS[:, 9:18]))
+    with decoding.uncaptured():
+        expected = [logits_of(layers_of(m), cache) for cache in (mine, others)]
+    mine = m(IDS[:, 12:13], past_key_values=mine, use_cache=True).past_key_values
+    found: list[Any] = []
+    go_on = torch.no_grad()(lambda: found.append(layers_of(m)(IDS[:, 12:13], others)))
+    thread = threading.Thread(target=go_on)
+
+    def chosen(x: Tensor) -> Tensor:
+        if thread.ident is None:
+            thread.start()
+            thread.join(0.5)
+        return x.flip(0)
+
+    mine._map(chosen)
+    thread.join()
+    second = layers_of(m)(IDS[:, 13:14], found[0][1])[0]
+    torch.testing.assert_close(torch.cat([found[0][0], second], 1), expected[1][:, :2])
+    second = layers_of(m)(IDS[:, 13:14].flip(0), mine)[0]
+    torch.testing.assert_close(second.flip(0), expected[0][:, 1:2])
 
 
 @torch.no_grad()

@@ -197,5 +197,11 @@ def test_a_job_takes_the_rate_that_was_best_for_its_mixer():
     assert not unknown and evidence.with_rates(others, found, 0.75) == (rated[:1], ["titans"])
     with pytest.raises(ValueError, match="--rates has no result of model=titans; it has mesa"):
         evidence.with_rates(evidence.sweep("ablation", ["model=titans"]), found, 1.0)
+    with pytest.raises(
+        ValueError, match=r"--rates: ablation seed=1 model=mesa optimizer\.lr=0\.001 has a rate already"
+    ):
+        evidence.with_rates(evidence.sweep("ablation", ["model=mesa", "optimizer.lr=1e-3"]), found, 1.0)
+    with pytest.raises(ValueError, match=r"--rates: mad/seed=1 has no optimizer\.lr; they are of a sweep over mixers"):
+        evidence.with_rates(jobs, [{"job": "mad/seed=1", "words": ["model=mesa"], "validation/nats": 1.0}], 1.0)
     with pytest.raises(SystemExit):
         evidence.arguments(["ablation", "--times", "0.5"])

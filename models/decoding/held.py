@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -14,6 +15,7 @@ from models.mixers.mixer import State
 
 States = Sequence[State | None]
 ALIGNED = 64  # numbers from one tensor's beginning to the next: wide loads want it
+LOCK = threading.RLock()  # a thread's token and states must not meet another's
 
 
 class Buffers:
@@ -102,10 +104,11 @@ class Held(Cache):
 
     def part(self) -> None:
         """From here on the states are copies."""
-        if self.own is None:
-            assert self.buffers.owned_by(self), "a spent cache has no states"
-            self.own = self.buffers.copied()
-            self.buffers.hand_to(None)
+        with LOCK:
+            if self.own is None:
+                assert self.buffers.owned_by(self), "a spent cache has no states"
+                self.own = self.buffers.copied()
+                self.buffers.hand_to(None)
 
     def __reduce__(self) -> tuple[type[Cache], tuple[States, int]]:
         """What copy.copy and pickle make of it has its states where any cache has them."""
@@ -122,16 +125,17 @@ class Held(Cache):
 
     def _map(self, function: Callable[[Tensor], Any]) -> None:
         """Beams are chosen where the states are; what changes the number of rows parts with them."""
-        if self.own is None:
-            changed = [map_tensors(state, function) for state in self.buffers.states]
-            if signature(changed) == self.buffers.signature:
-                self.buffers.load(changed)
-                return
-            self.buffers.hand_to(None)
-            self.own = changed
-        else:
-            self.own = [map_tensors(state, function) for state in self.own]
-        self.rows = len(leaves(self.own)[0])
+        with LOCK:
+            if self.own is None:
+                changed = [map_tensors(state, function) for state in self.buffers.states]
+                if signature(changed) == self.buffers.signature:
+                    self.buffers.load(changed)
+                    return
+                self.buffers.hand_to(None)
+                self.own = changed
+            else:
+                self.own = [map_tensors(state, function) for state in self.own]
+            self.rows = len(leaves(self.own)[0])
 
 
 def signature(node: Any) -> Any:

@@ -13,7 +13,6 @@ model keeps the last one, its copies of weights and states included, until it is
 
 from __future__ import annotations
 
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -29,12 +28,11 @@ from torch.func import functional_call
 from models.block import add_and_norm
 from models.cache import Cache
 from models.decoding.fused import FusedBlock
-from models.decoding.held import Buffers, Held, signature
+from models.decoding.held import LOCK, Buffers, Held, signature
 from models.decoding.weights import Weights
 
 _ALLOWED: ContextVar[bool] = ContextVar("captured", default=True)
 _STEPS: weakref.WeakKeyDictionary[nn.Module, Step | str] = weakref.WeakKeyDictionary()
-_LOCK = threading.RLock()  # a thread's token and states must not meet another's
 
 
 @contextmanager
@@ -58,7 +56,7 @@ def go_on(model: Any, ids: Tensor, cache: Cache) -> tuple[Tensor, Cache] | None:
     """
     if refusal_of_call(ids) is not None:
         return None
-    with _LOCK, torch.inference_mode(False), torch.no_grad():
+    with LOCK, torch.inference_mode(False), torch.no_grad():
         step = _STEPS.get(model)
         if isinstance(step, Step) and step.buffers.filling:
             return None  # rather than another step beside it: the prompt is another thread's
@@ -75,7 +73,7 @@ def places(model: Any, prompt: Tensor) -> Iterator[Buffers | None]:
     """Where a captured step will look for the states after a prompt [B, T] or [B, T, D], so that they are not held
     twice; None where no step is captured for such a prompt, or the cache of another one lies there.
     """
-    with _LOCK:
+    with LOCK:
         step = _STEPS.get(model) if refusal_of_call(prompt) is None else None
         if not (isinstance(step, Step) and step.awaits(prompt) and refusal_of_model(model, prompt.device) is None):
             step = None
