@@ -87,9 +87,12 @@ def said(text: str) -> None:
 
 def named(words: list[str]) -> list[str]:
     """The words, with a name for a sweep that has none: sweep-SETTING-SETTING, of the settings of which it has several.
-    By train.yaml's own, which holds the choice of model, each job would lie in the folder of a run by itself.
+    By train.yaml's own, which holds the choice of model, each job would lie in the folder of a run by itself. An
+    experiment has one, but where that holds the choice too.
     """
     if not {"-m", "--multirun"} & set(words) or any(word.lstrip("+").startswith("name=") for word in words):
+        return words
+    if any(re.match(r"\+?experiment=", word) and names_its_sweep(word.partition("=")[2]) for word in words):
         return words
     typed = [word for word in words if not word.startswith(("-", "hydra"))]
     try:
@@ -101,6 +104,12 @@ def named(words: list[str]) -> list[str]:
     name = "-".join(["name=sweep", *sorted(re.split(r"[@.]", key)[-1] for key in several)])
     end = max((i + 1 for i, word in enumerate(words) if not word.startswith("-")), default=len(words))
     return [*words[:end], name, *words[end:]]  # flags stand before all settings, or behind them
+
+
+def names_its_sweep(experiment: str) -> bool:
+    """Whether its file gives all its runs one name."""
+    path = Path(__file__).parent / "experiment" / f"{experiment}.yaml"
+    return path.is_file() and re.search(r"^name: *[^$\s]+$", path.read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
 def flags(words: list[str]) -> str | None:

@@ -280,10 +280,11 @@ def test_a_sweep_without_a_name_is_called_after_its_settings():
         ("model.mixers.main.regressor.window=4,8 seed=3 --multirun", "sweep-window"),
         ("-m seed=range(1,3) decay@model.mixers.main.decay=none,scalar", "sweep-decay-seed"),
         ("-m", "sweep"),
+        ("-m experiment=recall seed=1,2", "sweep-seed"),  # whose name holds the model
     ):
         given = words.split()
         found = named(given)
         assert [word for word in found if word not in given] == [f"name={name}"]
         assert [word for word in found if word in given] == given and flags(found) is None
-    for words in (["-m", "name=s", "seed=1,2"], ["seed=1"], ["-m", "seed=[1"]):
+    for words in (["-m", "name=s", "seed=1,2"], ["seed=1"], ["-m", "seed=[1"], ["-m", "experiment=mqar", "seed=1,2"]):
         assert named(words) == words
