@@ -104,6 +104,8 @@ def starts(given: argparse.Namespace) -> None:
         common |= {"share_gb": share_gb, "memory_gb": whole_gb, "turn": f"{folder}/turn" if given.at_once > 1 else None}
         about_them = about(device, sizes) | {"at_once": given.at_once, "memory_gb": whole_gb, "eager": given.eager}
         known = started(given.json, about_them)
+        if known and given.json is not None:  # of rows of several calls, the most
+            about_them["at_once"] = max(given.at_once, json.loads(given.json.read_text())["at_once"])
         names = [name for name in given.only if name not in [row.name for row in known]]
         if known:
             print(f"{given.json} has {len(known)} that started in an earlier call; {len(names)} are left")

@@ -298,7 +298,7 @@ def test_what_does_not_start_is_told(folder):
     run = read(folder, "starts")
     rows = [run["rows"][0] | {"peak_gb": 71.25, "recomputed": 3}, run["rows"][0] | {"name": "mesa", "reason": "no"}]
     lines = "\n".join(speed.starting(run | {"rows": rows, "at_once": 10, "memory_gb": 80.0}))
-    assert "of 80 GB of a GPU" in lines and "10 such processes at a time" in lines
+    assert "of 80 GB of a GPU" in lines and "up to 10 such processes at a time" in lines
     assert "| gated_delta | 71.2 | 3 of 4 |" in lines and "* `mesa`: no" in lines
 
 

@@ -140,8 +140,8 @@ def starting(run: Run) -> Iterator[str]:
     yield where(run, "python scripts/benchmark.py starts")
     card = f"of {run['memory_gb']:.0f} GB of a GPU" if run["memory_gb"] else "without a limit of memory"
     yield f"Two steps of each preset, {card}, by recompute=auto. *Compiled* is the first step of few layers, with all"
-    yield "that is compiled in it, beside other such processes; *first* is that of the whole model, which finds it"
-    yield "compiled."
+    beside = f"up to {run['at_once']} such processes at a time" if run["at_once"] > 1 else "one process at a time"
+    yield f"that is compiled in it, in {beside}; *first* is that of the whole model, which finds it compiled."
     yield ""
     head = ["preset", "peak GB", "blocks recomputed", "compiled, s", "first, s", "backend"]
     rows = [
