@@ -16,7 +16,7 @@ Row = dict[str, Any]  # of a run; or of a table
 RATES = ("optimizer.lr", "optimizer.weight_decay")  # of which the best counts
 ON, LOSS_ON = "validation/accuracy_on/", "validation/nats_on/"
 LOSS_AT = "validation/nats_at/"
-MARKS = "os^Dvp*PX<>h"
+MARKS = "os^Dvp*PX<>"  # one fewer than colours, so that the thirteenth is not like the first
 COLOURS = ["#1f5fa8", "#d1495b", "#2a9d6f", "#e09f1f", "#7b4fa3", "#3d3d3d", "#4fb3d9", "#a0522d", "#c77dba", "#6b8e23"]
 COLOURS += ["#8c1c5a", "#7a8b99"]
 
