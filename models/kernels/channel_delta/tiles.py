@@ -69,14 +69,6 @@ def log_size_at(sizes, chunk, first, FLAGS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def unscaled(scale, chunk, first, K: tl.constexpr, BK: tl.constexpr, TYPE: tl.constexpr):
-    """e^-m [1, BK], for a chunk's first memory and the gradient by its last as scans.py leaves them."""
-    channels = first + tl.arange(0, BK)
-    at = scale + chunk.to(tl.int64) * (2 * K) + channels
-    return 1.0 if TYPE.is_fp16() else (1 / tl.load(at, mask=channels < K, other=1.0))[None, :]
-
-
-@triton.jit
 def of_rows(pointer, index, first, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
     """Addresses and mask [BV, BK] of matrix `index` of [*, V, K], from column `first`: no mask where tiles are full."""
     v, k = tl.arange(0, BV), tl.arange(0, BK)
