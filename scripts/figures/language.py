@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from matplotlib.figure import Figure
 
 from scripts.figures import published
@@ -15,9 +13,12 @@ from scripts.figures.results import (
     best,
     by_position,
     grouped,
+    known_first,
     label,
+    learning_rate,
     legend,
     mean,
+    mean_if_any,
     settings,
 )
 
@@ -29,10 +30,6 @@ def better(row: Row) -> float:
     return -row["validation/nats"]
 
 
-def known_first(x: float) -> float:
-    return x if math.isfinite(x) else math.inf
-
-
 def ablation_table(rows: list[Row]) -> list[Row]:
     """In the order of the loss. place: among those that the published table has too, where three of them were run."""
     found = []
@@ -40,7 +37,7 @@ def ablation_table(rows: list[Row]) -> list[Row]:
         bits = [run["validation/bits_per_byte"] for run in runs]
         row: Row = {"mixer": name, "bits per byte": mean(bits), "spread": max(bits) - min(bits), "seeds": len(runs)}
         row |= {"nats per token": mean(run["validation/nats"] for run in runs)}
-        row |= {"rate": settings(runs[0]).get("optimizer.lr", "default"), "parameters": runs[0]["parameters"]}
+        row |= {"rate": learning_rate(runs[0]), "parameters": runs[0]["parameters"]}
         speeds = [run["tokens_per_second"] for run in runs if run.get("tokens_per_second")]
         row |= {"state": runs[0]["state_size"], "tokens/s": round(max(speeds)) if speeds else None}
         found.append(row)
@@ -90,7 +87,7 @@ def rates_table(rows: list[Row]) -> list[Row]:
     found = []
     for name, runs in grouped(rows, label).items():
         of = {
-            rate: mean(run["validation/bits_per_byte"] for run in runs if settings(run)["optimizer.lr"] == rate)
+            rate: mean_if_any(run["validation/bits_per_byte"] for run in runs if settings(run)["optimizer.lr"] == rate)
             for rate in rates
         }
         best_rate = min(rates, key=lambda rate: known_first(of[rate]))

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from scripts.evidence import composed
 from scripts.figures import published
 
 Row = dict[str, Any]  # of a run; or of a table
 RATES = ("optimizer.lr", "optimizer.weight_decay")  # of which the best counts
 ON, LOSS_ON = "validation/accuracy_on/", "validation/nats_on/"
-LOSS_AT = "validation/nats_at/"
+DIVERGED = "diverged"  # in the place of a number
+LOSS_AT, ACCURACY_AT = "validation/nats_at/", "validation/accuracy_at/"
 MARKS = "os^Dvp*PX<>"  # one fewer than colours, so that the thirteenth is not like the first
 COLOURS = ["#1f5fa8", "#d1495b", "#2a9d6f", "#e09f1f", "#7b4fa3", "#3d3d3d", "#4fb3d9", "#a0522d", "#c77dba", "#6b8e23"]
 COLOURS += ["#8c1c5a", "#7a8b99"]
@@ -67,6 +69,17 @@ def curve(row: Row, point: str) -> dict[float, float]:
     return found
 
 
+def accuracy(row: Row) -> float:
+    """On the validation set."""
+    found: float = row["validation/accuracy"]
+    return found
+
+
+def accuracy_by_range(row: Row) -> dict[str, float]:
+    """The same by ranges of positions, which are named after their ends."""
+    return {name.removeprefix(ACCURACY_AT): x for name, x in row.items() if name.startswith(ACCURACY_AT)}
+
+
 def by_position(row: Row) -> dict[float, float]:
     """Validation loss by position, in the middle of each range."""
     at = ((name.rpartition("/")[2].split("-"), x) for name, x in row.items() if name.startswith(LOSS_AT))
@@ -75,7 +88,17 @@ def by_position(row: Row) -> dict[float, float]:
 
 def mean(values: Iterable[float]) -> float:
     found = list(values)
-    return sum(found) / len(found) if found else math.nan
+    return sum(found) / len(found)
+
+
+def mean_if_any(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return mean(found) if found else None
+
+
+def known_first(x: float | None) -> float:
+    """By which losses are sorted: the least first, and behind them what has diverged, or was not run."""
+    return x if x is not None and math.isfinite(x) else math.inf
 
 
 def grouped(rows: list[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
@@ -85,7 +108,7 @@ def grouped(rows: list[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
 def best(rows: list[Row], of: Callable[[Row], Any], measure: Callable[[Row], float]) -> dict[Any, list[Row]]:
     """By `of`, the runs at the best rate and weight decay: a run for each seed."""
 
-    def rate(row: Row) -> str:
+    def rates(row: Row) -> str:
         found = settings(row)
         return " ".join(f"{k}={found[k]}" for k in RATES if k in found)
 
@@ -93,11 +116,17 @@ def best(rows: list[Row], of: Callable[[Row], Any], measure: Callable[[Row], flo
         found = mean(map(measure, same))
         return found if math.isfinite(found) else -math.inf  # it has diverged
 
-    return {name: max(grouped(runs, rate).values(), key=height) for name, runs in grouped(rows, of).items()}
+    return {name: max(grouped(runs, rates).values(), key=height) for name, runs in grouped(rows, of).items()}
+
+
+def learning_rate(row: Row) -> str:
+    """That of its words, or of its experiment."""
+    found = settings(row)
+    return found.get("optimizer.lr") or str(composed(found["experiment"]).optimizer.lr)
 
 
 def about(runs: list[Row]) -> Row:
-    return {"rate": settings(runs[0]).get("optimizer.lr", "default"), "seeds": len(runs)}
+    return {"rate": learning_rate(runs[0]), "seeds": len(runs)}
 
 
 def line(axes: Axes, i: int, at: dict[Any, float], name: str, top: float = 1.0) -> None:
@@ -107,6 +136,10 @@ def line(axes: Axes, i: int, at: dict[Any, float], name: str, top: float = 1.0) 
     axes.set_ylim(-0.03 * top, 1.03 * top)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def guess(axes: Axes, chance: float, name: str = "a guess") -> None:
+    axes.axhline(chance, color="0.7", linewidth=1, label=name)
 
 
 def legend(figure: Figure) -> None:
