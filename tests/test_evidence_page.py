@@ -66,7 +66,7 @@ def folder(tmp_path_factory) -> Path:
             every["mqar"].append(result("mqar", size, **settings, model__hidden_size=width))
         memory = {f"{ON}{length}x{n}": good - n / 1000 for length in (256, 4096) for n in (64, 128)}
         every["mqar_memory"].append(result("mqar_memory", memory, **settings))
-        found = {f"{ON}{length}": good for length in (1024, 8192)}
+        found = {f"{ON}{length}": good for length in (1024, 8192)} | {"validation/chance": 0.1}
         every["needles"] += [result("needles", found, **settings, data=f"needle_s{i}") for i in (1, 2)]
         found = {"validation/nats_on/longer": 1 - good, "validation/nats_on/longer/0-15": 0.5}
         every["regression"].append(result("regression", found, **settings, data="regression_linear"))
@@ -74,7 +74,7 @@ def folder(tmp_path_factory) -> Path:
         every["regbench"].append(result("regbench", found, **settings, data__validation_size=3))
         for task in MAD.columns:
             every["mad"].append(result("mad", {"validation/accuracy": good}, **settings, data=task))
-    tracked = [(1, "true", 1.0), (2, "true", 0.75), (1, "false", 0.5), (2, "false", 0.5)]
+    tracked = [(1, "True", 1.0), (2, "True", 0.75), (1, "False", 0.5), (2, "False", 0.5)]
     rows = [longer(x, 0.5, data="parity", model="deltanet", seed=s, negative=n) for s, n, x in tracked]
     every["state_tracking"] = [
         *rows,
@@ -82,7 +82,7 @@ def folder(tmp_path_factory) -> Path:
     ]
     every["state_tracking_others"] = [longer(0.5, 0.5, "state_tracking_others", data="parity", model="softmax", seed=1)]
     every["word_problems"] = [
-        longer(1.0, 1 / 6, "word_problems", data="s3", model="delta_product", seed=1, negative="true")
+        longer(1.0, 1 / 6, "word_problems", data="s3", model="delta_product", seed=1, negative="True")
     ]
     text = {"mesa": 1.85, "titans_mag": 1.75, "lstm": 2.25, "mine": 1.95}
     every["tiny_table"] = [
@@ -157,7 +157,7 @@ def test_a_sweep_that_is_half_done_says_what_is_missing(folder, tmp_path):
     assert "| deltanet | 1.000 | diverged | 0.002 | yes |" in page and "| softmax | 1.000 |  | 0.002 |" in page
     assert "* `seed=1 model=mesa optimizer.lr=0.002`: error: out of luck" in page
     assert "has 3 of the 51 runs of `ablation_rates`, and 2 beside them" in page
-    assert "* no result yet of `ablation_rates`: softmax (2 of 3), gated_delta (all 3), mesa (all 3)," in page
+    assert "* no result yet of `ablation_rates`: softmax (2 of 3 runs), gated_delta, mesa, titans," in page
     assert "ablation_rates --at-once 3 --minutes 9 seed=1,2\n" in page and "in the place of" not in page
 
 
@@ -245,8 +245,10 @@ def window_row() -> dict[str, Any]:
 
 def test_scaled_accuracy_and_curves(folder):
     rows = evidence.read(CLAIMS["state_tracking"], folder)
-    assert [label(row) for row in rows[::2]] == ["deltanet [-1, 1]", "deltanet [0, 1]", "deltanet [-1, 1]"]
-    assert scaled(rows[1]) == 0.5 and scaled(rows[4]) == pytest.approx(0.5) and points(rows[0]) == {"longer": 1.0}
+    assert [label(row) for row in rows[::2]] == ["deltanet [0, 1]", "deltanet [-1, 1]", "deltanet [-1, 1]"], (
+        "in the order of the sweep, and not in that in which runs ended"
+    )
+    assert scaled(rows[3]) == 0.5 and scaled(rows[4]) == pytest.approx(0.5) and points(rows[2]) == {"longer": 1.0}
     assert curve(rows[0], "longer") == {55.5: 1.0, 247.5: 0.5}
     table = {row["mixer"]: row for row in CLAIMS["state_tracking"].table(rows)}
     assert table["deltanet [-1, 1]"]["parity"] == 1.0 and table["deltanet [-1, 1]"]["parity, mean"] == 0.75

@@ -27,6 +27,7 @@ from scripts.figures.results import (
     mean_if_any,
     points,
     settings,
+    ticks,
 )
 
 # recall against the size of the memory
@@ -78,8 +79,7 @@ def memory_figure(rows: list[Row], figure: Figure) -> None:
             at = {int(name.split("x")[0]): x for name, x in row.items() if name.endswith(f"x{n}")}
             line(axes, i, at, row["mixer"])
         axes.set(xscale="log", xlabel="tokens", ylabel="accuracy", title=f"{n} pairs")
-        axes.set_xticks(list(at), [f"{length:,}" for length in at], minor=False)
-        axes.minorticks_off()
+        ticks(axes, at)
         axes.label_outer()
     legend(figure)
 
@@ -172,9 +172,9 @@ def needle_figure(rows: list[Row], figure: Figure) -> None:
         for row in (row for row in table if row["task"] == task):
             at = {int(length): x for length, x in row.items() if length.isdigit()}
             line(axes, names.index(row["mixer"]), at, row["mixer"])
+        guess(axes, next(row["validation/chance"] for row in rows if settings(row)["data"] == f"needle_{task}"))
         axes.set(xscale="log", xlabel="bytes", ylabel="accuracy of a digit", title=task)
-        axes.set_xticks(list(at), [f"{length:,}" for length in at])
-        axes.minorticks_off()
+        ticks(axes, at)
         axes.label_outer()
     legend(figure)
 
@@ -210,9 +210,12 @@ def regression_figure(rows: list[Row], figure: Figure) -> None:
     for axes, function in zip(panels, functions, strict=True):
         for i, name in enumerate(names):
             if runs := chosen.get((function, name)):
-                line(axes, i, curve(runs[0], "longer"), name, top=0.6)
+                each = [curve(run, "longer") for run in runs]
+                line(axes, i, {at: mean(of[at] for of in each) for at in each[0]}, name, log=True)
+        guess(axes, 0.5, "one that says 0")
         axes.set(xlabel="tokens, two a pair", ylabel="half the squared error", title=function.partition("_")[2])
         axes.label_outer()
+    panels[0].set_ylim(top=1.0)
     legend(figure)
 
 
@@ -298,7 +301,8 @@ CLAIMS = {
         ("regression",),
         "A mixer that fits what it has seen predicts the next pair of a function that it has never met. Which ones it "
         "can fit depends on what its memory can express.",
-        "Half the mean squared error over 128 pairs after training on 64; 0.5 for a model that says 0.",
+        "Half the mean squared error over 128 pairs after training on 64; 0.5 for a model that says 0. The figure ends "
+        "at 1, and a curve that leaves it is worse than that.",
         lambda row: -error(row),
         regression_table,
         regression_figure,

@@ -49,7 +49,7 @@ def read(claim: Claim, folder: Path) -> list[Row]:
         if len(kinds) > 1:
             each = "; ".join(f"{count} with {kind or 'those of the sweep'}" for kind, count in kinds.items())
             raise ValueError(f"{path} has runs of several settings, which one table can't hold: {each}")
-        found += rows
+        found += sorted(rows, key=lambda row: place(source, row))
     if not found:
         raise ValueError(f"{folder / claim.sources[0]} has no results yet; python scripts/evidence.py makes them")
     return found
@@ -73,9 +73,23 @@ def point(source: str, row: Row) -> tuple[str | None, ...]:
     return tuple(settings(row).get(key) for key in params(source)[1])
 
 
+def place(source: str, row: Row) -> tuple[int, ...]:
+    """By which results are brought into the order of the sweep, its seeds last: they are in the order in which runs
+    ended. Behind the sweep's own values are the others, as they come."""
+    found = {key: values_of(source, key) for key in sorted(params(source)[1], key=lambda key: key == "seed")}
+    here = settings(row)
+    return tuple(values.index(here[k]) if here.get(k) in values else len(values) for k, values in found.items())
+
+
+@cache
+def values_of(source: str, key: str) -> list[str]:
+    """In the sweep."""
+    return list(dict.fromkeys(settings(job)[key] for job in planned(source)))
+
+
 def points_as_words(source: str, rows: list[Row], options: str) -> Iterator[str]:
     """What of a sweep was run besides its own points: other seeds, say, or rates. options: of the page's command."""
-    for key in dict.fromkeys(["seed", *params(source)[1], *RATES]):
+    for key in dict.fromkeys(["name", "seed", *params(source)[1], *RATES]):
         if key == "optimizer.lr" and "--rates" in options:
             continue
         here, plan = (
@@ -90,7 +104,7 @@ def missing(source: str, rows: list[Row]) -> list[str]:
     there = {point(source, row) for row in rows}
     plan = Counter(label(job) for job in planned(source))
     left = Counter(label(job) for job in planned(source) if point(source, job) not in there)
-    return [f"{name} ({'all' if n == plan[name] else f'{n} of'} {plan[name]})" for name, n in left.items()]
+    return [name if n == plan[name] else f"{name} ({n} of {plan[name]} runs)" for name, n in left.items()]
 
 
 def digits(values: Iterable[Any]) -> int:
@@ -102,6 +116,8 @@ def cell(value: Any, decimals: int) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
+        if 0 < abs(value) < 5e-4:
+            return f"{value:.0e}"
         return f"{value:.{decimals}f}" if math.isfinite(value) else DIVERGED
     return f"{value:,}" if isinstance(value, int) else str(value)
 
@@ -195,20 +211,24 @@ def page(name: str, claim: Claim, rows: list[Row], table: list[Row], notes: str,
 
 def made(of: dict[str, list[Row]]) -> Iterator[str]:
     """Where the numbers come from: runs, which are missing, machines, time, versions, commits. of: by experiment."""
-    counts = []
+    counts: list[str] = []
+    lacking = {}
     for source, mine in of.items():
-        plan = {point(source, job) for job in planned(source)}
+        if names := list(dict.fromkeys(settings(row)["name"] for row in mine if "name" in settings(row))):
+            counts.append(f"{len(mine)} runs of `{'` and `'.join(names)}`")  # with models of somebody's own, say
+            continue
+        plan, here = ({point(source, row) for row in rows} for rows in (planned(source), mine))
         more = sum(point(source, row) not in plan for row in mine)
-        have = len(plan & {point(source, row) for row in mine})
-        counts.append(f"{have} of the {len(plan)} runs of `{source}`" + (f", and {more} beside them" if more else ""))
+        counts.append(
+            f"{len(plan & here)} of the {len(plan)} runs of `{source}`" + f", and {more} beside them" * (more > 0)
+        )
+        lacking[source] = missing(source, mine)
     yield f"`results.jsonl` has {' and '.join(counts)}, each with its command."
     rows = [row for mine in of.values() for row in mine]
     hours = sum(row.get("seconds") or 0 for row in rows) / 3600
     yield f"Their seconds add up to {hours:.2f} hours, of processes that shared a machine."
     yield ""
-    for source, mine in of.items():
-        if left := missing(source, mine):
-            yield f"* no result yet of `{source}`: {', '.join(left)}"
+    yield from (f"* no result yet of `{source}`: {', '.join(left)}" for source, left in lacking.items() if left)
     for kind in ("device", "date", "commit", "versions"):
         values: dict[str, int] = {}
         for row in rows:

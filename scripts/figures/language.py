@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from scripts.figures import published
 from scripts.figures.results import (
-    COLOURS,
-    MARKS,
     Claim,
     Row,
     best,
@@ -17,13 +18,17 @@ from scripts.figures.results import (
     label,
     learning_rate,
     legend,
+    look,
     mean,
     mean_if_any,
+    ranges_axis,
     settings,
+    ticks,
 )
 
 BESIDE = "softmax"  # whose loss is taken from the others'
-SHOWN = 10  # mixers in the figure: more lines than that can't be told apart
+SHOWN = 10  # mixers in the left panel: more lines than that can't be told apart
+WINDOWS = "0.6"  # the colour of softmax over windows
 
 
 def better(row: Row) -> float:
@@ -53,26 +58,42 @@ def ablation_table(rows: list[Row]) -> list[Row]:
 
 def ablation_figure(rows: list[Row], figure: Figure) -> None:
     """Left: loss by position, that of softmax taken away. Right: loss against the size of the state."""
+    table, chosen = ablation_table(rows), best(rows, label, better)
+    figure.set_size_inches(9, max(3.8, 0.8 + 0.18 * len(table)))
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    chosen = best(rows, label, better)
-    order = [row["mixer"] for row in ablation_table(rows)]
-    look = {name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)]} for i, name in enumerate(order)}
+    looks = {row["mixer"]: look(i) | {"label": row["mixer"]} for i, row in enumerate(table)}
+    looks |= {name: looks[name] | {"color": WINDOWS} for name in looks if is_window(name)}
     if BESIDE in chosen:
-        base = mean_by_position(chosen[BESIDE])
-        for name in [name for name in order if name != BESIDE][:SHOWN]:
-            at = {position: x - base[position] for position, x in mean_by_position(chosen[name]).items()}
-            left.plot(list(at), list(at.values()), label=name, markersize=4, linewidth=1.3, **look[name])
-        left.axhline(0.0, color="0.5", linewidth=1)
-    left.set(xscale="log", xlabel="position in the row, tokens", ylabel=f"nats per token, less those of {BESIDE}")
-    for row in ablation_table(rows):
-        right.plot(row["state"], row["bits per byte"], linestyle="none", markersize=5, **look[row["mixer"]])
-        right.annotate(row["mixer"], (row["state"], row["bits per byte"]), fontsize=6, xytext=(3, 2),
-                       textcoords="offset points")  # fmt: skip
+        differences(left, chosen, looks)
+    left.set(xlabel="position in the row, tokens", ylabel=f"nats per token, less those of {BESIDE}")
+    for row in table:
+        right.plot(row["state"], row["bits per byte"], linestyle="none", **looks[row["mixer"]])
     right.set(xscale="log", xlabel="state, numbers a sequence", ylabel="validation, bits per byte")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     legend(figure)
+
+
+def is_window(name: str) -> bool:
+    return name.startswith(f"{BESIDE} ")
+
+
+def differences(axes: Axes, chosen: dict[str, list[Row]], looks: dict[str, Row]) -> None:
+    """Of the best mixers, and of softmax's windows. These do not set the axis: the short ones are so far above the
+    mixers that the differences between those would not be seen."""
+    base = mean_by_position(chosen[BESIDE])
+    mixers = [name for name in looks if name != BESIDE and not is_window(name)][:SHOWN]
+    windows = [name for name in looks if is_window(name)]
+    heights = [0.0]
+    for name in [*mixers, *windows]:
+        at = {position: x - base[position] for position, x in mean_by_position(chosen[name]).items()}
+        axes.plot(list(at), list(at.values()), linewidth=1.3, **looks[name])
+        heights += [x for x in at.values() if math.isfinite(x) and not (mixers and name in windows)]
+    axes.axhline(0.0, color="0.5", linewidth=1)
+    ranges_axis(axes, max(base))
+    if (spread := max(heights) - min(heights)) > 0:
+        axes.set_ylim(min(heights) - 0.1 * spread, max(heights) + 0.3 * spread)
 
 
 def mean_by_position(runs: list[Row]) -> dict[float, float]:
@@ -102,8 +123,7 @@ def rates_figure(rows: list[Row], figure: Figure) -> None:
     rates = [rate for rate in table[0] if rate not in ("mixer", "best", "at the edge")]
     for i, row in enumerate(table):
         at = {float(rate): x for rate, x in row.items() if rate in rates}
-        look: Row = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 4}
-        axes.plot(list(at), list(at.values()), linewidth=1.3, label=row["mixer"], **look)
+        axes.plot(list(at), list(at.values()), linewidth=1.3, label=row["mixer"], **look(i))
     axes.set(xscale="log", xlabel="learning rate", ylabel="validation, bits per byte")
     axes.set_xticks(list(map(float, rates)), rates, minor=False)
     axes.minorticks_off()
@@ -137,15 +157,18 @@ def memory_of_text_table(rows: list[Row]) -> list[Row]:
 def memory_of_text_figure(rows: list[Row], figure: Figure) -> None:
     """What is left of a stretch by its distance; the loss of pairs that are new and seen; the inner loss."""
     left, middle, right = figure.subplots(1, 3)
+    shown: set[int] = set()  # distances
     for i, run in enumerate(looked_into(rows)):
-        look: Row = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 4}
         at = {int(name[len(COPIED) :]): x for name, x in run.items() if name.startswith(COPIED)}
-        left.plot(list(at), list(at.values()), linewidth=1.3, label=label(run), **look)
-        middle.plot(run["memory/new"], run["memory/seen"], linestyle="none", **look)
+        left.plot(list(at), list(at.values()), linewidth=1.3, label=label(run), **look(i))
+        shown |= at.keys()
+        middle.plot(run["memory/new"], run["memory/seen"], linestyle="none", **look(i))
         ranges = {name[len(BEFORE) :]: x for name, x in run.items() if name.startswith(BEFORE)}
         middles = [sum(map(int, name.split("-"))) / 2 for name in ranges]
-        right.plot(middles, list(ranges.values()), linewidth=1.3, **look)
-    left.set(xscale="symlog", xlabel="tokens between", ylabel="nats per token saved", title="a stretch shown again")
+        right.plot(middles, list(ranges.values()), linewidth=1.3, **look(i))
+    left.set_xscale("symlog", linthresh=64)
+    ticks(left, sorted(shown)[::2])
+    left.set(xlabel="tokens between", ylabel="nats per token saved", title="a stretch shown again")
     middle.set(xlabel="pair new, nats", ylabel="pair seen, nats", title="rare pairs of tokens")
     right.set(xscale="log", yscale="log", xlabel="position, tokens", title="inner loss before the write")
     for axes in (left, middle, right):

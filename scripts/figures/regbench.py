@@ -17,8 +17,6 @@ from matplotlib.figure import Figure
 from data.automata import SEPARATOR, RegBench
 from data.text import IGNORE
 from scripts.figures.results import (
-    COLOURS,
-    MARKS,
     Row,
     about,
     accuracy,
@@ -28,7 +26,9 @@ from scripts.figures.results import (
     label,
     legend,
     line,
+    look,
     mean,
+    ranges_axis,
     settings,
 )
 
@@ -105,8 +105,7 @@ def figure(rows: list[Row], figure: Figure) -> None:
     names = [name for name in order if name in chosen]
     for i, name in enumerate(names):
         runs = chosen[name]
-        look: Row = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 5}
-        left.plot([accuracy(run) for run in runs], [order.index(name)] * len(runs), linestyle="none", **look)
+        left.plot([accuracy(run) for run in runs], [order.index(name)] * len(runs), linestyle="none", **look(i, 5))
         line(right, i, {at: mean(accuracy_by_range(run)[part] for run in runs) for part, at in middle.items()}, name)
     for (n, (whole, parts)), dash in zip(n_grams(rows[0]).items(), DASHES, strict=True):
         left.plot(whole, order.index(named(n)), "|", color="0.4", markersize=8)
@@ -120,5 +119,6 @@ def figure(rows: list[Row], figure: Figure) -> None:
     left.set(xlabel="accuracy", xlim=(-0.03, 1.03), ylim=(len(order) - 0.4, -0.6))
     left.grid(alpha=0.3)
     left.spines[["top", "right"]].set_visible(False)
-    right.set(xscale="log", xlabel="position, symbols", ylabel="accuracy")
+    right.set(xlabel="position, symbols", ylabel="accuracy")
+    ranges_axis(right, max(middle.values()))
     legend(figure)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from itertools import groupby
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -101,8 +100,12 @@ def known_first(x: float | None) -> float:
     return x if x is not None and math.isfinite(x) else math.inf
 
 
-def grouped(rows: list[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    return {k: list(group) for k, group in groupby(sorted(rows, key=key), key)}
+def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    """In the order in which they come first."""
+    found: dict[Any, list[Row]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
 
 
 def best(rows: list[Row], of: Callable[[Row], Any], measure: Callable[[Row], float]) -> dict[Any, list[Row]]:
@@ -129,13 +132,33 @@ def about(runs: list[Row]) -> Row:
     return {"rate": learning_rate(runs[0]), "seeds": len(runs)}
 
 
-def line(axes: Axes, i: int, at: dict[Any, float], name: str, top: float = 1.0) -> None:
-    """top: of the axis, which begins at 0."""
-    look: Row = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 5}
-    axes.plot(list(at), list(at.values()), linewidth=1.4, label=name, **look)
-    axes.set_ylim(-0.03 * top, 1.03 * top)
+def look(i: int, size: float = 4) -> Row:
+    """Of the i-th mixer in a figure."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": size}
+
+
+def line(axes: Axes, i: int, at: dict[Any, float], name: str, log: bool = False) -> None:
+    """log: an axis of errors; else one of accuracies."""
+    axes.plot(list(at), list(at.values()), linewidth=1.4, label=name, **look(i, 5))
+    if log:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(-0.03, 1.03)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def ticks(axes: Axes, at: Iterable[float]) -> None:
+    """Of a logarithmic axis of tokens: at these alone, as numbers."""
+    places = list(at)
+    axes.set_xticks(places, [f"{place:,.0f}" for place in places], minor=False)
+    axes.minorticks_off()
+
+
+def ranges_axis(axes: Axes, last: float) -> None:
+    """Of positions in ranges that double, to this one: a tick where every other one begins."""
+    axes.set_xscale("log")
+    ticks(axes, [16 * 4**i for i in range(10) if 16 * 4**i <= last])
 
 
 def guess(axes: Axes, chance: float, name: str = "a guess") -> None:
@@ -145,5 +168,7 @@ def guess(axes: Axes, chance: float, name: str = "a guess") -> None:
 def legend(figure: Figure) -> None:
     """Of all panels."""
     each = [axes.get_legend_handles_labels() for axes in figure.axes]
-    named = {name: handle for handles, names in each for handle, name in zip(handles, names, strict=True)}
+    named: dict[str, Any] = {}
+    for handles, names in each:
+        named = dict(zip(names, handles, strict=True)) | named  # the first panel's lines before a later one's points
     figure.legend(named.values(), named.keys(), loc="outside right center", frameon=False, fontsize=8)

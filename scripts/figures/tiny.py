@@ -51,7 +51,7 @@ def figure(rows: list[Row], figure: Figure) -> None:
     ordered = [row["mixer"] for row in table(rows)]
     figure.set_size_inches(7, 1.2 + 0.19 * len(ordered))
     axes = figure.subplots()
-    for i, (name, group) in enumerate(grouped(rows, lambda row: branch(settings(row)["model"])).items()):
+    for i, (name, group) in enumerate(sorted(grouped(rows, lambda row: branch(settings(row)["model"])).items())):
         at = [ordered.index(settings(row)["model"]) for row in group]
         axes.plot([bits(row) for row in group], at, "o", color=COLOURS[i], markersize=4.5, label=name)
     axes.set_yticks(range(len(ordered)), ordered, fontsize=8)
