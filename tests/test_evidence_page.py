@@ -224,6 +224,25 @@ def test_all_presets_are_in_one_table_and_its_sweep(folder):
     assert models == {path.stem for path in (ROOT / "conf" / "mixer").rglob("*.yaml")} | {"in_place"}
 
 
+def test_what_models_remember_is_a_mean_over_seeds_of_those_that_were_looked_into(folder, tmp_path):
+    rows = Results(folder / "ablation" / "results.jsonl").read()
+    softmax = [{k: x for k, x in row.items() if "before" not in k} for row in rows if "model=softmax" in row["words"]]
+    titans = [{k: x for k, x in row.items() if "memory" not in k} for row in rows if "model=titans" in row["words"]]
+    softmax[1]["memory/copied/64"] = 2.0
+    write(tmp_path / "ablation" / "results.jsonl", [row for row in rows if "model=mesa" in row["words"]] + softmax)
+    claim = CLAIMS["ablation_memory"]
+    mesa, other = claim.table(evidence.read(claim, tmp_path))
+    assert mesa["seeds"] == 2 and mesa["pair seen"] == pytest.approx(mesa["nats per token"] - 1)
+    assert other["copied, 64"] == 1.5 and (other["inner loss, first"], mesa["inner loss, last"]) == (None, 0.5)
+    write(tmp_path / "ablation" / "results.jsonl", softmax[:1] + titans)
+    evidence.write("ablation_memory", tmp_path)
+    page = (tmp_path / "ablation_memory" / "README.md").read_text()
+    assert "has 1 of the 17 runs of `ablation`" in page and "`ablation`: gated_delta, mesa, titans," in page
+    write(tmp_path / "ablation" / "results.jsonl", titans)
+    with pytest.raises(ValueError, match=r"no results with memory/seen yet; python scripts/memory\.py ablation makes"):
+        evidence.read(claim, tmp_path)
+
+
 def test_the_ablation_has_places_beside_the_published_ones(folder):
     """Among the mixers that both have; seeds are averaged, and a window is a mixer of its own."""
     table = CLAIMS["ablation"].table(evidence.read(CLAIMS["ablation"], folder))

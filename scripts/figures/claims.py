@@ -27,6 +27,7 @@ from scripts.figures.results import (
     mean_if_any,
     points,
     settings,
+    spread,
     ticks,
 )
 
@@ -66,8 +67,8 @@ def memory_table(rows: list[Row]) -> list[Row]:
     found = []
     for name, runs in best(rows, label, recall_mean).items():
         at = {point: mean(points(run)[point] for run in runs) for point in points(runs[0])}
-        spread = max(max(points(run)[p] for run in runs) - min(points(run)[p] for run in runs) for p in at)
-        found.append({"mixer": name, "state": runs[0]["state_size"]} | at | {"spread": spread} | about(runs))
+        most = max((spread(points(run)[p] for run in runs) for p in at), key=lambda x: x or 0)
+        found.append({"mixer": name, "state": runs[0]["state_size"]} | at | {"spread": most} | about(runs))
     return found
 
 

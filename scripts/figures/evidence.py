@@ -39,7 +39,7 @@ def read(claim: Claim, folder: Path) -> list[Row]:
     found = []
     for source in claim.sources:
         path = folder / source / "results.jsonl"
-        rows = Results(path).read()
+        rows = [row for row in Results(path).read() if not claim.needs or claim.needs in row]
         for row in rows:
             if (experiment := settings(row)["experiment"]) != source:
                 raise ValueError(f"{path} has a run of experiment={experiment}, which is not {source}")
@@ -51,7 +51,9 @@ def read(claim: Claim, folder: Path) -> list[Row]:
             raise ValueError(f"{path} has runs of several settings, which one table can't hold: {each}")
         found += sorted(rows, key=lambda row: place(source, row))
     if not found:
-        raise ValueError(f"{folder / claim.sources[0]} has no results yet; python scripts/evidence.py makes them")
+        what = f"results with {claim.needs}" if claim.needs else "results"
+        command = claim.then or "python scripts/evidence.py"
+        raise ValueError(f"{folder / claim.sources[0]} has no {what} yet; {command} makes them")
     return found
 
 

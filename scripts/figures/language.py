@@ -18,11 +18,13 @@ from scripts.figures.results import (
     label,
     learning_rate,
     legend,
+    log_axis,
     look,
     mean,
     mean_if_any,
     ranges_axis,
     settings,
+    spread,
     ticks,
 )
 
@@ -40,7 +42,7 @@ def ablation_table(rows: list[Row]) -> list[Row]:
     found = []
     for name, runs in best(rows, label, better).items():
         bits = [run["validation/bits_per_byte"] for run in runs]
-        row: Row = {"mixer": name, "bits per byte": mean(bits), "spread": max(bits) - min(bits), "seeds": len(runs)}
+        row: Row = {"mixer": name, "bits per byte": mean(bits), "spread": spread(bits), "seeds": len(runs)}
         row |= {"nats per token": mean(run["validation/nats"] for run in runs)}
         row |= {"rate": learning_rate(runs[0]), "parameters": runs[0]["parameters"]}
         speeds = [run["tokens_per_second"] for run in runs if run.get("tokens_per_second")]
@@ -136,21 +138,23 @@ COPIED, BEFORE = "memory/copied/", "memory/before/"
 
 
 def looked_into(rows: list[Row]) -> list[Row]:
-    """Those that scripts/memory.py has seen, at each mixer's best rate; in the order of their loss."""
-    seen = [row for row in rows if "memory/seen" in row]
-    if not seen:
-        raise ValueError("no run has been looked into; python scripts/memory.py ablation does it, where the runs are")
-    return sorted((runs[0] for runs in best(seen, label, better).values()), key=better, reverse=True)
+    """A row for each mixer, at its best rate, of means over seeds; in the order of their loss."""
+    found = []
+    for runs in best(rows, label, better).values():
+        means = {key: mean(run[key] for run in runs) for key in runs[0] if key.startswith(("memory/", "validation/"))}
+        found.append(runs[0] | means | {"seeds": len(runs)})
+    return sorted(found, key=lambda row: known_first(row["validation/nats"]))
 
 
 def memory_of_text_table(rows: list[Row]) -> list[Row]:
     found = []
     for run in looked_into(rows):
-        row: Row = {"mixer": label(run), "state": run["state_size"], "nats per token": run["validation/nats"]}
+        row: Row = {"mixer": label(run), "seeds": run["seeds"], "state": run["state_size"]}
+        row |= {"nats per token": run["validation/nats"]}
         row |= {f"copied, {name[len(COPIED) :]}": x for name, x in run.items() if name.startswith(COPIED)}
         row |= {"pair seen": run["memory/seen"], "pair new": run["memory/new"]}
-        along = [x for name, x in run.items() if name.startswith(BEFORE)]
-        found.append(row | {"inner loss, first": along[0], "inner loss, last": along[-1]} if along else row)
+        along = [x for name, x in run.items() if name.startswith(BEFORE)] or [None]
+        found.append(row | {"inner loss, first": along[0], "inner loss, last": along[-1]})
     return found
 
 
@@ -166,11 +170,13 @@ def memory_of_text_figure(rows: list[Row], figure: Figure) -> None:
         ranges = {name[len(BEFORE) :]: x for name, x in run.items() if name.startswith(BEFORE)}
         middles = [sum(map(int, name.split("-"))) / 2 for name in ranges]
         right.plot(middles, list(ranges.values()), linewidth=1.3, **look(i))
+        log_axis(right, ranges.values())
     left.set_xscale("symlog", linthresh=64)
     ticks(left, sorted(shown)[::2])
     left.set(xlabel="tokens between", ylabel="nats per token saved", title="a stretch shown again")
     middle.set(xlabel="pair new, nats", ylabel="pair seen, nats", title="rare pairs of tokens")
-    right.set(xscale="log", yscale="log", xlabel="position, tokens", title="inner loss before the write")
+    ranges_axis(right, 2048)
+    right.set(xlabel="position, tokens", title="inner loss before the write")
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -225,5 +231,6 @@ CLAIMS = {
         memory_of_text_figure,
         options="--rates ablation_rates --times 0.75 --minutes 9",
         then="python scripts/memory.py ablation",
+        needs="memory/seen",
     ),
 }

@@ -30,6 +30,7 @@ from scripts.figures.results import (
     mean,
     ranges_axis,
     settings,
+    spread,
 )
 
 ORDERS = (2, 3, 4)  # a fifth adds 0.002
@@ -87,7 +88,7 @@ def table(rows: list[Row]) -> list[Row]:
     found = []
     for name, runs in best(rows, label, accuracy).items():
         each = list(map(accuracy, runs))
-        row: Row = {"mixer": name, "accuracy": mean(each), "spread": max(each) - min(each)}
+        row: Row = {"mixer": name, "accuracy": mean(each), "spread": spread(each)}
         row |= {part: mean(accuracy_by_range(run)[part] for run in runs) for part in accuracy_by_range(runs[0])}
         row |= {"state": runs[0]["state_size"], "parameters": runs[0]["parameters"]}
         found.append(row | about(runs))

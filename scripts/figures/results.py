@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from scripts.evidence import composed
 from scripts.figures import published
@@ -25,7 +26,8 @@ COLOURS += ["#8c1c5a", "#7a8b99"]
 class Claim(NamedTuple):
     """sources: the experiments whose results it is made of.  says: the claim.  shows: what the table holds.  measure:
     of a row, what is the better the higher, by which a rate is chosen.
-    options: of scripts/evidence.py, as the page has its command.  then: a command behind those."""
+    options: of scripts/evidence.py, as the page has its command.  then: a command behind those.  needs: what it adds to
+    a result; those without it are left out."""
 
     title: str
     sources: tuple[str, ...]
@@ -37,6 +39,7 @@ class Claim(NamedTuple):
     published: published.Source | None = None
     options: str = "--at-once 8 --minutes 20"
     then: str = ""
+    needs: str = ""
 
 
 def settings(row: Row) -> dict[str, str]:
@@ -95,6 +98,12 @@ def mean_if_any(values: Iterable[float]) -> float | None:
     return mean(found) if found else None
 
 
+def spread(values: Iterable[float]) -> float | None:
+    """The largest difference between seeds, where there are several."""
+    found = list(values)
+    return max(found) - min(found) if len(found) > 1 else None
+
+
 def known_first(x: float | None) -> float:
     """By which losses are sorted: the least first, and behind them what has diverged, or was not run."""
     return x if x is not None and math.isfinite(x) else math.inf
@@ -141,7 +150,7 @@ def line(axes: Axes, i: int, at: dict[Any, float], name: str, log: bool = False)
     """log: an axis of errors; else one of accuracies."""
     axes.plot(list(at), list(at.values()), linewidth=1.4, label=name, **look(i, 5))
     if log:
-        axes.set_yscale("log")
+        log_axis(axes, at.values())
     else:
         axes.set_ylim(-0.03, 1.03)
     axes.grid(alpha=0.3)
@@ -152,7 +161,7 @@ def ticks(axes: Axes, at: Iterable[float]) -> None:
     """Of a logarithmic axis of tokens: at these alone, as numbers."""
     places = list(at)
     axes.set_xticks(places, [f"{place:,.0f}" for place in places], minor=False)
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def ranges_axis(axes: Axes, last: float) -> None:
@@ -163,6 +172,12 @@ def ranges_axis(axes: Axes, last: float) -> None:
 
 def guess(axes: Axes, chance: float, name: str = "a guess") -> None:
     axes.axhline(chance, color="0.7", linewidth=1, label=name)
+
+
+def log_axis(axes: Axes, values: Iterable[float]) -> None:
+    """For these numbers. One with none that is finite and above 0 can't be drawn."""
+    if any(0 < x < math.inf for x in values):
+        axes.set_yscale("log")
 
 
 def legend(figure: Figure) -> None:
