@@ -159,6 +159,7 @@ def test_a_sweep_that_is_half_done_says_what_is_missing(folder, tmp_path):
     assert "has 3 of the 51 runs of `ablation_rates`, and 2 beside them" in page
     assert "* no result yet of `ablation_rates`: softmax (2 of 3 runs), gated_delta, mesa, titans," in page
     assert "ablation_rates --at-once 3 --minutes 9 seed=1,2\n" in page and "in the place of" not in page
+    assert "* rates that were run: softmax 1, deltanet 2\n" in page
 
 
 @pytest.mark.parametrize("name", CLAIMS)

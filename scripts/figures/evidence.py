@@ -114,6 +114,14 @@ def digits(values: Iterable[Any]) -> int:
     return 1 if any(isinstance(x, float) and math.isfinite(x) and abs(x) >= 10 for x in values) else 3
 
 
+def rates_tried(rows: list[Row]) -> dict[str, int]:
+    """By mixer: the best of three has an advantage over the only one."""
+    found: dict[str, set[tuple[str | None, ...]]] = {}
+    for row in rows:
+        found.setdefault(label(row), set()).add(tuple(settings(row).get(key) for key in RATES))
+    return {name: len(rates) for name, rates in found.items()}
+
+
 def cell(value: Any, decimals: int) -> str:
     if value is None:
         return ""
@@ -231,6 +239,8 @@ def made(of: dict[str, list[Row]]) -> Iterator[str]:
     yield f"Their seconds add up to {hours:.2f} hours, of processes that shared a machine."
     yield ""
     yield from (f"* no result yet of `{source}`: {', '.join(left)}" for source, left in lacking.items() if left)
+    if len(set((tried := rates_tried(rows)).values())) > 1:
+        yield f"* rates that were run: {', '.join(f'{name} {count}' for name, count in tried.items())}"
     for kind in ("device", "date", "commit", "versions"):
         values: dict[str, int] = {}
         for row in rows:
