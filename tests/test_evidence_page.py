@@ -234,7 +234,7 @@ def test_what_models_remember_is_a_mean_over_seeds_of_those_that_were_looked_int
     claim = CLAIMS["ablation_memory"]
     mesa, other = claim.table(evidence.read(claim, tmp_path))
     assert mesa["seeds"] == 2 and mesa["pair seen"] == pytest.approx(mesa["nats per token"] - 1)
-    assert other["copied, 64"] == 1.5 and (other["inner loss, first"], mesa["inner loss, last"]) == (None, 0.5)
+    assert other["copied, 64"] == 1.5 and (other["inner loss, 0-15"], mesa["inner loss, 16-31"]) == (None, 0.5)
     write(tmp_path / "ablation" / "results.jsonl", softmax[:1] + titans)
     evidence.write("ablation_memory", tmp_path)
     page = (tmp_path / "ablation_memory" / "README.md").read_text()

@@ -239,7 +239,8 @@ CLAIMS = {
         ("mqar",),
         "How much of what it was told a mixer finds again grows with the numbers that it holds, and at the same size "
         "the rules of writing differ.",
-        "Accuracy at each test point, tokens x pairs (Zoology's mixture, 2 layers), and their mean.",
+        "Accuracy at each test point, tokens x pairs (Zoology's mixture, 2 layers), and their mean. State: numbers "
+        "after a sequence of training.",
         recall_mean,
         recall_table,
         recall_figure,
@@ -249,7 +250,8 @@ CLAIMS = {
         ("mqar_memory",),
         "One layer with one short convolution recalls 64 pairs to 4,096 tokens. With more pairs than keys have "
         "channels, a linear memory forgets, and least squares holds longer.",
-        "Accuracy at each test point, tokens x pairs. Spread is the largest difference between seeds.",
+        "Accuracy at each test point, tokens x pairs. Spread is the largest difference between seeds. State: "
+        "numbers after a sequence of training.",
         recall_mean,
         memory_table,
         memory_figure,

@@ -110,8 +110,9 @@ def missing(source: str, rows: list[Row]) -> list[str]:
 
 
 def digits(values: Iterable[Any]) -> int:
-    """Behind the point, of all numbers of a column: percent have one."""
-    return 1 if any(isinstance(x, float) and math.isfinite(x) and abs(x) >= 10 for x in values) else 3
+    """Behind the point, of all numbers of a column: percent have one, nats two where they are many."""
+    most = max((abs(x) for x in values if isinstance(x, float) and math.isfinite(x)), default=0.0)
+    return 3 if most < 10 else 2 if most < 20 else 1
 
 
 def rates_tried(rows: list[Row]) -> dict[str, int]:

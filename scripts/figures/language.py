@@ -147,14 +147,15 @@ def looked_into(rows: list[Row]) -> list[Row]:
 
 
 def memory_of_text_table(rows: list[Row]) -> list[Row]:
-    found = []
-    for run in looked_into(rows):
+    """Of the inner loss, the first range of positions and the last."""
+    found, looked = [], looked_into(rows)
+    along = list(dict.fromkeys(name for run in looked for name in run if name.startswith(BEFORE)))
+    for run in looked:
         row: Row = {"mixer": label(run), "seeds": run["seeds"], "state": run["state_size"]}
         row |= {"nats per token": run["validation/nats"]}
         row |= {f"copied, {name[len(COPIED) :]}": x for name, x in run.items() if name.startswith(COPIED)}
         row |= {"pair seen": run["memory/seen"], "pair new": run["memory/new"]}
-        along = [x for name, x in run.items() if name.startswith(BEFORE)] or [None]
-        found.append(row | {"inner loss, first": along[0], "inner loss, last": along[-1]})
+        found.append(row | {f"inner loss, {name[len(BEFORE) :]}": run.get(name) for name in along[:1] + along[1:][-1:]})
     return found
 
 
@@ -189,7 +190,7 @@ SHOWS = (
 )
 CLAIMS = {
     "ablation": Claim(
-        "The language-model ablation, near 50 million parameters",
+        "The language-model ablation",
         ("ablation", "ablation_windows"),
         "At equal parameters, tokens, data and order, what a mixer can keep of a text shows in the loss, and most "
         "where the text is long.",
@@ -200,7 +201,7 @@ CLAIMS = {
         options="--rates ablation_rates --times 0.75 --minutes 9",
     ),
     "ablation_170m": Claim(
-        "The language-model ablation, near 170 million parameters",
+        "The language-model ablation, larger",
         ("ablation_170m",),
         "The order of the best mixers holds at three times the size.",
         SHOWS,
@@ -225,7 +226,7 @@ CLAIMS = {
         "A key-value cache keeps what it has seen at any distance, and a memory of fixed size forgets. Recall and the "
         "loss go together, and the inner loss falls along the sequence.",
         "Nats a token saved by a stretch of 64 tokens shown so many tokens before; loss on rare pairs of tokens, seen "
-        "in the row or new; inner loss at the row's beginning and end.",
+        "in the row or new;\ninner loss of the first and the last positions that were looked at, before the write.",
         better,
         memory_of_text_table,
         memory_of_text_figure,
