@@ -122,10 +122,11 @@ def sweep(experiment: str, words: list[str]) -> list[Job]:
     composed.
     """
     first, (name, over) = f"experiment={experiment}", params(experiment)
-    typed = {word.partition("=")[0] for word in words}
-    swept = [f"{key}={value}" for key, value in over.items() if key not in typed]
+    typed = {word.partition("=")[0]: word for word in words}
+    swept = [typed.get(key, f"{key}={value}") for key, value in over.items()]
+    words = [*swept, *(word for word in words if word not in swept)]  # each in the place that it has in the sweep
     names = [word.partition("=")[2] for word in words if word.startswith("name=")]
-    found = [Job(names[-1] if names else name, (first, *job)) for job in jobs([*swept, *words])]
+    found = [Job(names[-1] if names else name, (first, *job)) for job in jobs(words)]
     models = dict.fromkeys(word.partition("=")[2] for job in found for word in job.words if word.startswith("model="))
     searched = [CONF, *(Path(folder) for word in words for folder in re.findall(r"file://([^,\]]+)", word))]
     for model in models:

@@ -131,6 +131,8 @@ def test_runs_of_other_settings_are_not_taken_for_seeds(folder, tmp_path):
     (tmp_path / "mqar" / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="16 with those of the sweep; 1 with tokens=20000"):
         evidence.read(CLAIMS["mqar"], tmp_path)
+    for more in (["a=1", "b=2"], ["b=2", "a=1", "strategy=ddp"]):
+        assert evidence.beyond("mqar", rows[0] | {"words": [*rows[0]["words"], *more]}) == "a=1 b=2", "in any order"
     with pytest.raises(ValueError, match=r"results\.jsonl has a run of experiment=mqar, which is not mad"):
         (tmp_path / "mqar").rename(tmp_path / "mad")
         evidence.read(CLAIMS["mad"], tmp_path)

@@ -60,8 +60,9 @@ def read(claim: Claim, folder: Path) -> list[Row]:
 def beyond(source: str, row: Row) -> str:
     """The settings of a run that its sweep is not over, and that change what is computed, as words."""
     over = {"experiment", "name", "seed", *RATES, *params(source)[1]}
-    words = {key: f"{key}={value}" for key, value in settings(row).items() if key not in over}
-    return shlex.join(word for key, word in words.items() if key.partition(".")[0] not in ("hydra", *FREE_TO_CHANGE))
+    free = {"hydra", "strategy", *FREE_TO_CHANGE}
+    words = {key: f"{key}={value}" for key, value in sorted(settings(row).items()) if key not in over}
+    return shlex.join(word for key, word in words.items() if key.partition(".")[0] not in free)
 
 
 @cache
