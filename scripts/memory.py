@@ -155,8 +155,11 @@ def main() -> None:
             rows[number] = row | {key: round(x, 5) for key, x in look(folder).items()}
             write(results.path, rows)
             print(row["job"], json.dumps({k: v for k, v in rows[number].items() if "memory/" in k}), flush=True)
+        elsewhere = f"{len(gone)} of {len(rows)} runs have no folder in {runs()} here: {', '.join(gone)}"
+        if gone and len(gone) == len(rows):
+            raise ValueError(elsewhere)
         if gone:
-            raise ValueError(f"{len(gone)} of {len(rows)} runs have no folder in {runs()} here: {', '.join(gone)}")
+            print(elsewhere)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
