@@ -129,8 +129,15 @@ def test_runs_of_other_settings_are_not_taken_for_seeds(folder, tmp_path):
     rows.append(rows[0] | {"words": [*rows[0]["words"], "tokens=20000"]})
     (tmp_path / "mqar").mkdir()
     (tmp_path / "mqar" / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match="16 with those of the sweep; 1 with tokens=20000"):
+    with pytest.raises(ValueError, match="16 of mqar with those of the sweep; 1 of mqar with tokens=20000"):
         evidence.read(CLAIMS["mqar"], tmp_path)
+    (tmp_path / "ablation").mkdir()
+    few = [text_run("ablation", 3.0, "mesa", 1, 1e-3)]
+    window = json.loads((folder / "ablation_windows" / "results.jsonl").read_text())
+    write(tmp_path / "ablation_windows" / "results.jsonl", [window])
+    write(tmp_path / "ablation" / "results.jsonl", [row | {"words": [*row["words"], "tokens=10"]} for row in few])
+    with pytest.raises(ValueError, match="1 of ablation with tokens=10; 1 of ablation_windows with those of the sweep"):
+        evidence.read(CLAIMS["ablation"], tmp_path)
     for more in (["a=1", "b=2"], ["b=2", "a=1", "strategy=ddp"]):
         assert evidence.beyond("mqar", rows[0] | {"words": [*rows[0]["words"], *more]}) == "a=1 b=2", "in any order"
     with pytest.raises(ValueError, match=r"results\.jsonl has a run of experiment=mqar, which is not mad"):

@@ -36,20 +36,19 @@ POINTS = 5.0  # percent, from which on a difference to a published number is nam
 
 def read(claim: Claim, folder: Path) -> list[Row]:
     """Raises ValueError where there is no result yet, or one of settings that another has not."""
-    found = []
+    found: list[Row] = []
+    kinds: Counter[tuple[str, str]] = Counter()
     for source in claim.sources:
         path = folder / source / "results.jsonl"
         rows = [row for row in Results(path).read() if not claim.needs or claim.needs in row]
         for row in rows:
             if (experiment := settings(row)["experiment"]) != source:
                 raise ValueError(f"{path} has a run of experiment={experiment}, which is not {source}")
-        kinds: dict[str, int] = {}
-        for row in rows:
-            kinds[beyond(source, row)] = kinds.get(beyond(source, row), 0) + 1
-        if len(kinds) > 1:
-            each = "; ".join(f"{count} with {kind or 'those of the sweep'}" for kind, count in kinds.items())
-            raise ValueError(f"{path} has runs of several settings, which one table can't hold: {each}")
+        kinds.update((source, beyond(source, row)) for row in rows)
         found += sorted(rows, key=lambda row: place(source, row))
+    if len({kind for _, kind in kinds}) > 1:
+        each = (f"{n} of {source} with {kind or 'those of the sweep'}" for (source, kind), n in kinds.items())
+        raise ValueError(f"{folder} has runs of several settings, which one table can't hold: {'; '.join(each)}")
     if not found:
         what = f"results with {claim.needs}" if claim.needs else "results"
         command = claim.then or "python scripts/evidence.py"
@@ -76,12 +75,14 @@ def point(source: str, row: Row) -> tuple[str | None, ...]:
     return tuple(settings(row).get(key) for key in params(source)[1])
 
 
-def place(source: str, row: Row) -> tuple[int, ...]:
-    """By which results are brought into the order of the sweep, its seeds last: they are in the order in which runs
-    ended. Behind the sweep's own values are the others, as they come."""
-    found = {key: values_of(source, key) for key in sorted(params(source)[1], key=lambda key: key == "seed")}
+def place(source: str, row: Row) -> tuple[float, ...]:
+    """By which results are brought into the order of the sweep, then of the rates, its seeds last: they are in the
+    order in which runs ended. Behind the sweep's own values are the others, as they come."""
     here = settings(row)
-    return tuple(values.index(here[k]) if here.get(k) in values else len(values) for k, values in found.items())
+    found = {key: values_of(source, key) for key in params(source)[1]}
+    index = {key: values.index(here[key]) if here.get(key) in values else len(values) for key, values in found.items()}
+    seed = index.pop("seed", 0)
+    return (*index.values(), *(float(here.get(key, 0)) for key in RATES), seed)
 
 
 @cache
@@ -190,13 +191,14 @@ def differences(claim: Claim, rows: list[Row]) -> Iterator[str]:
 def page(name: str, claim: Claim, rows: list[Row], table: list[Row], notes: str, failures: Sequence[Row] = ()) -> str:
     """README.md. failures: runs that ended in an error."""
     of = {source: [row for row in rows if settings(row)["experiment"] == source] for source in claim.sources}
+    kind = next(beyond(source, row) for source, mine in of.items() for row in mine)  # that of all
     commands = []
     for source, mine in of.items():
-        words = [*points_as_words(source, mine, claim.options), *dict.fromkeys(beyond(source, row) for row in mine)]
+        words = [*points_as_words(source, mine, claim.options), kind]
         commands.append(" ".join(filter(None, [f"python scripts/evidence.py {source} {claim.options}", *words])))
     lines = [f"# {claim.title}", "", claim.says, "", f"![{claim.title}](figure.svg)", "", claim.shows, ""]
-    if others := dict.fromkeys(kind for source, mine in of.items() for row in mine if (kind := beyond(source, row))):
-        lines += [f"All runs have these settings in the place of the sweep's own: `{'`, `'.join(others)}`.", ""]
+    if kind:
+        lines += [f"All runs have these settings in the place of the sweep's own: `{kind}`.", ""]
     lines += [*markdown(table), ""]
     if failures:
         lines += ["These ended in an error:", ""]
