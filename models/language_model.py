@@ -169,11 +169,12 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         buffers: decoding.Buffers | None = None,
     ) -> tuple[Tensor, ...]:
         """What each block is given, where every is wanted, and at last what the head is. The states become those after
-        the last token, each as soon as it is there, where they are kept; in the buffers if there are any.
+        the last token, each as soon as it is there, where they are kept; in the buffers if there are any. x is nobody
+        else's then, and may be overwritten.
         """
         ring = self.context is not None and all(block.rings for block in self.blocks)
         keep = keep if self.context is None else not ring
-        each, y = [], nothing(x) if self.alike else None
+        each, y = [], nothing(x) if self.alike or buffers is not None else None
         for i, block in enumerate(self.blocks):
             if every:
                 each.append(x if y is None else x + y)
@@ -182,7 +183,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             if self.gradient_checkpointing and self.training:
                 x, y, state = self._gradient_checkpointing_func(block.__call__, x, y, states[i], segments, keep)
             else:
-                x, y, state = block(x, y, states[i], segments, keep)
+                x, y, state = block(x, y, states[i], segments, keep, buffers is not None)
             if state is None:
                 continue
             if self.context is not None:
@@ -196,15 +197,17 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         return [None] * len(self.blocks) if cache is None else list(cache.states)
 
     def _embedded(self, given: Tensor) -> Tensor:
-        """input_ids [B, T] or inputs_embeds [B, T, D] as the latter."""
-        return given if given.is_floating_point() else self.embedding(given)
+        """input_ids [B, T] or inputs_embeds [B, T, D] as a tensor of its own [B, T, D]."""
+        return given.clone() if given.is_floating_point() else self.embedding(given)
 
     def piece(self, given: Tensor) -> int:
         """How many tokens of each row of a prompt go through the layers at once: on a GPU no more than it needs to be
-        busy. States that grow are not gathered anew for each piece.
+        busy, and as many each time. States that grow are not gathered anew for each piece.
         """
+        rows, length = given.shape[:2]
         grows = self.state_size(1 << 40) > self.state_size(1 << 39)
-        return given.shape[1] if grows or not given.is_cuda else max(64, PIECE // len(given) // 64 * 64)
+        pieces = 1 if grows or not given.is_cuda else -(-rows * length // PIECE)
+        return max(64, -(-length // (pieces * 16)) * 16)
 
     def _in_pieces(
         self, given: Tensor, segments: Tensor | None, cache: Cache | None, use_cache: bool

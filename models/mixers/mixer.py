@@ -232,6 +232,7 @@ class Mixer(Layer):
 
         seen = seen if self.regressor.reads else x
         o, memory = self.regressor(Tokens(seen, q, k, self._written(v, log_decay), log_decay, segments), memory)
+        del q, k, seen, log_decay  # of a long prompt they are as large as what is to come
         o = self._leave(x, o, v, gate)
         if self.output is not None:
             o = read(self.output, o)
@@ -287,7 +288,7 @@ class Mixer(Layer):
         (q, k, v), after, gate, tail = made[:3], 3, None, None
         if self.gate is not None:
             given, after = made[after], after + 1
-            gate = read_out.Gate(projected, given, sum(self.sizes), gating) if later else given.flatten(-2)
+            gate = self._later(projected, given, gating) if later else given.flatten(-2)
         seen: Any = x
         if gates:
             seen, after = Products(gates, made[after]), after + 1
@@ -358,6 +359,14 @@ class Mixer(Layer):
     def _written(self, v: Tensor, log_decay: Tensor | None) -> Tensor:
         """Values as the memory gets them, [B, T n, H, V]."""
         return v
+
+    def _later(self, row: Tensor, link: Tensor, activation: str) -> read_out.Gate:
+        """The gate, to be made of a row's last columns; without gradients of a copy, so that a prompt's row is not kept
+        until then, four times as wide."""
+        first, width = sum(self.sizes), self.num_heads * self.value_dim
+        if torch.is_grad_enabled():
+            return read_out.Gate(row, link, first, activation)
+        return read_out.Gate(row.narrow(-1, first, width).contiguous(), link, 0, activation)
 
     def _reads_gate(self, row: Tensor) -> bool:
         """Whether the kernels of the read-out make the gate of a row."""
