@@ -243,7 +243,6 @@ def given_up(kernel: Any, error: Exception) -> bool:
     for key in keys:
         log.info(f"fla's {kernel.base_fn.__name__} can't be launched as for the nearest sizes, and is tuned: {error}")
         del kernel.cache[key]
-        kernel.loans[key] = None
     return bool(keys)
 
 

@@ -30,29 +30,29 @@ def kernel_of(module: str, key: tuple[object, ...] = KEY) -> type:
 
     class Kernel:
         def __init__(self) -> None:
-            self.cache_results, self.known, self.compiled, self.refused = False, set(), [], []
+            self.key, self.cache_results, self.known, self.compiled, self.refused = key, False, set(), [], []
             self.cache, self.keys, self.configs = {}, ["H", "K", "BV"], [SimpleNamespace(kwargs={"BV": 64})]
             self.base_fn = SimpleNamespace(__module__=module, __name__="chunk_fwd_kernel_h")
             self.fn = SimpleNamespace(warmup=self.warmup)
+            self.candidates = [SimpleNamespace(all_kwargs=lambda n=n: {"num_warps": n}) for n in (4, 8)]
 
         def warmup(self, *args: int, grid: tuple[int, ...], width: int, num_warps: int) -> None:
             assert args == (1, 2) and grid == (3,) and width == 64
             self.compiled.append(num_warps)
 
         def run(self, *args: int, **kwargs: object) -> str:
-            candidates = [SimpleNamespace(all_kwargs=lambda n=n: {"num_warps": n}) for n in (4, 8)]
             assert self.cache_results == module.startswith("fla.")
-            if key not in self.cache:
-                self.check_disk_cache(key, candidates, lambda: self.timed(key, candidates))
-            self.best_config = self.cache[key]
+            if self.key not in self.cache:
+                self.check_disk_cache(self.key, self.candidates, lambda: self.timed(self.candidates))
+            self.best_config = self.cache[self.key]
             launch = self.best_config.all_kwargs()
             if launch in self.refused:
                 raise RefusedError("shared memory")
             return "ran"
 
-        def timed(self, key: tuple[object, ...], candidates: list[object]) -> None:
+        def timed(self, candidates: list[object]) -> None:
             self.compiled.append("timed")
-            self.cache[key] = candidates[0]
+            self.cache[self.key] = candidates[0]
 
         def check_disk_cache(self, key: tuple[object, ...], candidates: list[object], time_them) -> bool:
             if key in self.known:
@@ -197,8 +197,23 @@ def test_a_launch_of_the_table_that_the_gpu_refuses_is_an_error():
         called(refused=[{"num_warps": 8}])
 
 
-def test_the_nearest_that_is_no_candidate_here_is_passed_over(table):
-    launches = {"K=128, bfloat16": {"num_warps": 16}, "K=256, bfloat16": {"num_warps": 8}, "K=512, bfloat16": {}}
+def test_a_launch_of_the_table_is_an_error_where_another_key_has_the_same_one_as_its_nearest():
+    kernel = called(key=WIDE)
+    kernel.key, kernel.refused = KEY, [{"num_warps": 8}]
+    with pytest.raises(RefusedError):
+        kernel.run(1, 2, grid=(3,), warmup=False, width=64)
+    assert WIDE in kernel.cache
+
+
+@pytest.mark.parametrize(
+    "warps",
+    [
+        {48: 4, 128: 8},  # by ratios the second is nearer, by differences the first
+        {128: 16, 256: 8, 512: 4},  # the nearest is no candidate here
+    ],
+)
+def test_the_nearest_that_is_a_candidate_here_is_taken(table, warps):
+    launches = {f"K={width}, bfloat16": {"num_warps": n} for width, n in warps.items()}
     table.write_text(json.dumps(TABLE | {"launches": {"fla.ops.common.chunk_h.chunk_fwd_kernel_h": launches}}))
     key = (4, 96, "torch.bfloat16")
     assert called(key=key).cache[key].all_kwargs() == {"num_warps": 8}
