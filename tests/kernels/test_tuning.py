@@ -197,6 +197,43 @@ def test_a_launch_of_the_table_that_the_gpu_refuses_is_an_error():
         called(refused=[{"num_warps": 8}])
 
 
+def test_a_nearest_launch_that_is_refused_is_tuned_by_triton_itself():
+    """By its own class, with what is read of it here: only its disk cache and its clock are others."""
+    autotuner, errors = (pytest.importorskip(f"triton.runtime.{name}") for name in ("autotuner", "errors"))
+    launched = []
+
+    class Kind(autotuner.Autotuner):
+        run = autotuner.Autotuner.run
+
+        def check_disk_cache(self, key, candidates, time_them) -> bool:
+            time_them()
+            return False
+
+    def launch(x, K, *, grid, num_warps, **_) -> None:
+        launched.append(num_warps)
+        if num_warps == 8:
+            raise errors.OutOfResources(2, 1, "shared memory")
+
+    def chunk_fwd_kernel_h(x, K) -> None: ...
+
+    chunk_fwd_kernel_h.__module__ = "fla.ops.common.chunk_h"
+    kernel = SimpleNamespace(fn=chunk_fwd_kernel_h, run=launch, warmup=lambda *_, **__: None)
+    tuning.tuned(Kind, Asynchronous, (errors.OutOfResources,))
+    candidates = [autotuner.Config({}, num_warps=n) for n in (8, 4, 2)]
+    launches = {"K=64, bfloat16": candidates[0].all_kwargs()}
+    tuning.kept().update({"fla.ops.common.chunk_h.chunk_fwd_kernel_h": launches})
+
+    def seconds(call, quantiles) -> list[float]:
+        call()
+        return [float(launched[-1])] * 3
+
+    tuner = Kind(kernel, ["x", "K"], candidates, ["K"], None, None, do_bench=seconds)
+    x = SimpleNamespace(dtype="torch.bfloat16")
+    tuner.run(x, K=128, grid=(1,))
+    tuner.run(x, K=128, grid=(1,))
+    assert launched == [8, 8, 4, 2, 2, 2] and tuner.best_config.num_warps == 2
+
+
 def test_a_launch_of_the_table_is_an_error_where_another_key_has_the_same_one_as_its_nearest():
     kernel = called(key=WIDE)
     kernel.key, kernel.refused = KEY, [{"num_warps": 8}]
