@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from conf import schema, settings
 from conf.command import sentence
@@ -53,8 +53,8 @@ class Job(NamedTuple):
 
 
 @cache
-def params(experiment: str) -> tuple[str, dict[str, Any]]:
-    """Its name, and what its sweep is over. Raises ValueError where there is no such experiment with a sweep."""
+def composed(experiment: str) -> DictConfig:
+    """Its config, Hydra's own among it. Raises ValueError where there is no such experiment with a sweep."""
     known = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if "sweeper:" in path.read_text())
     if experiment not in known:
         there = (CONF / "experiment" / f"{experiment}.yaml").exists()
@@ -62,7 +62,12 @@ def params(experiment: str) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"experiment={experiment} {why}; there are {', '.join(known)}")
     schema.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", [f"experiment={experiment}", "run_dir=none"], return_hydra_config=True)
+        return compose("train", [f"experiment={experiment}", "run_dir=none"], return_hydra_config=True)
+
+
+def params(experiment: str) -> tuple[str, dict[str, Any]]:
+    """Its name, and what its sweep is over."""
+    cfg = composed(experiment)
     return cfg.name, dict(cfg.hydra.sweeper.params)
 
 
