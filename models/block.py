@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.kernels import residual, swiglu
-from models.mixers.mixer import Mixer, State
+from models.mixers.layer import State
+from models.mixers.mixer import Mixer
 from models.parts.linear import is_its_weight, read
 from models.parts.norm import RMSNorm, is_plain, unit
 from models.parts.precision import product_dtype, wide
