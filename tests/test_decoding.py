@@ -397,7 +397,7 @@ def test_pieces_are_alike_and_not_larger_than_a_gpu_needs():
 def test_a_prompt_of_vectors_is_left_as_it_was():
     """Where a step was captured, the layers write their sums over what they were given."""
     m, ids = recurrent("gated_delta").float().cuda(), IDS[:, :12].cuda()
-    generated(m, 2)
+    generated(m, 2, attention_mask=torch.ones(2, 12, device="cuda"))
     assert isinstance(steps._STEPS[m], steps.Step)
     vectors = m.embedding(ids)
     before = vectors.clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import textwrap
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels import least_squares as kernels
+from models.regression.least_squares import replayed
 from models.regression.least_squares.least_squares import (
     Moments,
     Ridge,
@@ -133,7 +135,10 @@ def test_rounded_products_lead_nowhere_else():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("K, V", [(64, 64), (128, 128), (48, 80)])
 @pytest.mark.parametrize("case", CASES)
-def test_the_kernel_is_the_definition(case, K, V):
+def test_the_kernel_is_the_definition(case, K, V, monkeypatch):
+    """What is around the solve is compiled at one of the sizes: that takes ten times as long as the rest."""
+    if K != 64:
+        monkeypatch.setattr(replayed, "COMPILED", math.inf)
     sizes = CASES[case] | {"B": 2, "H": 2, "K": K, "V": V, "T": CASES[case].get("T", 300)}
     check(case, errors(torch.bfloat16, "cuda", chunk=64, **sizes), more=STEPS_BY_TF32.get(case, 0.5))
 
