@@ -40,6 +40,7 @@ COUNTS = ("B", "H", "HV")
 FARTHEST = 4
 GOLDEN = 0.618  # multiples of it, modulo 1, are well spread, however many there are
 
+_lent = True  # whether launches are taken from the nearest key
 _unknown: list[tuple[Any, Any]] | None = None  # kernels and keys that were met in `untimed`; None outside of it
 
 
@@ -174,6 +175,13 @@ def side_by_side() -> None:
     tuned(autotuner.Autotuner, _async_compile, (OutOfResources, PTXASError, CompileTimeAssertionFailure))
 
 
+def without_loans() -> None:
+    """From here on keys that the table lacks are tuned, side by side: who is compared with is to be at its best."""
+    global _lent
+    _lent = False
+    side_by_side()
+
+
 def tuned(kind: Any, asynchronous: ModuleType | Any, refusals: tuple[type[Exception], ...]) -> None:
     """Replaces two methods of Triton's class `kind`: `run`, which hands a launch's arguments on, and
     `check_disk_cache`, whose last argument times all candidates where the cache has no result. refusals: what `run`
@@ -228,9 +236,10 @@ class UntimedError(Exception):
 
 
 def borrowed(kernel: Any, key: tuple[Any, ...], candidates: list[Any]) -> Any | None:
-    """A copy of the `nearest` launch, by which this key is found where the launch is refused; None from then on."""
+    """A copy of the `nearest` launch, by which this key is found where the launch is refused; None from then on, and
+    after `without_loans`."""
     loans = vars(kernel).setdefault("loans", {})
-    if key in loans or (launch := nearest(kernel, key, candidates)) is None:
+    if not _lent or key in loans or (launch := nearest(kernel, key, candidates)) is None:
         return None
     say_nearest()
     loans[key] = copy(launch)

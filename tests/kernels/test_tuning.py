@@ -171,6 +171,13 @@ def test_another_size_is_launched_as_the_nearest(width):
     assert kernel.compiled == [] and kernel.cache[key].all_kwargs() == {"num_warps": 8} and kernel.known == set()
 
 
+def test_who_is_compared_with_is_tuned_unless_the_table_has_it(monkeypatch):
+    monkeypatch.setattr(tuning, "side_by_side", lambda: None)
+    monkeypatch.setattr(tuning, "_lent", True)
+    tuning.without_loans()
+    assert called(key=WIDE).compiled == [4, 8, "timed"] and called().compiled == []
+
+
 def test_what_triton_remembers_comes_before_the_nearest(table):
     launch = {"K=64, bfloat16": {"num_warps": 4}}
     table.write_text(json.dumps(TABLE | {"launches": {"fla.ops.common.chunk_h.chunk_fwd_kernel_h": launch}}))
