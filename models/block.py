@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.kernels import residual, swiglu
-from models.mixers.mixer import Mixer, State
+from models.mixers.layer import State
+from models.mixers.mixer import Mixer
 from models.parts.linear import is_its_weight, read
 from models.parts.norm import RMSNorm, is_plain, unit
 from models.parts.precision import product_dtype, wide
@@ -172,7 +173,7 @@ class Block(nn.Module):
 
     x is the residual stream, and y [B, T, D] what is still to be added to it, None for nothing: so each sum is made in
     one pass with the norm of it. keep: whether the state after the last token is wanted; else it is None, and takes
-    neither memory nor time.
+    neither memory nor time. own: nobody else reads x, and no gradient: what comes out may take its place.
     """
 
     def __init__(self, hidden_size: int, mixer: Mixer, feed_forward: FeedForward, norm_eps: float) -> None:
@@ -188,14 +189,15 @@ class Block(nn.Module):
         state: State | Both | None = None,
         segments: Tensor | None = None,
         keep: bool = True,
+        own: bool = False,
     ) -> tuple[Tensor, Tensor, State | Both | None]:
         mixed, memory = state if isinstance(state, Both) else (state, None)
-        x, n = add_and_norm(x, y, self.mixer_norm)
+        x, n = add_and_norm(x, y, self.mixer_norm, own)
         if keep or mixed is not None:
             y, mixed = self.mixer(n, mixed, segments)
         else:
             y = self.mixer.outputs(n, segments)
-        x, n = add_and_norm(x, y, self.feed_forward_norm)
+        x, n = add_and_norm(x, y, self.feed_forward_norm, own)
         if not self.learns:
             return x, self.feed_forward(n), mixed if keep else None
         y, memory = self.feed_forward(n, memory, segments, keep)
@@ -234,12 +236,12 @@ def nothing(x: Tensor) -> Tensor:
     return _Nothing.apply(x, product_dtype(x))
 
 
-def add_and_norm(x: Tensor, y: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """x + y, and its norm: by a kernel where one can, in the dtype of the products to come."""
+def add_and_norm(x: Tensor, y: Tensor | None, norm: nn.Module, own: bool = False) -> tuple[Tensor, Tensor]:
+    """x + y, and its norm: by a kernel where one can, in the dtype of the products to come. own: see Block."""
     if y is None:
         return x, norm(x)
     if is_plain(norm) and norm.eps is not None and residual.refusal(x.device, x.dtype, x.shape[-1]) is None:
-        return residual.add_and_norm(x, y, norm.weight, norm.eps, product_dtype(x))
+        return residual.add_and_norm(x, y, norm.weight, norm.eps, product_dtype(x), own)
     x = x + y
     return x, norm(x)
 

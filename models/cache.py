@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from models.mixers.mixer import State
+from models.mixers.layer import State
 
 
 class Cache:

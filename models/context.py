@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.cache import leaves, map_tensors
-from models.mixers.mixer import Mixer, State, positions_of
+from models.mixers.layer import State, positions_of
+from models.mixers.mixer import Mixer
 from models.regression.local.pairs import Elsewhere
 from models.regression.local.ring import Ring, wait
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from models.cache import Cache
 from models.language_model import LanguageModel
 from models.loss import IGNORED
-from models.mixers.mixer import State
+from models.mixers.layer import State
 
 
 class Continuous(LanguageModel):

@@ -13,13 +13,12 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
@@ -29,9 +28,11 @@ from models.block import Block, add_and_norm, feed_forward, nothing
 from models.build import build
 from models.cache import Cache, alone, map_tensors
 from models.calls import documents, refuse_documents, refuse_shapes, refuse_targets, refuse_unknown
+from models.config import LanguageModelConfig, refuse_folder
 from models.context import Context
+from models.generation import StateGenerationMixin
 from models.loss import IGNORED, score, sum_nats
-from models.mixers.mixer import State
+from models.mixers.layer import State
 from models.parts.linear import is_its_weight
 from models.parts.norm import RMSNorm
 from models.parts.precision import uncached, wide
@@ -41,68 +42,7 @@ PIECE = 24576  # tokens of a prompt that go through the layers at once on a GPU;
 transformers_logging.disable_progress_bar()  # over a single file of weights
 
 
-def refuse_folder(path: Any) -> None:
-    """Raises ValueError for a folder that holds no model, or is not there."""
-    folder = Path(path)
-    if (folder.is_dir() or folder.is_absolute()) and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not the folder of a model: it has no config.json")
-
-
-class LanguageModelConfig(PretrainedConfig):
-    """Sizes, and the recipe of each mixer as plain nested dictionaries, as conf/mixer has them.
-
-    mixers     name -> recipe.    pattern   names, repeated until there are num_layers of them. feed_forward
-    swiglu | persistent_memory | in_place (block.py).    feed_forward_size   its inner width; None derives it for each
-    block so that all blocks have 12 D^2 parameters.    feed_forward_grad_batch, feed_forward_step_size   of in_place,
-    None for its own.
-    """
-
-    model_type = "test_time_regression"
-    attribute_map = {"num_hidden_layers": "num_layers", "intermediate_size": "feed_forward_size"}  # noqa: RUF012
-
-    def __init__(
-        self,
-        vocab_size: int = 257,
-        hidden_size: int = 128,
-        num_layers: int = 4,
-        mixers: dict[str, dict[str, Any]] | None = None,
-        pattern: list[str] | None = None,
-        feed_forward: str = "swiglu",
-        feed_forward_size: int | None = None,
-        tie_embeddings: bool = True,
-        norm_eps: float = 1e-6,
-        feed_forward_grad_batch: int | None = None,
-        feed_forward_step_size: float | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size, self.hidden_size, self.num_layers = vocab_size, hidden_size, num_layers
-        self.mixers, self.pattern = mixers or {}, pattern or []
-        self.feed_forward, self.feed_forward_size, self.norm_eps = feed_forward, feed_forward_size, norm_eps
-        self.feed_forward_grad_batch, self.feed_forward_step_size = feed_forward_grad_batch, feed_forward_step_size
-        self.tie_embeddings = tie_embeddings
-        kwargs.setdefault("tie_word_embeddings", tie_embeddings)
-        super().__init__(**kwargs)
-
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """transformers' hook. Where a folder has no config.json, transformers would take the defaults above."""
-        refuse_folder(pretrained_model_name_or_path)
-        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-
-    @property
-    def layers(self) -> list[str]:
-        """The name of each layer's mixer. Raises ValueError for a pattern that names a mixer that is not there."""
-        for name in self.pattern:
-            if name not in self.mixers:
-                raise ValueError(
-                    f"model.pattern names {name!r}, and model.mixers has {', '.join(self.mixers) or 'none'}"
-                )
-        if not self.pattern:
-            raise ValueError("model.pattern is empty; it names the mixers of the layers, for example [main]")
-        return [self.pattern[i % len(self.pattern)] for i in range(self.num_layers)]
-
-
-class LanguageModel(PreTrainedModel, GenerationMixin):
+class LanguageModel(PreTrainedModel, StateGenerationMixin):
     """A causal language model of LanguageModelConfig."""
 
     config_class = LanguageModelConfig
@@ -169,11 +109,12 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         buffers: decoding.Buffers | None = None,
     ) -> tuple[Tensor, ...]:
         """What each block is given, where every is wanted, and at last what the head is. The states become those after
-        the last token, each as soon as it is there, where they are kept; in the buffers if there are any.
+        the last token, each as soon as it is there, where they are kept; in the buffers if there are any. x is nobody
+        else's then, and may be overwritten.
         """
         ring = self.context is not None and all(block.rings for block in self.blocks)
         keep = keep if self.context is None else not ring
-        each, y = [], nothing(x) if self.alike else None
+        each, y = [], nothing(x) if self.alike or buffers is not None else None
         for i, block in enumerate(self.blocks):
             if every:
                 each.append(x if y is None else x + y)
@@ -182,7 +123,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             if self.gradient_checkpointing and self.training:
                 x, y, state = self._gradient_checkpointing_func(block.__call__, x, y, states[i], segments, keep)
             else:
-                x, y, state = block(x, y, states[i], segments, keep)
+                x, y, state = block(x, y, states[i], segments, keep, buffers is not None)
             if state is None:
                 continue
             if self.context is not None:
@@ -196,15 +137,17 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         return [None] * len(self.blocks) if cache is None else list(cache.states)
 
     def _embedded(self, given: Tensor) -> Tensor:
-        """input_ids [B, T] or inputs_embeds [B, T, D] as the latter."""
-        return given if given.is_floating_point() else self.embedding(given)
+        """input_ids [B, T] or inputs_embeds [B, T, D] as a tensor of its own [B, T, D]."""
+        return given.clone() if given.is_floating_point() else self.embedding(given)
 
     def piece(self, given: Tensor) -> int:
         """How many tokens of each row of a prompt go through the layers at once: on a GPU no more than it needs to be
-        busy. States that grow are not gathered anew for each piece.
+        busy, and as many each time. States that grow are not gathered anew for each piece.
         """
+        rows, length = given.shape[:2]
         grows = self.state_size(1 << 40) > self.state_size(1 << 39)
-        return given.shape[1] if grows or not given.is_cuda else max(64, PIECE // len(given) // 64 * 64)
+        pieces = 1 if grows or not given.is_cuda else -(-rows * length // PIECE)
+        return max(64, -(-length // (pieces * 16)) * 16)
 
     def _in_pieces(
         self, given: Tensor, segments: Tensor | None, cache: Cache | None, use_cache: bool
@@ -352,66 +295,11 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         """Numbers held per sequence after seq_len tokens, in all layers."""
         return sum(block.state_size(seq_len) for block in self.blocks)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers', but for ways of it that take tokens back: a state has no token to take back."""
-        given = inspect.signature(super().generate).bind_partial(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
-        for name in ("segments", "seq_idx", "position_ids", "cu_seqlens", "cu_seq_lens_q"):
-            if given.get(name) is not None:
-                raise ValueError(f"{name}: generate goes on with one document a row; leave it out, and pad on the left")
-        asked: dict[str, Any] = {}  # transformers takes from the model's config what the call's leaves None
-        for config in (self.generation_config, given.get("generation_config")):
-            if config is not None:
-                asked |= {name: value for name, value in vars(config).items() if value is not None}
-        asked |= given
-        for name in ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"):
-            if asked.get(name) is not None:
-                raise ValueError(f"{name}: tokens that are refused must be taken back, and a state can't; leave it out")
-        if (kind := asked.get("cache_implementation")) is not None:
-            raise ValueError(
-                f"cache_implementation={kind!r}: the cache is the states of the mixers, of one kind; leave it out"
-            )
-        if asked.get("disable_compile"):
-            with decoding.uncaptured():
-                return super().generate(*args, **kwargs)
-        return super().generate(*args, **kwargs)
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Cache | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """generate's hook: what a cache has seen does not go in again."""
-        mask = kwargs.get("attention_mask")
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if seen >= input_ids.shape[1]:
-            raise ValueError(
-                f"the cache has seen {seen} tokens, and input_ids has {input_ids.shape[1]}; it must begin with those, "
-                "and go on with at least one more"
-            )
-        first = kwargs.get("is_first_iteration", "next_sequence_length" not in kwargs)
-        if mask is not None and first and not mask[:, -1].all():
-            raise ValueError("a row ends with padding, where its text should go on; pad on the left to generate")
-        if not first and seen:  # generate's own tokens are text, and the cache before them is wanted no more
-            mask = None
-            if isinstance(past_key_values, decoding.Held):
-                past_key_values.spent = True
-        asked = {name: True for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)}
-        return asked | {
-            "input_ids": input_ids[:, seen:],
-            "attention_mask": mask,
-            "past_key_values": past_key_values,
-            "use_cache": kwargs.get("use_cache", True),
-            "logits_to_keep": 1,
-        }
-
     def train(self, mode: bool = True) -> LanguageModel:
         """torch's; training wants the memory that a captured step holds."""
         if mode:
             decoding.forget(self)
         return super().train(mode)
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the states are made by the first call
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding

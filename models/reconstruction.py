@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.cache import Cache
 from models.language_model import LanguageModel, LanguageModelConfig
-from models.mixers.mixer import State
+from models.mixers.layer import State
 from models.parts.norm import RMSNorm
 
 

@@ -17,7 +17,8 @@ its own; `starts` takes two steps of every preset, to see which start, and in wh
 compile few layers, and each in its turn takes the whole model (scripts/benchmarks/starting.py); `length` the same
 number of tokens in longer and longer sequences; `decode` texts that go on by generate (scripts/benchmarks/decoding.py);
 `losses` trains by kernels and by PyTorch alone, to see that both learn the same (scripts/benchmarks/losses.py).
-`prepare` turns text into token shards, and `loader` reads batches from them (scripts/benchmarks/data.py).
+`prepare` turns text into token shards, and `loader` reads batches from them (scripts/benchmarks/data.py). The exit code
+is 1 where a model has failed, after the rows of all.
 """
 
 from __future__ import annotations
@@ -72,13 +73,13 @@ def ops(only: str | None, repeats: int, kernels: bool, path: Path | None) -> Non
         path.write_text(json.dumps({"machine": machine(device), "rows": [asdict(row) for row in rows]}, indent=1))
 
 
-def train(given: argparse.Namespace) -> None:
+def train(given: argparse.Namespace) -> whole.Report:
     device, sizes = place(given, contenders.DEFAULT, given.batch, given.seq_len)
     jobs = [step_job(name, sizes, device, given, documents=not given.whole) for name in given.only]
-    whole.report(jobs, steps.HEAD, about(device, sizes), limits(given), given.json)
+    return whole.report(jobs, steps.HEAD, about(device, sizes), limits(given), given.json)
 
 
-def starts(given: argparse.Namespace) -> None:
+def starts(given: argparse.Namespace) -> whole.Report:
     """Two steps of every preset: few layers beside others', and then the whole model, one at a time on each GPU."""
     if given.at_once < 1:
         sys.exit(f"error: --at-once={given.at_once} must be at least 1")
@@ -110,7 +111,7 @@ def starts(given: argparse.Namespace) -> None:
         if known:
             print(f"{given.json} has {len(known)} that started in an earlier call; {len(names)} are left")
         jobs = [whole.Job("starting.start", {"name": n, **common}, starting.Started(n)) for n in names]
-        whole.report(jobs, starting.HEAD, about_them, limit, given.json, apart if given.cold else forked, known)
+        return whole.report(jobs, starting.HEAD, about_them, limit, given.json, apart if given.cold else forked, known)
 
 
 def started(path: Path | None, about: dict[str, Any]) -> list[starting.Started]:
@@ -129,16 +130,16 @@ def started(path: Path | None, about: dict[str, Any]) -> list[starting.Started]:
     return [starting.Started(**row) for row in before["rows"] if not row["reason"]]
 
 
-def length(given: argparse.Namespace) -> None:
+def length(given: argparse.Namespace) -> whole.Report:
     """The same number of tokens in fewer and longer sequences, of one document each."""
     device, sizes = place(given, ["gated_delta", "titans", "kda", "softmax"])
     lengths = given.lengths or ([2**n for n in range(11, 17)] if device == "cuda" else [128, 256])
     each = [sizes._replace(B=max(lengths) // T, T=T) for T in lengths]
     jobs = [step_job(name, one, device, given, documents=False) for name in given.only for one in each]
-    whole.report(jobs, steps.HEAD, about(device, sizes), limits(given), given.json)
+    return whole.report(jobs, steps.HEAD, about(device, sizes), limits(given), given.json)
 
 
-def decode(given: argparse.Namespace) -> None:
+def decode(given: argparse.Namespace) -> whole.Report:
     device, sizes = place(given, ["gated_delta", "titans", "softmax", "fla.gated_deltanet", "transformers.qwen3"])
     gpu = device == "cuda"
     contexts = given.contexts or ([2**n for n in range(10, 17, 2)] if gpu else [64])
@@ -146,10 +147,10 @@ def decode(given: argparse.Namespace) -> None:
     common = {"sizes": list(sizes), "device": device, "shapes": shapes, "tokens": given.tokens}
     common |= {"repeats": given.repeats, "dtype": given.dtype if gpu else "float32"}
     jobs = [whole.Job("decoding.decode", {"name": n, **common}, decoding.Decoded(n)) for n in given.only]
-    whole.report(jobs, decoding.HEAD, about(device, sizes), limits(given), given.json)
+    return whole.report(jobs, decoding.HEAD, about(device, sizes), limits(given), given.json)
 
 
-def compare_losses(given: argparse.Namespace) -> None:
+def compare_losses(given: argparse.Namespace) -> whole.Report:
     """Each model by each path from each seed."""
     given.size = given.size or ("50m" if torch.cuda.is_available() else "tiny")
     device, sizes = place(given, ["gated_delta", "softmax"], given.batch, given.seq_len)
@@ -162,8 +163,9 @@ def compare_losses(given: argparse.Namespace) -> None:
         for seed in given.seeds
         for path in losses.PATHS
     ]
-    rows = whole.report(jobs, losses.HEAD, about(device, sizes), limits(given), given.json)
-    print("\n".join(losses.compared([row for row in rows if isinstance(row, losses.Losses)])))
+    report = whole.report(jobs, losses.HEAD, about(device, sizes), limits(given), given.json)
+    print("\n".join(losses.compared([row for row in report.rows if isinstance(row, losses.Losses)])))
+    return report
 
 
 def place(
@@ -280,7 +282,8 @@ def main() -> None:
         data.loader(arguments.megabytes, arguments.lengths, arguments.num_workers, arguments.repeats)
     else:
         of = {"train": train, "starts": starts, "length": length, "decode": decode, "losses": compare_losses}
-        of[arguments.command](arguments)
+        if failed := of[arguments.command](arguments).failed:
+            sys.exit(f"error: failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,10 @@ import torch
 from hydra.errors import HydraException
 from torch import Tensor
 
+from conf.command import sentence
 from models.regression.regressor import Choice
-from scripts.recipes import PRESETS, composed, mixer_of
+from scripts.benchmarks.contenders import PRESETS
+from scripts.recipes import composed, mixer_of
 
 SHARED = 232_448  # bytes of shared memory that a program can have on an H100
 HEAD = (
@@ -147,14 +149,18 @@ def _faults(sass: str) -> int:
 
 def kernels_of(preset: str, key_dim: int, dtype: torch.dtype, *settings: str) -> list[Compiled]:
     """Of one layer with two heads, forward and backward, each once, in the order of their launches."""
-    if "regressor" not in composed(preset).model.mixers.main:
-        raise ValueError(f"{preset} is a memory beside attention; ask for the preset of the memory, such as titans")
+    if key_dim < 1:
+        raise ValueError(f"--key-dim={key_dim} must be at least 1")
+    if "regressor" not in composed(preset).model.mixers.get("main", {}):
+        raise ValueError(
+            f"{preset} is a memory beside attention, or none; ask for the preset of a memory, such as titans"
+        )
     sizes = f"model.num_heads=2 model.hidden_size={2 * key_dim} model.mixers.main.regressor.backend=triton".split()
     chosen = [f"model.mixers.main.regressor.{setting}" for setting in settings]
     try:
         mixer = mixer_of(composed(preset, *sizes, *chosen)).to(dtype)
     except HydraException as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+        raise ValueError(sentence(error, [f"model={preset}", *chosen])) from error
     refusals = mixer.regressor.accelerators(torch.device("cuda"), dtype)
     if "triton" not in refusals or refusals["triton"] is not None:
         raise ValueError(f"{preset} has no kernels of ours here: {refusals.get('triton', 'none were written')}")

@@ -37,8 +37,9 @@ from data.text import IGNORE, Text
 from models.build import build
 from models.training.regression import InnerRegression, read_rows
 from models.training.weights import open_trained
-from scripts.evidence import Job, Results, params, results_of, write
 from scripts.figures.results import mean
+from scripts.sweeps.jobs import Job, params
+from scripts.sweeps.results import Results, results_of, write
 
 STRETCH, KNOWN = 64, 8  # tokens that are shown twice, and of these the first, which say which it is
 DISTANCES = (0, 64, 128, 256, 512, 1024, 1856)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -216,8 +218,50 @@ def test_a_process_of_its_own_ends_in_time(monkeypatch, tmp_path):
         next(failing)
     with pytest.raises(apart.LeftOutError, match=r"^not done within 1 s$"):
         next(hanging)
+    threading.Timer(1, apart.interrupted.set).start()
+    try:
+        with pytest.raises(apart.LeftOutError, match=r"^interrupted$"):
+            next(apart.apart("trial.hang", {"file": str(tmp_path / "left")}, 50))
+    finally:
+        apart.interrupted.clear()
     time.sleep(1.5)
     assert not (tmp_path / "left").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", ["1", "2"])
+def test_ctrl_c_is_one_sentence(tmp_path, at_once):
+    """It goes to all processes of a terminal; that which others are forked from is at its imports then."""
+    words = [sys.executable, "scripts/benchmark.py", "starts", "--only", "linear", "titans", "--at-once", at_once]
+    with (tmp_path / "said").open("w") as file:
+        process = subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+    while "M params" not in (tmp_path / "said").read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 1
+    said = (tmp_path / "said").read_text()
+    assert said.endswith("error: interrupted\n") and "Traceback" not in said, said
+
+
+def test_a_model_that_fails_is_told_at_the_end(monkeypatch, capsys):
+    """With the exit code, after the rows of all; one that this machine has not is left out and has not failed."""
+
+    def run(function: str, given: dict, *more):
+        if given["name"] == "linear":
+            raise apart.LeftOutError("RuntimeError: no")
+        yield asdict(decoding.Decoded(given["name"], 1, 8, 1.0, None, 1.0))
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(whole.report, "__defaults__", (run, ()))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "decode", "--only", "linear", "fla.kda", "softmax"])
+    with pytest.raises(SystemExit, match=r"^error: failed: linear$"):
+        benchmark.main()
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert "left out: RuntimeError: no" in lines[0] and "left out: its kernels need" in lines[1] and "1.0" in lines[2]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "decode", "--only", "fla.kda", "softmax"])
+    benchmark.main()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from conf import schema
 from models.build import build
-from scripts.evidence import sweep
+from scripts.sweeps.jobs import sweep
 from tests.conftest import ROOT
 from tests.laws import presets
 from tests.laws import test_laws as laws

@@ -7,6 +7,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from copy import copy, deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from models import decoding
 from models.cache import Cache
 from models.decoding import step as steps
 from models.decoding.held import Held, leaves
-from models.language_model import LanguageModel
+from models.language_model import PIECE, LanguageModel
 from scripts.evaluating.writing import Writer, greedy
 from tests.laws.presets import PRESETS, marked
 from tests.test_calls import IDS, model
@@ -378,6 +379,33 @@ def test_a_step_waits_while_another_threads_beams_are_chosen(replays):
     torch.testing.assert_close(torch.cat([found[0][0], second], 1), expected[1][:, :2])
     second = layers_of(m)(IDS[:, 13:14].flip(0), mine)[0]
     torch.testing.assert_close(second.flip(0), expected[0][:, 1:2])
+
+
+def test_pieces_are_alike_and_not_larger_than_a_gpu_needs():
+    m = recurrent("gated_delta")
+    for rows, length in ((64, 1024), (1, 1024), (1, 65536), (16, 16384), (100_000, 64)):
+        size = m.piece(SimpleNamespace(shape=(rows, length), is_cuda=True))
+        count = -(-length // size)
+        assert rows * size <= max(PIECE + 16 * rows, 64 * rows) and size % 16 == 0
+        assert size == 64 or count * size < length + 16 * count
+    assert m.piece(SimpleNamespace(shape=(64, 1024), is_cuda=False)) == 1024
+
+
+@torch.no_grad()
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_prompt_of_vectors_is_left_as_it_was():
+    """Where a step was captured, the layers write their sums over what they were given."""
+    m, ids = recurrent("gated_delta").float().cuda(), IDS[:, :12].cuda()
+    generated(m, 2, attention_mask=torch.ones(2, 12, device="cuda"))
+    assert isinstance(steps._STEPS[m], steps.Step)
+    vectors = m.embedding(ids)
+    before = vectors.clone()
+    found = m(inputs_embeds=vectors, use_cache=True, logits_to_keep=1)
+    with decoding.uncaptured():
+        expected = m(input_ids=ids, use_cache=True, logits_to_keep=1)
+    assert isinstance(found.past_key_values, Held) and vectors.equal(before)
+    torch.testing.assert_close(found.logits, expected.logits)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -18,6 +19,11 @@ import pytest
 
 from conf.folders import job_folder
 from scripts import evidence
+from scripts.array_job import CONF
+from scripts.sweeps import processes
+from scripts.sweeps.jobs import Job, sweep
+from scripts.sweeps.rates import with_rates
+from scripts.sweeps.results import Results, Shared, left, summary
 from tests.conftest import ROOT
 
 # A run in miniature: seed 1 finishes, seed 2 fails, seed 3 saves when it is asked to and finishes the second time.
@@ -37,7 +43,7 @@ result = {"validation/accuracy": 0.5, "validation/accuracy_on/longer": 0.25, "co
 """
 
 
-class Miniature(evidence.Job):
+class Miniature(Job):
     @property
     def command(self) -> list[str]:
         seed = next(word for word in self.words if word.startswith("seed="))[5:]
@@ -46,22 +52,40 @@ class Miniature(evidence.Job):
 
 def test_a_sweep_is_that_of_the_experiment_and_its_words():
     """Those of `train.py -m`, in its folders; a word of the command line takes the place of the file's."""
-    every = evidence.sweep("state_tracking", [])
+    every = sweep("state_tracking", [])
     assert len(every) == 3 * 3 * 3 * 2 == len({job.key for job in every})
     assert [job.words[1] for job in every[:18]] == ["seed=1"] * 18, "one seed of all comes before the next"
-    more = evidence.sweep("state_tracking", ["tokens=20480", "seed=4,5"])
+    more = sweep("state_tracking", ["tokens=20480", "seed=4,5"])
     assert [job.words[1] for job in more] == ["seed=4"] * 18 + ["seed=5"] * 18, "seeds that are typed, too"
     assert every[0].folder.name == job_folder("state_tracking", every[0].words)
-    (one, two) = evidence.sweep("state_tracking", ["data=s3", "model=mesa", "seed=4,5", every[0].words[4], "name=mine"])
+    (one, two) = sweep("state_tracking", ["data=s3", "model=kda", "seed=4,5", every[0].words[4], "name=mine"])
     assert one.folder.parent.name == "mine" and "seed=4" in one.words and "data=s3" in two.words
-    (same,) = evidence.sweep("mqar", ["model=mesa", "seed=1", "model.hidden_size=32", "compile=false"])
-    assert same.key == evidence.sweep("mqar", ["model=mesa", "seed=1", "model.hidden_size=32"])[0].key
+    (same,) = sweep("mqar", ["model=mesa", "seed=1", "model.hidden_size=32", "compile=false"])
+    assert same.key == sweep("mqar", ["model=mesa", "seed=1", "model.hidden_size=32"])[0].key
     with pytest.raises(ValueError, match="experiment=none is not there; there are ablation, "):
-        evidence.sweep("none", [])
+        sweep("none", [])
     with pytest.raises(ValueError, match=r"Error parsing|mismatched|no viable"):
-        evidence.sweep("mqar", ["seed=[1,"])
+        sweep("mqar", ["seed=[1,"])
     with pytest.raises(ValueError, match=r"optimizer\.lrr=0\.001 is not a setting; did you mean optimizer\.lr\?"):
-        evidence.sweep("mqar", ["optimizer.lrr=1e-3"])
+        sweep("mqar", ["optimizer.lrr=1e-3"])
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("optimizer.lr=1e-3,abc seed=1,2", "optimizer.lr=abc is not a number; it must be positive"),
+        ("seed=1,2,-1", "seed=-1 must be between 0 and 4294967295"),
+        ("clip_norm=1,abc", "clip_norm=abc must be a number"),
+        ("compile=maybe", "compile=maybe must be true or false"),
+        ("model.hidden_size=32,x", "model.hidden_size=x is not a number; it must be at least 1"),
+        ("model=titans,softmax model.mixers.main.regressor.grad_batch=4", "regressor.grad_batch=4 is not a setting"),
+        ("tokens=1e6 batch_tokens=1000", "batch_tokens=1000 is not a multiple of seq_len=256"),
+    ],
+)
+def test_a_value_that_no_job_can_have_is_told_before_any_begins(words, said):
+    """Wherever it stands in the sweep, and as train.py says it."""
+    with pytest.raises(ValueError, match=re.escape(said)):
+        sweep("mqar", words.split())
 
 
 def test_jobs_run_once_and_the_next_call_goes_on(tmp_path, monkeypatch, capsys):
@@ -69,9 +93,9 @@ def test_jobs_run_once_and_the_next_call_goes_on(tmp_path, monkeypatch, capsys):
     https://github.com/ashleve/lightning-hydra-template/issues/535. So many at a time: issue 2255 of hydra."""
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
     jobs = [Miniature("toy", ("experiment=mqar", f"seed={seed}")) for seed in (1, 2, 3)]
-    results = evidence.Results(tmp_path / "results.jsonl")
+    results = Results(tmp_path / "results.jsonl")
     began = time.time()
-    failed = evidence.run(list(evidence.left(jobs, results)), results, 3, time.time() + 1.5)
+    failed = processes.run(list(left(jobs, results)), results, 3, time.time() + 1.5)
     said = capsys.readouterr().out
     assert failed == [jobs[1]] and "seed=2   FAILED: error: seed=2 is out of luck" in said
     assert "seed=1   accuracy 0.500, at test points 0.25" in said and "seed=3   goes on next time" in said
@@ -80,24 +104,24 @@ def test_jobs_run_once_and_the_next_call_goes_on(tmp_path, monkeypatch, capsys):
     (failure,) = results.failures()
     assert failure["job"] == jobs[1].key and failure["reason"] == "error: seed=2 is out of luck"
     shutil.rmtree(jobs[0].folder)  # another machine has the results alone
-    todo = list(evidence.left(jobs, results))
+    todo = list(left(jobs, results))
     assert todo == jobs[1:]
-    evidence.run(todo, results, 1, float("inf"))
+    processes.run(todo, results, 1, float("inf"))
     rows = results.read()
     assert [row["job"] for row in rows] == [jobs[0].key, jobs[2].key]
     assert rows[0]["command"] == "python train.py -m experiment=mqar seed=1" and rows[0]["commit"] == "abc"
     with results.path.open("a") as file:
         file.write('{"job": "to')  # cut off by a kill
-    assert results.read() == rows and list(evidence.left(jobs, results)) == [jobs[1]]
+    assert results.read() == rows and list(left(jobs, results)) == [jobs[1]]
 
 
 def test_several_jobs_share_the_gpus_that_are_seen(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in evidence.slots(3)] == ["2", "5", "2"]
-    assert evidence.slots(1) == [{}], "which may take several"
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in processes.slots(3)] == ["2", "5", "2"]
+    assert processes.slots(1) == [{}], "which may take several"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert evidence.slots(2) == [{}, {}]
+    assert processes.slots(2) == [{}, {}]
 
 
 def test_the_launcher_that_is_asked_to_stop_leaves_no_run_behind(tmp_path, monkeypatch):
@@ -105,9 +129,9 @@ def test_the_launcher_that_is_asked_to_stop_leaves_no_run_behind(tmp_path, monke
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(evidence, "sweep", lambda *_: [Miniature("toy", ("experiment=mqar", "seed=3"))])
     monkeypatch.setattr("sys.argv", ["evidence.py", "mqar", "--results", str(tmp_path / "results.jsonl")])
-    started: list[evidence.Running] = []
-    start = evidence.start
-    monkeypatch.setattr(evidence, "start", lambda *words: started.append(start(*words)) or started[-1])
+    started: list[processes.Running] = []
+    start = processes.start
+    monkeypatch.setattr(processes, "start", lambda *words: started.append(start(*words)) or started[-1])
 
     def limit() -> None:
         while not started or not (started[0].job.folder / "saved").exists():
@@ -122,20 +146,20 @@ def test_the_launcher_that_is_asked_to_stop_leaves_no_run_behind(tmp_path, monke
             evidence.main()
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert stop.value.code == started[0].process.returncode == evidence.UNFINISHED
+    assert stop.value.code == started[0].process.returncode == processes.UNFINISHED
 
 
 def test_a_result_that_nobody_wrote_down_is_found(tmp_path, monkeypatch):
     """The launcher was killed, and the run ended after it."""
     monkeypatch.setenv("RUNS", str(tmp_path))
-    job = evidence.Job("toy", ("experiment=mqar", "seed=1"))
-    results = evidence.Results(tmp_path / "results.jsonl", commit="abc")
+    job = Job("toy", ("experiment=mqar", "seed=1"))
+    results = Results(tmp_path / "results.jsonl", commit="abc")
     job.folder.mkdir(parents=True)
     (job.folder / "result.json").write_text(json.dumps({"validation/nats": 1.0}))
     results.fail(job, "error: out of luck")
-    assert list(evidence.left([job], results)) == [] and results.have() == {job.key}
+    assert list(left([job], results)) == [] and results.have() == {job.key}
     assert results.failures() == [], "it has a result now"
-    assert evidence.summary(results.read()[0]) == "1.0000 nats per token" and results.read()[0]["commit"] == "abc"
+    assert summary(results.read()[0]) == "1.0000 nats per token" and results.read()[0]["commit"] == "abc"
     assert job.command[1] == "train.py" and Path(job.command[-1].partition("=")[2].strip("'")).is_absolute()
 
 
@@ -144,7 +168,7 @@ def test_the_pages_commands_are_understood():
     lines = [line for line in pages.splitlines() if line.startswith("python scripts/evidence.py")]
     for line in lines:
         given = evidence.arguments(shlex.split(line)[2:])
-        assert all((evidence.CONF / "experiment" / f"{name}.yaml").exists() for name in given.experiments), line
+        assert all((CONF / "experiment" / f"{name}.yaml").exists() for name in given.experiments), line
     assert len(lines) >= 4
 
 
@@ -169,12 +193,12 @@ def test_the_command_line(capsys):
 def test_several_sweeps_have_their_results_apart(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
     jobs = [Miniature(name, (f"experiment={name}", "seed=1")) for name in ("mqar", "mad")]
-    of = {job.name: evidence.Results(tmp_path / f"{job.name}.jsonl") for job in jobs}
-    results = evidence.Shared(of)
+    of = {job.name: Results(tmp_path / f"{job.name}.jsonl") for job in jobs}
+    results = Shared(of)
     assert [job.label for job in jobs] == ["mqar seed=1", "mad seed=1"]
-    assert not evidence.run(list(evidence.left(jobs, results)), results, 2, float("inf"))
+    assert not processes.run(list(left(jobs, results)), results, 2, float("inf"))
     assert [[row["job"] for row in each.read()] for each in of.values()] == [[job.key] for job in jobs]
-    assert results.have() == {job.key for job in jobs} and list(evidence.left(jobs, results)) == []
+    assert results.have() == {job.key for job in jobs} and list(left(jobs, results)) == []
 
 
 def test_a_job_takes_the_rate_that_was_best_for_its_mixer():
@@ -192,18 +216,18 @@ def test_a_job_takes_the_rate_that_was_best_for_its_mixer():
         row("mesa", "1e-3", 3.1),
         row("mesa", "8e-3", math.nan),
     ]
-    jobs = evidence.sweep("ablation", ["model=mesa", "seed=1,2"])
-    rated, unknown = evidence.with_rates(jobs, found, 0.75)
+    jobs = sweep("ablation", ["model=mesa", "seed=1,2"])
+    rated, unknown = with_rates(jobs, found, 0.75)
     assert [job.words[-1] for job in rated] == ["optimizer.lr=0.00075"] * 2 and rated[0].key != jobs[0].key
-    others = evidence.sweep("ablation", ["model=titans,mesa", "seed=1"])
-    assert not unknown and evidence.with_rates(others, found, 0.75) == (rated[:1], ["titans"])
+    others = sweep("ablation", ["model=titans,mesa", "seed=1"])
+    assert not unknown and with_rates(others, found, 0.75) == (rated[:1], ["titans"])
     with pytest.raises(ValueError, match="--rates has no result of model=titans; it has mesa"):
-        evidence.with_rates(evidence.sweep("ablation", ["model=titans"]), found, 1.0)
+        with_rates(sweep("ablation", ["model=titans"]), found, 1.0)
     with pytest.raises(
         ValueError, match=r"--rates: ablation seed=1 model=mesa optimizer\.lr=0\.001 has a rate already"
     ):
-        evidence.with_rates(evidence.sweep("ablation", ["model=mesa", "optimizer.lr=1e-3"]), found, 1.0)
+        with_rates(sweep("ablation", ["model=mesa", "optimizer.lr=1e-3"]), found, 1.0)
     with pytest.raises(ValueError, match=r"--rates: mad/seed=1 has no optimizer\.lr; they are of a sweep over mixers"):
-        evidence.with_rates(jobs, [{"job": "mad/seed=1", "words": ["model=mesa"], "validation/nats": 1.0}], 1.0)
+        with_rates(jobs, [{"job": "mad/seed=1", "words": ["model=mesa"], "validation/nats": 1.0}], 1.0)
     with pytest.raises(SystemExit):
         evidence.arguments(["ablation", "--times", "0.5"])

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from data.automata import SEPARATOR
-from scripts.evidence import Results, sweep, write
 from scripts.figures import evidence, regbench
 from scripts.figures.claims import CLAIMS, scaled
 from scripts.figures.published import MAD, STATE_TRACKING
 from scripts.figures.results import best, curve, label, points
+from scripts.sweeps.jobs import sweep
+from scripts.sweeps.results import Results, write
 from tests.conftest import ROOT
 
 NEGATIVE = "model.mixers.main.regressor.negative_eigenvalues"

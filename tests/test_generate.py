@@ -138,6 +138,7 @@ def test_what_generate_can_not_do_is_refused():
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens: "),
         ({"assistant_early_exit": 1}, "assistant_early_exit: "),
         ({"cache_implementation": "static"}, "cache_implementation='static': "),
+        *(({"prefill_chunk_size": size}, f"prefill_chunk_size={size!r}: ") for size in (4, 0, -1, 1.5, "a")),
     ):
         with pytest.raises(ValueError, match=says):
             m.generate(IDS[:1], GenerationConfig(max_new_tokens=5, **told))

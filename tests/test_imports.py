@@ -18,7 +18,10 @@ FLOORS = (
     ("conf",),
     ("data",),
     ("models.reconstruction", "models.continuous"),
-    ("models.language_model", "models.calls", "models.cache", "models.context", "models.decoding"),
+    (
+        *("models.language_model", "models.config", "models.generation"),
+        *("models.calls", "models.cache", "models.context", "models.decoding"),
+    ),
     ("models.block",),
     ("models.mixers",),
     ("models.regression.deep",),

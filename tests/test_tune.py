@@ -28,7 +28,10 @@ def kernel(name: str, num_warps: int) -> SimpleNamespace:
     """One that was tuned for KEY."""
     launch = SimpleNamespace(all_kwargs=lambda: {"BK": 64, "num_warps": num_warps})
     return SimpleNamespace(
-        base_fn=SimpleNamespace(__module__="fla.ops", __name__=name), keys=["H", "K"], cache={KEY: launch}
+        base_fn=SimpleNamespace(__module__="fla.ops", __name__=name),
+        keys=["H", "K", "BK"],  # as some of fla's, which list what the candidates set
+        configs=[SimpleNamespace(kwargs={"BK": 64})],
+        cache={KEY: launch},
     )
 
 

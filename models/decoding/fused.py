@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from models.block import Both, SwiGLU, add_and_norm
 from models.kernels import step as kernels
-from models.mixers.mixer import ACTIVATIONS, GATES, Mixer, State
+from models.mixers.layer import State
+from models.mixers.mixer import ACTIVATIONS, GATES, Mixer
 from models.parts.decay import NoDecay, ScalarDecay
 from models.parts.features import Identity
 from models.parts.linear import is_its_weight

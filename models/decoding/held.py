@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.cache import Cache, alone, leaves, map_tensors
-from models.mixers.mixer import State
+from models.mixers.layer import State
 
 States = Sequence[State | None]
 ALIGNED = 64  # numbers from one tensor's beginning to the next: wide loads want it

@@ -7,8 +7,10 @@ import os
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+PLAIN = (Tensor, nn.Parameter)
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looked up once: Dynamo warns of caches
 
 
@@ -34,6 +36,27 @@ Call = TypeVar("Call", bound=NamedTuple)
 def unpacked(kind: type[Call], given: list[Tensor], names: str) -> Call:
     found: dict[str, Any] = dict(zip(names.split(), given, strict=True))
     return kind._make(found.get(name) for name in kind._fields)
+
+
+def call(operator: Any, *given: Any) -> Any:
+    """operator(*given), one of torch.library.custom_op's. Where nothing looks at it, its function alone: on the way
+    through the dispatcher the host spends more time than on a launch, and a prompt's layers wait for the host.
+    """
+    # the compiler knows the operator; it is asked for first, since it does not follow the rest
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or watched(given):
+        return operator(*given)
+    return operator._init_fn(*given)
+
+
+def watched(given: tuple[Any, ...]) -> bool:
+    """Whether tracers, transforms or tensors of another kind see operators, and would not see a function."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or any(isinstance(x, Tensor) and type(x) not in PLAIN for x in given)
+    )
 
 
 def cdiv(a: int, b: int) -> int:

@@ -1,5 +1,6 @@
 """Token mixers: the layers that let tokens see each other.
 
+    layer.py             Layer and State: what every mixer is to its block
     mixer.py             Mixer, the shell: projections, short convolution, norms, gates around one regressor
     memory_attention.py  MemoryAsGate and MemoryAsLayer: a memory beside attention, and below it
     memory_context.py    MemoryAsContext: a memory that writes into attention's context
@@ -11,9 +12,10 @@ What a mixer computes with its queries, keys and values is the business of model
 """
 
 from models.mixers.lact import PublishedLaCT
+from models.mixers.layer import State
 from models.mixers.memory_attention import MemoryAsGate, MemoryAsLayer
 from models.mixers.memory_context import MemoryAsContext
-from models.mixers.mixer import Mixer, State
+from models.mixers.mixer import Mixer
 from models.mixers.mosaic import MemoryMosaic
 from models.mixers.published import PublishedMixer, PublishedReadOut
 

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.mixers.mixer import Mixer, State, positions_of
+from models.mixers.layer import State, positions_of
+from models.mixers.mixer import Mixer
 from models.parts.rotary import rotate
 from models.parts.sizes import Sizes
 from models.regression.local import Softmax

@@ -23,7 +23,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from models.mixers.mixer import GATES, Layer, Mixer, State
+from models.mixers.layer import Layer, State
+from models.mixers.mixer import GATES, Mixer
 from models.parts.decay import Decay
 from models.parts.features import FeatureMap
 from models.parts.norm import RMSNorm

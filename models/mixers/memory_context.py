@@ -37,8 +37,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.mixers.layer import State, positions_of
 from models.mixers.memory_attention import MemoryAttention, Product, check_width, width
-from models.mixers.mixer import Mixer, State, positions_of
+from models.mixers.mixer import Mixer
 from models.regression.regressor import Regressor
 
 UPDATES = ("attention_output", "input")

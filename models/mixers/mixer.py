@@ -1,8 +1,8 @@
 """The shell that every mixer shares: pairs -> regressor -> read-out.
 
-        q, k, v = projections of x, then a short convolution, an activation, a norm, rotary positions, a feature map o
-        = regressor(q, k, v)            the inner model, fitted to the pairs and read at the queries (models/regression)
-        y       = (norm(o) * gate(x)) W_o
+    q, k, v = projections of x, then a short convolution, an activation, a norm, rotary positions, a feature map
+    o       = regressor(q, k, v)    the inner model, fitted to the pairs and read at the queries (models/regression)
+    y       = (norm(o) * gate(x)) W_o
 
 A mixer is a recipe: its YAML says which of these steps it has, and which decay, features and regressor go in. What
 cannot go together is refused here, when it is built.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from models.kernels import pairs as kernels
 from models.kernels import read_out
+from models.mixers.layer import Layer, State, Tails, check_choice, positions_of
 from models.parts.convolution import Shift, ShortConvolution
 from models.parts.decay import CHOICES, Decay
 from models.parts.features import FeatureMap, Identity
@@ -40,40 +41,7 @@ NORMS = ("none", "l2", "rms")
 FEATURE_NORMS = {"none": None, "l2": unit, "sum": sum_to_one}
 BACKENDS = ("auto", "triton", "torch")
 
-
-Tails = tuple[Tensor | None, ...]
 Gate = Tensor | read_out.Gate  # made, or left to what reads it
-
-
-class State(NamedTuple):
-    """What a mixer carries from one call to the next. Its size does not depend on T, but for softmax without a window.
-
-    memory     the regressor's
-    tails      the last inputs of what acts along the tokens: of the short convolution [B, W-1, channels], of the shift
-               of keys [B, 1, channels]; None for what the recipe doesn't have
-    position   [B], how many tokens of the present document have been seen
-    segment    [B], the number of the present document, or None where segments have never been given
-    turn       [B, H], the product of all signs of a signed decay so far, or None where the decay has none
-    """
-
-    memory: Any
-    tails: Tails
-    position: Tensor
-    segment: Tensor | None
-    turn: Tensor | None = None
-
-
-class Layer(nn.Module):
-    """What mixes the tokens of a block: (x [B, T, D], state=None, segments=None) -> (y [B, T, D], state)."""
-
-    @property
-    def rings(self) -> bool:
-        """Whether a sequence that lies on several devices can stay where it is (models/context.py)."""
-        return False
-
-    def outputs(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
-        """y from no state, where that after the last token is not wanted: it may take time."""
-        return self(x, None, segments)[0]
 
 
 class Mixer(Layer):
@@ -232,6 +200,7 @@ class Mixer(Layer):
 
         seen = seen if self.regressor.reads else x
         o, memory = self.regressor(Tokens(seen, q, k, self._written(v, log_decay), log_decay, segments), memory)
+        del q, k, seen, log_decay  # of a long prompt they are as large as what is to come
         o = self._leave(x, o, v, gate)
         if self.output is not None:
             o = read(self.output, o)
@@ -287,7 +256,7 @@ class Mixer(Layer):
         (q, k, v), after, gate, tail = made[:3], 3, None, None
         if self.gate is not None:
             given, after = made[after], after + 1
-            gate = read_out.Gate(projected, given, sum(self.sizes), gating) if later else given.flatten(-2)
+            gate = self._later(projected, given, gating) if later else given.flatten(-2)
         seen: Any = x
         if gates:
             seen, after = Products(gates, made[after]), after + 1
@@ -358,6 +327,14 @@ class Mixer(Layer):
     def _written(self, v: Tensor, log_decay: Tensor | None) -> Tensor:
         """Values as the memory gets them, [B, T n, H, V]."""
         return v
+
+    def _later(self, row: Tensor, link: Tensor, activation: str) -> read_out.Gate:
+        """The gate, to be made of a row's last columns; without gradients of a copy, so that a prompt's row is not kept
+        until then, four times as wide."""
+        first, width = sum(self.sizes), self.num_heads * self.value_dim
+        if torch.is_grad_enabled():
+            return read_out.Gate(row, link, first, activation)
+        return read_out.Gate(row.narrow(-1, first, width).contiguous(), link, 0, activation)
 
     def _reads_gate(self, row: Tensor) -> bool:
         """Whether the kernels of the read-out make the gate of a row."""
@@ -430,18 +407,6 @@ class Mixer(Layer):
         return self.regressor.state_size(seq_len) + tails
 
 
-def positions_of(x: Tensor, position: Tensor | None, segments: Tensor | None) -> Tensor:
-    """[B, T]: how many tokens of its own document came before each token."""
-    B, T, _ = x.shape
-    index = torch.arange(T, device=x.device).expand(B, T)
-    first = torch.zeros(B, 1, dtype=torch.long, device=x.device) if position is None else position.unsqueeze(1)
-    if segments is None:
-        return first + index
-    starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
-    start = torch.where(starts, index, 0).cummax(1).values
-    return torch.where(start == 0, first + index, index - start)
-
-
 def _each(x: Tensor, n: int) -> Tensor:
     """[B, T, *] of tokens to [B, T n, *] of their pairs."""
     return x if n == 1 else x.repeat_interleave(n, dim=1)
@@ -456,8 +421,3 @@ def _turns(signs: Tensor, turn: Tensor | None) -> Tensor:
     """
     turns = signs.cumprod(1)
     return turns if turn is None else turns * turn.unsqueeze(1)
-
-
-def check_choice(name: str, value: str, allowed: Any) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value} is not one of {', '.join(allowed)}")

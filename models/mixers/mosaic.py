@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.mixers.mixer import Mixer, Tails, check_choice
+from models.mixers.layer import Tails, check_choice
+from models.mixers.mixer import Mixer
 from models.parts.convolution import Shift
 from models.parts.norm import unit
 from models.parts.precision import wide

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.mixers.mixer import GATES, Gate, Mixer, Tails, check_choice
+from models.mixers.layer import Tails, check_choice
+from models.mixers.mixer import GATES, Gate, Mixer
 from models.parts.convolution import ShortConvolution
 from models.parts.decay import ScalarDecay
 from models.parts.norm import RMSNorm

@@ -9,11 +9,14 @@ import faulthandler
 import importlib
 import json
 import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -23,6 +26,7 @@ from typing import Any
 DEPTH = 30  # lines of the tracebacks of a process that is late
 ROOT = Path(__file__).parents[2]
 COLD = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+interrupted = threading.Event()  # by ctrl-c, which the main thread alone gets: what other threads wait for ends too
 
 
 class LeftOutError(Exception):
@@ -50,11 +54,13 @@ def apart(
         late = False
         try:
             yield from answers(lambda: process.poll() is None, answer, deadline)
-            late = process.poll() is None
+            late = process.poll() is None and not interrupted.is_set()
         finally:
             if late:
                 ask_where(process.pid, errors)
             end(process)
+        if interrupted.is_set():
+            raise LeftOutError("interrupted")
         if late:
             raise LeftOutError(f"not done within {limit:.0f} s")
         if process.returncode:
@@ -71,6 +77,7 @@ def forked(
     assert not cold
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([f"scripts.benchmarks.{function.partition('.')[0]}"])
+    without_interrupts(multiprocessing.forkserver.ensure_running)
     with tempfile.TemporaryDirectory() as folder:
         answer, errors = Path(folder, "answers.jsonl"), Path(folder, "errors")
         process = server.Process(target=child, args=(function, given, str(answer), str(errors), slot or {}))
@@ -79,19 +86,35 @@ def forked(
         try:
             yield from answers(process.is_alive, answer, deadline)
         finally:
-            late = process.is_alive()
-            if late:
+            late = process.is_alive() and time.monotonic() >= deadline
+            if process.is_alive():
                 assert process.pid  # it has started
-                ask_where(process.pid, errors)
-                with suppress(ProcessLookupError):  # asked before it could answer, it is gone
+                if late:
+                    ask_where(process.pid, errors)
+                with suppress(ProcessLookupError):  # asked before it could answer, it is gone; or is no group yet
                     os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
             process.join()
-        if late and time.monotonic() >= deadline:
+        if interrupted.is_set():
+            raise LeftOutError("interrupted")
+        if late:
             raise LeftOutError(f"not done within {limit:.0f} s")
         if process.exitcode:
             said = errors.read_text()
             print("\n".join(said.splitlines()[-12:]), file=sys.stderr, flush=True)
             raise LeftOutError(reason(process.exitcode, said))
+
+
+def without_interrupts(start: Callable[[], None]) -> None:
+    """Starts a server of multiprocessing that ctrl-c, which goes to all processes of a terminal, does not end in the
+    middle of its imports with a traceback. It ends by itself with the process that has started it.
+    """
+    multiprocessing.resource_tracker.ensure_running()  # first, since to start it takes the signal out of the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ask_where(pid: int, errors: Path) -> None:
@@ -104,6 +127,8 @@ def ask_where(pid: int, errors: Path) -> None:
 
 def child(function: str, given: dict[str, Any], answer: str, errors: str, slot: dict[str, str]) -> None:
     """What a forked process does."""
+    if not Path(errors).parent.exists():  # who asked for it was interrupted before it began
+        return
     os.setsid()
     os.environ |= slot
     with open(errors, "w") as file:
@@ -114,10 +139,11 @@ def child(function: str, given: dict[str, Any], answer: str, errors: str, slot: 
 
 
 def answers(running_now: Callable[[], bool], path: Path, deadline: float) -> Iterator[dict[str, Any]]:
-    """Whole lines as they come, until the process or its time ends."""
+    """Whole lines as they come, until the process or its time ends, or ctrl-c does."""
     done = 0
     while True:
-        running = running_now() and time.monotonic() < deadline  # asked first: what it wrote last is read
+        # asked first: what it wrote last is read
+        running = running_now() and time.monotonic() < deadline and not interrupted.is_set()
         text = path.read_text() if path.exists() else ""
         lines = text[: text.rfind("\n") + 1].splitlines()
         yield from map(json.loads, lines[done:])

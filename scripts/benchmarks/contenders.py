@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from models.block import derived_inner_size
 from models.build import build
+from models.kernels import tuning
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.training.module import Training
 from models.training.rehearsal import rehearse
@@ -225,6 +226,8 @@ def theirs(name: str, sizes: Sizes, device: str) -> Contender:
 
 def peer_model(name: str, sizes: Sizes) -> Any:
     """With the inner width that gives its blocks 12 D^2 parameters, found by a model of four layers."""
+    if PEERS[name].gpu and torch.cuda.is_available():
+        tuning.without_loans()  # one after another, candidates take minutes a model
     torch.manual_seed(0)
     few = sizes._replace(layers=min(4, sizes.layers), vocabulary=16)
     step = max(1, sizes.D // 16)

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from shutil import which
 from typing import Any, NamedTuple
 
-from scripts.benchmarks.apart import ROOT, LeftOutError, apart, left
+from scripts.benchmarks.apart import ROOT, LeftOutError, apart, interrupted, left
 from scripts.benchmarks.contenders import missing
 from scripts.benchmarks.decoding import Decoded
 from scripts.benchmarks.losses import Losses
@@ -48,6 +48,15 @@ class Limits(NamedTuple):
     slots: tuple[dict[str, str], ...] = ({},)
 
 
+class Report(NamedTuple):
+    """failed: the models whose processes ended in an error, or not in time. One that this machine has not, or that came
+    after the time of all, is left out and has not failed.
+    """
+
+    rows: list[Row]
+    failed: list[str]
+
+
 def rows(jobs: Iterable[Job], device: str, limits: Limits, run: Apart = apart) -> Iterator[Row]:
     """The rows of each model, and why one is left out, or ends early. Of several at a time, as each is done."""
     deadline = None if limits.total is None else time.monotonic() + limits.total
@@ -74,11 +83,13 @@ def rows(jobs: Iterable[Job], device: str, limits: Limits, run: Apart = apart) -
         for job in jobs:
             yield from of(job)
         return
+    interrupted.clear()
     with ThreadPoolExecutor(len(limits.slots)) as pool:
         try:
             for done in as_completed([pool.submit(list, of(job)) for job in jobs]):
                 yield from done.result()
-        finally:  # ctrl-c, or an error: no other begins
+        finally:  # ctrl-c, or an error: no other begins, and those that run are not waited for
+            interrupted.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -90,17 +101,25 @@ def report(
     path: Path | None,
     run: Apart = apart,
     known: Sequence[Row] = (),
-) -> list[Row]:
+) -> Report:
     """Prints, and writes after each row, so that what is done is kept whatever comes. about: see `environment`. known:
     rows of an earlier call, which are written before the others."""
     print(f"{about['machine']}; {about['sizes']}\n{head}", flush=True)
-    done = list(known)
-    for row in rows(jobs, about["device"], limits, run):
+    done, failed = list(known), []
+
+    def noted(function: str, given: dict[str, Any], *more: Any) -> Iterator[dict[str, Any]]:
+        try:
+            yield from run(function, given, *more)
+        except LeftOutError:
+            failed.append(given["name"])
+            raise
+
+    for row in rows(jobs, about["device"], limits, noted):
         print("\n".join(shown(row)), flush=True)
         done.append(row)
         if path:
             path.write_text(json.dumps({**about, "rows": [asdict(row) for row in done]}, indent=1))
-    return done
+    return Report(done, failed)
 
 
 def shown(row: Row) -> Iterator[str]:

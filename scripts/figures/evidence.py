@@ -26,9 +26,10 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from conf.folders import FREE_TO_CHANGE
-from scripts.evidence import Results, params, sweep
 from scripts.figures.claims import CLAIMS
 from scripts.figures.results import DIVERGED, RATES, Claim, Row, label, settings
+from scripts.sweeps.jobs import params, sweep
+from scripts.sweeps.results import Results
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "evidence"
 POINTS = 5.0  # percent, from which on a difference to a published number is named

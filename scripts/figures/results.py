@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from scripts.evidence import composed
 from scripts.figures import published
+from scripts.sweeps.jobs import composed
 
 Row = dict[str, Any]  # of a run; or of a table
 RATES = ("optimizer.lr", "optimizer.weight_decay")  # of which the best counts

@@ -10,7 +10,7 @@ import torch
 
 from models.block import SwiGLU
 from models.kernels import cross_entropy, swiglu
-from scripts.compiled import SHARED, _faults, compiling, kernels_of
+from scripts.compiled import PRESETS, SHARED, _faults, compiling, kernels_of
 
 CASES = [
     ("titans", 256, torch.bfloat16),
@@ -100,7 +100,14 @@ def test_what_has_no_kernels_says_so():
         kernels_of("gla", 64, torch.bfloat16)
     with pytest.raises(ValueError, match="mini-batches of 64 are wrong for vectors of 32"):
         kernels_of("titans_mlp", 32, torch.bfloat16)
-    with pytest.raises(ValueError, match="titans_mag is a memory beside attention"):
-        kernels_of("titans_mag", 64, torch.bfloat16)
-    with pytest.raises(ValueError, match="grad_bach"):
+    for preset in ("titans_mag", "hybrid", "lstm"):
+        with pytest.raises(ValueError, match=f"{preset} is a memory beside attention, or none; ask for the preset of"):
+            kernels_of(preset, 64, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"grad_bach=3 is not a setting; did you mean .*\.grad_batch\?"):
         kernels_of("titans", 64, torch.bfloat16, "grad_bach=3")
+    with pytest.raises(ValueError, match=r"^--key-dim=0 must be at least 1$"):
+        kernels_of("titans", 0, torch.bfloat16)
+
+
+def test_presets_are_those_of_models_published_ones_too():
+    assert {"titans", "titans_published", "gated_delta_published"} <= set(PRESETS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import textwrap
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels import least_squares as kernels
+from models.regression.least_squares import replayed
 from models.regression.least_squares.least_squares import (
     Moments,
     Ridge,
@@ -29,6 +31,10 @@ CASES: dict[str, dict[str, Any]] = {
     "one key again and again": {"repeats": True, "decay": False, "ridge": 0.25},
     "one token": {"T": 1, "decay": False, "state": True},
 }
+
+# How many more steps than PyTorch a solve may take by TF32, where it is no help: at a condition of 1e3 a descent finds
+# too little, and one key over and over takes two steps, but two in each descent.
+STEPS_BY_TF32 = {"goes on, mixed": 2.0, "one key again and again": 1.5}
 
 
 def draw(
@@ -104,14 +110,37 @@ def test_the_kernel_is_the_definition_interpreted():
         check(name, rows)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_rounded_products_lead_nowhere_else():
+    """By products as a GPU makes them. 192 times one key: the moments have a condition of 300, and in TF32 they need
+    not be positive definite. Then a descent makes a solution of any size."""
+    code = """
+    from tests.kernels.test_least_squares import *
+    from tests.kernels.tf32 import rounded
+    with rounded():
+        names = ["one key again and again", "goes on, mixed", "one token"]
+        sizes = {"K": 64, "V": 64, "T": 192}
+        found = {name: errors(torch.bfloat16, "cpu", chunk=64, **{**sizes, **CASES[name]}) for name in names}
+    print("FOUND", json.dumps(found))
+    """
+    from tests.kernels.interpreter import run_interpreted
+
+    found = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
+    for name, rows in found.items():
+        check(name, rows, more=STEPS_BY_TF32.get(name, 0.5))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("K, V", [(64, 64), (128, 128), (48, 80)])
 @pytest.mark.parametrize("case", CASES)
-def test_the_kernel_is_the_definition(case, K, V):
+def test_the_kernel_is_the_definition(case, K, V, monkeypatch):
+    """What is around the solve is compiled at one of the sizes: that takes ten times as long as the rest."""
+    if K != 64:
+        monkeypatch.setattr(replayed, "COMPILED", math.inf)
     sizes = CASES[case] | {"B": 2, "H": 2, "K": K, "V": V, "T": CASES[case].get("T", 300)}
-    # TF32 is no help where the condition is 1e3: those steps are taken in vain, and then once more with all digits
-    check(case, errors(torch.bfloat16, "cuda", chunk=64, **sizes), more=2.0 if "goes on" in case else 0.5)
+    check(case, errors(torch.bfloat16, "cuda", chunk=64, **sizes), more=STEPS_BY_TF32.get(case, 0.5))
 
 
 def test_refusals_say_why(monkeypatch):

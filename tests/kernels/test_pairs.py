@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from models.kernels import backend, pairs
-from models.mixers.mixer import Mixer, positions_of
+from models.mixers.layer import positions_of
+from models.mixers.mixer import Mixer
 from tests.kernels.interpreter import run_interpreted
 from tests.laws.presets import inputs, mixer, outcome
 

@@ -46,6 +46,11 @@ def errors(
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         found = function(x.requires_grad_(), y.requires_grad_(), norm, upstream, alone)
     assert [z.dtype for z in found] == [torch.float32, dtype, torch.float32, dtype, torch.float32]
+    with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        own = x.clone()
+        total, n = block.add_and_norm(own, y, norm, own=True)
+    kernels_run = residual.refusal(x.device, x.dtype, D) is None
+    assert total.equal(found[0]) and n.equal(found[1]) and (total.data_ptr() == own.data_ptr()) == kernels_run
     return [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact, strict=True)]
 
 

@@ -97,7 +97,7 @@ def attention(
     if age is not None:
         age = age.float().transpose(1, 2).contiguous()
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
-    o, level = forward(q, k, v, age, start, past, window)
+    o, level = backend.call(forward, q, k, v, age, start, past, window)
     return o, level.transpose(1, 2) * math.log(2)
 
 

@@ -60,7 +60,7 @@ def delta_rule(
         gates = (raw.to(v.dtype), bias.float(), log_rate.float(), segments)
     else:
         gates = (log_decay.float(), None, None, None)
-    o, last, *_ = forward(*given, *gates, memory.float(), torch.is_grad_enabled())
+    o, last, *_ = backend.call(forward, *given, *gates, memory.float(), torch.is_grad_enabled())
     return o, last
 
 

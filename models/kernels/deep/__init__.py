@@ -80,7 +80,7 @@ def deep_scan(scan: Scan, grad_batch: int) -> tuple[Tensor, Tensor, Tensor]:
     scan = Scan._make((q.to(v.dtype), k.to(v.dtype), v, *numbers, filled, slots, runs))
     given, names = packed(scan)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    o, last, held, *_ = _forward(given, names, grad_batch, keep)
+    o, last, held, *_ = backend.call(_forward, given, names, grad_batch, keep)
     return o, last, held
 
 

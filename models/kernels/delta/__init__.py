@@ -61,7 +61,8 @@ def delta_rule(
     dtype."""
     log_decay = None if log_decay is None else log_decay.float()
     keep = torch.is_grad_enabled()
-    o, last, *_ = forward(q.to(v.dtype), k.to(v.dtype), v, step_size.float(), log_decay, memory.float(), keep)
+    given = (q.to(v.dtype), k.to(v.dtype), v, step_size.float(), log_decay, memory.float())
+    o, last, *_ = backend.call(forward, *given, keep)
     return o, last
 
 

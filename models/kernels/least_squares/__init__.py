@@ -5,7 +5,8 @@ makes three products of all chunks a step, and reads and writes eight tensors of
 Products.   TF32 in a descent, which makes a residual 128 times smaller; then it is measured with all digits of float32
             (three TF32 products) and put in the place of the one that was updated, as are its digits in the direction
             (van der Vorst and Ye 2000). It works while condition number times rounding is small. Where a descent has
-            not made a residual ten times smaller in truth, the next ones take all digits too.
+            not made a residual ten times smaller in truth, it is as if it had not been, and the next ones take all
+            digits too: in TF32 a matrix of condition 600 need not be positive definite, and then steps lead anywhere.
 Start, end. Those of `conjugate_gradients`: from b / diag(A), and until |b - x A| <= tolerance |b| or max_steps. A token
             that is there stays as it is, whatever others do.
 Cost.       A step is 2 K^2 + 4 C K multiply-adds a token and head, and reads K^2 + 2 C K + C^2 numbers a chunk from the
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor
 
 from models.kernels import backend
-from models.kernels.backend import interpreting
 
 WIDEST = 128
 LONGEST = 64  # tokens of a chunk
@@ -60,13 +60,13 @@ def conjugate_gradients(
     b, keys, weights = b.contiguous(), keys.contiguous(), weights.contiguous()
     start, ridge = start.expand(M, C, 1).contiguous(), ridge.expand(M, C, K)
     first = first if first.stride(-1) == 1 else first.contiguous()
-    fast, exact = ("ieee", "ieee") if interpreting() else ("tf32", "tf32x3")
     BC, BK = (max(16, 1 << (n - 1).bit_length()) for n in (C, K))
     with torch.cuda.device_of(b):
         solve_kernel[(M,)](
             b, keys, weights, start, first, ridge, *results, tolerance, max_steps,
             first.stride(0), first.stride(1), *ridge.stride(),
-            C=C, K=K, BC=BC, BK=BK, FAST=fast, EXACT=exact, GAIN=GAIN, PATIENCE=PATIENCE, num_warps=8 if BK > 64 else 4,
+            C=C, K=K, BC=BC, BK=BK, FAST="tf32", EXACT="tf32x3", GAIN=GAIN, PATIENCE=PATIENCE,
+            num_warps=8 if BK > 64 else 4,
         )  # fmt: skip
     return results
 

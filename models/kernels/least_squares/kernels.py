@@ -83,28 +83,36 @@ def solve_kernel(
     r = right - times(x, keys, weights, first, first_row, s, penalty, C, K, BC, BK, EXACT)
     squares, p = tl.sum(r * r, 1), r
     steps = tl.zeros_like(s).to(tl.int32)
-    careful, busy = 0, tl.max(((squares > goal) & (max_steps > 0)).to(tl.int32), 0)
+    careful, stuck = 0, tl.zeros_like(s) > 0
+    busy = tl.max(((squares > goal) & (max_steps > 0)).to(tl.int32), 0)
     while busy > 0:
         nearer = tl.maximum(GAIN * GAIN * squares, 0.25 * goal)
-        nearer = tl.where(squares > goal, nearer, squares)  # who is done stays as it is
+        nearer = tl.where((squares > goal) & ~stuck, nearer, squares)  # who is done stays as it is
         if careful > 0:
-            d, said, p, steps = descend(
+            d, said, p, taken = descend(
                 r, p, squares, nearer, steps, tl.zeros_like(steps) + max_steps,
                 keys, weights, first, first_row, s, penalty, C, K, BC, BK, EXACT,
             )  # fmt: skip
         else:
-            d, said, p, steps = descend(
+            d, said, p, taken = descend(
                 r, p, squares, nearer, steps, tl.minimum(steps + PATIENCE, max_steps),
                 keys, weights, first, first_row, s, penalty, C, K, BC, BK, FAST,
             )  # fmt: skip
-        x += d
-        r = right - times(x, keys, weights, first, first_row, s, penalty, C, K, BC, BK, EXACT)
-        p += r - said  # the directions go on, so that no step is lost
+        r = right - times(x + d, keys, weights, first, first_row, s, penalty, C, K, BC, BK, EXACT)
         before, squares = squares, tl.sum(r * r, 1)
-        slow = tl.max(((squares > goal) & (squares > before * 0.01)).to(tl.int32), 0)
-        busy = tl.max(((squares > goal) & (steps < max_steps)).to(tl.int32), 0)
-        busy = tl.where((careful > 0) & (slow > 0), 0, busy)  # as far as float32 goes
-        careful = tl.maximum(careful, slow)
+        slow = (before > goal) & ~stuck & ~(squares <= tl.maximum(before * 0.01, goal))  # or not a number
+        # a residual may grow by the root of the condition, for a while: beyond 1e4 it is rounding that made it so
+        vain = slow & ((careful == 0) | ~(squares <= before * 1e4))
+        x += tl.where(vain[:, None], 0.0, d)
+        steps = tl.where(vain, steps, taken)
+        if tl.max(vain.to(tl.int32), 0) > 0:  # as if their descent had not been
+            r = right - times(x, keys, weights, first, first_row, s, penalty, C, K, BC, BK, EXACT)
+            squares = tl.sum(r * r, 1)
+        stuck |= slow & (careful > 0)  # as far as float32 goes
+        anew = tl.max(slow.to(tl.int32), 0) > careful
+        careful = tl.maximum(careful, tl.max(slow.to(tl.int32), 0))
+        p = tl.where((slow | anew)[:, None], r, p + r - said)  # else directions go on, so that no step is lost
+        busy = tl.max(((squares > goal) & (steps < max_steps) & ~stuck).to(tl.int32), 0)
     places = m * C + rows
     tl.store(x_out + places[:, None] * K + channels[None, :], x * size[:, None], mask=inside)
     tl.store(steps_out + places, steps.to(tl.float32), mask=rows < C)

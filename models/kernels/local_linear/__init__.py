@@ -114,7 +114,7 @@ def local_linear(
         start = start.to(torch.int32).expand(q.shape[0], -1).contiguous()
     dtype = torch.float32 if v.dtype == torch.float16 else v.dtype
     q, k, v_ = (x.to(dtype).contiguous() for x in (q, k, v))
-    return forward(q, k, v_, beta.float(), ridge.float(), start, past, window)[0].to(v.dtype)
+    return backend.call(forward, q, k, v_, beta.float(), ridge.float(), start, past, window)[0].to(v.dtype)
 
 
 @torch.library.custom_op("test_time_regression::local_linear", mutates_args=())

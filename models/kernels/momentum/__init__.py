@@ -65,7 +65,7 @@ def momentum_delta(call: Call, rule: Rule = EXACT) -> tuple[Tensor, Tensor]:
     write_key, source = None if write_key is None else write_key.to(v.dtype), None if source is None else source.int()
     numbers = [None if x is None else x.float() for x in numbers]
     call = Call._make((q.to(v.dtype), k.to(v.dtype), v, *numbers, write_key, source))
-    return _forward(*packed(call), *rule)[:2]
+    return backend.call(_forward, *packed(call), *rule)[:2]
 
 
 @torch.library.custom_op("test_time_regression::momentum_delta", mutates_args=())

@@ -51,7 +51,7 @@ def pairs(call: Call, recipe: Recipe) -> list[Tensor]:
     """q [B, T, queries, K], k [B, T, keys, K], v [B, T, values, V]; the gate [B, T, gates, V] or its link, where there
     is one; the rest of the row, as it is, where there is a rest; what the next call's tail is, where there is a
     convolution. All in the dtype of x."""
-    return _forward(*packed(call), *recipe)
+    return backend.call(_forward, *packed(call), *recipe)
 
 
 @torch.library.custom_op("test_time_regression::pairs", mutates_args=())

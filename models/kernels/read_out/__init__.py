@@ -44,7 +44,7 @@ def refusal(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
 
 def read_out(o: Tensor, gate: Gate, weight: Tensor | None, eps: float) -> Tensor:
     """o [B, T, H, V] -> y [B, T, H V] in the dtype of the row. weight [V], None for no norm."""
-    return _forward(o, gate.row, gate.link, weight, gate.first, gate.activation, eps)
+    return backend.call(_forward, o, gate.row, gate.link, weight, gate.first, gate.activation, eps)
 
 
 @torch.library.custom_op("test_time_regression::read_out", mutates_args=())

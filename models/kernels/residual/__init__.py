@@ -28,18 +28,31 @@ def refusal(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     return None if width <= WIDEST else f"the kernels hold whole rows, up to {WIDEST} wide, not {width}"
 
 
-def add_and_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x and y [..., D] -> x + y in the dtype of x, and its RMS norm times the weight [D] in dtype."""
-    return _forward(x, y, weight, eps, dtype)[:2]
+def add_and_norm(
+    x: Tensor, y: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, own: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x and y [..., D] -> x + y in the dtype of x, and its RMS norm times the weight [D] in dtype. own: without
+    gradients, the sum may take the place of x."""
+    if own:
+        return _launch(x, y, weight, eps, dtype, x)[:2]
+    return backend.call(_forward, x, y, weight, eps, dtype)[:2]
 
 
 @torch.library.custom_op("test_time_regression::add_and_norm", mutates_args=())
 def _forward(x: Tensor, y: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The third is r."""
+    return _launch(x, y, weight, eps, dtype, torch.empty_like(x, memory_format=torch.contiguous_format))
+
+
+def _launch(
+    x: Tensor, y: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, total: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum is written to `total`."""
     from models.kernels.residual import kernels
 
+    assert total.is_contiguous(), "a row follows a row"
     x, y, D = x.contiguous(), y.contiguous(), x.shape[-1]
-    total, out = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+    out = torch.empty_like(x, dtype=dtype)
     inverse = x.new_empty(x.shape[:-1], dtype=torch.float32)
     if N := inverse.numel():
         block = _block(D)

@@ -30,7 +30,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def gated_output(ab: Tensor, weight: Tensor) -> Tensor:
     """ab [..., 2 F] and weight [D, F] -> y [..., D] in the dtype of ab. The weight's gradient is rounded to its own."""
-    return _forward(ab, weight.detach().to(ab.dtype), weight)
+    return backend.call(_forward, ab, weight.detach().to(ab.dtype), weight)
 
 
 @torch.library.custom_op("test_time_regression::gated_output", mutates_args=())

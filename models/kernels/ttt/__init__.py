@@ -74,7 +74,7 @@ def scan(
     tensors = (x.contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v))
     numbers = (x.float().contiguous() for x in (steps, sizes, start, gamma, beta))
     init = None if init is None else init.float().contiguous()
-    o, last, *_ = _forward(*packed(Call._make((*tensors, *numbers, init, *where))))
+    o, last, *_ = backend.call(_forward, *packed(Call._make((*tensors, *numbers, init, *where))))
     return o, last
 
 

@@ -1,4 +1,4 @@
-"""What baselines share: the contract of a mixer (models/mixers/mixer.py) without a regressor.
+"""What baselines share: the contract of a mixer (models/mixers/layer.py) without a regressor.
 
 A subclass has two forms of one map, `parallel` and `recurrent`, the definition. Both are told where documents begin,
 and neither has to think of calls: what the last call left behind, emptied where it was of another document, is given.
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.mixers.mixer import Layer, State, check_choice, positions_of
+from models.mixers.layer import Layer, State, check_choice, positions_of
 from models.regression.regressor import Choice
 
 BACKENDS = ("auto", "torch", "recurrent")

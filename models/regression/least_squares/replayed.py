@@ -7,7 +7,8 @@ its gradient are no graph that a block could be compiled with.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -75,21 +76,18 @@ class _Replayed(torch.autograd.Function):
             with torch.enable_grad():
                 *parts, last = _fused(_lay, x)(*given, *ctx.settings)
             plain = [y if y is None else y.detach() for y in parts]
-            do, precision = into_chunks(do, x.shape[1], x.dtype), torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("high")  # gradients are rounded to 16 bits in the end
-            try:
-                dquery = _fused(_query_gradient, x)(do, *plain)
-                dx = dquery if plain[8] is None else dquery * plain[8]
-                db = kernels.conjugate_gradients(dx, *plain[:5], *ctx.limits)[0]
-                upstream = [*_fused(_gradients, x)(do, dquery, db, x, *plain), _side_by_side(dkeys, dpairs)]
-                paths = [
-                    (y, g) for y, g in zip([*parts, last], upstream, strict=True) if y is not None and y.requires_grad
-                ]
-                reached, arriving = zip(*paths, strict=True)
-                leaves = [y for y, want in zip(given, wanted, strict=True) if want]
-                found = iter(torch.autograd.grad(reached, leaves, arriving, allow_unused=True))
-            finally:
-                torch.set_float32_matmul_precision(precision)
+            do = into_chunks(do, x.shape[1], x.dtype)
+            with _tf32():
+                dquery, doG = _fused(_query_gradient, x)(do, *plain)
+            dx = dquery if plain[8] is None else dquery * plain[8]
+            db = kernels.conjugate_gradients(dx, *plain[:5], *ctx.limits)[0]
+            with _tf32():
+                upstream = _fused(_gradients, x)(do, doG, dquery, db, x, *plain)
+            upstream = [*upstream, _side_by_side(dkeys, dpairs)]
+            paths = [(y, g) for y, g in zip([*parts, last], upstream, strict=True) if y is not None and y.requires_grad]
+            reached, arriving = zip(*paths, strict=True)
+            leaves = [y for y, want in zip(given, wanted, strict=True) if want]
+            found = iter(torch.autograd.grad(reached, leaves, arriving, allow_unused=True))
         return *(next(found) if want else None for want in wanted), None, None, None
 
 
@@ -103,23 +101,53 @@ def _read(k, weights, start, first, ridge, q, G, values, mix, x) -> Tensor:
     return Laid(Normal(k, weights, start, first, ridge), q, G, values, mix, x).read(x)
 
 
-def _query_gradient(do, k, weights, start, first, ridge, q, G, values, mix) -> Tensor:
-    """Of what is read with: o = s_t y_t G + sum_i W_ti (y_t . k_i) v_i , y = q + alpha (x - q)."""
-    return torch.bmm(do * start, G.mT) + torch.bmm(torch.bmm(do, values.mT) * weights, k)
+def _query_gradient(do, k, weights, start, first, ridge, q, G, values, mix) -> tuple[Tensor, Tensor]:
+    """Of what is read with: o = s_t y_t G + sum_i W_ti (y_t . k_i) v_i , y = q + alpha (x - q). And do G^T. do, k and
+    values have 16 bits, so that they are what they are in TF32; the solve makes errors of other parts larger."""
+    doG = _times((do,), _two(G.mT))
+    return doG * start + torch.bmm(torch.bmm(do, values.mT) * weights, k), doG
 
 
-def _gradients(do, dquery, db, x, k, weights, start, first, ridge, q, G, values, mix) -> tuple[Tensor | None, ...]:
+def _gradients(do, doG, dquery, db, x, k, weights, start, first, ridge, q, G, values, mix) -> tuple[Tensor | None, ...]:
     """By the parts of Normal, q, G, values and mix: of the read, and of -db . (x A) with x and db held fixed
-    (solvers.py)."""
+    (solvers.py). What goes to gates is a sum of terms that cancel, so its products have more digits than TF32."""
     y, e = x if mix is None else torch.lerp(q, x, mix), db.neg()
-    yk, xk, ek, dov = (torch.bmm(a, c.mT) for a, c in ((y, k), (x, k), (e, k), (do, values)))
+    ek, dov = torch.bmm(e, k.mT), torch.bmm(do, values.mT)
+    xk = _times(_two(x), (k.mT,))
+    yk = xk if mix is None else _times(_two(y), (k.mT,))
     dk = torch.bmm((dov * weights).mT, y) + torch.bmm((xk * weights).mT, e) + torch.bmm((ek * weights).mT, x)
-    dstart = (do * torch.bmm(y, G)).sum(-1, True) + (e * torch.bmm(x, first)).sum(-1, True)
-    dfirst, dG = torch.bmm((x * start).mT, e), torch.bmm((y * start).mT, do)
+    dstart = (y * doG).sum(-1, True) + (e * _times(_two(x), _two(first))).sum(-1, True)
+    dfirst, dG = _times(_two((x * start).mT), _two(e)), _times(_two((y * start).mT), (do,))
     dq = db if mix is None else db + dquery * (1 - mix)
     dmix = None if mix is None else (dquery * (x - q)).sum(-1, True)
     dvalues, dridge = torch.bmm((yk * weights).mT, do), (x * e).sum_to_size(ridge.shape)
     return dk, dov * yk + xk * ek, dstart, dfirst, dridge, dq, dG, dvalues, dmix
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Products of float32 have operands of 11 bits, where the GPU has such."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _two(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Parts of float32 of which TF32 keeps all of the first, 11 bits, and 11 of the 13 of the second."""
+    high = (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    return high, x - high
+
+
+def _times(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Tensor:
+    """The product of sums of parts, without that of both second parts, which is below float32's rounding."""
+    product = torch.bmm(a[0], b[0])
+    for i, j in ((1, 0), (0, 1)):
+        if i < len(a) and j < len(b):
+            product = torch.baddbmm(product, a[i], b[j])
+    return product
 
 
 def _moments(last: Tensor, B: int, K: int) -> tuple[Tensor, Tensor]:
