@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from data.made import Made, Sequences, Task, positive, uniform, whole
+from data.made import Sequences, Task, positive, uniform, whole
 from data.text import IGNORE
 
 SYMBOLS, SEPARATOR, FILLER = 18, 18, 19
 STATES, ALPHABET, EDGES = (4, 12), (4, 18), (1, 3)  # the fewest and the most
 WORDS, LENGTHS = (10, 19), (1, 49)
 LONGEST = WORDS[1] * (LENGTHS[1] + 1) - 2  # inputs of a sequence: its tokens but the last
+Answered = tuple[np.ndarray, np.ndarray, np.ndarray]  # of data.made.Made
 
 
 class RegBench(Task):
@@ -32,7 +33,6 @@ class RegBench(Task):
 
     vocab_size = 20
     chance = sum(EDGES) / 2 / SYMBOLS  # of one of all symbols
-    by_position = True
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class RegBench(Task):
             lambda indices: self.make("validation", indices), self.validation_size, seq_len or self.seq_len
         )
 
-    def make(self, split: str, indices: np.ndarray) -> Made:
+    def make(self, split: str, indices: np.ndarray) -> Answered:
         """Tokens, labels, and the symbols that are right as the bits of a number, [N, LONGEST] each."""
         most, (num_words, length) = STATES[1], (WORDS[1], LENGTHS[1])
         counts = (2, SYMBOLS, most, most * SYMBOLS, most * most, 1, num_words, num_words * length)
@@ -113,7 +113,7 @@ def walks(symbols: np.ndarray, targets: np.ndarray, edges: np.ndarray, u: np.nda
     return taken, allowed
 
 
-def laid_out(taken: np.ndarray, allowed: np.ndarray, words: np.ndarray, lengths: np.ndarray) -> Made:
+def laid_out(taken: np.ndarray, allowed: np.ndarray, words: np.ndarray, lengths: np.ndarray) -> Answered:
     """Words one behind the other, with separators, as inputs, labels and the bits of what is right."""
     N, num_words, length = taken.shape
     place, word = np.arange(length + 1), np.arange(num_words)[:, None]

@@ -32,6 +32,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from conf.folders import runs
 from data.text import IGNORE, Text
 from models.build import build
 from models.training.regression import InnerRegression, read_rows
@@ -144,14 +145,22 @@ def main() -> None:
     results = Results(given.results or results_of(given.experiment))
     try:
         name, _ = params(given.experiment)
-        rows = results.read()
+        rows, gone = results.read(), []
         for number, row in enumerate(rows):
             folder = Job(name, tuple(row["words"])).folder
-            if any(key.startswith("memory/") for key in row) or not (folder / "result.json").exists():
+            if any(key.startswith("memory/") for key in row):
+                continue
+            if not (folder / "result.json").exists():
+                gone.append(row["job"])
                 continue
             rows[number] = row | {key: round(x, 5) for key, x in look(folder).items()}
             write(results.path, rows)
             print(row["job"], json.dumps({k: v for k, v in rows[number].items() if "memory/" in k}), flush=True)
+        elsewhere = f"{len(gone)} of {len(rows)} runs have no folder in {runs()} here: {', '.join(gone)}"
+        if gone and len(gone) == len(rows):
+            raise ValueError(elsewhere)
+        if gone:
+            print(elsewhere)
     except ValueError as error:
         sys.exit(f"error: {error}")
 

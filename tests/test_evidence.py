@@ -55,6 +55,8 @@ def test_a_sweep_is_that_of_the_experiment_and_its_words():
     every = sweep("state_tracking", [])
     assert len(every) == 3 * 3 * 3 * 2 == len({job.key for job in every})
     assert [job.words[1] for job in every[:18]] == ["seed=1"] * 18, "one seed of all comes before the next"
+    more = sweep("state_tracking", ["tokens=20480", "seed=4,5"])
+    assert [job.words[1] for job in more] == ["seed=4"] * 18 + ["seed=5"] * 18, "seeds that are typed, too"
     assert every[0].folder.name == job_folder("state_tracking", every[0].words)
     (one, two) = sweep("state_tracking", ["data=s3", "model=kda", "seed=4,5", every[0].words[4], "name=mine"])
     assert one.folder.parent.name == "mine" and "seed=4" in one.words and "data=s3" in two.words

@@ -88,3 +88,12 @@ def test_runs_of_a_sweep_are_looked_into_once(tmp_path, monkeypatch, cache, caps
     assert 0 < line["memory/seen"] < 7 and 0 < line["memory/new"] < 7 and 0 <= line["memory/share"] < 1
     memory.main()
     assert capsys.readouterr().out == "" and memory.Results(path).read() == [line]
+    monkeypatch.setenv("RUNS", "runs")
+    elsewhere = row | {"job": "ablation/y"}
+    path.write_text(json.dumps(line) + "\n" + json.dumps(elsewhere) + "\n")
+    monkeypatch.setattr(memory, "Job", lambda name, words: SimpleNamespace(folder=tmp_path / "none"))
+    memory.main()
+    assert "1 of 2 runs have no folder in runs here: ablation/y" in capsys.readouterr().out
+    path.write_text(json.dumps(elsewhere) + "\n")
+    with pytest.raises(SystemExit, match="error: 1 of 1 runs have no folder in runs here: ablation/y"):
+        memory.main()

@@ -307,6 +307,8 @@ class Training(L.LightningModule):
         for first, last in position_ranges(len(count)):
             if part := count[first:last].sum().item():
                 metrics[f"validation/nats_at/{first}-{last - 1}"] = nats[first:last].sum().item() / part
+                if "validation/accuracy" in metrics:
+                    metrics[f"validation/accuracy_at/{first}-{last - 1}"] = sums[2, first:last].sum().item() / part
         if found:
             datamodule = self.trainer.datamodule
             named = dict(zip(datamodule.test_points(), found.values(), strict=True))

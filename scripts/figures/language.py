@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import math
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from scripts.figures import published
 from scripts.figures.results import (
-    COLOURS,
-    MARKS,
     Claim,
     Row,
     best,
     by_position,
     grouped,
+    known_first,
     label,
+    learning_rate,
     legend,
+    log_axis,
+    look,
     mean,
+    mean_if_any,
+    ranges_axis,
     settings,
+    spread,
+    ticks,
 )
 
 BESIDE = "softmax"  # whose loss is taken from the others'
-SHOWN = 10  # mixers in the figure: more lines than that can't be told apart
+SHOWN = 10  # mixers in the left panel: more lines than that can't be told apart
+WINDOWS = "0.6"  # the colour of softmax over windows
 
 
 def better(row: Row) -> float:
     return -row["validation/nats"]
-
-
-def known_first(x: float) -> float:
-    return x if math.isfinite(x) else math.inf
 
 
 def ablation_table(rows: list[Row]) -> list[Row]:
@@ -38,9 +42,9 @@ def ablation_table(rows: list[Row]) -> list[Row]:
     found = []
     for name, runs in best(rows, label, better).items():
         bits = [run["validation/bits_per_byte"] for run in runs]
-        row: Row = {"mixer": name, "bits per byte": mean(bits), "spread": max(bits) - min(bits), "seeds": len(runs)}
+        row: Row = {"mixer": name, "bits per byte": mean(bits), "spread": spread(bits), "seeds": len(runs)}
         row |= {"nats per token": mean(run["validation/nats"] for run in runs)}
-        row |= {"rate": settings(runs[0]).get("optimizer.lr", "default"), "parameters": runs[0]["parameters"]}
+        row |= {"rate": learning_rate(runs[0]), "parameters": runs[0]["parameters"]}
         speeds = [run["tokens_per_second"] for run in runs if run.get("tokens_per_second")]
         row |= {"state": runs[0]["state_size"], "tokens/s": round(max(speeds)) if speeds else None}
         found.append(row)
@@ -56,26 +60,42 @@ def ablation_table(rows: list[Row]) -> list[Row]:
 
 def ablation_figure(rows: list[Row], figure: Figure) -> None:
     """Left: loss by position, that of softmax taken away. Right: loss against the size of the state."""
+    table, chosen = ablation_table(rows), best(rows, label, better)
+    figure.set_size_inches(9, max(3.8, 0.8 + 0.18 * len(table)))
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    chosen = best(rows, label, better)
-    order = [row["mixer"] for row in ablation_table(rows)]
-    look = {name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)]} for i, name in enumerate(order)}
+    looks = {row["mixer"]: look(i) | {"label": row["mixer"]} for i, row in enumerate(table)}
+    looks |= {name: looks[name] | {"color": WINDOWS} for name in looks if is_window(name)}
     if BESIDE in chosen:
-        base = mean_by_position(chosen[BESIDE])
-        for name in [name for name in order if name != BESIDE][:SHOWN]:
-            at = {position: x - base[position] for position, x in mean_by_position(chosen[name]).items()}
-            left.plot(list(at), list(at.values()), label=name, markersize=4, linewidth=1.3, **look[name])
-        left.axhline(0.0, color="0.5", linewidth=1)
-    left.set(xscale="log", xlabel="position in the row, tokens", ylabel=f"nats per token, less those of {BESIDE}")
-    for row in ablation_table(rows):
-        right.plot(row["state"], row["bits per byte"], linestyle="none", markersize=5, **look[row["mixer"]])
-        right.annotate(row["mixer"], (row["state"], row["bits per byte"]), fontsize=6, xytext=(3, 2),
-                       textcoords="offset points")  # fmt: skip
+        differences(left, chosen, looks)
+    left.set(xlabel="position in the row, tokens", ylabel=f"nats per token, less those of {BESIDE}")
+    for row in table:
+        right.plot(row["state"], row["bits per byte"], linestyle="none", **looks[row["mixer"]])
     right.set(xscale="log", xlabel="state, numbers a sequence", ylabel="validation, bits per byte")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     legend(figure)
+
+
+def is_window(name: str) -> bool:
+    return name.startswith(f"{BESIDE} ")
+
+
+def differences(axes: Axes, chosen: dict[str, list[Row]], looks: dict[str, Row]) -> None:
+    """Of the best mixers, and of softmax's windows. These do not set the axis: the short ones are so far above the
+    mixers that the differences between those would not be seen."""
+    base = mean_by_position(chosen[BESIDE])
+    mixers = [name for name in looks if name != BESIDE and not is_window(name)][:SHOWN]
+    windows = [name for name in looks if is_window(name)]
+    heights = [0.0]
+    for name in [*mixers, *windows]:
+        at = {position: x - base[position] for position, x in mean_by_position(chosen[name]).items()}
+        axes.plot(list(at), list(at.values()), linewidth=1.3, **looks[name])
+        heights += [x for x in at.values() if math.isfinite(x) and not (mixers and name in windows)]
+    axes.axhline(0.0, color="0.5", linewidth=1)
+    ranges_axis(axes, max(base))
+    if (spread := max(heights) - min(heights)) > 0:
+        axes.set_ylim(min(heights) - 0.1 * spread, max(heights) + 0.3 * spread)
 
 
 def mean_by_position(runs: list[Row]) -> dict[float, float]:
@@ -90,7 +110,7 @@ def rates_table(rows: list[Row]) -> list[Row]:
     found = []
     for name, runs in grouped(rows, label).items():
         of = {
-            rate: mean(run["validation/bits_per_byte"] for run in runs if settings(run)["optimizer.lr"] == rate)
+            rate: mean_if_any(run["validation/bits_per_byte"] for run in runs if settings(run)["optimizer.lr"] == rate)
             for rate in rates
         }
         best_rate = min(rates, key=lambda rate: known_first(of[rate]))
@@ -105,8 +125,7 @@ def rates_figure(rows: list[Row], figure: Figure) -> None:
     rates = [rate for rate in table[0] if rate not in ("mixer", "best", "at the edge")]
     for i, row in enumerate(table):
         at = {float(rate): x for rate, x in row.items() if rate in rates}
-        look: Row = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 4}
-        axes.plot(list(at), list(at.values()), linewidth=1.3, label=row["mixer"], **look)
+        axes.plot(list(at), list(at.values()), linewidth=1.3, label=row["mixer"], **look(i))
     axes.set(xscale="log", xlabel="learning rate", ylabel="validation, bits per byte")
     axes.set_xticks(list(map(float, rates)), rates, minor=False)
     axes.minorticks_off()
@@ -119,38 +138,46 @@ COPIED, BEFORE = "memory/copied/", "memory/before/"
 
 
 def looked_into(rows: list[Row]) -> list[Row]:
-    """Those that scripts/memory.py has seen, at each mixer's best rate; in the order of their loss."""
-    seen = [row for row in rows if "memory/seen" in row]
-    if not seen:
-        raise ValueError("no run has been looked into; python scripts/memory.py ablation does it, where the runs are")
-    return sorted((runs[0] for runs in best(seen, label, better).values()), key=better, reverse=True)
+    """A row for each mixer, at its best rate, of means over seeds; in the order of their loss."""
+    found = []
+    for runs in best(rows, label, better).values():
+        means = {key: mean(run[key] for run in runs) for key in runs[0] if key.startswith(("memory/", "validation/"))}
+        found.append(runs[0] | means | {"seeds": len(runs)})
+    return sorted(found, key=lambda row: known_first(row["validation/nats"]))
 
 
 def memory_of_text_table(rows: list[Row]) -> list[Row]:
-    found = []
-    for run in looked_into(rows):
-        row: Row = {"mixer": label(run), "state": run["state_size"], "nats per token": run["validation/nats"]}
+    """Of the inner loss, the first range of positions and the last."""
+    found, looked = [], looked_into(rows)
+    along = list(dict.fromkeys(name for run in looked for name in run if name.startswith(BEFORE)))
+    for run in looked:
+        row: Row = {"mixer": label(run), "seeds": run["seeds"], "state": run["state_size"]}
+        row |= {"nats per token": run["validation/nats"]}
         row |= {f"copied, {name[len(COPIED) :]}": x for name, x in run.items() if name.startswith(COPIED)}
         row |= {"pair seen": run["memory/seen"], "pair new": run["memory/new"]}
-        along = [x for name, x in run.items() if name.startswith(BEFORE)]
-        found.append(row | {"inner loss, first": along[0], "inner loss, last": along[-1]} if along else row)
+        found.append(row | {f"inner loss, {name[len(BEFORE) :]}": run.get(name) for name in along[:1] + along[1:][-1:]})
     return found
 
 
 def memory_of_text_figure(rows: list[Row], figure: Figure) -> None:
     """What is left of a stretch by its distance; the loss of pairs that are new and seen; the inner loss."""
     left, middle, right = figure.subplots(1, 3)
+    shown: set[int] = set()  # distances
     for i, run in enumerate(looked_into(rows)):
-        look: Row = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 4}
         at = {int(name[len(COPIED) :]): x for name, x in run.items() if name.startswith(COPIED)}
-        left.plot(list(at), list(at.values()), linewidth=1.3, label=label(run), **look)
-        middle.plot(run["memory/new"], run["memory/seen"], linestyle="none", **look)
+        left.plot(list(at), list(at.values()), linewidth=1.3, label=label(run), **look(i))
+        shown |= at.keys()
+        middle.plot(run["memory/new"], run["memory/seen"], linestyle="none", **look(i))
         ranges = {name[len(BEFORE) :]: x for name, x in run.items() if name.startswith(BEFORE)}
         middles = [sum(map(int, name.split("-"))) / 2 for name in ranges]
-        right.plot(middles, list(ranges.values()), linewidth=1.3, **look)
-    left.set(xscale="symlog", xlabel="tokens between", ylabel="nats per token saved", title="a stretch shown again")
+        right.plot(middles, list(ranges.values()), linewidth=1.3, **look(i))
+        log_axis(right, ranges.values())
+    left.set_xscale("symlog", linthresh=64)
+    ticks(left, sorted(shown)[::2])
+    left.set(xlabel="tokens between", ylabel="nats per token saved", title="a stretch shown again")
     middle.set(xlabel="pair new, nats", ylabel="pair seen, nats", title="rare pairs of tokens")
-    right.set(xscale="log", yscale="log", xlabel="position, tokens", title="inner loss before the write")
+    ranges_axis(right, 2048)
+    right.set(xlabel="position, tokens", title="inner loss before the write")
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -163,7 +190,7 @@ SHOWS = (
 )
 CLAIMS = {
     "ablation": Claim(
-        "The language-model ablation, near 50 million parameters",
+        "The language-model ablation",
         ("ablation", "ablation_windows"),
         "At equal parameters, tokens, data and order, what a mixer can keep of a text shows in the loss, and most "
         "where the text is long.",
@@ -174,7 +201,7 @@ CLAIMS = {
         options="--rates ablation_rates --times 0.75 --minutes 9",
     ),
     "ablation_170m": Claim(
-        "The language-model ablation, near 170 million parameters",
+        "The language-model ablation, larger",
         ("ablation_170m",),
         "The order of the best mixers holds at three times the size.",
         SHOWS,
@@ -199,11 +226,12 @@ CLAIMS = {
         "A key-value cache keeps what it has seen at any distance, and a memory of fixed size forgets. Recall and the "
         "loss go together, and the inner loss falls along the sequence.",
         "Nats a token saved by a stretch of 64 tokens shown so many tokens before; loss on rare pairs of tokens, seen "
-        "in the row or new; inner loss at the row's beginning and end.",
+        "in the row or new;\ninner loss of the first and the last positions that were looked at, before the write.",
         better,
         memory_of_text_table,
         memory_of_text_figure,
         options="--rates ablation_rates --times 0.75 --minutes 9",
         then="python scripts/memory.py ablation",
+        needs="memory/seen",
     ),
 }

@@ -3,9 +3,11 @@ claims.py."""
 
 from __future__ import annotations
 
+import math
+
 from matplotlib.figure import Figure
 
-from scripts.figures.results import COLOURS, Row, grouped, mean, settings
+from scripts.figures.results import COLOURS, DIVERGED, Row, grouped, known_first, mean, settings
 from scripts.recipes import CONF
 from scripts.reports.presets import all_classes
 
@@ -31,13 +33,17 @@ def branch(model: str) -> str:
 def table(rows: list[Row]) -> list[Row]:
     """The best first. Numbers as text, with the digits that they are worth."""
     found = []
-    for model, runs in grouped(rows, lambda row: settings(row)["model"]).items():
-        each = [bits(run) for run in runs]
-        row = {"mixer": model, "branch": branch(model), "bits per byte": f"{mean(each):.3f}"}
-        spread = f"{max(each) - min(each):.3f}" if len(each) > 1 else ""
-        row |= {"between seeds": spread, "seeds": len(runs)}
+    of = grouped(rows, lambda row: settings(row)["model"])
+    for model in sorted(of, key=lambda model: known_first(round(mean(map(bits, of[model])), 3))):
+        runs, each = of[model], list(map(bits, of[model]))
+        row = {"mixer": model, "branch": branch(model), "bits per byte": digits(mean(each))}
+        row |= {"between seeds": digits(max(each) - min(each)) if len(each) > 1 else "", "seeds": len(runs)}
         found.append(row | {"state": runs[0]["state_size"], "parameters": runs[0]["parameters"]})
-    return sorted(found, key=lambda row: float(row["bits per byte"]))
+    return found
+
+
+def digits(x: float) -> str:
+    return f"{x:.3f}" if math.isfinite(x) else DIVERGED
 
 
 def figure(rows: list[Row], figure: Figure) -> None:
@@ -45,7 +51,7 @@ def figure(rows: list[Row], figure: Figure) -> None:
     ordered = [row["mixer"] for row in table(rows)]
     figure.set_size_inches(7, 1.2 + 0.19 * len(ordered))
     axes = figure.subplots()
-    for i, (name, group) in enumerate(grouped(rows, lambda row: branch(settings(row)["model"])).items()):
+    for i, (name, group) in enumerate(sorted(grouped(rows, lambda row: branch(settings(row)["model"])).items())):
         at = [ordered.index(settings(row)["model"]) for row in group]
         axes.plot([bits(row) for row in group], at, "o", color=COLOURS[i], markersize=4.5, label=name)
     axes.set_yticks(range(len(ordered)), ordered, fontsize=8)

@@ -74,17 +74,18 @@ def params(experiment: str) -> tuple[str, dict[str, Any]]:
 def sweep(experiment: str, words: list[str]) -> list[Job]:
     """The jobs. Raises ValueError where there is no such experiment, or a word is wrong: what train.py says at once."""
     first, (name, over) = f"experiment={experiment}", params(experiment)
-    typed = {word.partition("=")[0] for word in words}
-    swept = [f"{key}={value}" for key, value in over.items() if key not in typed]
+    typed = {word.partition("=")[0]: word for word in words}
+    swept = [typed.get(key, f"{key}={value}") for key, value in over.items()]
+    words = [*swept, *(word for word in words if word not in swept)]  # each in the place that it has in the sweep
     names = [word.partition("=")[2] for word in words if word.startswith("name=")]
-    found = [Job(names[-1] if names else name, (first, *job)) for job in jobs([*swept, *words])]
+    found = [Job(names[-1] if names else name, (first, *job)) for job in jobs(words)]
     models = dict.fromkeys(word.partition("=")[2] for job in found for word in job.words if word.startswith("model="))
     searched = [CONF, *(Path(folder) for word in words for folder in re.findall(r"file://([^,\]]+)", word))]
     for model in models:
         if not any((folder / "model" / f"{model}.yaml").exists() for folder in searched):
             raise ValueError(f"model={model} is not there; python train.py --help lists them")
-    for job in some_with_all(found, typed):
-        if wrong := mistakes(job, typed):
+    for job in some_with_all(found, set(typed)):
+        if wrong := mistakes(job, set(typed)):
             raise ValueError("\n       ".join(wrong))
     return found
 

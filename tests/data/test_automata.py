@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -90,3 +92,10 @@ def test_a_prediction_is_right_if_the_automaton_may_go_on_so():
     _, count, right = module._validation[0, 0].sum(1).tolist()
     assert count == (batch["labels"] != IGNORE).sum() and right == (batch["right"] >> 1 & 1).sum()
     assert right > (batch["labels"] == 1).sum() > 0
+    found: dict[str, float] = {}
+    module._trainer = SimpleNamespace(global_step=1, datamodule=SimpleNamespace(batch=SimpleNamespace(tokens=1)))
+    module.log_dict = lambda metrics, **_: found.update(metrics)
+    module.on_validation_epoch_end()
+    asked = (batch["labels"] != IGNORE)[:, 16:32]
+    assert found["validation/accuracy"] == right / count
+    assert found["validation/accuracy_at/16-31"] == (batch["right"][:, 16:32][asked] >> 1 & 1).float().mean()

@@ -54,6 +54,7 @@ def test_state_tracking_by_position(train):
         at = {name: x for name, x in result.items() if name.startswith("validation/accuracy_on/longer/")}
         assert all(0 <= x <= 1 for x in at.values()) and 0 <= result["validation/accuracy_on/longer"] <= 1
         assert len(at) == 16 if "data=s3" in str(path) else 5 < len(at) <= 14, at
+        assert 0 <= result["validation/accuracy_at/16-31"] <= 1, "of the validation set"
 
 
 @pytest.mark.slow
