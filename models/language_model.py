@@ -146,7 +146,7 @@ class LanguageModel(PreTrainedModel, StateGenerationMixin):
         """
         rows, length = given.shape[:2]
         grows = self.state_size(1 << 40) > self.state_size(1 << 39)
-        pieces = 1 if grows or not given.is_cuda else -(-rows * length // PIECE)
+        pieces = 1 if grows or not given.is_cuda else max(1, -(-rows * length // PIECE))
         return max(64, -(-length // (pieces * 16)) * 16)
 
     def _in_pieces(
