@@ -135,8 +135,11 @@ def _tf32() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def _two(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Parts of float32 of which TF32 keeps all of the first, 11 bits, and 11 of the 13 of the second."""
+def _two(x: Tensor) -> tuple[Tensor, ...]:
+    """Parts of float32 of which TF32 keeps all of the first, 11 bits, and 11 of the 13 of the second. float64 has no
+    TF32, and is one part."""
+    if x.dtype != torch.float32:
+        return (x,)
     high = (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
     return high, x - high
 
