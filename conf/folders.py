@@ -89,18 +89,18 @@ def job_folder(name: str, overrides: Sequence[str]) -> str:
     that change no result (FREE_TO_CHANGE). Where a file system or a shell would not take them as they are, keys lose
     all but their last part, then the end is cut off, and a hash of the whole marks the name.
     """
-    words = sorted(word for word in overrides if _setting(word) != "name")
+    words = sorted(word for word in overrides if setting(word) != "name")
     before = ",".join(words)  # how folders were named once: a sweep of that time goes on in them
     if os.path.isfile(Path(runs(), name, before, "config.yaml")):
         return before
-    exact = ",".join(word for word in words if _setting(word) not in (*FREE_TO_CHANGE, "strategy"))
+    exact = ",".join(word for word in words if setting(word) not in (*FREE_TO_CHANGE, "strategy"))
     readable = re.sub(r"[^A-Za-z0-9_.,=+~@:{}\[\]-]+", "-", exact)
     if len(exact) > LONGEST:
         readable = re.sub(r"(^|,)[^=,]*\.(?=\w+=)", r"\1", readable)
     return readable if readable == exact and len(exact) <= LONGEST else _shortened(readable, exact, marked=True)
 
 
-def _setting(word: str) -> str:
+def setting(word: str) -> str:
     """What a word like +trainer.devices=2 or logger@x=wandb sets, up to the first dot."""
     return re.split(r"[.=@/]", word.lstrip("+~"))[0]
 

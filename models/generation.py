@@ -50,6 +50,8 @@ class StateGenerationMixin(GenerationMixin):
         """generate's hook: what a cache has seen does not go in again."""
         mask = kwargs.get("attention_mask")
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if not seen and not input_ids.shape[1]:
+            raise ValueError(f"input_ids {list(input_ids.shape)}: a text goes on from one token at least")
         if seen >= input_ids.shape[1]:
             raise ValueError(
                 f"the cache has seen {seen} tokens, and input_ids has {input_ids.shape[1]}; it must begin with those, "

@@ -144,6 +144,8 @@ def decode(given: argparse.Namespace) -> whole.Report:
     gpu = device == "cuda"
     contexts = given.contexts or ([2**n for n in range(10, 17, 2)] if gpu else [64])
     shapes = decoding.shapes_of(given.batches or ([1, 16, 64] if gpu else [1, 4]), contexts, given.most)
+    if not shapes:
+        sys.exit(f"error: --most={given.most} leaves nothing: it is tokens of all prompts, and the least has more")
     common = {"sizes": list(sizes), "device": device, "shapes": shapes, "tokens": given.tokens}
     common |= {"repeats": given.repeats, "dtype": given.dtype if gpu else "float32"}
     jobs = [whole.Job("decoding.decode", {"name": n, **common}, decoding.Decoded(n)) for n in given.only]
@@ -272,6 +274,8 @@ def main() -> None:
     path = getattr(arguments, "json", None)
     if path is not None and not path.parent.is_dir():
         sys.exit(f"error: --json={path}: the folder {path.parent} is not there")
+    if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
+        sys.exit(f"error: --json={path} can't be written")
     if path is not None and path.is_dir():
         sys.exit(f"error: --json={path} is a folder; name a file in it")
     if arguments.command == "ops":

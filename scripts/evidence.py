@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conf.command import said
 from scripts.sweeps.jobs import sweep
 from scripts.sweeps.processes import UNFINISHED, run
-from scripts.sweeps.rates import with_rates
+from scripts.sweeps.rates import fewer, with_rates
 from scripts.sweeps.results import Results, Shared, left, results_of
 
 
@@ -78,7 +78,11 @@ def main() -> None:
                 raise ValueError(
                     f"--rates={given.rates}: there is no {source}; it is an experiment with results, or a file"
                 )
-            every, unknown = with_rates(every, Results(source).read(), given.times)
+            rated = Results(source).read()
+            every, unknown = with_rates(every, rated, given.times)
+            if few := fewer(rated):
+                told = ", ".join(f"{model} ({count})" for model, count in few.items())
+                print(f"run at fewer rates than others in --rates={given.rates}: {told}", flush=True)
             if unknown:
                 print(
                     f"left out, as --rates={given.rates} has no result of them: model={','.join(unknown)}", flush=True

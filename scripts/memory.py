@@ -22,6 +22,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ from models.build import build
 from models.training.regression import InnerRegression, read_rows
 from models.training.weights import open_trained
 from scripts.figures.results import mean
-from scripts.sweeps.jobs import Job, params
-from scripts.sweeps.results import Results, results_of, write
+from scripts.sweeps.jobs import Job, name_of, params
+from scripts.sweeps.results import Results, change, results_of
 
 STRETCH, KNOWN = 64, 8  # tokens that are shown twice, and of these the first, which say which it is
 DISTANCES = (0, 64, 128, 256, 512, 1024, 1856)
@@ -137,6 +138,10 @@ def look(folder: Path, num_rows: int = ROWS) -> dict[str, float]:
     return copied(model, text) | seen_or_new(model, task, num_rows) | dict(inner(folder))
 
 
+def added(job: str, found: dict[str, float], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row | found if row["job"] == job else row for row in rows]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", help="whose runs are looked into")
@@ -146,16 +151,18 @@ def main() -> None:
     try:
         name, _ = params(given.experiment)
         rows, gone = results.read(), []
-        for number, row in enumerate(rows):
-            folder = Job(name, tuple(row["words"])).folder
+        if not rows:
+            raise ValueError(f"{results.path} has no results yet; {given.experiment} is run by scripts/evidence.py")
+        for row in rows:
+            folder = Job(name_of(row["words"], name), tuple(row["words"])).folder
             if any(key.startswith("memory/") for key in row):
                 continue
             if not (folder / "result.json").exists():
                 gone.append(row["job"])
                 continue
-            rows[number] = row | {key: round(x, 5) for key, x in look(folder).items()}
-            write(results.path, rows)
-            print(row["job"], json.dumps({k: v for k, v in rows[number].items() if "memory/" in k}), flush=True)
+            found = {key: round(x, 5) for key, x in look(folder).items()}
+            change(results.path, partial(added, row["job"], found))
+            print(row["job"], json.dumps(found), flush=True)
         elsewhere = f"{len(gone)} of {len(rows)} runs have no folder in {runs()} here: {', '.join(gone)}"
         if gone and len(gone) == len(rows):
             raise ValueError(elsewhere)

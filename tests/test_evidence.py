@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -22,8 +23,8 @@ from scripts import evidence
 from scripts.array_job import CONF
 from scripts.sweeps import processes
 from scripts.sweeps.jobs import Job, sweep
-from scripts.sweeps.rates import with_rates
-from scripts.sweeps.results import Results, Shared, left, summary
+from scripts.sweeps.rates import fewer, with_rates
+from scripts.sweeps.results import Results, Shared, change, left, summary
 from tests.conftest import ROOT
 
 # A run in miniature: seed 1 finishes, seed 2 fails, seed 3 saves when it is asked to and finishes the second time.
@@ -231,3 +232,42 @@ def test_a_job_takes_the_rate_that_was_best_for_its_mixer():
         with_rates(jobs, [{"job": "mad/seed=1", "words": ["model=mesa"], "validation/nats": 1.0}], 1.0)
     with pytest.raises(SystemExit):
         evidence.arguments(["ablation", "--times", "0.5"])
+
+
+def test_a_job_that_is_named_twice_is_one():
+    assert len(sweep("regression", ["seed=1,1", "model=softmax,softmax", "data=regression_linear"])) == 1
+
+
+def add_many(path: Path, first: int) -> None:
+    for number in range(first, first + 40):
+        change(path, lambda rows, number=number: [*rows, {"job": str(number), "words": []}])
+
+
+def test_results_of_two_calls_at_once_are_all_kept(tmp_path):
+    path = tmp_path / "results.jsonl"
+    others = [multiprocessing.get_context("fork").Process(target=add_many, args=(path, 40 * i)) for i in range(3)]
+    for each in others:
+        each.start()
+    for each in others:
+        each.join()
+        assert each.exitcode == 0
+    assert sorted(int(row["job"]) for row in Results(path).read()) == list(range(120))
+
+
+def test_rates_of_different_settings_are_refused_and_missing_ones_are_told():
+    def row(*words: str) -> dict[str, Any]:
+        return {"job": " ".join(words), "words": ["experiment=x", *words], "validation/nats": 3.0}
+
+    every = [Job("ablation", ("experiment=ablation", "seed=1", "model=mesa"))]
+    alike = [row("model=mesa", "optimizer.lr=2e-3", "compile=false"), row("model=mesa", "optimizer.lr=4e-3", "seed=2")]
+    assert with_rates(every, alike, 1.0)[1] == []
+    with pytest.raises(ValueError, match="different settings"):
+        with_rates(every, [*alike, row("model=mesa", "optimizer.lr=8e-3", "tokens=9")], 1.0)
+    assert fewer([*alike, row("model=softmax", "optimizer.lr=2e-3")]) == {"softmax": 1}
+
+
+@pytest.mark.parametrize("line", ['{"a": 1}', "3", "null"])
+def test_a_line_that_is_no_jobs_is_named(tmp_path, line):
+    (tmp_path / "results.jsonl").write_text(f"{line}\n")
+    with pytest.raises(ValueError, match="line 1, is not the line of a result"):
+        Results(tmp_path / "results.jsonl").read()

@@ -49,14 +49,24 @@ def call(operator: Any, *given: Any) -> Any:
 
 
 def watched(given: tuple[Any, ...]) -> bool:
-    """Whether tracers, transforms or tensors of another kind see operators, and would not see a function."""
+    """Whether tracers, transforms, profilers or tensors of another kind see operators, and would not see a function."""
     return bool(
         torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()
         or torch.jit.is_tracing()
-        or any(isinstance(x, Tensor) and type(x) not in PLAIN for x in given)
+        or not all(map(_plain, given))
     )
+
+
+def _plain(x: Any) -> bool:
+    """Whether a kernel may read it as it lies in memory: the dispatcher would resolve a negated tensor first."""
+    if isinstance(x, Tensor):
+        odd = x.is_neg() or x.is_conj() or x.is_meta or torch._is_functional_tensor(x)
+        return type(x) in PLAIN and not odd
+    return all(map(_plain, x)) if isinstance(x, list) else True
 
 
 def cdiv(a: int, b: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,14 +71,19 @@ def params(experiment: str) -> tuple[str, dict[str, Any]]:
     return cfg.name, dict(cfg.hydra.sweeper.params)
 
 
+def name_of(words: Iterable[str], name: str) -> str:
+    """The run's name by its words, or else this one, the experiment's."""
+    return [name, *(word.partition("=")[2] for word in words if word.startswith("name="))][-1]
+
+
 def sweep(experiment: str, words: list[str]) -> list[Job]:
     """The jobs. Raises ValueError where there is no such experiment, or a word is wrong: what train.py says at once."""
     first, (name, over) = f"experiment={experiment}", params(experiment)
     typed = {word.partition("=")[0]: word for word in words}
     swept = [typed.get(key, f"{key}={value}") for key, value in over.items()]
     words = [*swept, *(word for word in words if word not in swept)]  # each in the place that it has in the sweep
-    names = [word.partition("=")[2] for word in words if word.startswith("name=")]
-    found = [Job(names[-1] if names else name, (first, *job)) for job in jobs(words)]
+    every = [Job(name_of(words, name), (first, *job)) for job in jobs(words)]
+    found = list({job.key: job for job in reversed(every)}.values())[::-1]  # what is named twice is one job
     models = dict.fromkeys(word.partition("=")[2] for job in found for word in job.words if word.startswith("model="))
     searched = [CONF, *(Path(folder) for word in words for folder in re.findall(r"file://([^,\]]+)", word))]
     for model in models:

@@ -20,12 +20,13 @@ Slot = dict[str, str]  # what is another in a process's environment: the GPU tha
 
 
 class Running(NamedTuple):
-    """A job's process, when it began, in seconds of time.time(), and where."""
+    """A job's process, when it began, in seconds of time.time(), where, and how long its log was then."""
 
     job: Job
     process: subprocess.Popen[bytes]
     began: float
     slot: Slot
+    logged: int
 
 
 def slots(at_once: int) -> list[Slot]:
@@ -66,9 +67,10 @@ def run(todo: list[Job], results: Results | Shared, at_once: int, until: float) 
 def start(job: Job, slot: Slot, environment: dict[str, str]) -> Running:
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
+        logged = log.tell()
         out: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(job.command, cwd=CONF.parent, env=environment | slot, start_new_session=True, **out)
-    return Running(job, process, time.time(), slot)
+    return Running(job, process, time.time(), slot, logged)
 
 
 def ended(one: Running, results: Results | Shared) -> bool:
@@ -81,11 +83,19 @@ def ended(one: Running, results: Results | Shared) -> bool:
     if one.process.returncode in (UNFINISHED, -signal.SIGTERM):  # the latter before it had anything to save
         print(f"{seconds}  {one.job.label}   goes on next time", flush=True)
         return False
-    why = reason(one.process.returncode, one.job.log.read_text(errors="replace"))
+    why = why_of(one)
     results.fail(one.job, why)
     print(f"{seconds}  {one.job.label}   FAILED: {why}", flush=True)
     print(f"          {one.job.log}", flush=True)
     return True
+
+
+def why_of(one: Running) -> str:
+    """By what it has said itself; by the signal that has ended it, which no program says of itself."""
+    code = one.process.returncode
+    if code < 0:
+        return f"it was ended by {signal.Signals(-code).name}"
+    return reason(code, one.job.log.read_bytes()[one.logged :].decode(errors="replace"))
 
 
 def stop(running: list[Running]) -> list[Running]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,9 +37,9 @@ class Results:
         row = {"job": job.key, "words": list(job.words), "date": datetime.now(UTC).date().isoformat(), **result}
         row["command"] = shlex.join(["python", "train.py", "-m", *job.words])
         row["commit"] = row.get("commit") or self.commit
-        write(self.path, [*self.read(), row])
-        if others := self.failures():
-            write(self._failed, [each for each in others if each["job"] != job.key])
+        change(self.path, lambda rows: [*without(job, rows), row])
+        if self.failures():
+            change(self._failed, lambda rows: without(job, rows))
         return row
 
     @property
@@ -50,10 +52,8 @@ class Results:
 
     def fail(self, job: Job, reason: str) -> None:
         row = {"job": job.key, "words": list(job.words), "date": datetime.now(UTC).date().isoformat()}
-        others = [each for each in self.failures() if each["job"] != job.key]
-        write(
-            self._failed, [*others, {**row, "commit": self.commit or origin.commit()["commit"], "reason": reason[:300]}]
-        )
+        row |= {"commit": self.commit or origin.commit()["commit"], "reason": reason[:300]}
+        change(self._failed, lambda rows: [*without(job, rows), row])
 
 
 class Shared:
@@ -84,8 +84,12 @@ def left(every: Iterable[Job], results: Results | Shared) -> Iterator[Job]:
             yield job
 
 
+def without(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["job"] != job.key]
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
-    """A line that a kill has cut off is left out."""
+    """A line that a kill has cut off is left out. Raises ValueError for one that is no job's."""
     text = path.read_text() if path.exists() else ""
     found = []
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
@@ -93,7 +97,20 @@ def lines(path: Path) -> list[dict[str, Any]]:
             found.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}, is not the line of a result ({error.msg})") from None
+        if not isinstance(found[-1], dict) or not {"job", "words"} <= found[-1].keys():
+            raise ValueError(f"{path}, line {number}, is not the line of a result (it has no job and words)")
     return found
+
+
+def change(path: Path, how: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+    """Reads the rows, and writes what `how` makes of them; another process that changes a file there waits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        write(path, how(lines(path)))
+    finally:
+        os.close(folder)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

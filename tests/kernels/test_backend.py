@@ -61,8 +61,14 @@ def test_whoever_looks_sees_the_operator(through):
         with torch.autograd.forward_ad.dual_level():
             backend.call(twice, torch.ones(3))
         assert through == [1] * 3
+        assert backend.call(twice, torch._neg_view(torch.ones(3))).equal(torch.full((3,), -2.0)) and len(through) == 4
+        with torch.profiler.profile() as profiler:
+            backend.call(twice, torch.ones(3))
+        assert any("twice" in event.key for event in profiler.key_averages()) and len(through) == 5
+        assert backend.watched(([torch.ones(3), fake],)) and not backend.watched(([torch.ones(3)], "x y", None))
+        through.clear()
         torch.vmap(lambda x: backend.call(twice, x))(torch.ones(2, 3))
-        assert through == [1] * 4
+        assert through == [1]
 
 
 def test_the_compiler_sees_the_operator():

@@ -33,7 +33,7 @@ def add_and_norm(
 ) -> tuple[Tensor, Tensor]:
     """x and y [..., D] -> x + y in the dtype of x, and its RMS norm times the weight [D] in dtype. own: without
     gradients, the sum may take the place of x."""
-    if own:
+    if own and not backend.watched((x, y, weight)):
         return _launch(x, y, weight, eps, dtype, x)[:2]
     return backend.call(_forward, x, y, weight, eps, dtype)[:2]
 
