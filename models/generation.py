@@ -19,6 +19,8 @@ class StateGenerationMixin(GenerationMixin):
         """transformers', but for ways of it that take tokens back: a state has no token to take back."""
         given = inspect.signature(super().generate).bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
+        if given.get("inputs_embeds") is not None:
+            raise ValueError("inputs_embeds: generate goes on with input_ids, to which it adds tokens; leave it out")
         for name in ("segments", "seq_idx", "position_ids", "cu_seqlens", "cu_seq_lens_q"):
             if given.get(name) is not None:
                 raise ValueError(f"{name}: generate goes on with one document a row; leave it out, and pad on the left")

@@ -142,6 +142,10 @@ def test_what_generate_can_not_do_is_refused():
     ):
         with pytest.raises(ValueError, match=says):
             m.generate(IDS[:1], GenerationConfig(max_new_tokens=5, **told))
+    with pytest.raises(ValueError, match="inputs_embeds: generate goes on with input_ids"):
+        m.generate(inputs_embeds=m.embedding(IDS[:1]), max_new_tokens=2)
+    with pytest.raises(ValueError, match="a text goes on from one token at least"):
+        generated(m, IDS[:1, :0])
     m.generation_config.prompt_lookup_num_tokens = 3
     with pytest.raises(ValueError, match="prompt_lookup_num_tokens: "):
         m.generate(IDS[:1], GenerationConfig(max_new_tokens=5))

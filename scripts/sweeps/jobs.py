@@ -18,6 +18,12 @@ from conf.command import sentence
 from conf.folders import job_folder, runs
 from scripts.array_job import CONF, jobs
 
+NOT_OF_A_SWEEP = {
+    "run_dir": "each job of a sweep has a folder of its own",
+    "dry_run": "a job has a result once it has trained, and `python train.py -m` tells what each would take",
+    "experiment": "a sweep is named without `experiment=`, as the first word",
+}
+
 
 class Job(NamedTuple):
     """words: of its command line, the experiment's first."""
@@ -80,6 +86,9 @@ def sweep(experiment: str, words: list[str]) -> list[Job]:
     """The jobs. Raises ValueError where there is no such experiment, or a word is wrong: what train.py says at once."""
     first, (name, over) = f"experiment={experiment}", params(experiment)
     typed = {word.partition("=")[0]: word for word in words}
+    for key, why in NOT_OF_A_SWEEP.items():
+        if key in typed:
+            raise ValueError(f"{typed[key]}: {why}; leave it out")
     swept = [typed.get(key, f"{key}={value}") for key, value in over.items()]
     words = [*swept, *(word for word in words if word not in swept)]  # each in the place that it has in the sweep
     every = [Job(name_of(words, name), (first, *job)) for job in jobs(words)]
