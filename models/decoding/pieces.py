@@ -24,7 +24,7 @@ from models.decoding.held import Buffers, signature
 # Tokens of a piece, all rows together. The largest takes less memory than what goes layer by layer at once
 # (language_model.PIECE); the smallest keeps short what is left at the end.
 TOKENS = (16384, 4096, 1024)
-MULTIPLE = 64  # of the tokens of a row in a piece: with it end the chunks of most memories
+MULTIPLE = 64  # a row's tokens in a piece are one of it, as the chunks of most memories are
 
 
 def lengths(rows: int, length: int) -> list[int]:
