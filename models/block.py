@@ -203,6 +203,16 @@ class Block(nn.Module):
         y, memory = self.feed_forward(n, memory, segments, keep)
         return x, y, Both(cast("State", mixed), memory) if keep else None
 
+    def emptied(self, state: State | Both) -> State | Both | None:
+        """The mixer's `emptied`, and the state of a feed-forward layer that has learned nothing."""
+        if not isinstance(state, Both):
+            return self.mixer.emptied(state)
+        mixed, memory = (
+            self.mixer.emptied(state.mixer),
+            in_place.entered(state.feed_forward, torch.ones_like(state.position)),
+        )
+        return None if mixed is None else Both(mixed, memory._replace(segment=None))
+
     @property
     def rings(self) -> bool:
         """Whether a sequence that lies on several devices can stay where it is (models/context.py)."""

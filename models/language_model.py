@@ -153,15 +153,22 @@ class LanguageModel(PreTrainedModel, StateGenerationMixin):
         self, given: Tensor, segments: Tensor | None, cache: Cache | None, use_cache: bool
     ) -> tuple[Tensor, Cache]:
         """What the head reads of the last tokens, and the cache, where nothing else is wanted: a long prompt, a piece
-        at a time, without copies of all weights in the dtype of autocast. Where a step is captured, states lie there.
+        at a time, without copies of all weights in the dtype of autocast. Where a step is captured, states lie there,
+        and the first pieces may be captured too.
         """
-        states, size, seen = self._states(cache), self.piece(given), 0 if cache is None else cache.get_seq_length()
+        states, seen = self._states(cache), 0 if cache is None else cache.get_seq_length()
         fresh = use_cache and seen == 0
-        with decoding.places(self, given) if fresh else nullcontext() as buffers, uncached(given.device):
-            for start in range(0, given.shape[1], size):
-                now = slice(start, start + size)
+        with decoding.places(self, given) if fresh else nullcontext() as step, uncached(given.device):
+            buffers = None if step is None else step.buffers
+            hidden, start = (None, 0) if step is None else step.read(self, given, segments)
+            if buffers is not None and start:
+                states = list(buffers.states)
+            size = self.piece(given[:, start:])
+            for first in range(start, given.shape[1], size):
+                now = slice(first, first + size)
                 told = None if segments is None else segments[:, now]
                 (hidden,) = self._layers(self._embedded(given[:, now]), told, states, buffers=buffers)
+            assert hidden is not None  # of one token at least
             seen += given.shape[1]
             if buffers is None:
                 return hidden, Cache(states, seen)

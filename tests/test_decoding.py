@@ -303,8 +303,8 @@ def test_the_states_of_a_prompt_lie_where_the_step_finds_them(replays, monkeypat
     torch.testing.assert_close(logits_of(step, cache), expected)
     assert isinstance(m(ids[:1], use_cache=True, logits_to_keep=1).past_key_values, Cache)
     del cache, first
-    with pytest.raises(ValueError), decoding.places(m, ids) as buffers:
-        assert buffers is step.buffers and not step.awaits(ids) and not step.fits(second, ids[:, :1])
+    with pytest.raises(ValueError), decoding.places(m, ids) as found:
+        assert found is step and not step.awaits(ids) and not step.fits(second, ids[:, :1])
         raise ValueError
     assert step.awaits(ids) and m(ids, use_cache=False, logits_to_keep=1).past_key_values is None
     assert step.buffers.owner is None or step.buffers.owner() is None
@@ -347,8 +347,8 @@ def test_a_token_beside_another_threads_prompt_goes_by_layers(replays):
     generated(m, 2, attention_mask=torch.ones(2, 12))
     step, cache = steps._STEPS[m], m(IDS[:, :9], use_cache=True).past_key_values
     replays.clear()
-    with decoding.places(m, IDS[:, :9]) as buffers:
-        assert buffers is step.buffers
+    with decoding.places(m, IDS[:, :9]) as found:
+        assert found is step
         m(IDS[:, 9:10], past_key_values=cache, use_cache=True)
         assert not replays and steps._STEPS[m] is step
     m(IDS[:, 9:10], past_key_values=cache, use_cache=True)

@@ -8,7 +8,9 @@ Whoever calls the model with one token, a cache and no gradients goes on by such
 that is not possible, the model is called layer by layer, with the same result: `refusal` says why.
 
 A step is made for a number of rows and the dtypes of one autocast, in about the time of three tokens without it. A
-model keeps the last one, its copies of weights and states included, until it is trained again (or is gone).
+model keeps the last one, its copies of weights and states included, until it is trained again (or is gone). So it does
+with the pieces of prompts of as many rows (pieces.py), which are captured at the first prompt that finds the step
+there: the second of a kind.
 """
 
 from __future__ import annotations
@@ -28,11 +30,14 @@ from torch.func import functional_call
 from models.block import add_and_norm
 from models.cache import Cache
 from models.decoding.fused import FusedBlock
+from models.decoding.graph import HostNeededError, captured
 from models.decoding.held import LOCK, Buffers, Held, signature
+from models.decoding.pieces import Pieces, lengths
 from models.decoding.weights import Weights
 
 _ALLOWED: ContextVar[bool] = ContextVar("captured", default=True)
 _STEPS: weakref.WeakKeyDictionary[nn.Module, Step | str] = weakref.WeakKeyDictionary()
+_UNREAD: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # why its pieces were not captured
 
 
 @contextmanager
@@ -46,8 +51,9 @@ def uncaptured() -> Iterator[None]:
 
 
 def forget(model: nn.Module) -> None:
-    """Gives back what a model's step holds."""
+    """Gives back what a model's step holds, and its prompts' pieces."""
     _STEPS.pop(model, None)
+    _UNREAD.pop(model, None)
 
 
 def go_on(model: Any, ids: Tensor, cache: Cache) -> tuple[Tensor, Cache] | None:
@@ -64,14 +70,14 @@ def go_on(model: Any, ids: Tensor, cache: Cache) -> tuple[Tensor, Cache] | None:
         if not asked and refusal(model, ids, cache) is not None:
             return None
         if not (isinstance(step, Step) and step.fits(cache, ids)):
-            step = _captured(model, ids, cache)
+            step = _made(model, ids, cache)
         return None if step is None else step(ids, cache)
 
 
 @contextmanager
-def places(model: Any, prompt: Tensor) -> Iterator[Buffers | None]:
-    """Where a captured step will look for the states after a prompt [B, T] or [B, T, D], so that they are not held
-    twice; None where no step is captured for such a prompt, or the cache of another one lies there.
+def places(model: Any, prompt: Tensor) -> Iterator[Step | None]:
+    """The captured step in whose buffers the states after a prompt [B, T] or [B, T, D] are to lie, so that they are not
+    held twice; None where no step is captured for such a prompt, or the cache of another one lies there.
     """
     with LOCK:
         step = _STEPS.get(model) if refusal_of_call(prompt) is None else None
@@ -82,10 +88,23 @@ def places(model: Any, prompt: Tensor) -> Iterator[Buffers | None]:
             step._order()
             step.weights.refresh()
     try:
-        yield None if step is None else step.buffers
+        yield step
     finally:
         if step is not None:
             step.buffers.filling = False
+
+
+def refusal_of_pieces(model: Any, prompt: Tensor, segments: Tensor | None = None) -> str | None:
+    """Why no pieces of a prompt [B, T] are captured, or None if they are: all, or so many that the host goes through
+    the layers fewer times. segments: as the model is told them.
+    """
+    if (reason := refusal_of_call(prompt) or refusal_of_model(model, prompt.device)) is not None:
+        return reason
+    with LOCK, torch.inference_mode(False), torch.no_grad():
+        step = _STEPS.get(model)
+        if not isinstance(step, Step) or not step.awaits(prompt):
+            return f"no step is captured for {len(prompt)} rows of such a call, or states of another text lie there"
+        return step.refusal_of_pieces(model, prompt, segments)
 
 
 def refusal_of_call(ids: Tensor) -> str | None:
@@ -123,8 +142,8 @@ def refusal_of_model(model: Any, device: torch.device) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _captured(model: Any, ids: Tensor, cache: Cache) -> Step | None:
-    forget(model)
+def _made(model: Any, ids: Tensor, cache: Cache) -> Step | None:
+    _STEPS.pop(model, None)
     try:
         step = Step(model, ids, cache)
     except HostNeededError as error:
@@ -134,10 +153,6 @@ def _captured(model: Any, ids: Tensor, cache: Cache) -> Step | None:
         return None
     _STEPS[model] = step
     return step
-
-
-class HostNeededError(RuntimeError):
-    """A step that needs the host."""
 
 
 class Step:
@@ -152,7 +167,8 @@ class Step:
         self.buffers.load(cache.states)
         run = partial(self._run, _OneToken(model, blocks))
         self.stream = torch.cuda.current_stream() if ids.is_cuda else None
-        self.run: Callable[[], Any] = self._graph(run) if ids.is_cuda else run
+        self.run: Callable[[], Any] = captured(run, "a layer's step") if ids.is_cuda else run
+        self.pieces = Pieces(self.buffers, self.dtype)
 
     def awaits(self, prompt: Tensor) -> bool:
         """Whether this step can go on from the states after a prompt of its own."""
@@ -187,6 +203,39 @@ class Step:
         self.run()
         return self.logits.clone(), Held(self.buffers, len(ids), cache.seen + 1)
 
+    def read(self, model: Any, prompt: Tensor, segments: Tensor | None) -> tuple[Tensor | None, int]:
+        """Inside `places`: what the head reads of the last of a prompt's tokens that go by captured pieces, [B, 1, D],
+        and how many of each row those are; the states after them are in the buffers. (None, 0) where there are none:
+        `refusal_of_pieces` says why.
+        """
+        with LOCK, torch.inference_mode(False), torch.no_grad():
+            if self.refusal_of_pieces(model, prompt, segments) is not None:
+                return None, 0
+            sizes = lengths(*prompt.shape)
+            try:
+                self.pieces.capture(model, prompt, sizes)
+            except (HostNeededError, torch.OutOfMemoryError) as error:
+                # said once for a model
+                warnings.warn(f"prompts go layer by layer: {error}", stacklevel=5)
+                _UNREAD[model], self.pieces = str(error), Pieces(self.buffers, self.dtype)
+                return None, 0
+            return self.pieces(prompt, sizes), sum(sizes)
+
+    def refusal_of_pieces(self, model: Any, prompt: Tensor, segments: Tensor | None) -> str | None:
+        """Why none of a prompt's that has found its places here."""
+        if segments is not None:
+            return "documents are told, padding for example"
+        if prompt.is_floating_point():
+            return "it is given as vectors"
+        if model.context is not None or (model.gradient_checkpointing and model.training):
+            return "its blocks are called in training's way"
+        if any(block._compiled_call_impl is not None for block in model.blocks):
+            return "its blocks are compiled, and may be compiled anew at any call"
+        left = prompt.shape[1] - sum(lengths(*prompt.shape))
+        if left and passes(model, prompt[:, -left:]) >= passes(model, prompt):
+            return f"its last {left} tokens go layer by layer, for which the host needs as long as for all of them"
+        return _UNREAD.get(model) or self.pieces.refusal(model)
+
     def _order(self) -> None:
         """After what another stream has been told."""
         if self.stream is not None and (now := torch.cuda.current_stream()) != self.stream:
@@ -201,26 +250,10 @@ class Step:
             raise HostNeededError("its states change their shapes from token to token")
         self.buffers.load(states)
 
-    def _graph(self, run: Callable[[], None]) -> Callable[[], None]:
-        """After two runs for what first calls set up. In the second it is an error where the host waits for the device,
-        which a graph can't.
-        """
-        side, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                run()
-            except RuntimeError as error:
-                raise HostNeededError(f"a layer's step waits for the host ({error})") from error
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            run()
-        return graph.replay
+
+def passes(model: Any, prompt: Tensor) -> int:
+    """How many times the host goes through the layers for a prompt of which nothing is captured."""
+    return -(-prompt.shape[1] // model.piece(prompt))
 
 
 class _OneToken(nn.Module):

@@ -44,6 +44,12 @@ class Layer(nn.Module):
         """y from no state, where that after the last token is not wanted: it may take time."""
         return self(x, None, segments)[0]
 
+    def emptied(self, state: State) -> State | None:
+        """The state after no token in the form of this one, which has no segment: whoever goes on from it finds what
+        None would give. None for a mixer that has no such form.
+        """
+        return None
+
 
 def positions_of(x: Tensor, position: Tensor | None, segments: Tensor | None) -> Tensor:
     """[B, T]: how many tokens of its own document came before each token."""

@@ -103,6 +103,10 @@ class MemoryAttention(Layer):
         """Numbers held per sequence after seq_len tokens, by both."""
         return self.memory.state_size(seq_len) + self.attention.state_size(seq_len)
 
+    def emptied(self, state: State) -> State | None:
+        attention, memory = (m.emptied(s) for m, s in zip((self.attention, self.memory), state.memory, strict=True))
+        return None if attention is None or memory is None else _both(attention, memory)
+
 
 def width(mixer: Mixer) -> int:
     """Of its heads side by side."""

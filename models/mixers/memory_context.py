@@ -193,6 +193,9 @@ class MemoryAsContext(MemoryAttention):
     def outputs(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
         return self(x, None, segments, keep=False)[0]
 
+    def emptied(self, state: State) -> State | None:
+        return None  # segments are laid out anew at each call, by the host
+
     def forward(
         self, x: Tensor, state: State | None = None, segments: Tensor | None = None, keep: bool = True
     ) -> tuple[Tensor, State]:

@@ -379,6 +379,10 @@ class Mixer(Layer):
         memory, position = self._forget(state.memory, new), state.position.masked_fill(new, 0)
         return State(memory, tails, position, segment, state.turn)
 
+    def emptied(self, state: State) -> State | None:
+        new = self.enter(state, torch.ones_like(state.position))
+        return new._replace(segment=None, turn=None if new.turn is None else torch.ones_like(new.turn))
+
     def _forget(self, memory: Any, rows: Tensor) -> Any:
         """The memories of the given rows emptied."""
         return self.regressor.forget(memory, rows)

@@ -97,7 +97,7 @@ class Regressor(nn.Module):
 
     def forget(self, state: Any, rows: Tensor) -> Any:
         """The state with the memories of the given rows (bool [B]) emptied: their next token begins a document."""
-        return torch.where(rows.view(-1, 1, 1, 1), 0.0, state)
+        return state.masked_fill(rows.view(-1, 1, 1, 1), 0.0)
 
     def accelerators(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
         """The accelerated backends this regressor has, best first: name -> why it can't run here, or None if it can."""

@@ -36,16 +36,24 @@ class Baseline(Layer):
         self.hidden_size, self.layer_index, self.backend = hidden_size, layer_index, backend
 
     def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> tuple[Tensor, State]:
-        held, position, segment = (None, None, None) if state is None else (state.memory, state.position, state.segment)
         if state is not None and segments is not None:
-            before = torch.zeros_like(segments[:, 0]) if segment is None else segment
-            new = before != segments[:, 0]
-            held = tuple(y.masked_fill(new.view(-1, *[1] * (y.ndim - 1)), 0) for y in state.memory)
-            position = state.position.masked_fill(new, 0)
+            state = self.enter(state, segments[:, 0])
+        held, position, segment = (None, None, None) if state is None else (state.memory, state.position, state.segment)
         form = self.recurrent if self.backend == "recurrent" else self.parallel
         y, held = form(x, held, segments if x.shape[1] > 1 else None)
         position = positions_of(x, position, segments)[:, -1] + 1
         return y, State(held, (), position, segment if segments is None else segments[:, -1])
+
+    def enter(self, state: State, segment: Tensor) -> State:
+        """The state as the first document of a call wants it: emptied in the rows where another document begins.
+        Without segments, all is document 0.
+        """
+        new = segment != (torch.zeros_like(segment) if state.segment is None else state.segment)
+        held = tuple(y.masked_fill(new.view(-1, *[1] * (y.ndim - 1)), 0) for y in state.memory)
+        return State(held, (), state.position.masked_fill(new, 0), segment)
+
+    def emptied(self, state: State) -> State | None:
+        return self.enter(state, torch.ones_like(state.position))._replace(segment=None)
 
     def parallel(self, x: Tensor, held: Held | None, segments: Tensor | None) -> tuple[Tensor, Held]:
         """All tokens at once. held: of the document that the first token belongs to; None is all zero."""

@@ -144,7 +144,7 @@ class Omega(Momentum):
         return super().recall(x, q, None if state is None else state.fitted)
 
     def forget(self, state: State, rows: Tensor) -> State:
-        keys, values = (torch.where(rows.view(-1, 1, 1, 1), 0.0, x) for x in state[1:])
+        keys, values = (x.masked_fill(rows.view(-1, 1, 1, 1), 0.0) for x in state[1:])
         return State(super().forget(state.fitted, rows), keys, values)
 
     def flops_per_token(self, seq_len: int) -> int:

@@ -130,7 +130,7 @@ class PreconditionedDelta(Delta):
 
     def forget(self, state: Preconditioned, rows: Tensor) -> Preconditioned:
         memory = super().forget(state.memory, rows)
-        return Preconditioned(memory, torch.where(rows.view(-1, 1, 1), 0.0, state.curvature))
+        return Preconditioned(memory, state.curvature.masked_fill(rows.view(-1, 1, 1), 0.0))
 
     def state_size(self, seq_len: int) -> int:
         return super().state_size(seq_len) + self.num_heads * self.key_dim
