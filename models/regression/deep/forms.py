@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.kernels import backend
 from models.parts.precision import working_dtype
 from models.regression.chunks import from_chunks, into_chunks, short
 from models.regression.deep.rules import Chunk, Fitted, Fixed, Flag, Gates, Rule, Start, each, where
@@ -160,8 +159,3 @@ def compiled_steps(rule: Rule) -> Callable[..., tuple[list[Tensor], Fitted]]:
         return in_turn(partial(advance, rule, True), fitted, inputs)
 
     return torch.compile(steps, dynamic=False)
-
-
-def compiles(device: torch.device) -> bool:
-    """Whether torch.compile can: on a GPU, with Triton."""
-    return device.type == "cuda" and backend.TRITON_INSTALLED

@@ -353,8 +353,8 @@ class AtEnd(Summed):
 
 def where(condition: Flag, new: Any, now: Any) -> Any:
     """Of trees of (named) tuples of tensors, alike. A CPU is asked whether any row is new: most often none is, and no
-    weights are copied. (A GPU would have to be waited for; and fake tensors, which count memory or are compiled for, know
-    no numbers.)
+    weights are copied. (A GPU would have to be waited for; and fake tensors, which count memory, know no numbers, nor
+    does a compiler.)
     """
     if isinstance(condition, bool):
         return new if condition else now

@@ -268,15 +268,17 @@ def test_chunks_are_compiled_in_few_forms(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda steps, **options: compile_(steps, backend=compiler, **options))
     start, inputs = draw(80)
     ends = torch.arange(80) > torch.tensor([[43], [60]])
-    for calls, forms_ in (([None], 2), ([ends.long(), ends.cumsum(1) // 11], 1)):
+    for calls, num_forms in (([None], 2), ([ends.long(), ends.cumsum(1) // 11], 1)):
         graphs.clear()
         torch._dynamo.reset()
         forms.compiled_steps.cache_clear()
         for segments in calls:
             settings = {"grad_batch": 8, "chunk": 8, "segments": segments}
-            exact, found = (outcome(chunked_deep, Network(), start, inputs, compiled=x, **settings) for x in (False, True))
+            exact, found = (
+                outcome(chunked_deep, Network(), start, inputs, compiled=x, **settings) for x in (False, True)
+            )
             assert largest_error(found, exact) < 1e-10
-        assert len(graphs) == forms_
+        assert len(graphs) == num_forms
     forms.compiled_steps.cache_clear()
 
 
