@@ -150,7 +150,7 @@ def _solved(form: Callable[..., Any], compiled: bool, visible: Tensor, keys: Ten
     if not compiled:
         return form(visible, keys, u, *rest)
     for x, pairs in ((visible, 3), (keys, 2), (u, 2)):
-        torch._dynamo.mark_dynamic(x, pairs)
+        torch._dynamo.maybe_mark_dynamic(x, pairs)
     return _compiled(form)(visible, keys, u, *rest)
 
 
@@ -191,7 +191,9 @@ class DeltaFormer(Softmax):
         block = self.queries_at_once(k)
         form: Any = recurrent_corrected
         if not recurrent:
-            form = partial(parallel_corrected, block=block, compiled=compiles(k.device))
+            # not of prompts: a form is for one length of the sequence, by whose strides a block finds its pairs
+            compiled = torch.is_grad_enabled() and compiles(k.device)
+            form = partial(parallel_corrected, block=block, compiled=compiled)
         with torch.autocast(k.device.type, enabled=False):
             beta = of_heads(self.beta(k))
             u = form(k[:, :, S:], v[:, :, S:], b, beta, view, Pairs(k[:, :, :S], v[:, :, :S]))
