@@ -14,6 +14,11 @@ PLAIN = (Tensor, nn.Parameter)
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looked up once: Dynamo warns of caches
 
 
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile can: on a GPU, with Triton."""
+    return device.type == "cuda" and TRITON_INSTALLED
+
+
 def unlike(recipe: dict[str, Any], takes: dict[str, tuple[Any, ...]]) -> str | None:
     """The first setting of a recipe that kernels which take these values do not compute, in words, or None."""
     for name, allowed in takes.items():

@@ -17,6 +17,8 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from torch._dynamo.utils import counters
+from torch._inductor import metrics
 
 from models.mixers.baselines import Baseline
 from models.training.memory import ran_out
@@ -39,6 +41,8 @@ class Started:
     layers: int = 0
     backend: str = ""
     compiled_s: float | None = None
+    graphs: int = 0
+    kernels: int = 0
     first_s: float | None = None
     ms: float | None = None
     recomputed: int = 0
@@ -50,12 +54,14 @@ class Started:
         if self.reason:
             return f"{self.name:26} does not start: {self.reason}"
         peak = "" if self.peak_gb is None else f"{self.peak_gb:.1f}"
-        numbers = f"{self.num_params / 1e6:10.1f}{self.compiled_s:12.1f}{self.first_s:9.1f}{self.ms:11.0f}{peak:>9}"
+        numbers = f"{self.num_params / 1e6:10.1f}{self.compiled_s:12.1f}{self.graphs:7}{self.kernels:8}"
+        numbers += f"{self.first_s:9.1f}{self.ms:11.0f}{peak:>9}"
         return f"{self.name:26}{numbers}{self.recomputed:>5} of {self.layers}  {self.backend}"
 
 
 HEAD = (
-    f"{'preset':26}{'M params':>8}{'compiled s':>10}{'first s':>8}{'second ms':>10}{'peak GB':>9} recomputed  backend"
+    f"{'preset':26}{'M params':>10}{'compiled s':>12}{'graphs':>7}{'kernels':>8}{'first s':>9}{'second ms':>11}"
+    f"{'peak GB':>9} recomputed  backend"
 )
 
 
@@ -79,6 +85,7 @@ def start(
         # its share is small; what is not compiled now will be in its turn
         row.backend = "; few layers had too little memory beside others"
     row.compiled_s = round(time.perf_counter() - begin, 2)
+    row.graphs, row.kernels = counters["stats"]["unique_graphs"], metrics.generated_kernel_count
     del few
     emptied(device)
     model: Contender | None = ours(name, every, device, compiled=compiled)

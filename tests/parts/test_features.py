@@ -29,6 +29,7 @@ from models.parts.features import (
     ReLU,
     Taylor,
 )
+from models.parts.features.monomials import symmetric_powers
 from models.parts.sizes import Sizes
 from models.training.summary import summary
 from tests.laws import test_laws as laws
@@ -96,6 +97,20 @@ def test_monomials_are_exactly_their_kernel(p, beta):
     for c, features in polynomials.items():
         exact(kernel(features, q, k), (c + dot) ** p)
         assert features.width == (math.comb(K + p, p) if c else math.comb(K + p - 1, p))
+
+
+@pytest.mark.parametrize("degree", [2, 3])
+def test_compiled_monomials_are_the_monomials(degree):
+    """Gathered, with a gradient that gathers: in the same order, and each once."""
+    x = torch.randn(3, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def outcome(form: Any) -> list[Tensor]:
+        y = torch.cat(form(x, degree), dim=-1)
+        return [y, *torch.autograd.grad((y * torch.arange(y.shape[-1])).sum(), x)]
+
+    compiled = torch.compile(symmetric_powers, backend="aot_eager", dynamic=False)
+    for found, exact in zip(outcome(compiled), outcome(symmetric_powers), strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-14, atol=1e-14)
 
 
 def test_rebased_is_a_learned_parabola():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import cache
 from itertools import combinations_with_replacement
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,13 +90,35 @@ def symmetric_powers(x: Tensor, degree: int) -> list[Tensor]:
     """For j = 0..degree all monomials of degree j in x_1..x_K, each once, [..., C(K + j - 1, j)].
 
     In lexicographic order those without x_1..x_i stand last, so degree j is, for every i, x_i times the end of degree
-    j - 1 that begins with x_i. (Slices: three times as fast as gathering by index, whose gradient scatters.)
+    j - 1 that begins with x_i. (Slices: three times as fast as gathering by index, whose gradient scatters. A compiler
+    makes a kernel of every slice, and of a gathered square, whose gradient gathers too, one.)
     """
     K, powers = x.shape[-1], [torch.ones_like(x[..., :1]), x]
-    for j in range(2, degree + 1):
+    if torch.compiler.is_compiling() and degree > 1:
+        powers.append(_Squares.apply(x))
+    for j in range(len(powers), degree + 1):
         ends = [_num_monomials(K - i, [j - 1]) for i in range(K)]
         powers.append(torch.cat([x[..., i : i + 1] * powers[-1][..., -end:] for i, end in enumerate(ends)], dim=-1))
     return powers
+
+
+class _Squares(torch.autograd.Function):
+    """x_i x_j for i <= j. With D the gradient by all x_i x_j, a square's counted twice, dx = D x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        rows, columns = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
+        return x[..., rows] * x[..., columns]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        K, i = x.shape[-1], torch.arange(x.shape[-1], device=x.device)
+        row, column = torch.minimum(i, i[:, None]), torch.maximum(i, i[:, None])
+        place = row * (2 * K - row - 1) // 2 + column
+        D = dy[..., place] * (1 + (row == column).to(dy.dtype))
+        return (D * x.unsqueeze(-2)).sum(-1)
 
 
 @cache

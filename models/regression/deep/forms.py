@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.kernels import backend
 from models.parts.precision import working_dtype
 from models.regression.chunks import from_chunks, into_chunks, short
 from models.regression.deep.rules import Chunk, Fitted, Fixed, Flag, Gates, Rule, Start, each, where
@@ -66,7 +65,7 @@ def deep_memory(
         size = -(-grad_batch // -(-grad_batch // size)) if size < grad_batch and size < T else size
         products = torch.promote_types(q.dtype, torch.promote_types(k.dtype, v.dtype))
     phase = None if state is None else state.phase
-    slots = lay_out(k, size, grad_batch, phase, segments)
+    slots = lay_out(k, size, grad_batch, phase, segments, rule.at_once if compiled else 1)
 
     def columns(x: Tensor | None) -> Sequence[Any]:
         return [None] * slots.num if x is None else x.unflatten(0, (slots.num, B * H)).unbind()
@@ -82,6 +81,7 @@ def deep_memory(
         if dual:
             given, steps = rule.weigh(*given), compiled_steps(rule) if compiled else steps
             fitted, fixed = rule.enter(fitted, fixed.base), Fixed(rule.enter(fixed.first, fixed.base), *fixed[1:])
+            fitted = each(partial(_Later.apply, v), fitted) if compiled else fitted
         if gates.window is not None:
             seen = () if state is None else state.pairs
             before, band, tails = in_slots(slots, k, v, gates.window, seen, segments, (products, dtype))
@@ -90,7 +90,7 @@ def deep_memory(
         # a chunk as long as a mini-batch begins one, but for the first of a call
         opens = slots.batch if rule.refers or size < grad_batch or state is not None else None
         flags = (slots.document, opens, slots.ends if rule.closes or not dual else None)
-        rows = (slots.flags(x, H, alike=compiled and rule.at_once > 1) for x in flags)
+        rows = (slots.flags(x, H, alike=compiled) for x in flags)
         inputs = zip([fixed] * slots.num, *rows, *map(columns, (*pairs, *given)), strict=True)
         outputs, fitted = scan(steps, fitted, list(inputs), remat, rule.at_once)
         fitted = rule.leave(fitted, fixed.base) if dual else fitted
@@ -138,6 +138,19 @@ def advance(
     return rule.network.read([partial(product, y=w) for w in weights], q, fixed.norm), fitted
 
 
+class _Later(torch.autograd.Function):
+    """x, as what the chunks after the first ones begin with: a tensor of its own, and with a gradient where v has one.
+    Else the first chunks would be compiled apart from the others."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[None, Tensor]:
+        return None, dx
+
+
 @cache
 def compiled_steps(rule: Rule) -> Callable[..., tuple[list[Tensor], Fitted]]:
     """Some chunks in turn, by torch.compile. (Dynamo of torch 2.11 stumbles over a named tuple's _replace.)"""
@@ -146,8 +159,3 @@ def compiled_steps(rule: Rule) -> Callable[..., tuple[list[Tensor], Fitted]]:
         return in_turn(partial(advance, rule, True), fitted, inputs)
 
     return torch.compile(steps, dynamic=False)
-
-
-def compiles(device: torch.device) -> bool:
-    """Whether torch.compile can: on a GPU, with Triton."""
-    return device.type == "cuda" and backend.TRITON_INSTALLED

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from models.kernels import deep, ttt
-from models.kernels.backend import unlike
+from models.kernels.backend import compiles, unlike
 from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
 from models.regression.deep.accelerated import kernel_averaged, kernel_online
-from models.regression.deep.forms import Call, State, compiles, deep_memory
+from models.regression.deep.forms import Call, State, deep_memory
 from models.regression.deep.retention import Entropic, Normed
 from models.regression.deep.rules import AtEnd, Averaged, Gates, Online, Rule, Start, each, where
 from models.regression.memory import Memory

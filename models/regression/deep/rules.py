@@ -353,11 +353,13 @@ class AtEnd(Summed):
 
 def where(condition: Flag, new: Any, now: Any) -> Any:
     """Of trees of (named) tuples of tensors, alike. A CPU is asked whether any row is new: most often none is, and no
-    weights are copied. (A GPU would have to be waited for; and fake tensors, which count memory, know no numbers.)
+    weights are copied. (A GPU would have to be waited for; and fake tensors, which count memory, know no numbers, nor
+    does a compiler.)
     """
     if isinstance(condition, bool):
         return new if condition else now
-    if type(condition) is Tensor and condition.device.type == "cpu" and not condition.any():
+    ask = type(condition) is Tensor and condition.device.type == "cpu" and not torch.compiler.is_compiling()
+    if ask and not condition.any():
         return each(lambda x: x.view_as(x), now)
     return each(lambda x, y: torch.where(condition, x, y), new, now)
 

@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, C places of a slot, N slots.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -71,9 +72,16 @@ class Slots(NamedTuple):
 
 
 def lay_out(
-    tokens: Tensor, size: int, grad_batch: int, phase: Tensor | None = None, segments: Tensor | None = None
+    tokens: Tensor,
+    size: int,
+    grad_batch: int,
+    phase: Tensor | None = None,
+    segments: Tensor | None = None,
+    multiple: int = 1,
 ) -> Slots:
-    """The slots of tokens [B, T, ...], of `size` tokens, for mini-batches of grad_batch."""
+    """The slots of tokens [B, T, ...], of `size` tokens, for mini-batches of grad_batch. multiple: of which there are
+    as many where places are looked up, the last ones empty: how many documents need differs from batch to batch.
+    """
     (B, T), device = tokens.shape[:2], tokens.device
     if phase is None and segments is None and (grad_batch % size == 0 or size >= T):
         count, end = -(-T // size), torch.full((B,), T % grad_batch, device=device)
@@ -86,12 +94,13 @@ def lay_out(
     opens[:, 0] = True
     slot, index = opens.cumsum(1) - 1, torch.arange(T, device=device).expand(B, T)
     place = slot * size + index - torch.where(opens, index, 0).cummax(1).values
-    empty = torch.zeros(B, int(slot[:, -1].max()) + 1, dtype=torch.long, device=device)
+    num = -(-(int(slot[:, -1].max()) + 1) // multiple) * multiple
+    empty = torch.zeros(B, num, dtype=torch.long, device=device)
     flags = ((within == 0) & opens, document & opens, within == grad_batch - 1)
     batch, document, over = (empty.scatter_add(1, slot, x.long()).bool().T for x in flags)
     some = [row if any_row else False for row, any_row in zip(over, over.any(1).tolist(), strict=True)]
     phase = (within[:, -1] + 1) % grad_batch
-    return Slots(place, empty.shape[1], size, batch, None if segments is None else document, some, phase)
+    return Slots(place, num, size, batch, None if segments is None else document, some, phase)
 
 
 Step = Callable[..., tuple[Tensor, Any]]
@@ -113,7 +122,8 @@ def scan(
     remat: int,
     at_once: int = 1,
 ) -> tuple[list[Tensor], Any]:
-    """The same by `steps`, which takes some of them, `at_once`, in a row; it may be compiled.
+    """The same by `steps`, which takes some of them, `at_once` or `remat` if that is less, in a row, and one by one
+    those that are left in the end: it may be compiled, for each number of them.
 
     remat: of so many steps together the backward pass computes once more what it needs, so that memory is needed for
     those and for the states between them (activation checkpointing); 0: never.
@@ -121,11 +131,14 @@ def scan(
 
     def several(state: Any, inputs: Sequence[Sequence[Any]]) -> tuple[list[Tensor], Any]:
         outputs = []
-        for n in range(0, len(inputs), at_once):
-            some, state = steps(state, inputs[n : n + at_once])
+        whole = len(inputs) - len(inputs) % at_once
+        starts = [*range(0, whole, at_once), *range(whole, len(inputs))]
+        for n, end in pairwise([*starts, len(inputs)]):
+            some, state = steps(state, inputs[n:end])
             outputs += some
         return outputs, state
 
+    at_once = min(at_once, remat or at_once)
     if not (remat and torch.is_grad_enabled()):
         return several(state, inputs)
     outputs = []

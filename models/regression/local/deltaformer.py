@@ -20,13 +20,16 @@ Shapes: as in pairs.py.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import ClassVar
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from models.kernels.backend import compiles
 from models.parts.precision import wide, working_dtype
 from models.parts.sizes import Sizes
 from models.regression.local.constant import Softmax, of_heads
@@ -59,53 +62,96 @@ def recurrent_corrected(k: Tensor, v: Tensor, b: Tensor, beta: Tensor, view: Vie
     return values[:, :, S:]
 
 
+@torch.compiler.disable  # it compiles its own step: a compiler would write out all blocks, each as wide as what it sees
 def parallel_corrected(
-    k: Tensor, v: Tensor, b: Tensor, beta: Tensor, view: View, past: Pairs, block: int = 64
+    k: Tensor, v: Tensor, b: Tensor, beta: Tensor, view: View, past: Pairs, block: int = 64, compiled: bool = False
 ) -> Tensor:
-    """The same for `block` tokens at a time, by a triangular system for each. Other arguments and result as in
-    recurrent_corrected."""
-    return _Corrected.apply(torch.cat([past.k, k], dim=2), v, b, beta, past.v, view, block)
+    """The same for `block` tokens at a time, by a triangular system for each. compiled: whole blocks by torch.compile,
+    in one form for all numbers of pairs. Other arguments and result as in recurrent_corrected."""
+    return _Corrected.apply(torch.cat([past.k, k], dim=2), v, b, beta, past.v, view, block, compiled)
 
 
 class _Corrected(torch.autograd.Function):
     """Blocks in turn, with a gradient that goes through them backwards and makes their weights anew: no T x T outlives
-    its block. With the rows B P of a block, D its triangle and u all values up to it,
-        G = D^-T dU ,   dv = G ,   dU_before -= (B P)^T G ,   dP = -(b G) u^T ,   db = -G . (P u) .
-    """
+    its block."""
 
     @staticmethod
     def forward(
-        ctx, keys: Tensor, v: Tensor, b: Tensor, beta: Tensor, before: Tensor, view: View, block: int
+        ctx, keys: Tensor, v: Tensor, b: Tensor, beta: Tensor, before: Tensor, view: View, block: int, compiled: bool
     ) -> Tensor:
-        u = torch.cat([before, torch.empty_like(v)], dim=2)
-        for tokens, here, _ in _spans(v.shape[2], view.past, block):
-            P = b[:, :, tokens] * _weights(keys, beta, view, tokens)
-            rest = v[:, :, tokens] - P[..., : here.start] @ u[:, :, : here.start]
-            u[:, :, here] = torch.linalg.solve_triangular(P[..., here], rest, upper=False, unitriangular=True)
+        # one row more, so that no part of them is the whole: else the compiler makes another form of the last block
+        keys, u = F.pad(keys, (0, 0, 0, 1)), F.pad(before, (0, 0, 0, v.shape[2] + 1))
+        for tokens, here, seen in _spans(v.shape[2], view.past, block):
+            known = _before(view, tokens, here, seen, u.device), keys[:, :, seen], u[:, :, seen]
+            whole = compiled and seen.stop > here.stop - here.start == block
+            u[:, :, here] = _solved(corrected_block, whole, *known, v[:, :, tokens], b[:, :, tokens], beta)
         ctx.save_for_backward(keys, b, beta, u)
-        ctx.view, ctx.block = view, block
-        return u[:, :, view.past :].clone()
+        ctx.settings = view, block, compiled
+        return u[:, :, view.past : -1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, du: Tensor) -> tuple[Tensor | None, ...]:
         keys, b, beta, u = ctx.saved_tensors
-        view, S = ctx.view, ctx.view.past
+        view, block, compiled = ctx.settings
+        S = view.past
         d_values, dv = torch.cat([torch.zeros_like(u[:, :, :S]), du], dim=2), torch.empty_like(du)
-        d_keys, db, d_beta = torch.zeros_like(keys), torch.empty_like(b), torch.zeros_like(beta)
-        for tokens, here, seen in reversed(_spans(du.shape[2], S, ctx.block)):
-            p, share = _weights(keys, beta, view, tokens), b[:, :, tokens]
-            D = (share * p[..., here]).mT
-            G = torch.linalg.solve_triangular(D, d_values[:, :, here], upper=True, unitriangular=True)
-            dv[:, :, tokens] = G
-            d_values[:, :, : here.start] -= (share * p[..., : here.start]).mT @ G
-            db[:, :, tokens] = -(G * (p @ u[:, :, seen])).sum(-1, keepdim=True)
-            dp = -(share * G) @ u[:, :, seen].mT
-            d_logits = p * (dp - (p * dp).sum(-1, keepdim=True))
-            d_beta += (d_logits * (keys[:, :, here] @ keys[:, :, seen].mT)).sum((0, 2, 3)).view_as(beta)
-            d_keys[:, :, here] += beta * (d_logits @ keys[:, :, seen])
-            d_keys[:, :, seen] += beta * (d_logits.mT @ keys[:, :, here])
-        return d_keys, dv, db, d_beta, d_values[:, :, :S], None, None
+        d_keys, db, d_beta = torch.zeros_like(keys[:, :, :-1]), torch.empty_like(b), torch.zeros_like(beta)
+        for tokens, here, seen in reversed(_spans(du.shape[2], S, block)):
+            known = _before(view, tokens, here, seen, u.device), keys[:, :, seen], u[:, :, seen]
+            whole = compiled and seen.stop > here.stop - here.start == block
+            found = _solved(block_gradient, whole, *known, d_values[:, :, here], b[:, :, tokens], beta)
+            dv[:, :, tokens], db[:, :, tokens] = found[:2]
+            d_beta += found[2]
+            d_values[:, :, seen] -= found[3]  # at the block itself, where nobody reads it any more, too
+            d_keys[:, :, here] += found[4]
+            d_keys[:, :, seen] += found[5]
+        return d_keys, dv, db, d_beta, d_values[:, :, :S], None, None, None
+
+
+def corrected_block(visible: Tensor, keys: Tensor, u: Tensor, v: Tensor, b: Tensor, beta: Tensor) -> Tensor:
+    """u of the C tokens whose keys are the last ones: (I + diag(b) P) u = v - diag(b) P u_before.
+
+    visible [B or 1, 1, C, S], keys [B, H, S, K], u [B, H, S, V] of all pairs up to them, zero for their own, v [B, H,
+    C, V], b [B, H, C, 1], beta [H, 1, 1].
+    """
+    C = v.shape[2]
+    P = b * past_weights(visible, keys[:, :, -C:], keys, beta)
+    return torch.linalg.solve_triangular(P[..., -C:], v - P @ u, upper=False, unitriangular=True)
+
+
+def block_gradient(
+    visible: Tensor, keys: Tensor, u: Tensor, du: Tensor, b: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of corrected_block from du [B, H, C, V]: by v, b and beta; by u of the tokens before, negated; by
+    the C keys as those that look up, and by all S as those that are compared with. u: the solution too. With the rows
+    B P of a block and D its triangle,
+        G = D^-T dU ,   dv = G ,   dU_before -= (B P)^T G ,   dP = -(b G) u^T ,   db = -G . (P u) .
+    """
+    C = du.shape[2]
+    here = keys[:, :, -C:]
+    p = past_weights(visible, here, keys, beta)
+    G = torch.linalg.solve_triangular((b * p[..., -C:]).mT, du, upper=True, unitriangular=True)
+    db = -(G * (p @ u)).sum(-1, keepdim=True)
+    dp = -(b * G) @ u.mT
+    d_logits = p * (dp - (p * dp).sum(-1, keepdim=True))
+    d_here = d_logits @ keys
+    d_beta = (d_here * here).sum((0, 2, 3)).view_as(beta)
+    return G, db, d_beta, (b * p).mT @ G, beta * d_here, beta * (d_logits.mT @ here)
+
+
+@cache
+def _compiled(form: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., Any]:
+    return torch.compile(form)
+
+
+def _solved(form: Callable[..., Any], compiled: bool, visible: Tensor, keys: Tensor, u: Tensor, *rest: Tensor) -> Any:
+    """form(visible, keys, u, *rest). A compiler is told that each block sees another number of pairs."""
+    if not compiled:
+        return form(visible, keys, u, *rest)
+    for x, pairs in ((visible, 3), (keys, 2), (u, 2)):
+        torch._dynamo.maybe_mark_dynamic(x, pairs)
+    return _compiled(form)(visible, keys, u, *rest)
 
 
 def _spans(T: int, past: int, block: int) -> list[tuple[slice, slice, slice]]:
@@ -114,12 +160,10 @@ def _spans(T: int, past: int, block: int) -> list[tuple[slice, slice, slice]]:
     return [(slice(a, z), slice(past + a, past + z), slice(0, past + z)) for a, z in bounds]
 
 
-def _weights(keys: Tensor, beta: Tensor, view: View, tokens: slice) -> Tensor:
-    """p(k) of some tokens, [B, H, C, S]."""
-    here, seen = slice(view.past + tokens.start, view.past + tokens.stop), slice(0, view.past + tokens.stop)
-    index = torch.arange(seen.stop, device=keys.device)
-    visible = view.visible(tokens, seen, keys.device) & (index < index[here, None])
-    return past_weights(visible.unsqueeze(1), keys[:, :, here], keys[:, :, seen], beta)
+def _before(view: View, tokens: slice, here: slice, seen: slice, device: torch.device) -> Tensor:
+    """Which pairs a token is corrected by, [B or 1, 1, C, S]: those that it may use, but for its own."""
+    index = torch.arange(seen.stop, device=device)
+    return (view.visible(tokens, seen, device) & (index < index[here, None])).unsqueeze(1)
 
 
 class DeltaFormer(Softmax):
@@ -145,7 +189,11 @@ class DeltaFormer(Softmax):
         b = self.steps(tokens.x).to(dtype).transpose(1, 2).unsqueeze(-1)
         recurrent = self.choose(tokens.q.device, tokens.q.dtype).backend == "recurrent"
         block = self.queries_at_once(k)
-        form = recurrent_corrected if recurrent else partial(parallel_corrected, block=block)
+        form: Any = recurrent_corrected
+        if not recurrent:
+            # not of prompts: a form is for one length of the sequence, by whose strides a block finds its pairs
+            compiled = torch.is_grad_enabled() and compiles(k.device)
+            form = partial(parallel_corrected, block=block, compiled=compiled)
         with torch.autocast(k.device.type, enabled=False):
             beta = of_heads(self.beta(k))
             u = form(k[:, :, S:], v[:, :, S:], b, beta, view, Pairs(k[:, :, :S], v[:, :, :S]))

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from models.parts.sizes import Sizes
-from models.regression.deep import DeepMemory
+from models.regression.deep import DeepMemory, forms
 from models.regression.deep.forms import Call, deep_memory
 from models.regression.deep.network import SMOOTH, Network
 from models.regression.deep.retention import Entropic, Normed
@@ -254,6 +254,32 @@ def test_compiled_steps_are_the_steps(remat):
     settings = {"grad_batch": 8, "chunk": 8, "remat": remat, "segments": DOCUMENTS[:, :40] if remat else None}
     exact, found = (outcome(chunked_deep, Network(), start, inputs, compiled=x, **settings) for x in (False, True))
     assert largest_error(found, exact) < 1e-10
+
+
+def test_chunks_are_compiled_in_few_forms(monkeypatch):
+    """Four in one call, and one by one those that are left: of ten slots the first have no form of their own. Where
+    documents are told none are left, however many slots a batch needs."""
+    graphs, compile_ = [], torch.compile
+
+    def compiler(graph, _):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda steps, **options: compile_(steps, backend=compiler, **options))
+    start, inputs = draw(80)
+    ends = torch.arange(80) > torch.tensor([[43], [60]])
+    for calls, num_forms in (([None], 2), ([ends.long(), ends.cumsum(1) // 11], 1)):
+        graphs.clear()
+        torch._dynamo.reset()
+        forms.compiled_steps.cache_clear()
+        for segments in calls:
+            settings = {"grad_batch": 8, "chunk": 8, "segments": segments}
+            exact, found = (
+                outcome(chunked_deep, Network(), start, inputs, compiled=x, **settings) for x in (False, True)
+            )
+            assert largest_error(found, exact) < 1e-10
+        assert len(graphs) == num_forms
+    forms.compiled_steps.cache_clear()
 
 
 def test_autocast_changes_nothing():

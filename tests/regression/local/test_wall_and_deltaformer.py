@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from models.mixers.mixer import Mixer
 from models.parts.sizes import Sizes
-from models.regression.local import Forgetting, Wall
+from models.regression.local import Forgetting, Wall, deltaformer
 from models.regression.local.deltaformer import parallel_corrected, recurrent_corrected
 from models.regression.local.pairs import Pairs, View
 from models.regression.local.wall import faded_products, through_the_first
@@ -95,3 +95,26 @@ def test_corrected_values_and_their_gradients_block_by_block(past, documents):
         found.append([u, *torch.autograd.grad(u.square().sum(), wanted, allow_unused=True)])
     pairs = [(x, y) for x, y in zip(*found, strict=True) if x is not None]
     assert largest_difference([x for x, _ in pairs], [y for _, y in pairs]) < 1e-12
+
+
+def test_blocks_are_compiled_in_one_form(monkeypatch):
+    """However many pairs they see, forward and backward; the last one, which is shorter, is not compiled."""
+    graphs, compile_ = [], torch.compile
+
+    def compiler(graph, _):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda form: compile_(form, backend=compiler))
+    deltaformer._compiled.cache_clear()
+    g = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(2, 2, 19, 4, dtype=torch.float64, generator=g) for _ in range(2))
+    b = torch.rand(2, 2, 19, 1, dtype=torch.float64, generator=g)
+    beta = torch.tensor([0.7, 2.0], dtype=torch.float64).view(2, 1, 1)
+    start = torch.tensor([[0] * 4 + [4] * 15, [0] * 19])
+    leaves, found = [x.requires_grad_() for x in (k, v, b, beta)], []
+    for compiled in (False, True):
+        u = parallel_corrected(k, v, b, beta, View(0, start), Pairs(k[:, :, :0], v[:, :, :0]), 4, compiled)
+        found.append([u, *torch.autograd.grad(u.square().sum(), leaves)])
+    deltaformer._compiled.cache_clear()
+    assert len(graphs) == 2 and largest_difference(*found) < 1e-12
