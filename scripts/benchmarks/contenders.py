@@ -187,7 +187,8 @@ def half(device: str) -> torch.autocast:
 def training(name: str, sizes: Sizes, device: str, seed: int = 0, compiled: bool = True) -> Training:
     """The LightningModule, its blocks compiled where train.py does."""
     cfg = composed(name, f"size={sizes.size}", f"model.num_layers={sizes.layers}")
-    model = model_of(cfg, sizes.vocabulary, seed)
+    with torch.device(device):  # made there: a CPU takes seconds for what a GPU draws at once
+        model = model_of(cfg, sizes.vocabulary, seed)
     parts: dict[str, Any] = {"compile_blocks": cfg.compile and compiled, "recompute": cfg.recompute}
     module = Training(model, build(cfg.optimizer), build(cfg.schedule), num_steps=1000, clip_norm=1.0, **parts)
     module.to(device)
@@ -204,7 +205,8 @@ def model_of(cfg: DictConfig, vocabulary: int, seed: int = 0) -> LanguageModel:
 def theirs(name: str, sizes: Sizes, device: str) -> Contender:
     """As its own library makes it, with the same AdamW; compiled whole where the name says so."""
     base = name.removesuffix(COMPILED)
-    model = peer_model(base, sizes).to(device)
+    with torch.device(device):
+        model = peer_model(base, sizes).to(device)
     if name != base:
         # fla's operators end a graph in each layer, and a layer has its own index: more than the 8 forms of a function
         # after which Dynamo leaves it eager

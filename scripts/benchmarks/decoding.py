@@ -74,11 +74,12 @@ def decode(
 
 
 def opened(name: str, sizes: Sizes, device: str, dtype: str) -> Any:
-    if name in PRESETS:
-        cfg = composed(name, f"size={sizes.size}", f"model.num_layers={sizes.layers}")
-        model: nn.Module = model_of(cfg, sizes.vocabulary)
-    else:
-        model = peer_model(name, sizes)
+    with torch.device(device):
+        if name in PRESETS:
+            cfg = composed(name, f"size={sizes.size}", f"model.num_layers={sizes.layers}")
+            model: nn.Module = model_of(cfg, sizes.vocabulary)
+        else:
+            model = peer_model(name, sizes)
     return model.to(device, getattr(torch, dtype) if dtype != "autocast" else None).eval()
 
 
