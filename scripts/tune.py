@@ -4,10 +4,12 @@
     python scripts/tune.py --compile [...]
 
 Of each preset whose memory is computed by fla, one layer goes forward and backward at each size, in bf16 over its
-micro-batch; every candidate that fla offers is compiled, all at once, and timed for so many milliseconds. What is found
-is added to the table of this GPU and these releases of Triton and fla, in place of what it had for the same kernels and
-keys (models/kernels/tuning.py, which says what a key is). Time it on a GPU that nothing else uses. --compile only fills
-Triton's cache: several processes can do that at a time, for one that times then.
+micro-batch; every candidate that fla offers is compiled, all at once, and timed for so many milliseconds. A model of
+fla's own has its name of scripts/benchmark.py, fla.gated_deltanet, and goes through two layers and its loss, so that
+the benchmark finds it at its best. What is found is added to the table of this GPU and these releases of Triton and
+fla, in place of what it had for the same kernels and keys (models/kernels/tuning.py, which says what a key is). Time it
+on a GPU that nothing else uses. --compile only fills Triton's cache: several processes can do that at a time, for one
+that times then.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,11 @@ from torch import Tensor, nn
 from models.build import build
 from models.kernels import ahead, tuning
 from models.mixers.mixer import Mixer
-from scripts.benchmarks.contenders import PRESETS
+from scripts.benchmarks.contenders import PEERS, PRESETS, batch_of, half, sizes_of, theirs
 from scripts.recipes import CONF, composed
 
 DEVICE = torch.device("cuda")
+PEERS_OF_FLA = [name for name, peer in PEERS.items() if peer.gpu]
 Found = list[tuple[Any, Any]]  # kernels of Triton's class, and keys that they were tuned for
 
 
@@ -52,6 +55,25 @@ def call(layer: nn.Module, x: Tensor) -> None:
     with torch.autocast(DEVICE.type, torch.bfloat16):
         y, _ = layer(x)
     y.sum().backward()
+
+
+def works(name: str, size: str) -> Iterator[Callable[[], None]]:
+    """What calls the kernels of a preset, layer by layer, or of a model of fla's own."""
+    if name in PEERS_OF_FLA:
+        sizes = sizes_of(size)._replace(layers=2)
+        peer, batch = theirs(name, sizes, DEVICE.type), batch_of(sizes, DEVICE.type, documents=False)
+        yield partial(step, peer.loss, batch)
+        return
+    cfg = composed(name, f"size={size}")
+    for layer in layers_of(cfg):
+        x = torch.randn(cfg.micro_batch, cfg.seq_len, cfg.model.hidden_size, device=DEVICE).bfloat16()
+        yield partial(call, layer, x)
+
+
+def step(loss: Callable[[Any], Tensor], batch: Any) -> None:
+    with half(DEVICE.type):
+        value = loss(batch)
+    value.backward()
 
 
 def timed(ms: float) -> Found:
@@ -102,7 +124,10 @@ def written(table: tuning.Table) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PRESETS, default=PRESETS, metavar="NAME")
+    names = [*PRESETS, *PEERS_OF_FLA]
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=PRESETS, metavar="NAME", help="default: all presets"
+    )
     parser.add_argument("--sizes", nargs="+", choices=sorted(x.stem for x in (CONF / "size").glob("*.yaml")))
     parser.add_argument("--ms", type=float, default=50.0, help="for which each candidate is timed")
     parser.add_argument("--compile", action="store_true", help="only compile")
@@ -110,22 +135,20 @@ def main() -> None:
     given = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: launches are tuned on a GPU, and there is none here")
-    name = re.sub(r"\W+", "_", f"{torch.cuda.get_device_name()} triton {tuning.here()[1]}".lower())
-    output = given.output or tuning.FOLDER / f"{name}.json"
+    file = re.sub(r"\W+", "_", f"{torch.cuda.get_device_name()} triton {tuning.here()[1]}".lower())
+    output = given.output or tuning.FOLDER / f"{file}.json"
     found = timed(given.ms)
     for size in given.sizes or ("50m", "340m"):
-        for preset in given.only:
-            cfg = composed(preset, f"size={size}")
-            for layer in layers_of(cfg):
-                x = torch.randn(cfg.micro_batch, cfg.seq_len, cfg.model.hidden_size, device=DEVICE).bfloat16()
+        for name in given.only:
+            for work in works(name, size):
                 began, before = time.perf_counter(), len(found)
                 with ahead.compiled():
-                    call(layer, x)
+                    work()
                 compiled = time.perf_counter()
                 if not given.compile:
-                    call(layer, x)
+                    work()
                 seconds = f"{compiled - began:.1f} s to compile, {time.perf_counter() - compiled:.1f} to time"
-                print(f"{preset} {size}: {len(found) - before} kernels and keys, {seconds}", flush=True)
+                print(f"{name} {size}: {len(found) - before} kernels and keys, {seconds}", flush=True)
                 if len(found) == before:
                     continue
                 try:
