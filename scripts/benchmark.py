@@ -38,6 +38,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from models.kernels import tuning
 from scripts.benchmarks import contenders, data, decoding, losses, operators, starting, steps, whole
 from scripts.benchmarks.apart import apart, forked
 from scripts.benchmarks.timing import HEAD, compare, machine
@@ -62,6 +63,8 @@ def ops(only: str | None, repeats: int, kernels: bool, path: Path | None) -> Non
     if device == "cuda" and importlib.util.find_spec("flash_qla") is None:
         print("FlashQLA's rows are left out: the package flash_qla is not installed")
     print(HEAD)
+    if device == "cuda":
+        tuning.without_loans()
     rows = []
     for size, make in cases.items():
         for row in compare(size, make(), device, repeats):
