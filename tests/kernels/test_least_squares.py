@@ -138,8 +138,8 @@ def test_rounded_products_lead_nowhere_else(K, V):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("K, V", SIZES)
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("K, V", SIZES)
 def test_the_kernel_is_the_definition(case, K, V, monkeypatch):
     """What is around the solve is compiled at one of the sizes: that takes ten times as long as the rest."""
     if K != 64:
