@@ -320,7 +320,7 @@ def test_what_a_failed_run_has_begun_ends_before_what_comes_next(ends, monkeypat
 @torch.no_grad()
 def test_captured_pieces_are_the_prompt(preset, dtype):
     """Within rounding, and to the last bit each time; with the token after it, and after weights have changed."""
-    m = model(preset, hidden_size=128).float().cuda().eval()
+    m = model(preset, hidden_size=256).float().cuda().eval()
     draw = torch.Generator().manual_seed(2)
     with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
         for rows, length in ((1, 6144), (16, 1344), (64, 700)):
