@@ -126,7 +126,7 @@ def asked(task: Text, num_rows: int) -> Asked:
     samples = task.validation_samples()
     num_rows = min(num_rows, len(samples))
     each = samples.__getitems__([i * len(samples) // num_rows for i in range(num_rows)])
-    rows = [each[name] for name in ("input_ids", "labels", "segments")]
+    rows = each["input_ids"], each["labels"], each["segments"]
     ids, labels, segments = (x.numpy() for x in rows)
     V, train = task.vocab_size, task._shards("train")
     rare = rare_in(np.asarray(train.read(0, min(LOOKED_AT, train.num_tokens))), ids, labels, V) & (labels != IGNORE)
