@@ -28,6 +28,7 @@ from hydra.errors import HydraException
 from torch import Tensor
 
 from conf.command import sentence
+from models.regression.memory import Memory
 from models.regression.regressor import Choice
 from scripts.benchmarks.contenders import PRESETS
 from scripts.recipes import composed, mixer_of
@@ -165,6 +166,8 @@ def kernels_of(preset: str, key_dim: int, dtype: torch.dtype, *settings: str) ->
     if "triton" not in refusals or refusals["triton"] is not None:
         raise ValueError(f"{preset} has no kernels of ours here: {refusals.get('triton', 'none were written')}")
     mixer.regressor.choose = lambda *_: Choice("triton", "")
+    if isinstance(mixer.regressor, Memory):
+        mixer.regressor.chunk = mixer.regressor.chunk or 64  # as tokens_at_once has it on a GPU
     x = torch.randn(1, 130, 2 * key_dim, dtype=dtype).requires_grad_()
     with compiling() as found:
         y, _ = mixer(x)

@@ -1,12 +1,13 @@
 """Runs the tests that need a GPU, spread over processes and over the GPUs there are.
 
-    python scripts/gpu_tests.py [--workers 15] [--limit 460] [PYTEST ARGUMENT ...]
+    python scripts/gpu_tests.py [--workers 16] [--limit 460] [PYTEST ARGUMENT ...]
 
-Most of their time is Triton's, which compiles a kernel on one core: so many processes take a few tests at a time, those
-that run whole models first, and what would try many launches of a kernel has one. Process i has GPU i modulo their
-number as its own, and sees all. Printed are each failure as it comes, every ten seconds how many tests are done, and at
-the end how long each file and the longest tests took, and what was left after `--limit` seconds. A process that ended
-in the middle of a test, or whose GPU went wrong, is replaced: a broken CUDA context would fail every test after it.
+Most of their time is Triton's, which compiles a kernel on one core: so many processes take a few tests at a time, and
+what would try many launches of a kernel has one. The tests that take longest by the table SECONDS are begun first, each
+alone. Process i has GPU i modulo their number as its own, and sees all. Printed are each failure as it comes, every ten
+seconds how many tests are done, and at the end how long each file and the longest tests took, and what was left after
+`--limit` seconds. A process that ended in the middle of a test, or whose GPU went wrong, is replaced: a broken CUDA
+context would fail every test after it.
 
 Without arguments it runs all tests that are marked `gpu`. The exit code is 0 where there is a GPU, and all
 have passed or were skipped.
@@ -35,9 +36,60 @@ import torch
 
 FORK: Any = multiprocessing.get_context("fork")  # a child has what is imported here
 OURS = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
-CHUNK = 3  # tests of one file that a process takes at a time
+CHUNK = 6  # tests of one file that a process takes at a time, at most
+ENOUGH = 30.0  # seconds that they take together by the table, about
 LONGEST = 12  # tests whose times are printed at the end
 ALIVE = 10.0  # seconds between two lines on how many are done
+
+# Seconds that a test takes on one H200 with 16 cores and empty caches, about, by the first of these words that are all
+# in its name. They decide the order, and what is begun together.
+SECONDS = {
+    "test_recompute.py titans_mac": 170.0,
+    "test_backends.py titans_mac": 100.0,
+    "test_backends.py compiled": 90.0,
+    "test_stability.py titans_ma": 90.0,  # titans_mac, titans_mag and titans_mal
+    "test_stability.py": 60.0,
+    "test_pieces.py": 60.0,
+    "test_attention.py": 34.0,
+    "test_deep.py": 32.0,
+    "test_ttt.py": 27.0,
+    "test_backends.py mesa": 40.0,
+    "test_backends.py nystrom": 40.0,
+    "test_least_squares.py 64-64": 30.0,  # what is around the solve is compiled
+    "test_recompute.py": 25.0,
+    "test_fitting.py": 22.0,
+    "test_captured.py": 22.0,
+    "test_benchmark.py": 15.0,
+    "test_probe.py": 15.0,
+    "test_fla.py": 13.0,
+    "test_pairs.py": 12.0,
+    "test_least_squares.py": 8.0,
+    "test_backends.py": 11.0,
+    "test_decoding.py": 10.0,
+    "test_local_linear.py": 7.0,
+    "test_momentum": 6.0,
+    "test_channel_delta.py": 6.0,
+}
+OTHERS = 3.0
+
+
+def seconds_of(name: str) -> float:
+    """By the table."""
+    return next((seconds for words, seconds in SECONDS.items() if all(x in name for x in words.split())), OTHERS)
+
+
+def chunks_of(names: list[str]) -> list[list[str]]:
+    """What processes take, in the order in which they are begun: tests of one file in their order, of which those that
+    stand together often have the same kernels; the longest first, so that none is begun when nothing else is left."""
+    chunks: list[list[str]] = []
+    for name in names:
+        last = chunks[-1] if chunks else []
+        same = bool(last) and last[0].split("::")[0] == name.split("::")[0]
+        if same and len(last) < CHUNK and sum(map(seconds_of, [*last, name])) <= ENOUGH:
+            last.append(name)
+        else:
+            chunks.append([name])
+    return sorted(chunks, key=lambda chunk: -sum(map(seconds_of, chunk)))
 
 
 class Worker:
@@ -123,16 +175,10 @@ class Run:
         print(f"{time.monotonic() - self.begin:5.0f} s  {text}", flush=True)
 
     def found(self, names: list[str], gpus: int) -> None:
-        """The tests, those of single kernels last: files by name, each cut into chunks."""
         if self.total is not None:
             return
         self.total, self.gpus = len(names), gpus
-        files: dict[str, list[str]] = {}
-        for name in names:
-            files.setdefault(name.split("::")[0], []).append(name)
-        for file in sorted(files, key=lambda file: ("/kernels/" in file, "/laws/" in file, -len(files[file]))):
-            size = CHUNK if "/kernels/" in file or "/laws/" in file else 1
-            self.chunks += [files[file][i : i + size] for i in range(0, len(files[file]), size)]
+        self.chunks += chunks_of(names)
         self.say(f"{self.total} tests, {len(self.processes)} processes, {gpus} GPUs")
 
     def heard(self, connection: Connection, what: str, text: Any, seconds: float) -> None:
@@ -212,7 +258,7 @@ def files() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=max(1, cores - 1), help="processes; default: all cores but one")
+    parser.add_argument("--workers", type=int, default=cores, help="processes; default: one a core")
     parser.add_argument("--limit", type=float, default=460.0, help="seconds after which the rest is left out")
     given, rest = parser.parse_known_args()
     os.chdir(Path(__file__).parents[1])

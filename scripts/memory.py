@@ -1,7 +1,7 @@
 """What the trained models of an ablation remember of a text; adds it to the lines of results.jsonl.
 
     python scripts/evidence.py ablation --rates ablation_rates --times 0.75 --minutes 9       # trains them
-    python scripts/memory.py ablation                                                         # looks into each, seconds
+    python scripts/memory.py ablation                                                         # looks into each
 
 It needs the folders of the runs, so it belongs behind the sweep, on the same machine. For each finished run:
 
@@ -22,9 +22,9 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -45,16 +45,28 @@ from scripts.sweeps.results import Results, change, results_of
 STRETCH, KNOWN = 64, 8  # tokens that are shown twice, and of these the first, which say which it is
 DISTANCES = (0, 64, 128, 256, 512, 1024, 1856)
 RARE, LOOKED_AT = 20, 10_000_000  # times in so many tokens of training, at most
-ROWS = 64
+ROWS, AT_ONCE = 64, 16_384  # rows that are looked at, and tokens of a batch
+
+
+class Asked(NamedTuple):
+    """Of the text, [B, T] each: what is read, what comes next, documents; and whether a pair is rare in training, and
+    whether it has been there before."""
+
+    ids: Tensor
+    labels: Tensor
+    segments: Tensor
+    rare: np.ndarray
+    before: np.ndarray
 
 
 @torch.no_grad()
-def losses(model: Any, rows: Tensor, labels: Tensor, segments: Tensor | None = None, at_once: int = 8) -> Tensor:
-    """Nats [B, T], 0 where nothing is asked."""
+def losses(model: Any, rows: Tensor, labels: Tensor, segments: Tensor | None = None) -> Tensor:
+    """Nats [B, T], 0 where nothing is asked. As it is: to compile what compiles itself would take longer at each of the
+    lengths."""
     device = next(model.parameters()).device
     half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    found = []
-    with half:
+    found, at_once = [], max(1, AT_ONCE // rows.shape[1])
+    with half, torch.compiler.set_stance("force_eager"):
         for begin in range(0, len(rows), at_once):
             part = slice(begin, begin + at_once)
             marks = None if segments is None else segments[part].to(device)
@@ -99,16 +111,32 @@ def rare_in(train: np.ndarray, ids: np.ndarray, labels: np.ndarray, vocab_size: 
     return np.where(known[place] == pairs, counts[place], 0) <= RARE
 
 
-def seen_or_new(model: Any, task: Text, num_rows: int) -> dict[str, float]:
+@cache
+def task_of(data: str, tokenizer: str, seq_len: int) -> Any:
+    """By their YAML, prepared by the run already: the same for all runs of a text."""
+    task: Any = build(OmegaConf.create(data), tokenizer=build(OmegaConf.create(tokenizer)), seq_len=seq_len)
+    if isinstance(task, Text):
+        task.prepare()
+    return task
+
+
+@cache
+def asked(task: Text, num_rows: int) -> Asked:
+    """The rows, at equal distances, and what is counted of their pairs: once for all models, in ten million tokens."""
     samples = task.validation_samples()
+    num_rows = min(num_rows, len(samples))
     each = samples.__getitems__([i * len(samples) // num_rows for i in range(num_rows)])
-    ids, labels, segments = (each[name].numpy() for name in ("input_ids", "labels", "segments"))
+    rows = each["input_ids"], each["labels"], each["segments"]
+    ids, labels, segments = (x.numpy() for x in rows)
     V, train = task.vocab_size, task._shards("train")
     rare = rare_in(np.asarray(train.read(0, min(LOOKED_AT, train.num_tokens))), ids, labels, V) & (labels != IGNORE)
-    before = seen_before(ids, labels, segments, V)
-    nats = losses(model, each["input_ids"], each["labels"], each["segments"]).numpy()
+    return Asked(*rows, rare, seen_before(ids, labels, segments, V))
+
+
+def seen_or_new(model: Any, given: Asked) -> dict[str, float]:
+    nats, rare, before = losses(model, given.ids, given.labels, given.segments).numpy(), given.rare, given.before
     found = {"memory/seen": float(nats[rare & before].mean()), "memory/new": float(nats[rare & ~before].mean())}
-    return found | {"memory/share": float((rare & before).sum() / (labels != IGNORE).sum())}
+    return found | {"memory/share": float((rare & before).sum() / (given.labels != IGNORE).sum().item())}
 
 
 def inner(folder: Path) -> Iterator[tuple[str, float]]:
@@ -126,16 +154,13 @@ def look(folder: Path, num_rows: int = ROWS) -> dict[str, float]:
     """All of it, for the run of this folder."""
     trained = open_trained(folder)
     cfg = OmegaConf.load(folder / "config.yaml")
-    task: Any = build(cfg.data, tokenizer=build(cfg.tokenizer), seq_len=cfg.seq_len)  # prepared by the run already
+    task = task_of(*(OmegaConf.to_yaml(part, resolve=True) for part in (cfg.data, cfg.tokenizer)), cfg.seq_len)
     if not isinstance(task, Text):
         raise ValueError(f"{folder} was trained on data={cfg.data.get('name')}, which is no text of one corpus")
-    task.prepare()
     model: Any = trained.model
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    samples = task.validation_samples()
-    num_rows = min(num_rows, len(samples))
-    text = samples.__getitems__([i * len(samples) // num_rows for i in range(num_rows)])["input_ids"]
-    return copied(model, text) | seen_or_new(model, task, num_rows) | dict(inner(folder))
+    given = asked(task, num_rows)
+    return copied(model, given.ids) | seen_or_new(model, given) | dict(inner(folder))
 
 
 def added(job: str, found: dict[str, float], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from scripts import gpu_tests
 from tests.conftest import ROOT
+from tests.laws.presets import PRESETS
 
 TESTS = """
 import os, pytest
@@ -25,6 +27,31 @@ def test_of_many(made, i):
 def test_that_is_skipped():
     pytest.skip("not here")
 """
+
+
+def test_the_longest_are_begun_first_and_alone(monkeypatch):
+    """Others of one file go together while they are few and short, and keep their order."""
+    monkeypatch.setattr(gpu_tests, "SECONDS", {"b.py long": 100.0, "b.py": 12.0})
+    names = [*(f"a.py::x[{i}]" for i in range(8)), "b.py::x[short]", "b.py::x[long]", *(f"b.py::x[{i}]" for i in "123")]
+    assert gpu_tests.chunks_of(names) == [
+        ["b.py::x[long]"],
+        ["b.py::x[1]", "b.py::x[2]"],
+        names[:6],
+        ["b.py::x[short]"],
+        ["b.py::x[3]"],
+        names[6:8],
+    ]
+
+
+def test_the_table_of_seconds_names_files_with_tests_of_a_gpu():
+    """Each by words that no other before it has; presets are still there."""
+    files = " ".join(path.rsplit("/")[-1] for path in gpu_tests.files())
+    for words in gpu_tests.SECONDS:
+        file, *presets = words.split()
+        assert file in files, words
+        if file != "test_least_squares.py" and presets != ["compiled"]:
+            assert all(any(word in preset for preset in PRESETS) for word in presets), words
+        assert next(known for known in gpu_tests.SECONDS if set(known.split()) <= set(words.split())) == words
 
 
 @pytest.mark.slow

@@ -76,18 +76,21 @@ def test_runs_of_a_sweep_are_looked_into_once(tmp_path, monkeypatch, cache, caps
     monkeypatch.setattr(memory, "Job", lambda name, words: SimpleNamespace(folder=folder))
     monkeypatch.setattr(memory, "STRETCH", 8)  # twice as many fill a row
     monkeypatch.setattr(memory, "KNOWN", 2)
+    counted, rare_in = [], memory.rare_in
+    monkeypatch.setattr(memory, "rare_in", lambda *given: counted.append(1) or rare_in(*given))
     path = tmp_path / "results.jsonl"
     row = {"job": "ablation/x", "words": ["experiment=ablation", "model=gated_delta"], "validation/nats": 5.0}
-    path.write_text(json.dumps(row) + "\n")
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"job": "ablation/again"}) + "\n")
     monkeypatch.setattr("sys.argv", ["memory.py", "ablation", "--results", str(path)])
     memory.main()
-    said, (line,) = capsys.readouterr().out, memory.Results(path).read()
+    said, (line, other) = capsys.readouterr().out, memory.Results(path).read()
+    assert other | {"job": line["job"]} == line and counted == [1], "once for all models of a text"
     assert said.startswith("ablation/x {"), "nothing is prepared again"
     assert line["validation/nats"] == 5.0
     assert abs(line["memory/copied/0"]) < 1 and "memory/copied/64" not in line
     assert 0 < line["memory/seen"] < 7 and 0 < line["memory/new"] < 7 and 0 <= line["memory/share"] < 1
     memory.main()
-    assert capsys.readouterr().out == "" and memory.Results(path).read() == [line]
+    assert capsys.readouterr().out == "" and memory.Results(path).read() == [line, other]
     monkeypatch.setenv("RUNS", "runs")
     elsewhere = row | {"job": "ablation/y"}
     path.write_text(json.dumps(line) + "\n" + json.dumps(elsewhere) + "\n")

@@ -147,8 +147,9 @@ def test_more_programs_than_a_gpu_holds_wait_for_one_another():
     for backend in ("triton", "torch"):
         torch.manual_seed(0)
         layer = TTT(Sizes(H * K, H, H, K, K), backend, "mlp").to("cuda")
-        o, _ = layer(Tokens(x, q, k, v, segments=segments.expand(B, -1)))
-        found.append([o, *torch.autograd.grad(o.float().square().sum(), [q, k, v, *layer.parameters()])])
+        with torch.compiler.set_stance("force_eager"):  # PyTorch's form would be compiled for a minute
+            o, _ = layer(Tokens(x, q, k, v, segments=segments.expand(B, -1)))
+            found.append([o, *torch.autograd.grad(o.float().square().sum(), [q, k, v, *layer.parameters()])])
     assert all((a - b).float().norm() < 2e-2 * b.float().norm() for a, b in zip(*found, strict=True))
 
 

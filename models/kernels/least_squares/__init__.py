@@ -2,15 +2,20 @@
 
 The problem is in models/regression/least_squares/solvers.py, `conjugate_gradients` the same solver in PyTorch, which
 makes three products of all chunks a step, and reads and writes eight tensors of their size.
-Products.   TF32 in a descent, which makes a residual 128 times smaller; then it is measured with all digits of float32
-            (three TF32 products) and put in the place of the one that was updated, as are its digits in the direction
-            (van der Vorst and Ye 2000). It works while condition number times rounding is small. Where a descent has
-            not made a residual ten times smaller in truth, it is as if it had not been, and the next ones take all
-            digits too: in TF32 a matrix of condition 600 need not be positive definite, and then steps lead anywhere.
-Start, end. Those of `conjugate_gradients`: from b / diag(A), and until |b - x A| <= tolerance |b| or max_steps. A token
-            that is there stays as it is, whatever others do.
-Cost.       A step is 2 K^2 + 4 C K multiply-adds a token and head, and reads K^2 + 2 C K + C^2 numbers a chunk from the
-            cache.
+Products.   TF32 in a descent, which makes a residual 64 times smaller; then it is measured with all digits of float32
+            (three TF32 products) and put in the place of the one that was updated. Directions go on with it (van der
+            Vorst and Ye 2000) where the two are alike, and else begin anew. It works while condition number times
+            rounding is small: in TF32 a matrix of condition 600 need not be positive definite, and then steps lead
+            anywhere. A descent that has not made a token's residual ten times smaller in truth is as if it had not
+            been. What such tokens have left is measured in float64, and their further descents take all digits of
+            float32: at a condition of 1e3 the product of a solution rounds by more than the tolerance, and no x that
+            float32 can hold would be known to meet it.
+Start, end. Those of `conjugate_gradients`: from b / diag(A), and until |b - x A| <= tolerance |b| or max_steps, or a
+            descent with all digits has not halved the residual. A token that is there stays as it is, whatever others
+            do.
+Cost.       A step is K^2 + 2 C K multiply-adds a token and head, and reads K^2 + 2 C K + C^2 numbers a chunk from the
+            cache. A measurement costs as much as three, and a solve to 1e-5 has four. One in float64 has as many
+            multiply-adds, without tensor cores; it is made in chunks alone where a descent in TF32 was in vain.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from models.kernels import backend
 
 WIDEST = 128
 LONGEST = 64  # tokens of a chunk
-GAIN = 2.0**-7  # what a descent makes of a residual
+GAIN = 2.0**-6  # what a descent makes of a residual
 PATIENCE = 24  # steps of a descent in TF32: where it needs more, rounding has stopped it
 
 
@@ -65,7 +70,7 @@ def conjugate_gradients(
         solve_kernel[(M,)](
             b, keys, weights, start, first, ridge, *results, tolerance, max_steps,
             first.stride(0), first.stride(1), *ridge.stride(),
-            C=C, K=K, BC=BC, BK=BK, FAST="tf32", EXACT="tf32x3", GAIN=GAIN, PATIENCE=PATIENCE,
+            C=C, K=K, BC=BC, BK=BK, GAIN=GAIN, PATIENCE=PATIENCE,
             num_warps=8 if BK > 64 else 4,
         )  # fmt: skip
     return results

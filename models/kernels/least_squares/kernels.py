@@ -30,13 +30,33 @@ def times(
 
 
 @triton.jit
+def left_over(
+    right, x, keys, weights, first, first_row, start, ridge,
+    C: tl.constexpr, K: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """right_t - x_t A_t of every token by float64, a row of `first` and a key at a time."""
+    rows, channels = tl.arange(0, BC), tl.arange(0, BK)
+    exact, s = x.to(tl.float64), start.to(tl.float64)
+    r = right.to(tl.float64) - exact * ridge.to(tl.float64)
+    for j in range(K):
+        row = tl.load(first + j * first_row + channels, mask=channels < K, other=0.0).to(tl.float64)
+        entries = tl.sum(tl.where(channels[None, :] == j, x, 0.0), 1).to(tl.float64)
+        r -= (s * entries)[:, None] * row[None, :]
+    for i in range(C):
+        k = tl.load(keys + i * K + channels, mask=channels < K, other=0.0).to(tl.float64)
+        weight = tl.load(weights + rows * C + i, mask=rows < C, other=0.0).to(tl.float64)
+        r -= (weight * tl.sum(exact * k[None, :], 1))[:, None] * k[None, :]
+    return r.to(tl.float32)
+
+
+@triton.jit
 def descend(
     r, p, squares, goal, steps, most, keys, weights, first, first_row, start, ridge,
     C: tl.constexpr, K: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Conjugate gradients from the residual r and along p until |r|^2 <= goal, of the tokens that have not taken the
-    most steps. By how much x has moved, the residual that this leaves by its own account, the next direction, and the
-    steps that each token has taken."""
+    most steps. By how much x has moved, the square of the residual that this leaves by its own account, what the next
+    direction has beside that residual, and the steps that each token has taken."""
     d, active = tl.zeros_like(r), (squares > goal) & (steps < most)
     while tl.max(active.to(tl.int32), 0) > 0:
         moved = times(p, keys, weights, first, first_row, start, ridge, C, K, BC, BK, PRECISION)
@@ -48,15 +68,50 @@ def descend(
         p = tl.where(active[:, None], r + (squares / tl.where(active, before, 1.0))[:, None] * p, p)
         steps += active.to(tl.int32)
         active &= (squares > goal) & (steps < most)
-    return d, r, p, steps
+    return d, squares, p - r, steps
+
+
+@triton.jit
+def approach(
+    x, right, going, goal, steps, max_steps, keys, weights, first, first_row, start, ridge,
+    C: tl.constexpr, K: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    CAREFUL: tl.constexpr, GAIN: tl.constexpr, patience,
+):  # fmt: skip
+    """Descents of the tokens that are `going`, until |right - x A|^2 <= goal, or one has not gained enough. x, the
+    squares that are left, and the steps."""
+    enough: tl.constexpr = 0.25 if CAREFUL else 0.01
+    # within a descent a residual may grow by the root of the condition: beyond 1e4 it is rounding that made it so
+    trusted: tl.constexpr = 1e4 if CAREFUL else 0.01
+    d, said, rest, taken = tl.zeros_like(x), tl.zeros_like(goal), tl.zeros_like(x), steps
+    squares = tl.zeros_like(goal) + float("inf")
+    while tl.max(going.to(tl.int32), 0) > 0:
+        if CAREFUL:
+            r = left_over(right, x + d, keys, weights, first, first_row, start, ridge, C, K, BC, BK)
+        else:
+            r = right - times(x + d, keys, weights, first, first_row, start, ridge, C, K, BC, BK, "tf32x3")
+        before, found = squares, tl.sum(r * r, 1)
+        slow = ~(found <= tl.maximum(before * enough, goal))  # or not a number
+        vain = slow & ~(found <= before * trusted)  # as if this descent had not been
+        x += tl.where(vain[:, None], 0.0, d)
+        steps = tl.where(going & ~vain, taken, steps)
+        squares = tl.where(going & ~vain, found, before)
+        going &= ~slow & (squares > goal) & (steps < max_steps)
+        known = (found <= 4 * said) & (said <= 4 * found)  # else directions are of other products, and begin anew
+        p = tl.where(going[:, None], r + tl.where(known[:, None], rest, 0.0), 0.0)
+        found = tl.where(going, found, 0.0)
+        nearer = tl.where(going, tl.maximum(GAIN * GAIN * found, 0.25 * goal), 0.0)
+        d, said, rest, taken = descend(
+            r, p, found, nearer, steps, tl.minimum(steps + patience, max_steps),
+            keys, weights, first, first_row, start, ridge, C, K, BC, BK, PRECISION,
+        )  # fmt: skip
+    return x, squares, steps
 
 
 @triton.jit(do_not_specialize=["max_steps"])
 def solve_kernel(
     b, keys, weights, start, first, ridge, x_out, steps_out, residual_out, tolerance, max_steps,
     first_matrix, first_row, ridge_matrix, ridge_row, ridge_channel,
-    C: tl.constexpr, K: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr, EXACT: tl.constexpr,
-    GAIN: tl.constexpr, PATIENCE: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, GAIN: tl.constexpr, PATIENCE: tl.constexpr,
 ):  # fmt: skip
     """x, with the steps and the residual of each token."""
     m = tl.program_id(0).to(tl.int64)
@@ -78,41 +133,18 @@ def solve_kernel(
     k = load(keys, rows, C, K, K, BK)
     diagonal = tl.load(first + channels * (first_row + 1), mask=channels < K, other=0.0)
     diagonal = s[:, None] * diagonal[None, :] + penalty
-    diagonal = tl.dot(load(weights, rows, C, C, C, BC), k * k, diagonal, input_precision=FAST)
-    x = right / diagonal
-    r = right - times(x, keys, weights, first, first_row, s, penalty, C, K, BC, BK, EXACT)
-    squares, p = tl.sum(r * r, 1), r
-    steps = tl.zeros_like(s).to(tl.int32)
-    careful, stuck = 0, tl.zeros_like(s) > 0
-    busy = tl.max(((squares > goal) & (max_steps > 0)).to(tl.int32), 0)
-    while busy > 0:
-        nearer = tl.maximum(GAIN * GAIN * squares, 0.25 * goal)
-        nearer = tl.where((squares > goal) & ~stuck, nearer, squares)  # who is done stays as it is
-        if careful > 0:
-            d, said, p, taken = descend(
-                r, p, squares, nearer, steps, tl.zeros_like(steps) + max_steps,
-                keys, weights, first, first_row, s, penalty, C, K, BC, BK, EXACT,
-            )  # fmt: skip
-        else:
-            d, said, p, taken = descend(
-                r, p, squares, nearer, steps, tl.minimum(steps + PATIENCE, max_steps),
-                keys, weights, first, first_row, s, penalty, C, K, BC, BK, FAST,
-            )  # fmt: skip
-        r = right - times(x + d, keys, weights, first, first_row, s, penalty, C, K, BC, BK, EXACT)
-        before, squares = squares, tl.sum(r * r, 1)
-        slow = (before > goal) & ~stuck & ~(squares <= tl.maximum(before * 0.01, goal))  # or not a number
-        # a residual may grow by the root of the condition, for a while: beyond 1e4 it is rounding that made it so
-        vain = slow & ((careful == 0) | ~(squares <= before * 1e4))
-        x += tl.where(vain[:, None], 0.0, d)
-        steps = tl.where(vain, steps, taken)
-        if tl.max(vain.to(tl.int32), 0) > 0:  # as if their descent had not been
-            r = right - times(x, keys, weights, first, first_row, s, penalty, C, K, BC, BK, EXACT)
-            squares = tl.sum(r * r, 1)
-        stuck |= slow & (careful > 0)  # as far as float32 goes
-        anew = tl.max(slow.to(tl.int32), 0) > careful
-        careful = tl.maximum(careful, tl.max(slow.to(tl.int32), 0))
-        p = tl.where((slow | anew)[:, None], r, p + r - said)  # else directions go on, so that no step is lost
-        busy = tl.max(((squares > goal) & (steps < max_steps) & ~stuck).to(tl.int32), 0)
+    diagonal = tl.dot(load(weights, rows, C, C, C, BC), k * k, diagonal, input_precision="tf32")
+    x, steps = right / diagonal, tl.zeros_like(s).to(tl.int32)
+    x, squares, steps = approach(
+        x, right, rows >= 0, goal, steps, max_steps, keys, weights, first, first_row, s, penalty,
+        C, K, BC, BK, "tf32", False, GAIN, PATIENCE,
+    )  # fmt: skip
+    stopped = (squares > goal) & (steps < max_steps)
+    x, found, steps = approach(
+        x, right, stopped, goal, steps, max_steps, keys, weights, first, first_row, s, penalty,
+        C, K, BC, BK, "tf32x3", True, GAIN, max_steps,
+    )  # fmt: skip
+    squares = tl.where(stopped, found, squares)
     places = m * C + rows
     tl.store(x_out + places[:, None] * K + channels[None, :], x * size[:, None], mask=inside)
     tl.store(steps_out + places, steps.to(tl.float32), mask=rows < C)
