@@ -102,6 +102,7 @@ NUMBERS = {
     "model.mixers.*.piece": COUNT_OR_NULL,
     "model.mixers.*.length": COUNT,
     "model.mixers.*.decay.step_range[[]*": POSITIVE,
+    "model.mixers.*.decay.half_lives[[]*": POSITIVE,
     "optimizer.lr": POSITIVE,
     "optimizer.eps": POSITIVE,
     "optimizer.weight_decay": NOT_NEGATIVE,
@@ -130,7 +131,7 @@ NUMBERS = {
     "callbacks.*.seconds": NOT_NEGATIVE._replace(optional=True),
 }
 
-PAIRS = ("optimizer.betas", "model.mixers.*.decay.step_range")
+PAIRS = ("optimizer.betas", "model.mixers.*.decay.step_range", "model.mixers.*.decay.half_lives")
 
 # Settings of trainer.strategy that only these strategies have.
 NEEDS = {"checkpoint": "fsdp or hsdp", "whole_for": "fsdp or hsdp", "replicas": "hsdp"}
