@@ -99,6 +99,14 @@ def folder(tmp_path_factory) -> Path:
     window = text_run("ablation_windows", 4.0, "softmax", 1, 1e-3)
     window["words"].append("model.mixers.main.regressor.window=64")
     every["ablation_windows"] = [window]
+    decay = {"model__mixers__main__decay__half_lives": "[22,2840]"}
+    for name, model, own in (
+        ("gates", "kda", decay),
+        ("gates_channels", "kda", decay | {"model__mixers__main__decay__across": "channels"}),
+        ("gates_fixed", "retnet", {}),
+    ):
+        found = {key: x for key, x in text_run(name, 5.0, model, 1, 4e-3).items() if "/" in key}
+        every[name] = [result(name, found, model=model, seed=1, **own)]
     for name, rows in every.items():
         (folder / name).mkdir()
         lines = "".join(json.dumps(row) + "\n" for row in rows)
