@@ -135,9 +135,10 @@ class ScalarDecay(Decay):
         if not 0 <= rate_range[0] < rate_range[1]:
             raise ValueError(f"decay.rate_range={tuple(rate_range)} must be two rising numbers, none negative")
         self.projection = nn.Linear(sizes.hidden_size, sizes.num_heads, bias=False)
-        self.log_rate, self.bias = _rates(sizes.num_heads, *rate_range), _biases(sizes.num_heads, low, high)
+        log_rate, bias = _rates(sizes.num_heads, *rate_range), _biases(sizes.num_heads, low, high)
         if half_lives is not None:
-            _begin_steps(self.bias, self.log_rate, spread(half_lives, "heads", sizes.num_heads, 1))
+            bias = _biases_of(spread(half_lives, "heads", sizes.num_heads, 1), log_rate)
+        self.log_rate, self.bias = log_rate, bias
 
     def steps(self, log_decay: Tensor) -> Tensor:
         """softplus(..) of log gamma, which is what Mamba-2 writes with."""
@@ -208,7 +209,7 @@ class ChannelDecay(Decay):
             nn.init.constant_(self.expansion.bias, bias)
         if half_lives is not None:
             fading = temperature * spread(half_lives, across, *self.heads)  # -logsigmoid(bias)
-            _begin(self.expansion.bias, -torch.expm1(fading).log())
+            self.expansion.bias = nn.Parameter(-torch.expm1(fading).log().flatten().float())
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         logits = wide(self.expansion(read(self.projection, x))).unflatten(-1, self.heads)
@@ -261,11 +262,12 @@ class ChannelRateDecay(Decay):
         rank, channels = rank or sizes.value_dim, sizes.num_heads * sizes.key_dim
         self.projection = nn.Linear(sizes.hidden_size, rank, bias=False)
         self.expansion = nn.Linear(rank, channels, bias=False)
-        self.log_rate, self.bias = _rates(sizes.num_heads), _biases(channels, low, high)
+        log_rate, bias = _rates(sizes.num_heads), _biases(channels, low, high)
+        if half_lives is not None:
+            bias = _biases_of(spread(half_lives, across, *self.heads), log_rate)
+        self.log_rate, self.bias = log_rate, bias
         if lower_bound is not None:
             nn.init.zeros_(self.log_rate)
-        if half_lives is not None:
-            _begin_steps(self.bias, self.log_rate, spread(half_lives, across, *self.heads))
 
     def unmade(self, x: Tensor) -> Rates | None:
         return self._rates(x) if self.lower_bound is None else None
@@ -319,17 +321,6 @@ def spread(half_lives: tuple[float, float], across: str, num_heads: int, num_cha
     return (math.log(2) / lives).view((-1, 1) if across == "heads" else (1, -1)).expand(num_heads, num_channels)
 
 
-@torch.no_grad()
-def _begin_steps(bias: Tensor, log_rate: Tensor, fading: Tensor) -> None:
-    """bias [H] or [H K] so that rate softplus(bias) is the fading [H, K]."""
-    _begin(bias, _inverse_softplus(fading / log_rate.double().exp().unsqueeze(-1)))
-
-
-@torch.no_grad()
-def _begin(bias: Tensor, values: Tensor) -> None:
-    bias.copy_(values.flatten())
-
-
 def _checked(step_range: tuple[float, float]) -> tuple[float, float]:
     low, high = step_range
     if not 0 < low < high:
@@ -346,6 +337,12 @@ def _biases(n: int, low: float, high: float) -> nn.Parameter:
     """Whose softplus is log-uniform between low and high."""
     step = torch.empty(n).uniform_(math.log(low), math.log(high)).exp()
     return nn.Parameter(_inverse_softplus(step))
+
+
+def _biases_of(fading: Tensor, log_rate: Tensor) -> nn.Parameter:
+    """[H] or [H K]: with which rate softplus(bias) is the fading [H, 1 or K]."""
+    steps = fading.to(log_rate.device) / log_rate.detach().double().exp().unsqueeze(-1)
+    return nn.Parameter(_inverse_softplus(steps).flatten().float())
 
 
 def _inverse_softplus(step: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from models.build import build
+from models.language_model import LanguageModel, LanguageModelConfig
 from models.parts.decay import CHOICES, ChannelDecay, ChannelRateDecay, Decay, FixedDecay, ScalarDecay, spread
 from models.parts.sizes import Sizes
 from tests.laws.presets import PRESETS, inputs, mixer, probe
@@ -81,6 +83,16 @@ def test_a_start_across_channels(kind):
     assert torch.allclose(found, 2 ** torch.arange(1.0, 9).expand(4, 8), rtol=1e-5)
     with pytest.raises(ValueError, match=r"decay\.across=tokens is not one of heads, channels"):
         kind(SIZES, half_lives=(2.0, 256.0), across="tokens")
+
+
+@pytest.mark.parametrize("model", ["gated_delta", "gla", "kda"])
+def test_a_model_with_a_start_is_read_again(model, tmp_path):
+    """transformers builds it without numbers first."""
+    cfg = composed(f"model={model}", "model.mixers.main.decay.half_lives=[22,2840]", "model.num_layers=1")
+    made = LanguageModel(LanguageModelConfig(vocab_size=8, **OmegaConf.to_container(cfg.model, resolve=True)))
+    made.save_pretrained(tmp_path)
+    read, ids = LanguageModel.from_pretrained(tmp_path), torch.arange(8).unsqueeze(0)
+    assert torch.equal(read(ids).logits, made(ids).logits)
 
 
 def test_two_settings_of_one_start():
