@@ -137,7 +137,7 @@ class ScalarDecay(Decay):
         self.projection = nn.Linear(sizes.hidden_size, sizes.num_heads, bias=False)
         log_rate, bias = _rates(sizes.num_heads, *rate_range), _biases(sizes.num_heads, low, high)
         if half_lives is not None:
-            bias = _biases_of(spread(half_lives, "heads", sizes.num_heads, 1), log_rate)
+            bias = _biases_of(spread(half_lives, sizes.num_heads, 1), log_rate)
         self.log_rate, self.bias = log_rate, bias
 
     def steps(self, log_decay: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class ChannelDecay(Decay):
         log gamma_t = logsigmoid(x_t W_1 W_2 + bias) / temperature
 
     Dividing by `temperature` keeps the memory long: at the start gamma is sigmoid(0)^(1/16) = 0.96 in every channel. Or
-    the bias does, where it starts at `bias` (None: around 0), or at `half_lives` spread `across` heads or channels.
+    the bias does, where it starts at `bias` (None: around 0), or at the heads' `half_lives`.
     """
 
     kind = "channel"
@@ -190,7 +190,6 @@ class ChannelDecay(Decay):
         temperature: float = 16.0,
         bias: float | None = None,
         half_lives: tuple[float, float] | None = None,
-        across: str = "heads",
     ) -> None:
         super().__init__()
         if bias is not None and half_lives is not None:
@@ -208,7 +207,7 @@ class ChannelDecay(Decay):
         if bias is not None:
             nn.init.constant_(self.expansion.bias, bias)
         if half_lives is not None:
-            fading = temperature * spread(half_lives, across, *self.heads)  # -logsigmoid(bias)
+            fading = temperature * spread(half_lives, *self.heads)  # -logsigmoid(bias)
             self.expansion.bias = nn.Parameter(-torch.expm1(fading).log().flatten().float())
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
@@ -227,8 +226,8 @@ class ChannelRateDecay(Decay):
 
     `rank` is the bottleneck's, None for V. At the start rate is uniform in [1, 16] and softplus(bias) log-uniform in
     `step_range`, of every channel by itself: half-lives of 10 tokens in the median and of 0.6 for the fastest
-    hundredth, where the biases alone are at work and ChannelDecay has 16 for all. Or `half_lives` says how the heads or
-    the channels begin, which of them by `across`, and step_range has no effect.
+    hundredth, where the biases alone are at work and ChannelDecay has 16 for all. Or `half_lives` says how the heads
+    begin, all channels of one alike, and step_range has no effect.
 
     `lower_bound`, a negative number, is the least that log gamma can be; its form is then, as in fla's layer,
 
@@ -245,7 +244,6 @@ class ChannelRateDecay(Decay):
         step_range: tuple[float, float] = (0.001, 0.1),
         lower_bound: float | None = None,
         half_lives: tuple[float, float] | None = None,
-        across: str = "heads",
     ) -> None:
         super().__init__()
         if lower_bound is not None and lower_bound >= 0:
@@ -264,7 +262,7 @@ class ChannelRateDecay(Decay):
         self.expansion = nn.Linear(rank, channels, bias=False)
         log_rate, bias = _rates(sizes.num_heads), _biases(channels, low, high)
         if half_lives is not None:
-            bias = _biases_of(spread(half_lives, across, *self.heads), log_rate)
+            bias = _biases_of(spread(half_lives, *self.heads), log_rate)
         self.log_rate, self.bias = log_rate, bias
         if lower_bound is not None:
             nn.init.zeros_(self.log_rate)
@@ -303,22 +301,16 @@ class SignedDecay(ScalarDecay):
         return gamma.abs().clamp(min=self.LEAST).log(), signs
 
 
-ACROSS = ("heads", "channels")
-
-
-def spread(half_lives: tuple[float, float], across: str, num_heads: int, num_channels: int) -> Tensor:
-    """-log gamma [H, K], float64, whose half-lives rise in equal ratios from the shortest to the longest, in tokens:
-    across the heads, all channels of one alike, or across the channels, all heads alike. The shortest where there is
-    one alone. Raises ValueError for what is no spread.
+def spread(half_lives: tuple[float, float], num_heads: int, num_channels: int) -> Tensor:
+    """-log gamma [H, K], float64: half-lives that rise from head to head in equal ratios, from the shortest to the
+    longest, in tokens; a single head has the shortest. All channels of a head are alike. Raises ValueError for what is
+    no range.
     """
     shortest, longest = half_lives
     if not 0 < shortest <= longest:
         raise ValueError(f"decay.half_lives={[shortest, longest]} must be two positive numbers, the shortest first")
-    if across not in ACROSS:
-        raise ValueError(f"decay.across={across} is not one of {', '.join(ACROSS)}")
-    steps = num_heads if across == "heads" else num_channels
-    lives = torch.linspace(math.log(shortest), math.log(longest), steps, dtype=torch.float64).exp()
-    return (math.log(2) / lives).view((-1, 1) if across == "heads" else (1, -1)).expand(num_heads, num_channels)
+    lives = torch.linspace(math.log(shortest), math.log(longest), num_heads, dtype=torch.float64).exp()
+    return (math.log(2) / lives).unsqueeze(-1).expand(num_heads, num_channels)
 
 
 def _checked(step_range: tuple[float, float]) -> tuple[float, float]:

@@ -54,8 +54,8 @@ def label(row: Row) -> str:
     ranges = {None: "", "false": " [0, 1]", "true": " [-1, 1]"}
     window = found.get("model.mixers.main.regressor.window")
     name = found["model"] + ranges[None if negative is None else negative.lower()] + (f" {window}" if window else "")
-    start, across = (found.get(f"model.mixers.main.decay.{key}") for key in ("half_lives", "across"))
-    return name + ("" if start in (None, "null") else f" {start} across {across or 'heads'}")
+    start = found.get("model.mixers.main.decay.half_lives")
+    return name + ("" if start in (None, "null") else f" {start}")
 
 
 def points(row: Row) -> dict[str, float]:

@@ -77,14 +77,6 @@ def test_one_start_for_all_decays(kind):
         kind(SIZES, half_lives=(5, 2))
 
 
-@pytest.mark.parametrize("kind", [ChannelDecay, ChannelRateDecay])
-def test_a_start_across_channels(kind):
-    found = at_rest(kind(SIZES, half_lives=(2.0, 256.0), across="channels"))
-    assert torch.allclose(found, 2 ** torch.arange(1.0, 9).expand(4, 8), rtol=1e-5)
-    with pytest.raises(ValueError, match=r"decay\.across=tokens is not one of heads, channels"):
-        kind(SIZES, half_lives=(2.0, 256.0), across="tokens")
-
-
 @pytest.mark.parametrize("model", ["gated_delta", "gla", "kda"])
 def test_a_model_with_a_start_is_read_again(model, tmp_path):
     """transformers builds it without numbers first."""
@@ -100,7 +92,7 @@ def test_two_settings_of_one_start():
         ChannelDecay(SIZES, bias=8, half_lives=(2, 9))
     with pytest.raises(ValueError, match=r"decay\.half_lives=\[2, 9\] can't stand beside decay\.lower_bound=-5"):
         ChannelRateDecay(SIZES, lower_bound=-5, half_lives=(2, 9))
-    assert spread((3, 9), "heads", 1, 2)[0].tolist() == pytest.approx([math.log(2) / 3] * 2), "one head: the shortest"
+    assert spread((3, 9), 1, 2)[0].tolist() == pytest.approx([math.log(2) / 3] * 2), "one head: the shortest"
 
 
 @pytest.mark.parametrize("backend", ["torch", "recurrent"])
