@@ -102,6 +102,7 @@ NUMBERS = {
     "model.mixers.*.piece": COUNT_OR_NULL,
     "model.mixers.*.length": COUNT,
     "model.mixers.*.decay.step_range[[]*": POSITIVE,
+    "model.mixers.*.decay.half_lives[[]*": POSITIVE,
     "optimizer.lr": POSITIVE,
     "optimizer.eps": POSITIVE,
     "optimizer.weight_decay": NOT_NEGATIVE,
@@ -130,7 +131,8 @@ NUMBERS = {
     "callbacks.*.seconds": NOT_NEGATIVE._replace(optional=True),
 }
 
-PAIRS = ("optimizer.betas", "model.mixers.*.decay.step_range")
+PAIRS = ("optimizer.betas", "model.mixers.*.decay.step_range", "model.mixers.*.decay.half_lives")
+OPTIONAL_PAIRS = PAIRS[2:]
 
 # Settings of trainer.strategy that only these strategies have.
 NEEDS = {"checkpoint": "fsdp or hsdp", "whole_for": "fsdp or hsdp", "replicas": "hsdp"}
@@ -265,8 +267,9 @@ def numbers(config: dict[str, Any], written: dict[str, Any]) -> Iterator[str]:
         bound = bound_of(path)
         shown = f"{path}={'null' if value is None else value}"
         if any(fnmatchcase(path, pattern) for pattern in PAIRS):
-            if not isinstance(value, list) or len(value) != 2:
-                yield f"{shown} must be two numbers"
+            optional = any(fnmatchcase(path, pattern) for pattern in OPTIONAL_PAIRS)
+            if not (value is None and optional) and (not isinstance(value, list) or len(value) != 2):
+                yield f"{shown} must be two numbers{' or null' * optional}"
         elif isinstance(value, float) and not math.isfinite(value):
             yield f"{shown} is not a finite number"
         elif bound is None or value == MISSING or (value is None and bound.optional):

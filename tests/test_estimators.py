@@ -7,7 +7,7 @@ import json
 import pytest
 
 from scripts.figures import estimate
-from scripts.figures.estimators import distances, functions, optimizers, parabola, switching, taylor
+from scripts.figures.estimators import distances, functions, half_lives, optimizers, parabola, switching, taylor
 
 SMALL = {
     "switching": lambda: switching.finding(sequences=3, tokens=48),
@@ -16,6 +16,7 @@ SMALL = {
     "optimizers": lambda: optimizers.finding(sequences=2, count=64, rates=(0.1, 0.3)),
     "parabola": lambda: parabola.finding(sequences=2, pairs=64),
     "functions": lambda: functions.finding(sequences=4, pairs=24),
+    "half_lives": lambda: half_lives.finding(size="tiny", tokens=16),
 }
 
 

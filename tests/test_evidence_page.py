@@ -99,6 +99,9 @@ def folder(tmp_path_factory) -> Path:
     window = text_run("ablation_windows", 4.0, "softmax", 1, 1e-3)
     window["words"].append("model.mixers.main.regressor.window=64")
     every["ablation_windows"] = [window]
+    found = {key: x for key, x in text_run("gates", 5.0, "kda", 1, 4e-3).items() if "/" in key}
+    starts = [{"model__mixers__main__decay__half_lives": start} for start in ("null", "[22,2840]")]
+    every["gates"] = [result("gates", found, model="kda", seed=1, **start) for start in starts]
     for name, rows in every.items():
         (folder / name).mkdir()
         lines = "".join(json.dumps(row) + "\n" for row in rows)

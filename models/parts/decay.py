@@ -7,6 +7,10 @@ or -1, or None where all are positive. Its `kind` says of what shape the logarit
     head      [B, T, H]
     channel   [B, T, H, K]: every channel of the keys (after the feature map) fades at its own rate
     signed    [B, T, H], as are the signs, which no other kind has
+
+How fast the past fades at the start is what each source has published: half-lives from 22 to 2,800 tokens (fixed), of
+16 (channel), of 10 in the median (scalar, channel_rate). `half_lives`, the shortest and the longest in tokens, is one
+start for all that learn it, where x says nothing: RetNet's, say, [22, 2840] (`spread`).
 """
 
 from __future__ import annotations
@@ -111,9 +115,9 @@ class ScalarDecay(Decay):
 
         log gamma_t = -rate * softplus(x_t W + bias) ,    rate = exp(log_rate) > 0
 
-    At the start rate is uniform in [1, 16] and softplus(bias) log-uniform in `step_range`, so that the heads'
-    half-lives spread from a few to thousands of tokens. `rate_range`: other bounds than 1 and 16; Gated DeltaNet's
-    published code has 0 and 16.
+    At the start rate is uniform in [1, 16] and softplus(bias) log-uniform in `step_range`, as published. `rate_range`:
+    other bounds than 1 and 16; Gated DeltaNet's published code has 0 and 16. Or `half_lives` says how the heads begin
+    (spread), and step_range has no effect.
     """
 
     kind = "head"
@@ -124,13 +128,17 @@ class ScalarDecay(Decay):
         sizes: Sizes,
         step_range: tuple[float, float] = (0.001, 0.1),
         rate_range: tuple[float, float] = (1.0, 16.0),
+        half_lives: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         low, high = _checked(step_range)
         if not 0 <= rate_range[0] < rate_range[1]:
             raise ValueError(f"decay.rate_range={tuple(rate_range)} must be two rising numbers, none negative")
         self.projection = nn.Linear(sizes.hidden_size, sizes.num_heads, bias=False)
-        self.log_rate, self.bias = _rates(sizes.num_heads, *rate_range), _biases(sizes.num_heads, low, high)
+        log_rate, bias = _rates(sizes.num_heads, *rate_range), _biases(sizes.num_heads, low, high)
+        if half_lives is not None:
+            bias = _biases_of(spread(half_lives, sizes.num_heads, 1), log_rate)
+        self.log_rate, self.bias = log_rate, bias
 
     def steps(self, log_decay: Tensor) -> Tensor:
         """softplus(..) of log gamma, which is what Mamba-2 writes with."""
@@ -169,14 +177,25 @@ class ChannelDecay(Decay):
         log gamma_t = logsigmoid(x_t W_1 W_2 + bias) / temperature
 
     Dividing by `temperature` keeps the memory long: at the start gamma is sigmoid(0)^(1/16) = 0.96 in every channel. Or
-    the bias does, where it starts at `bias` (None: around 0).
+    the bias does, where it starts at `bias` (None: around 0), or at the heads' `half_lives`.
     """
 
     kind = "channel"
     reads = ("projection",)
 
-    def __init__(self, sizes: Sizes, rank: int = 16, temperature: float = 16.0, bias: float | None = None) -> None:
+    def __init__(
+        self,
+        sizes: Sizes,
+        rank: int = 16,
+        temperature: float = 16.0,
+        bias: float | None = None,
+        half_lives: tuple[float, float] | None = None,
+    ) -> None:
         super().__init__()
+        if bias is not None and half_lives is not None:
+            raise ValueError(
+                f"decay.half_lives={[*half_lives]} sets the bias, as does decay.bias={bias}; leave one out"
+            )
         if rank < 1:
             raise ValueError(f"decay.rank={rank} must be at least 1")
         if temperature <= 0:
@@ -187,6 +206,9 @@ class ChannelDecay(Decay):
         self.expansion = nn.Linear(rank, sizes.num_heads * sizes.key_dim)
         if bias is not None:
             nn.init.constant_(self.expansion.bias, bias)
+        if half_lives is not None:
+            fading = temperature * spread(half_lives, *self.heads)  # -logsigmoid(bias)
+            self.expansion.bias = nn.Parameter(-torch.expm1(fading).log().flatten().float())
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         logits = wide(self.expansion(read(self.projection, x))).unflatten(-1, self.heads)
@@ -204,7 +226,8 @@ class ChannelRateDecay(Decay):
 
     `rank` is the bottleneck's, None for V. At the start rate is uniform in [1, 16] and softplus(bias) log-uniform in
     `step_range`, of every channel by itself: half-lives of 10 tokens in the median and of 0.6 for the fastest
-    hundredth, where the biases alone are at work and ChannelDecay has 16 for all.
+    hundredth, where the biases alone are at work and ChannelDecay has 16 for all. Or `half_lives` says how the heads
+    begin, all channels of one alike, and step_range has no effect.
 
     `lower_bound`, a negative number, is the least that log gamma can be; its form is then, as in fla's layer,
 
@@ -220,10 +243,15 @@ class ChannelRateDecay(Decay):
         rank: int | None = None,
         step_range: tuple[float, float] = (0.001, 0.1),
         lower_bound: float | None = None,
+        half_lives: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         if lower_bound is not None and lower_bound >= 0:
             raise ValueError(f"decay.lower_bound={lower_bound} must be negative, or null for none")
+        if lower_bound is not None and half_lives is not None:
+            raise ValueError(
+                f"decay.half_lives={[*half_lives]} can't stand beside decay.lower_bound={lower_bound}; leave one out"
+            )
         self.lower_bound = lower_bound
         if rank is not None and rank < 1:
             raise ValueError(f"decay.rank={rank} must be at least 1, or null for the width of the values")
@@ -232,7 +260,10 @@ class ChannelRateDecay(Decay):
         rank, channels = rank or sizes.value_dim, sizes.num_heads * sizes.key_dim
         self.projection = nn.Linear(sizes.hidden_size, rank, bias=False)
         self.expansion = nn.Linear(rank, channels, bias=False)
-        self.log_rate, self.bias = _rates(sizes.num_heads), _biases(channels, low, high)
+        log_rate, bias = _rates(sizes.num_heads), _biases(channels, low, high)
+        if half_lives is not None:
+            bias = _biases_of(spread(half_lives, *self.heads), log_rate)
+        self.log_rate, self.bias = log_rate, bias
         if lower_bound is not None:
             nn.init.zeros_(self.log_rate)
 
@@ -270,6 +301,18 @@ class SignedDecay(ScalarDecay):
         return gamma.abs().clamp(min=self.LEAST).log(), signs
 
 
+def spread(half_lives: tuple[float, float], num_heads: int, num_channels: int) -> Tensor:
+    """-log gamma [H, K], float64: half-lives that rise from head to head in equal ratios, from the shortest to the
+    longest, in tokens; a single head has the shortest. All channels of a head are alike. Raises ValueError for what is
+    no range.
+    """
+    shortest, longest = half_lives
+    if not 0 < shortest <= longest:
+        raise ValueError(f"decay.half_lives={[shortest, longest]} must be two positive numbers, the shortest first")
+    lives = torch.linspace(math.log(shortest), math.log(longest), num_heads, dtype=torch.float64).exp()
+    return (math.log(2) / lives).unsqueeze(-1).expand(num_heads, num_channels)
+
+
 def _checked(step_range: tuple[float, float]) -> tuple[float, float]:
     low, high = step_range
     if not 0 < low < high:
@@ -285,4 +328,14 @@ def _rates(n: int, low: float = 1.0, high: float = 16.0) -> nn.Parameter:
 def _biases(n: int, low: float, high: float) -> nn.Parameter:
     """Whose softplus is log-uniform between low and high."""
     step = torch.empty(n).uniform_(math.log(low), math.log(high)).exp()
-    return nn.Parameter(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+    return nn.Parameter(_inverse_softplus(step))
+
+
+def _biases_of(fading: Tensor, log_rate: Tensor) -> nn.Parameter:
+    """[H] or [H K]: with which rate softplus(bias) is the fading [H, 1 or K]."""
+    steps = fading.to(log_rate.device) / log_rate.detach().double().exp().unsqueeze(-1)
+    return nn.Parameter(_inverse_softplus(steps).flatten().float())
+
+
+def _inverse_softplus(step: Tensor) -> Tensor:
+    return step + torch.log(-torch.expm1(-step))

@@ -1,6 +1,6 @@
 """Pages of what needs no trained model: docs/evidence/NAME/ with README.md, figure.svg, table.json and table.txt.
 
-    python scripts/figures/estimate.py parabola       # or distances, functions, optimizers, switching, taylor; seconds
+    python scripts/figures/estimate.py parabola       # or distances, functions, half_lives, optimizers, ...; seconds
     python scripts/figures/estimate.py all            # two minutes on one core
 
 A page says for each claim whether the numbers bear it out. notes.md in the folder stands in it as it is.
@@ -24,7 +24,7 @@ import torch
 from matplotlib.figure import Figure
 
 from models.training.origin import describe, origin
-from scripts.figures.estimators import distances, functions, optimizers, parabola, switching, taylor
+from scripts.figures.estimators import distances, functions, half_lives, optimizers, parabola, switching, taylor
 from scripts.figures.estimators.finding import Finding
 from scripts.figures.evidence import FOLDER, markdown, text
 from scripts.figures.results import Row
@@ -36,6 +36,7 @@ FINDINGS: dict[str, Callable[[], Finding]] = {
     "optimizers": optimizers.finding,
     "parabola": parabola.finding,
     "functions": functions.finding,
+    "half_lives": half_lives.finding,
 }
 TALL = {"optimizers": 6.5}  # inches, of figures with two rows
 

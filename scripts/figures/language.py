@@ -184,6 +184,33 @@ def memory_of_text_figure(rows: list[Row], figure: Figure) -> None:
     legend(figure)
 
 
+def gates_table(rows: list[Row]) -> list[Row]:
+    """In the order of the loss; the loss at the first positions and at the last."""
+    found = []
+    for name, runs in best(rows, label, better).items():
+        bits, at = [run["validation/bits_per_byte"] for run in runs], mean_by_position(runs)
+        row: Row = {"mixer": name, "bits per byte": mean(bits), "spread": spread(bits), "seeds": len(runs)}
+        row |= {"nats per token": mean(run["validation/nats"] for run in runs)}
+        first, last = min(at), max(at)
+        found.append(row | {f"at {first:.0f}": at[first], f"at {last:.0f}": at[last]})
+    return sorted(found, key=lambda row: known_first(row["bits per byte"]))
+
+
+def gates_figure(rows: list[Row], figure: Figure) -> None:
+    """A line for each mixer from each start, a point for each seed."""
+    ordered, axes = [row["mixer"] for row in gates_table(rows)], figure.subplots()
+    chosen = best(rows, label, better)
+    for i, model in enumerate(dict.fromkeys(name.split()[0] for name in ordered)):
+        names = [name for name in ordered if name.split()[0] == model]
+        points = [(run["validation/bits_per_byte"], ordered.index(name)) for name in names for run in chosen[name]]
+        axes.plot(*zip(*points, strict=True), linestyle="none", label=model, **look(i, 6))
+    axes.set_yticks(range(len(ordered)), ordered)
+    axes.set(xlabel="validation, bits per byte", ylim=(len(ordered) - 0.5, -0.5))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    legend(figure)
+
+
 SHOWS = (
     "Loss on text of packages that are not in training. Spread: between seeds. State: numbers after 2,048 tokens. "
     "Places: among what MesaNet's table 10 (400M) has too."
@@ -219,6 +246,18 @@ CLAIMS = {
         rates_table,
         rates_figure,
         options="--at-once 3 --minutes 9",
+    ),
+    "gates": Claim(
+        "How fast memories forget at the start",
+        ("gates",),
+        "Mixers with a gamma per channel lose to simpler ones because their memories begin too short: from RetNet's "
+        "half-lives they gain more than the others.",
+        "Validation loss of models of 1.3 million parameters after a million tokens, from the start that each mixer "
+        "has of its own and from half-lives as RetNet's, in tokens.",
+        better,
+        gates_table,
+        gates_figure,
+        options="--at-once 2",
     ),
     "ablation_memory": Claim(
         "What the models of the ablation remember of a text",

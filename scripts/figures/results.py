@@ -48,12 +48,14 @@ def settings(row: Row) -> dict[str, str]:
 
 
 def label(row: Row) -> str:
-    """The mixer, with the range of its eigenvalues or the window where a sweep has several."""
+    """The mixer, with the range of its eigenvalues, the window or the start of its decay where a sweep has several."""
     found = settings(row)
     negative = found.get("model.mixers.main.regressor.negative_eigenvalues")
     ranges = {None: "", "false": " [0, 1]", "true": " [-1, 1]"}
     window = found.get("model.mixers.main.regressor.window")
-    return found["model"] + ranges[None if negative is None else negative.lower()] + (f" {window}" if window else "")
+    name = found["model"] + ranges[None if negative is None else negative.lower()] + (f" {window}" if window else "")
+    start = found.get("model.mixers.main.decay.half_lives")
+    return name + ("" if start in (None, "null") else f" {start}")
 
 
 def points(row: Row) -> dict[str, float]:

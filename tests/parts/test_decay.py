@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from models.build import build
-from models.parts.decay import CHOICES, ChannelDecay, ChannelRateDecay, FixedDecay
+from models.language_model import LanguageModel, LanguageModelConfig
+from models.parts.decay import CHOICES, ChannelDecay, ChannelRateDecay, Decay, FixedDecay, ScalarDecay, spread
 from models.parts.sizes import Sizes
-from tests.laws.presets import PRESETS, mixer
+from tests.laws.presets import PRESETS, inputs, mixer, probe
 from tests.test_config import CONF, composed
 
 SIZES = Sizes(32, 4, 4, 8, 8)
@@ -52,6 +54,75 @@ def test_half_lives_at_the_start(kind, median, fastest):
         f"{kind.__name__}: half-lives of {found[0]:.2f} tokens in the median, {found[1]:.2f} for the fastest hundredth"
     )
     assert found == pytest.approx([median, fastest], rel=0.06)
+
+
+def at_rest(decay: Decay) -> torch.Tensor:
+    """Half-lives [H] or [H, K], by what a decay holds beside x."""
+    return -math.log(2) / decay(torch.zeros(1, 1, 32))[0].detach()[0, 0]
+
+
+@pytest.mark.parametrize("kind", [ScalarDecay, ChannelDecay, ChannelRateDecay])
+def test_one_start_for_all_decays(kind):
+    """RetNet's half-lives, of the heads, for whatever makes the gammas later."""
+    lives = kind(SIZES, half_lives=(22.0, 2840.0))
+    expected = torch.tensor([22 * (2840 / 22) ** (n / 3) for n in range(4)])
+    found = at_rest(lives)
+    assert torch.allclose(found if kind is ScalarDecay else found[:, 0], expected, rtol=1e-5)
+    assert kind is ScalarDecay or torch.allclose(found, found[:, :1].expand(4, 8), rtol=1e-5)
+    fixed = -math.log(2) / FixedDecay(SIZES).log_decay
+    assert torch.allclose(expected, fixed, rtol=0.06)
+    with pytest.raises(
+        ValueError, match=r"decay\.half_lives=\[5, 2\] must be two positive numbers, the shortest first"
+    ):
+        kind(SIZES, half_lives=(5, 2))
+
+
+@pytest.mark.parametrize("model", ["gated_delta", "gla", "kda"])
+def test_a_model_with_a_start_is_read_again(model, tmp_path):
+    """transformers builds it without numbers first."""
+    cfg = composed(f"model={model}", "model.mixers.main.decay.half_lives=[22,2840]", "model.num_layers=1")
+    made = LanguageModel(LanguageModelConfig(vocab_size=8, **OmegaConf.to_container(cfg.model, resolve=True)))
+    made.save_pretrained(tmp_path)
+    read, ids = LanguageModel.from_pretrained(tmp_path), torch.arange(8).unsqueeze(0)
+    assert torch.equal(read(ids).logits, made(ids).logits)
+
+
+def test_two_settings_of_one_start():
+    with pytest.raises(ValueError, match=r"decay\.half_lives=\[2, 9\] sets the bias, as does decay\.bias=8; leave one"):
+        ChannelDecay(SIZES, bias=8, half_lives=(2, 9))
+    with pytest.raises(ValueError, match=r"decay\.half_lives=\[2, 9\] can't stand beside decay\.lower_bound=-5"):
+        ChannelRateDecay(SIZES, lower_bound=-5, half_lives=(2, 9))
+    assert spread((3, 9), 1, 2)[0].tolist() == pytest.approx([math.log(2) / 3] * 2), "one head: the shortest"
+
+
+@pytest.mark.parametrize("backend", ["torch", "recurrent"])
+def test_channels_that_are_alike_are_a_head(backend):
+    """KDA holds Gated DeltaNet: outputs, and the gradients of what makes the gammas, which of one number that stands in
+    every channel add up."""
+    kda, gated = mixer("kda", backend, output_gate="silu"), mixer("gated_delta", backend)
+    (H, K), own = kda.decay.heads, dict(kda.named_parameters())
+    rows = torch.randn(H, kda.decay.projection.out_features, dtype=torch.float64)
+    with torch.no_grad():
+        for name, p in gated.named_parameters():
+            if not name.startswith("decay."):
+                own[name].copy_(p)
+        kda.decay.expansion.weight.copy_(rows.repeat_interleave(K, 0))
+        kda.decay.bias.copy_(gated.decay.bias.repeat_interleave(K))
+        kda.decay.log_rate.copy_(gated.decay.log_rate)
+        gated.decay.projection.weight.copy_(rows @ kda.decay.projection.weight)
+    outputs = [m(inputs(2, 40))[0] for m in (kda, gated)]
+    probe(outputs[0]).backward()
+    probe(outputs[1]).backward()
+    weight, theirs = gated.decay.projection.weight.grad, kda.decay
+    pairs = [
+        (outputs[0], outputs[1]),
+        (theirs.bias.grad.view(H, K).sum(1), gated.decay.bias.grad),
+        (theirs.log_rate.grad, gated.decay.log_rate.grad),
+        (theirs.expansion.weight.grad.view(H, K, -1).sum(1), weight @ theirs.projection.weight.T),
+        (theirs.projection.weight.grad, rows.T @ weight),
+        *((own[name].grad, p.grad) for name, p in gated.named_parameters() if not name.startswith("decay.")),
+    ]
+    assert all(torch.allclose(a, b, atol=1e-11, rtol=1e-10) for a, b in pairs)
 
 
 def test_the_gate_of_kimi_linear():
