@@ -261,6 +261,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=cores, help="processes; default: one a core")
     parser.add_argument("--limit", type=float, default=460.0, help="seconds after which the rest is left out")
     given, rest = parser.parse_known_args()
+    if given.workers < 1 or not given.limit > 0:
+        parser.error(f"--workers {given.workers} and --limit {given.limit} must be above 0")
     os.chdir(Path(__file__).parents[1])
     sys.path.insert(0, os.getcwd())
     sys.exit(Run(rest or ["-m", "gpu", *files()], given.workers, given.limit).run())

@@ -133,6 +133,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="only compile")
     parser.add_argument("--output", type=Path, help="the table; default: that of this machine")
     given = parser.parse_args()
+    if not given.ms > 0:
+        parser.error(f"--ms {given.ms} must be above 0")
     if not torch.cuda.is_available():
         sys.exit("error: launches are tuned on a GPU, and there is none here")
     file = re.sub(r"\W+", "_", f"{torch.cuda.get_device_name()} triton {tuning.here()[1]}".lower())

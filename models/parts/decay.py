@@ -208,6 +208,11 @@ class ChannelDecay(Decay):
             nn.init.constant_(self.expansion.bias, bias)
         if half_lives is not None:
             fading = temperature * spread(half_lives, *self.heads)  # -logsigmoid(bias)
+            if fading.max() > MOST_FADING:
+                raise ValueError(
+                    f"decay.half_lives={[*half_lives]} can't begin with decay.temperature={temperature}: temperature "
+                    f"over the shortest is to be at most {MOST_FADING / math.log(2):.0f}"
+                )
             self.expansion.bias = nn.Parameter(-torch.expm1(fading).log().flatten().float())
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
@@ -295,20 +300,34 @@ class SignedDecay(ScalarDecay):
     kind = "signed"
     LEAST = 1e-4
 
+    def __init__(
+        self,
+        sizes: Sizes,
+        step_range: tuple[float, float] = (0.001, 0.1),
+        rate_range: tuple[float, float] = (1.0, 16.0),
+    ) -> None:
+        super().__init__(sizes, step_range, rate_range)  # half_lives would be those of gamma'
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         gamma = 2 * super().forward(x)[0].exp() - 1
         signs = torch.where(gamma < 0, -1.0, 1.0).to(gamma.dtype)
         return gamma.abs().clamp(min=self.LEAST).log(), signs
 
 
+HALF_LIVES = (0.1, 1_000_000)  # tokens: the shortest and the longest that a head can begin with
+MOST_FADING = 500.0  # -logsigmoid(bias): a float32 bias of -500 is that
+
+
 def spread(half_lives: tuple[float, float], num_heads: int, num_channels: int) -> Tensor:
     """-log gamma [H, K], float64: half-lives that rise from head to head in equal ratios, from the shortest to the
     longest, in tokens; a single head has the shortest. All channels of a head are alike. Raises ValueError for what is
-    no range.
+    no range, or has numbers that no bias can give or that learn nothing.
     """
-    shortest, longest = half_lives
-    if not 0 < shortest <= longest:
-        raise ValueError(f"decay.half_lives={[shortest, longest]} must be two positive numbers, the shortest first")
+    (shortest, longest), (least, most) = half_lives, HALF_LIVES
+    if not least <= shortest <= longest <= most:
+        raise ValueError(
+            f"decay.half_lives={[shortest, longest]} must be two numbers from {least} to {most:,}, the shortest first"
+        )
     lives = torch.linspace(math.log(shortest), math.log(longest), num_heads, dtype=torch.float64).exp()
     return (math.log(2) / lives).unsqueeze(-1).expand(num_heads, num_channels)
 

@@ -118,7 +118,7 @@ def decoding(run: Run) -> Iterator[str]:
     yield "## Decoding"
     yield ""
     yield where(run, "python scripts/benchmark.py decode")
-    yield "Greedy, by each model's own `generate`. GB are the peaks of prefill and of the whole."
+    yield "Greedy, by each model's own `generate`. A token is one of each row. GB: peaks, of prefill and of all."
     yield ""
     rows = [
         [

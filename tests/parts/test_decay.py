@@ -10,7 +10,16 @@ from omegaconf import OmegaConf
 
 from models.build import build
 from models.language_model import LanguageModel, LanguageModelConfig
-from models.parts.decay import CHOICES, ChannelDecay, ChannelRateDecay, Decay, FixedDecay, ScalarDecay, spread
+from models.parts.decay import (
+    CHOICES,
+    ChannelDecay,
+    ChannelRateDecay,
+    Decay,
+    FixedDecay,
+    ScalarDecay,
+    SignedDecay,
+    spread,
+)
 from models.parts.sizes import Sizes
 from tests.laws.presets import PRESETS, inputs, mixer, probe
 from tests.test_config import CONF, composed
@@ -72,7 +81,7 @@ def test_one_start_for_all_decays(kind):
     fixed = -math.log(2) / FixedDecay(SIZES).log_decay
     assert torch.allclose(expected, fixed, rtol=0.06)
     with pytest.raises(
-        ValueError, match=r"decay\.half_lives=\[5, 2\] must be two positive numbers, the shortest first"
+        ValueError, match=r"decay\.half_lives=\[5, 2\] must be two numbers from 0.1 to 1,000,000, the shortest"
     ):
         kind(SIZES, half_lives=(5, 2))
 
@@ -90,6 +99,11 @@ def test_a_model_with_a_start_is_read_again(model, tmp_path):
 def test_two_settings_of_one_start():
     with pytest.raises(ValueError, match=r"decay\.half_lives=\[2, 9\] sets the bias, as does decay\.bias=8; leave one"):
         ChannelDecay(SIZES, bias=8, half_lives=(2, 9))
+    with pytest.raises(ValueError, match=r"decay\.half_lives=\[2, 9\] can't begin with decay\.temperature=100000"):
+        ChannelDecay(SIZES, temperature=100000, half_lives=(2, 9))
+    with pytest.raises(TypeError, match="half_lives"):
+        SignedDecay(SIZES, half_lives=(2, 9))
+    assert ChannelDecay(SIZES, half_lives=(0.1, 0.1)).expansion.bias.isfinite().all()
     with pytest.raises(ValueError, match=r"decay\.half_lives=\[2, 9\] can't stand beside decay\.lower_bound=-5"):
         ChannelRateDecay(SIZES, lower_bound=-5, half_lives=(2, 9))
     assert spread((3, 9), 1, 2)[0].tolist() == pytest.approx([math.log(2) / 3] * 2), "one head: the shortest"

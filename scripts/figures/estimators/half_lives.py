@@ -1,4 +1,4 @@
-"""E8: how fast the memories of new models of the ablation's size forget."""
+"""How fast the memories of new models of the ablation's size forget."""
 
 from __future__ import annotations
 
