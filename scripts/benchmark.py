@@ -12,13 +12,14 @@
 `ops` times operators, forward and forward + backward, interleaved so that a busy neighbour slows all alike: the median
 of the repeats, the ratio to the first row of its size, on a GPU the time in kernels, without the waits for the host
 between them, and the peak of allocated memory, and the difference of the output from that row's where they compute the
-same. `train` times steps of whole models of equal parameters (scripts/benchmarks/contenders.py), each in a process of
-its own; `starts` takes two steps of every preset, to see which start, and in what time and memory: several at a time
-compile few layers, and each in its turn takes the whole model (scripts/benchmarks/starting.py); `length` the same
-number of tokens in longer and longer sequences; `decode` texts that go on by generate (scripts/benchmarks/decoding.py);
-`losses` trains by kernels and by PyTorch alone, to see that both learn the same (scripts/benchmarks/losses.py).
-`prepare` turns text into token shards, and `loader` reads batches from them (scripts/benchmarks/data.py). The exit code
-is 1 where a model has failed, after the rows of all.
+same. `train` times steps of whole models of equal parameters (scripts/benchmarks/contenders.py); `starts` takes two
+steps of every preset, to see which start, and in what time and memory: several at a time compile few layers, and each
+in its turn takes the whole model (scripts/benchmarks/starting.py); `length` the same number of tokens in longer and
+longer sequences; `decode` texts that go on by generate (scripts/benchmarks/decoding.py); `losses` trains by kernels and
+by PyTorch alone, to see that both learn the same (scripts/benchmarks/losses.py). `prepare` turns text into token
+shards, and `loader` reads batches from them (scripts/benchmarks/data.py). Of whole models each has a process of its
+own, and as many run at a time as there are GPUs, one on each. The exit code is 1 where a model has failed, after the
+rows of all.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from models.kernels import tuning
 from scripts.benchmarks import contenders, data, decoding, losses, operators, starting, steps, whole
-from scripts.benchmarks.apart import apart, forked
 from scripts.benchmarks.timing import HEAD, compare, machine
 from scripts.recipes import CONF
 
@@ -79,7 +79,7 @@ def ops(only: str | None, repeats: int, kernels: bool, path: Path | None) -> Non
 def train(given: argparse.Namespace) -> whole.Report:
     device, sizes = place(given, contenders.DEFAULT, given.batch, given.seq_len)
     jobs = [step_job(name, sizes, device, given, documents=not given.whole) for name in given.only]
-    return whole.report(jobs, steps.HEAD, about(device, sizes), limits(given), given.json)
+    return whole.report(jobs, steps.HEAD, about(device, sizes), limits(given, device), given.json)
 
 
 def starts(given: argparse.Namespace) -> whole.Report:
@@ -87,11 +87,8 @@ def starts(given: argparse.Namespace) -> whole.Report:
     if given.at_once < 1:
         sys.exit(f"error: --at-once={given.at_once} must be at least 1")
     device, sizes = place(given, contenders.PRESETS, given.batch, given.seq_len)
-    gpus: list[dict[str, str]] = [{}]
     whole_gb = share_gb = 0.0
     if device == "cuda":
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-        gpus = [{"CUDA_VISIBLE_DEVICES": each} for each in seen.split(",")]
         there = torch.cuda.get_device_properties(0).total_memory / 1e9
         whole_gb = min(there, given.memory_gb or (there if given.at_once == 1 else there / 2))
         # a process holds about one more, beside what it allocates
@@ -102,7 +99,8 @@ def starts(given: argparse.Namespace) -> whole.Report:
             )
     # in the environment of the process that all are forked from
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // given.at_once)))
-    limit = limits(given)._replace(slots=tuple(gpus * given.at_once))
+    limit = limits(given, device)
+    limit = limit._replace(slots=limit.slots * given.at_once)
     with tempfile.TemporaryDirectory() as folder:
         common = {"sizes": list(sizes), "device": device, "compiled": not given.eager}
         common |= {"share_gb": share_gb, "memory_gb": whole_gb, "turn": f"{folder}/turn" if given.at_once > 1 else None}
@@ -114,7 +112,7 @@ def starts(given: argparse.Namespace) -> whole.Report:
         if known:
             print(f"{given.json} has {len(known)} that started in an earlier call; {len(names)} are left")
         jobs = [whole.Job("starting.start", {"name": n, **common}, starting.Started(n)) for n in names]
-        return whole.report(jobs, starting.HEAD, about_them, limit, given.json, apart if given.cold else forked, known)
+        return whole.report(jobs, starting.HEAD, about_them, limit, given.json, known=known)
 
 
 def started(path: Path | None, about: dict[str, Any]) -> list[starting.Started]:
@@ -139,7 +137,7 @@ def length(given: argparse.Namespace) -> whole.Report:
     lengths = given.lengths or ([2**n for n in range(11, 17)] if device == "cuda" else [128, 256])
     each = [sizes._replace(B=max(lengths) // T, T=T) for T in lengths]
     jobs = [step_job(name, one, device, given, documents=False) for name in given.only for one in each]
-    return whole.report(jobs, steps.HEAD, about(device, sizes), limits(given), given.json)
+    return whole.report(jobs, steps.HEAD, about(device, sizes), limits(given, device), given.json)
 
 
 def decode(given: argparse.Namespace) -> whole.Report:
@@ -152,7 +150,7 @@ def decode(given: argparse.Namespace) -> whole.Report:
     common = {"sizes": list(sizes), "device": device, "shapes": shapes, "tokens": given.tokens}
     common |= {"repeats": given.repeats, "dtype": given.dtype if gpu else "float32"}
     jobs = [whole.Job("decoding.decode", {"name": n, **common}, decoding.Decoded(n)) for n in given.only]
-    return whole.report(jobs, decoding.HEAD, about(device, sizes), limits(given), given.json)
+    return whole.report(jobs, decoding.HEAD, about(device, sizes), limits(given, device), given.json)
 
 
 def compare_losses(given: argparse.Namespace) -> whole.Report:
@@ -168,7 +166,7 @@ def compare_losses(given: argparse.Namespace) -> whole.Report:
         for seed in given.seeds
         for path in losses.PATHS
     ]
-    report = whole.report(jobs, losses.HEAD, about(device, sizes), limits(given), given.json)
+    report = whole.report(jobs, losses.HEAD, about(device, sizes), limits(given, device), given.json)
     print("\n".join(losses.compared([row for row in report.rows if isinstance(row, losses.Losses)])))
     return report
 
@@ -193,11 +191,19 @@ def step_job(name: str, sizes: contenders.Sizes, device: str, given: argparse.Na
 
 
 def about(device: str, sizes: contenders.Sizes) -> dict[str, Any]:
-    return whole.environment(device) | {"sizes": str(sizes)}
+    return whole.environment(device) | {"sizes": str(sizes), "gpus": len(each_gpu(device))}
 
 
-def limits(given: argparse.Namespace) -> whole.Limits:
-    return whole.Limits(given.limit, given.total, given.cold)
+def each_gpu(device: str) -> tuple[dict[str, str], ...]:
+    """The environment of a process for each GPU that is seen, which sees that one alone."""
+    if device != "cuda":
+        return ({},)
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    return tuple({"CUDA_VISIBLE_DEVICES": each} for each in seen.split(","))
+
+
+def limits(given: argparse.Namespace, device: str) -> whole.Limits:
+    return whole.Limits(given.limit, given.total, given.cold, each_gpu(device))
 
 
 def of_models(command: argparse.ArgumentParser, limit: float) -> None:

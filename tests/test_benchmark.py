@@ -52,7 +52,6 @@ def folder(tmp_path_factory):
         patched.setattr("torch.cuda.is_available", lambda: False)
         patched.setattr(contenders, "sizes_of", lambda size, batch, seq_len: SMALL)
         patched.setattr(whole.report, "__defaults__", (in_process, ()))
-        patched.setattr(benchmark, "forked", in_process)
         for name, words in WORDS.items():
             path = folder / "speed" / f"{name}.json"
             patched.setattr(sys, "argv", ["benchmark.py", *words.split(), "--json", str(path)])

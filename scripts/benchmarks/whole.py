@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from shutil import which
 from typing import Any, NamedTuple
 
-from scripts.benchmarks.apart import ROOT, LeftOutError, apart, interrupted, left
+from scripts.benchmarks.apart import ROOT, LeftOutError, apart, forked, interrupted, left
 from scripts.benchmarks.contenders import missing
 from scripts.benchmarks.decoding import Decoded
 from scripts.benchmarks.losses import Losses
@@ -57,7 +57,7 @@ class Report(NamedTuple):
     failed: list[str]
 
 
-def rows(jobs: Iterable[Job], device: str, limits: Limits, run: Apart = apart) -> Iterator[Row]:
+def rows(jobs: Iterable[Job], device: str, limits: Limits, run: Apart) -> Iterator[Row]:
     """The rows of each model, and why one is left out, or ends early. Of several at a time, as each is done."""
     deadline = None if limits.total is None else time.monotonic() + limits.total
     free: SimpleQueue[dict[str, str]] = SimpleQueue()
@@ -88,8 +88,10 @@ def rows(jobs: Iterable[Job], device: str, limits: Limits, run: Apart = apart) -
         try:
             for done in as_completed([pool.submit(list, of(job)) for job in jobs]):
                 yield from done.result()
-        finally:  # ctrl-c, or an error: no other begins, and those that run are not waited for
+        except BaseException:  # ctrl-c, or an error: no other begins, and those that run are not waited for
             interrupted.set()
+            raise
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -99,13 +101,16 @@ def report(
     about: dict[str, Any],
     limits: Limits,
     path: Path | None,
-    run: Apart = apart,
+    run: Apart | None = None,
     known: Sequence[Row] = (),
 ) -> Report:
-    """Prints, and writes after each row, so that what is done is kept whatever comes. about: see `environment`. known:
-    rows of an earlier call, which are written before the others."""
+    """Prints, and writes after each row, so that what is done is kept whatever comes; written are the rows in the order
+    of the jobs. about: see `environment`. run: how a job gets its process, by default forked, and where caches are to
+    be empty one of its own. known: rows of an earlier call, which are written before the others."""
     print(f"{about['machine']}; {about['sizes']}\n{head}", flush=True)
     done, failed = list(known), []
+    place = {job.blank.name: i for i, job in enumerate(jobs)}
+    run = run or (apart if limits.cold else forked)
 
     def noted(function: str, given: dict[str, Any], *more: Any) -> Iterator[dict[str, Any]]:
         try:
@@ -117,6 +122,7 @@ def report(
     for row in rows(jobs, about["device"], limits, noted):
         print("\n".join(shown(row)), flush=True)
         done.append(row)
+        done.sort(key=lambda row: place.get(row.name, -1))
         if path:
             path.write_text(json.dumps({**about, "rows": [asdict(row) for row in done]}, indent=1))
     return Report(done, failed)
