@@ -69,7 +69,7 @@ def delta_rule(
 @torch.library.custom_op("test_time_regression::delta_rule", mutates_args=())
 def forward(
     q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_decay: Tensor | None, memory: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the memory after the last token, and launch.py's Kept."""
     from models.kernels.delta.launch import Launch
 
