@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from models.kernels.backend import cdiv, next_power_of_2
+from models.kernels.delta.tiles import of_memory
 from models.kernels.momentum.tiles import dot
 
 # Two passes go through each span, and the first of them has twice the columns. With every multiprocessor at work a
@@ -60,29 +61,40 @@ def span_of(program, N, SPANS: tl.constexpr):
 
 @triton.jit
 def join(
-    first,  # [B H, K, V]: of the first span; backward the gradient by the last memory, or None
+    first,  # [B H, K, V]: of the first span; backward the gradient by the last memory, or None for zeros
     affine,  # [SPANS B H, K, V + K]: b and A
-    added,  # [SPANS B H, K, V] with rows of WIDTH: b; backward c
+    added,  # [SPANS B H, K, WIDTH], of which V columns: b; backward c
     memories,  # out, [SPANS B H, K, V]: what every span begins with; backward the gradient by what it ends with
-    K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, SPANS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BACKWARD: tl.constexpr,
+    SPANS, K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """S' = A S + b from span to span, or dS = A^T dS' + c from the last one to the first, of some columns of the
-    values. Memories are turned around, as in the scans, and products are of float32."""
+    """S' = A S + b from span to span, or dS = A^T dS' + c from the last one to the first, of BV columns of the values,
+    turned around. A memory is an operand as it was stored: in registers there is no room for it and all of A."""
     bh, rows = tl.program_id(1), tl.num_programs(1)
     v, k = tl.program_id(0) * BV + tl.arange(0, BV), tl.arange(0, BK)
-    inside = (v < V)[:, None] & (k < K)[None, :]
+    step = -rows if BACKWARD else rows
+    number = bh + (SPANS - 1) * rows if BACKWARD else bh
+    at, inside = of_memory(memories, number, v, k, V, K)
     memory = tl.zeros([BV, BK], tl.float32)
     if first is not None:
-        memory = tl.load(first + bh.to(tl.int64) * (K * V) + (k[None, :] * V + v[:, None]), mask=inside, other=0.0)
-    square = (k < K)[:, None] & (k < K)[None, :]
-    turned = k[:, None] * (V + K) + V + k[None, :] if BACKWARD else k[None, :] * (V + K) + V + k[:, None]
-    for i in tl.range(SPANS):
-        number = (rows * (SPANS - 1 - i if BACKWARD else i) + bh).to(tl.int64)
-        tl.store(memories + number * (K * V) + (k[None, :] * V + v[:, None]), memory, mask=inside)
-        A = tl.load(affine + number * (K * (V + K)) + turned, mask=square, other=0.0)
-        b = tl.load(added + number * (K * WIDTH) + (k[None, :] * WIDTH + v[:, None]), mask=inside, other=0.0)
-        memory = dot(memory, A, "tf32x3", b)
+        at_first, _ = of_memory(first, bh, v, k, V, K)
+        memory = tl.load(at_first, mask=inside, other=0.0)
+    tl.store(at, memory, mask=inside)
+    for _ in range(SPANS - 1):
+        tl.debug_barrier()
+        at, _ = of_memory(added, number, v, k, WIDTH, K)
+        memory = tl.load(at, mask=inside, other=0.0)
+        A = affine + number.to(tl.int64) * (K * (V + K)) + V
+        for start in range(0, K, BLOCK):
+            j = start + tl.arange(0, BLOCK)
+            at_j, real = of_memory(memories, number, v, j, V, K)
+            before = tl.load(at_j, mask=real, other=0.0)
+            place = j[:, None] * (V + K) + k[None, :] if BACKWARD else k[None, :] * (V + K) + j[:, None]
+            block = tl.load(A + place, mask=(j < K)[:, None] & (k < K)[None, :], other=0.0)
+            memory = dot(before, block, "tf32x3", memory)
+        number += step
+        at, _ = of_memory(memories, number, v, k, V, K)
+        tl.store(at, memory, mask=inside)
 
 
 def joined(first: Tensor | None, affine: Tensor, backward: Tensor | None = None) -> Tensor:
@@ -91,9 +103,9 @@ def joined(first: Tensor | None, affine: Tensor, backward: Tensor | None = None)
     and the gradient by the last one, None for zeros."""
     spans, B, H, K, width = affine.shape
     V, added = width - K, affine if backward is None else backward
-    memories = affine.new_empty(spans, B, H, K, V)
+    memories, BK = affine.new_empty(spans, B, H, K, V), max(16, next_power_of_2(K))
     join[cdiv(V, COLUMNS), B * H](
-        first, affine, added, memories, K=K, V=V, WIDTH=added.shape[-1], SPANS=spans, BK=max(16, next_power_of_2(K)),
-        BV=COLUMNS, BACKWARD=backward is not None, num_warps=4, num_stages=2,
+        first, affine, added, memories, spans, K=K, V=V, WIDTH=added.shape[-1], BK=BK, BV=COLUMNS,
+        BLOCK=min(BK, 64), BACKWARD=backward is not None, num_warps=4, num_stages=2,
     )  # fmt: skip
     return memories
