@@ -68,10 +68,9 @@ def new_kept(q: Tensor, v: Tensor, keep: bool) -> Kept:
     chunks = B * H * -(-T // CHUNK)
     R, attend = (q.new_empty(chunks, CHUNK, CHUNK) for _ in range(2))
     vectors = q.new_empty(chunks, ROWS, CHUNK, dtype=torch.float32)
-    V, spans = v.shape[-1], spans_of(q, v.shape[-1])
-    affine = vectors.new_empty((spans, B, H, K, V + K) if spans > 1 else (0,))
+    V = v.shape[-1]
     shapes = ((chunks, CHUNK, CHUNK), (chunks, V, CHUNK), (chunks, V, K)) if keep else [(0,)] * 3
-    return Kept(R, attend, vectors, affine, *(q.new_empty(shape) for shape in shapes))
+    return Kept(R, attend, vectors, new_affine(q, V), *(q.new_empty(shape) for shape in shapes))
 
 
 def spans_of(q: Tensor, value_dim: int) -> int:
@@ -79,6 +78,13 @@ def spans_of(q: Tensor, value_dim: int) -> int:
     B, T, H, _ = q.shape
     columns = (SINGLE if q.dtype == torch.float32 else HALF)["scan"].block
     return num_spans(q, cdiv(value_dim, columns) * B * H, cdiv(T, CHUNK))
+
+
+def new_affine(q: Tensor, value_dim: int) -> Tensor:
+    """Where b and A of all spans are left, with nothing in it; empty where there is but one span."""
+    (B, _, H, K), spans = q.shape, spans_of(q, value_dim)
+    shape = (spans, B, H, K, value_dim + K) if spans > 1 else (0,)
+    return q.new_empty(shape, dtype=torch.float32)
 
 
 def many(q: Tensor, shared: int) -> bool:
