@@ -133,6 +133,32 @@ def test_rows_in_spans_are_the_recurrence():
     assert shapes[0] == shapes[1] and [3, 1, 2, 16, 32] in shapes[0], shapes
 
 
+def times_the_error(device: str, dtype: torch.dtype, spans: int, **case) -> list[float]:
+    """Of outputs, last memory and all gradients: how many times the error without spans that with spans is."""
+    from models.kernels.delta import launch
+
+    found, chosen = [], launch.num_spans
+    for number in (spans, 1):
+        launch.num_spans = lambda *_, number=number: number
+        found.append(errors(device, dtype, decay=8.0, rows=1, **case))
+    launch.num_spans = chosen
+    return [x / y for x, y in zip(*found, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_spans_keep_the_digits():
+    """Through the interpreter, fp16, gates near 1: what a span does to a memory is rounded as often as the memory."""
+    code = """
+    import json, torch
+    from tests.kernels.test_delta import times_the_error
+    case = {"spans": 6, "K": 64, "V": 64, "T": 1536}
+    print("FOUND", json.dumps([times_the_error("cpu", torch.float16, aligned=x, **case) for x in (0.0, 1.0)]))
+    """
+    found = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
+    assert all(times < 1.5 for case in found for times in case), found
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_few_rows_of_many_chunks_are_cut_into_spans(monkeypatch):
     """By programs of a scan and chunks of a row, for 132 multiprocessors."""
@@ -176,6 +202,14 @@ def test_spans_on_a_gpu(name, dtype, tolerance, monkeypatch):
     monkeypatch.setattr(launch, "num_spans", lambda *_: spans)
     found = errors("cuda", dtype, **case)
     assert max(found) < tolerance, found
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("aligned", [0.0, 1.0])
+def test_spans_keep_the_digits_on_a_gpu(aligned):
+    found = times_the_error("cuda", torch.bfloat16, 8, K=128, V=128, T=8192, aligned=aligned)
+    assert all(times < 1.5 for times in found), found
 
 
 @pytest.mark.gpu
