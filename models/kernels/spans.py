@@ -48,24 +48,25 @@ def num_spans(x: Tensor, num_programs: int, num_chunks: int) -> int:
 
 
 @triton.jit
-def span_of(program, N, SPANS: tl.constexpr):
+def span_of(program, N, spans):
     """The sequence's head of a program of the grid's second axis, and the chunks of its span: the first, and the one
-    after its last."""
-    if SPANS == 1:
+    after its last. spans: how many a row has, at most as many as chunks; None for 1, so that nothing is left of them in
+    what is compiled."""
+    if spans is None:
         return program, 0, N
     else:
-        rows = tl.num_programs(1) // SPANS
+        rows = tl.num_programs(1) // spans
         s = program // rows
-        return program % rows, s * N // SPANS, (s + 1) * N // SPANS
+        return program % rows, s * N // spans, (s + 1) * N // spans
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans"])
 def join(
     first,  # [B H, K, V]: of the first span; backward the gradient by the last memory, or None for zeros
-    affine,  # [SPANS B H, K, V + K]: b and A
-    added,  # [SPANS B H, K, WIDTH], of which V columns: b; backward c
-    memories,  # out, [SPANS B H, K, V]: what every span begins with; backward the gradient by what it ends with
-    SPANS, K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    affine,  # [spans B H, K, V + K]: b and A
+    added,  # [spans B H, K, WIDTH], of which V columns: b; backward c
+    memories,  # out, [spans B H, K, V]: what every span begins with; backward the gradient by what it ends with
+    spans, K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """S' = A S + b from span to span, or dS = A^T dS' + c from the last one to the first, of BV columns of the values,
@@ -73,14 +74,14 @@ def join(
     bh, rows = tl.program_id(1), tl.num_programs(1)
     v, k = tl.program_id(0) * BV + tl.arange(0, BV), tl.arange(0, BK)
     step = -rows if BACKWARD else rows
-    number = bh + (SPANS - 1) * rows if BACKWARD else bh
+    number = bh + (spans - 1) * rows if BACKWARD else bh
     at, inside = of_memory(memories, number, v, k, V, K)
     memory = tl.zeros([BV, BK], tl.float32)
     if first is not None:
         at_first, _ = of_memory(first, bh, v, k, V, K)
         memory = tl.load(at_first, mask=inside, other=0.0)
     tl.store(at, memory, mask=inside)
-    for _ in range(SPANS - 1):
+    for _ in range(spans - 1):
         tl.debug_barrier()
         at, _ = of_memory(added, number, v, k, WIDTH, K)
         memory = tl.load(at, mask=inside, other=0.0)
@@ -98,8 +99,8 @@ def join(
 
 
 def joined(first: Tensor | None, affine: Tensor, backward: Tensor | None = None) -> Tensor:
-    """The memories [SPANS, B, H, K, V] that spans begin with, from the first of them, [B, H, K, V], and affine
-    [SPANS, B, H, K, V + K], b and A. Or the gradients by those they end with, from `backward`, c [SPANS, B, H, K, V],
+    """The memories [spans, B, H, K, V] that spans begin with, from the first of them, [B, H, K, V], and affine
+    [spans, B, H, K, V + K], b and A. Or the gradients by those they end with, from `backward`, c [spans, B, H, K, V],
     and the gradient by the last one, None for zeros."""
     spans, B, H, K, width = affine.shape
     V, added = width - K, affine if backward is None else backward

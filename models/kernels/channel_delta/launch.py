@@ -50,7 +50,7 @@ class Kept(NamedTuple):
     gates: Tensor  # [B, T, H, K], in 16 bits fp16: 3 digits of log decays of any size
     R: Tensor  # [B H N, C, C]
     attend: Tensor  # [B H N, C, C]
-    spans: Tensor  # [SPANS, B, H, K, V + K]: b and A, models/kernels/spans.py says of what
+    spans: Tensor  # [spans, B, H, K, V + K]: b and A, models/kernels/spans.py says of what
     errors: Tensor  # [B H N, V, C]
     states: Tensor  # [B H N, V, K]
 
@@ -128,8 +128,9 @@ class Launch:
             configuration = WHOLE
         BV = min(configuration.block, self.BV)
         kernel[cdiv(columns or self.V, BV), self.spans * self.B * self.H](
-            *tensors, *self.sizes, **self.common, BK=self.BK, BV=BV, SPANS=self.spans, **configuration.options
-        )
+            *tensors, None if self.spans == 1 else self.spans, *self.sizes, **self.common, BK=self.BK, BV=BV,
+            **configuration.options,
+        )  # fmt: skip
 
     def forward(
         self, v: Tensor, gates: tuple[Tensor | None, ...], first: Tensor, keep: bool

@@ -27,7 +27,7 @@ def kept_again(scale, chunk, columns, K: tl.constexpr):
     return tl.load(at, mask=columns < K, other=0.0, eviction_policy="evict_first")[None, :]
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "spans"])
 def scan(
     reads,  # [B, T, H, K]
     erases,  # [B, T, H, K]
@@ -37,18 +37,19 @@ def scan(
     v,  # [B, T, H, V]
     R,  # [B H N, C, C]
     attend,  # [B H N, C, C]
-    first,  # [SPANS B H, K, V], or None: b and A of every span are asked for (models/kernels/spans.py), and no more
+    first,  # [spans B H, K, V], or None: b and A of every span are asked for (models/kernels/spans.py), and no more
     o,  # out, [B, T, H, V], or None
-    last,  # out, [SPANS B H, K, V], or [SPANS B H, K, V + K]: b and A
+    last,  # out, [spans B H, K, V], or [spans B H, K, V + K]: b and A
     errors,  # out, [B H N, V, C], or None
     states,  # out, [B H N, V, K], what every chunk begins with, times e^m, or None
+    spans,  # how many a row is cut into, or None for 1
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    SPANS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U = R (V - K' S), O = Q' S + attend U, and the memory S after them, diag(e^{c_C}) S + W^T U, of the keys K' that
     erase, the queries Q' that read and the keys W that write."""
     first_v, number = tl.program_id(0) * BV, tl.program_id(1)
-    bh, begin, end = span_of(number, N, SPANS)
+    bh, begin, end = span_of(number, N, spans)
     t = tl.arange(0, C)
     rows, columns = first_v + tl.arange(0, BV), tl.arange(0, BK)
     TYPE: tl.constexpr = writes.dtype.element_ty
@@ -119,7 +120,7 @@ def scan(
     tl.store(at, memory, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "spans"])
 def scan_gradient(
     reads,  # [B, T, H, K]
     erases,  # [B, T, H, K]
@@ -129,16 +130,17 @@ def scan_gradient(
     R,  # [B H N, C, C]
     attend,  # [B H N, C, C]
     do,  # [B, T, H, V]
-    dlast,  # [SPANS B H, K, V], or None
+    dlast,  # [spans B H, K, V], or None
     dv,  # out, [B, T, H, V], or None: c of every span is asked for (models/kernels/spans.py), and no more
     dstates,  # out, [B H N, V, K]: by what every chunk ends with, times e^m, or None
-    dfirst,  # out, [SPANS B H, K, V]; or c
+    dfirst,  # out, [spans B H, K, V]; or c
+    spans,  # how many a row is cut into, or None for 1
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    SPANS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each line is the transpose of one of scan's. The gradient by the right-hand side of a system is that by v."""
     first_v, number = tl.program_id(0) * BV, tl.program_id(1)
-    bh, begin, end = span_of(number, N, SPANS)
+    bh, begin, end = span_of(number, N, spans)
     t = tl.arange(0, C)
     rows, columns = first_v + tl.arange(0, BV), tl.arange(0, BK)
     TYPE: tl.constexpr = writes.dtype.element_ty

@@ -57,7 +57,7 @@ class Kept(NamedTuple):
     R: Tensor  # [B H N, C, C]
     attend: Tensor  # [B H N, C, C]
     vectors: Tensor  # [B H N, ROWS, C]
-    spans: Tensor  # [SPANS, B, H, K, V + K]: b and A, models/kernels/spans.py says of what
+    spans: Tensor  # [spans, B, H, K, V + K]: b and A, models/kernels/spans.py says of what
     system: Tensor  # [B H N, C, C]
     errors: Tensor  # [B H N, V, C]
     states: Tensor  # [B H N, V, K]
@@ -120,11 +120,11 @@ class Launch:
         BV = min(configuration.block, self.BV)
         kernel[cdiv(columns or self.V, BV), self.spans * self.B * self.H](
             *tensors,
+            None if self.spans == 1 else self.spans,
             *self.sizes,
             **self.common,
             BK=self.BK,
             BV=BV,
-            SPANS=self.spans,
             **configuration.options,
         )
 

@@ -68,7 +68,7 @@ def leave(tile, pointer, bh, n, first, real, T, H: tl.constexpr, X: tl.constexpr
     tl.store(at, tl.trans(tile.to(pointer.dtype.element_ty)), mask=mask & real)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "spans"])
 def scan(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
@@ -76,17 +76,18 @@ def scan(
     R,  # [B H N, C, C]
     attend,  # [B H N, C, C]
     vectors,  # [B H N, ROWS, C]
-    first,  # [SPANS B H, K, V], or None: b and A of every span are asked for (models/kernels/spans.py), and no more
+    first,  # [spans B H, K, V], or None: b and A of every span are asked for (models/kernels/spans.py), and no more
     o,  # out, [B, T, H, V], or None
-    last,  # out, [SPANS B H, K, V], or [SPANS B H, K, V + K]: b and A
+    last,  # out, [spans B H, K, V], or [spans B H, K, V + K]: b and A
     errors,  # out, [B H N, V, C], or None
     states,  # out, [B H N, V, K], what every chunk begins with, or None
+    spans,  # how many a row is cut into, or None for 1
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    SPANS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U = R (V - diag(e^c) K S), O = diag(e^c) Q S + (Q K^T * L) diag(b) U, and the memory S after them."""
     first_v, number = tl.program_id(0) * BV, tl.program_id(1)
-    bh, begin, end = span_of(number, N, SPANS)
+    bh, begin, end = span_of(number, N, spans)
     t = tl.arange(0, C)
     rows, columns = first_v + tl.arange(0, BV), tl.arange(0, BK)
     if first is None:
@@ -141,7 +142,7 @@ def scan(
     tl.store(at, memory, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "spans"])
 def scan_gradient(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
@@ -149,16 +150,17 @@ def scan_gradient(
     attend,  # [B H N, C, C]
     vectors,  # [B H N, ROWS, C]
     do,  # [B, T, H, V]
-    dlast,  # [SPANS B H, K, V], or None
+    dlast,  # [spans B H, K, V], or None
     dv,  # out, [B, T, H, V], or None: c of every span is asked for (models/kernels/spans.py), and no more
     dstates,  # out, [B H N, V, K]: by what every chunk ends with, or None
-    dfirst,  # out, [SPANS B H, K, V]; or c
+    dfirst,  # out, [spans B H, K, V]; or c
+    spans,  # how many a row is cut into, or None for 1
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    SPANS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each line is the transpose of one of scan's. The gradient by the right-hand side of a system is that by v."""
     first_v, number = tl.program_id(0) * BV, tl.program_id(1)
-    bh, begin, end = span_of(number, N, SPANS)
+    bh, begin, end = span_of(number, N, spans)
     t = tl.arange(0, C)
     rows, columns = first_v + tl.arange(0, BV), tl.arange(0, BK)
     dmemory = tl.zeros([BV, BK], tl.float32)
