@@ -36,15 +36,15 @@ LEAST_CHUNKS = 32
 COLUMNS = 16  # of the values, of a program of `join`
 
 
-def num_spans(x: Tensor, num_programs: int, num_chunks: int) -> int:
+def num_spans(x: Tensor, num_programs: int, num_chunks: int, least: int = LEAST_SPANS) -> int:
     """How many spans rows of so many chunks are cut into, where their scan has so many programs on the GPU of x: as
-    many as have a multiprocessor each, or 1 if that is too few to pay. By sizes and the GPU alone, so that all runs of
-    a model have the same."""
+    many as have a multiprocessor each, or 1 if that is less than `least`. By sizes and the GPU alone, so that all runs
+    of a model have the same."""
     if not x.is_cuda:
         return 1
     gpu: Any = torch.cuda.get_device_properties(x.device)
     found = min(gpu.multi_processor_count // num_programs, num_chunks // LEAST_CHUNKS)
-    return found if found >= LEAST_SPANS else 1
+    return found if found >= least else 1
 
 
 @triton.jit
@@ -107,6 +107,6 @@ def joined(first: Tensor | None, affine: Tensor, backward: Tensor | None = None)
     memories, BK = affine.new_empty(spans, B, H, K, V), max(16, next_power_of_2(K))
     join[cdiv(V, COLUMNS), B * H](
         first, affine, added, memories, spans, K=K, V=V, WIDTH=added.shape[-1], BK=BK, BV=COLUMNS,
-        BLOCK=min(BK, 64), BACKWARD=backward is not None, num_warps=4, num_stages=2,
+        BLOCK=min(BK, 8192 // BK), BACKWARD=backward is not None, num_warps=4, num_stages=2,
     )  # fmt: skip
     return memories

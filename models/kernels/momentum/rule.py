@@ -65,10 +65,14 @@ class Kept(NamedTuple):
     attend: Tensor  # [B H N, C, C]
     similar: Tensor  # [B H N, C, C], like `system` in float32 where keys have up to PRECISE channels
     system: Tensor  # [B H N, C, C], or none as R
+    # [spans, B, H, n K, V + n K]: b and A, models/kernels/spans.py says of what; empty where rows are not cut into any
+    spans: Tensor
 
 
 def new_kept(call: Call, rule: Rule) -> Kept:
     """Where it is written, with nothing in it."""
+    from models.kernels.momentum.launch import new_affine
+
     (B, T, H, K), V = call.q.shape, call.v.shape[-1]
     chunks, matrices = B * H * -(-T // CHUNK), 1 + rule.momentum + (rule.carried and rule.solve)
     halves = 1 if call.v.dtype == torch.float32 else 2
@@ -84,4 +88,5 @@ def new_kept(call: Call, rule: Rule) -> Kept:
         call.v.new_empty(chunks, -(-K // PART), V, matrices, PART),
         attend,
         *squares,
+        new_affine(call, rule),
     )
