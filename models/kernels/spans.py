@@ -10,7 +10,7 @@ chunks do to a memory, b [K, V] what it writes to an empty one. So
     and the scan as it is without spans, of all spans at once, each from its own first memory.
 
 Backward likewise, by dS = A^T dS' + c, with A kept from the forward pass: a scan that leaves c, `join`, and the scan as
-it is. A document's end in a span closes a gate, or masks a memory, and A is 0 after it as the memory is.
+it is. A document's start in a span closes a gate, or masks a memory: A is then what the memory is, 0 or e^-64 of it.
 
 Spans differ by a chunk at most. Of what has one matrix per span, span s of a sequence's head bh is number s B H + bh.
 """
@@ -28,8 +28,8 @@ from models.kernels.backend import cdiv, next_power_of_2
 from models.kernels.delta.tiles import of_memory
 from models.kernels.momentum.tiles import dot
 
-# Two passes go through each span, and the first of them has twice the columns. With every multiprocessor at work a
-# chunk takes longer too, since all wait for the same memory: with three spans nothing was won.
+# Two passes go through each span, and with every multiprocessor at work a chunk takes longer, since all wait for the
+# same memory: with three spans nothing would be won (docs/kernels.md).
 LEAST_SPANS = 4
 # Of a span: with fewer chunks `join`, and the launches of two more kernels, take as long as what is saved.
 LEAST_CHUNKS = 32

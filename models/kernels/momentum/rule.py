@@ -79,7 +79,7 @@ def new_kept(call: Call, rule: Rule) -> Kept:
     solved = chunks if rule.solve else 0
     attend = call.v.new_empty(chunks, CHUNK, CHUNK)
     alike = attend.dtype if K > PRECISE else torch.float32
-    squares = [attend.new_empty(n, CHUNK, CHUNK, dtype=alike) for n in (chunks, solved)]
+    similar, system = (attend.new_empty(n, CHUNK, CHUNK, dtype=alike) for n in (chunks, solved))
     return Kept(
         call.v.new_empty(chunks, CHUNK, CHUNK, dtype=torch.float32),
         call.v.new_empty(solved, halves, CHUNK, CHUNK),
@@ -87,6 +87,7 @@ def new_kept(call: Call, rule: Rule) -> Kept:
         call.v.new_empty(chunks, V, CHUNK),
         call.v.new_empty(chunks, -(-K // PART), V, matrices, PART),
         attend,
-        *squares,
+        similar,
+        system,
         new_affine(call, rule),
     )
