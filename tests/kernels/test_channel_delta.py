@@ -132,6 +132,21 @@ RATES = {
     "rates of many sizes": {"spread": 4.0, "bias": -4.0, "documents": 40},
     "rates of slow decay": {"spread": 0.3, "bias": -11.0, "T": 130},
 }
+SPANS = {  # how many spans, and what differs as above
+    "gated": (3, {"T": 333, "rows": 3}),
+    "large gates": (4, {"T": 193, "decay": 8.0, "rows": 1}),
+    "gates of any size": (2, {"decay": 0.0, "spread": 20.0, "T": 200, "rows": 1}),
+    "ragged": (3, {"K": 20, "V": 40, "T": 200, "rows": 1}),
+}
+SPANS_OF_RATES = {
+    "documents": (3, {"documents": 150, "T": 400, "rows": 1}),
+    "short documents": (2, {"documents": 23, "T": 150, "rows": 1}),
+}
+WIDE_SPANS = {
+    "wide": (8, {"K": 128, "V": 128, "T": 2000, "rows": 1}),
+    "wide, large gates": (8, {"K": 128, "V": 128, "T": 4100, "decay": 8.0, "rows": 1}),
+    "wide, documents": (4, {"K": 128, "V": 128, "T": 700, "documents": 130, "rows": 3}),
+}
 
 
 @pytest.mark.slow
@@ -148,6 +163,25 @@ def test_kernels_are_the_recurrence():
     """
     found = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
     assert found.keys() == {*INTERPRETED, *RATES, "closed"} and all(error < 1e-5 for error in found.values()), found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_rows_in_spans_are_the_recurrence():
+    """Through the interpreter, float32. A document's start is a mask there where the kernels make the log decays."""
+    code = """
+    import json, torch
+    from models.kernels.delta import launch
+    from tests.kernels.test_channel_delta import SPANS, SPANS_OF_RATES, errors, errors_of_rates
+    found = {}
+    for cases, rule in ((SPANS, errors), (SPANS_OF_RATES, errors_of_rates)):
+        for name, (spans, case) in cases.items():
+            launch.num_spans = lambda *_: spans
+            found[name] = max(rule("cpu", torch.float32, **case))
+    print("FOUND", json.dumps(found))
+    """
+    found = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
+    assert found.keys() == {*SPANS, *SPANS_OF_RATES} and all(error < 1e-5 for error in found.values()), found
 
 
 @pytest.mark.slow
@@ -239,7 +273,29 @@ def test_rates_on_a_gpu(name, dtype, tolerance):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_the_same_bits_in_every_run_and_in_a_graph():
+@pytest.mark.parametrize("name", SPANS | WIDE_SPANS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["float32", "bf16"])
+def test_spans_on_a_gpu(name, dtype, tolerance, monkeypatch):
+    from models.kernels.delta import launch
+
+    spans, case = (SPANS | WIDE_SPANS)[name]
+    case = {"K": 16, "V": 16} | case
+    if why := channel_delta.refusal(torch.device("cuda"), dtype, case["K"], case["V"]):
+        pytest.skip(f"refused: {why}")
+    monkeypatch.setattr(launch, "num_spans", lambda *_: spans)
+    found = errors("cuda", dtype, **case)
+    # as in test_on_a_gpu
+    assert max(found) < (2 * tolerance if dtype is torch.bfloat16 else tolerance), found
+    assert max(x for i, x in enumerate(found) if i != LOG_DECAY) < tolerance, found
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("spans", [1, 5])
+def test_the_same_bits_in_every_run_and_in_a_graph(spans, monkeypatch):
+    from models.kernels.delta import launch
+
+    monkeypatch.setattr(launch, "num_spans", lambda *_: spans)
     torch.manual_seed(0)
     q, k, v = (F.normalize(torch.randn(4, 1000, 4, 128, device="cuda"), dim=-1).bfloat16() for _ in range(3))
     b, log_decay = torch.rand(4, 1000, 4, device="cuda"), -torch.rand(4, 1000, 4, 128, device="cuda")

@@ -61,6 +61,19 @@ def test_scans_of_many_heads_fit_where_they_say(preset, folder, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("preset", ["gated_delta", "kda"])
+def test_first_passes_over_spans_leave_nothing_but_memories(preset, monkeypatch):
+    """A multiprocessor has room for two programs of the one that has twice the columns."""
+    monkeypatch.setattr(importlib.import_module("models.kernels.delta.launch"), "num_spans", lambda *_: 2)
+    found = [kernel for kernel in kernels_of(preset, 128, torch.bfloat16) if kernel.name.startswith(("scan", "join"))]
+    forward, backward = ["scan", "join", "scan"], ["scan_gradient", "join", "scan_gradient"]
+    assert [kernel.name for kernel in found] == forward + backward
+    assert all(kernel.shared <= SHARED and not kernel.faults for kernel in found), "\n".join(map(str, found))
+    assert not any(kernel.stack for kernel in found if kernel not in (found[2], found[5])), "\n".join(map(str, found))
+    assert found[0].wgmma < found[2].wgmma and 2 * (found[0].shared + 1024) <= SHARED + 1024, found[0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["titans", "preconditioned_delta"])
 def test_narrow_memories_have_the_launches_of_64_channels(preset):
     """With shared memory for as many stages and products of the same sizes: of 16 channels by themselves the tokens'

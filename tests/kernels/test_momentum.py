@@ -55,6 +55,21 @@ WIDE = {
     "widest, write keys": {"momentum": None, "own_writes": True, "K": 256, "V": 256, "T": 200},
     "wide, windows": {"window": 3, "K": 128, "V": 128, "T": 100},
 }
+SPANS = {  # how many spans, and what differs as above
+    "exact": (3, {"T": 333, "rows": 1}),
+    "no decay": (2, {"T": 193, "decay": None, "rows": 3}),
+    "documents": (3, {"T": 260, "documents": 80, "rows": 1}),
+    "ragged": (2, {"K": 20, "V": 40, "T": 200, "rows": 1}),
+    "leaky LMS, documents": (3, {"momentum": None, "early": True, "T": 200, "documents": 60, "rows": 1}),
+    "write keys": (2, {"momentum": None, "own_writes": True, "T": 150, "documents": 23, "rows": 1}),
+    "windows of 3": (2, {"window": 3, "T": 70, "documents": 23, "rows": 1}),
+}
+WIDE_SPANS = {
+    "wide": (8, {"K": 128, "V": 128, "T": 2000, "rows": 1}),
+    "wide, large gates": (8, {"momentum": 2.0, "decay": 8.0, "K": 128, "V": 128, "T": 2000, "rows": 1}),
+    "wide, documents": (3, {"K": 128, "V": 128, "T": 700, "documents": 130}),
+    "wide, write keys": (3, {"momentum": None, "own_writes": True, "K": 128, "V": 128, "T": 700}),
+}
 
 
 def errors(
@@ -164,6 +179,24 @@ def test_kernels_are_the_recurrence():
     assert others == [0.0, 0.0]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_rows_in_spans_are_the_recurrence():
+    """Through the interpreter, float32."""
+    code = """
+    import json, torch
+    from models.kernels.momentum import launch
+    from tests.kernels.test_momentum import SPANS, errors
+    found = {}
+    for name, (spans, case) in SPANS.items():
+        launch.num_spans = lambda *_: spans
+        found[name] = max(errors("cpu", torch.float32, **case))
+    print("FOUND", json.dumps(found))
+    """
+    found = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
+    assert found.keys() == SPANS.keys() and all(error < 1e-5 for error in found.values()), found
+
+
 def launched_as_16_bits() -> None:
     """Launches of float32 get the tiles of 16 bits from here on: 64 wide at least, zeros beside narrow memories."""
     from models.kernels.momentum import launch
@@ -208,6 +241,22 @@ def test_on_a_gpu(name, dtype, tolerance):
         pytest.skip(f"refused: {why}")
     found = errors("cuda", dtype, **case)
     assert max(found) < tolerance, found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", SPANS | WIDE_SPANS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)], ids=["float32", "bf16"])
+def test_spans_on_a_gpu(name, dtype, tolerance, monkeypatch):
+    from models.kernels.momentum import launch
+
+    spans, case = (SPANS | WIDE_SPANS)[name]
+    case = {"K": 16, "V": 16, "own_writes": False} | case
+    if why := momentum.refusal(torch.device("cuda"), dtype, case["K"], case["V"], case["own_writes"]):
+        pytest.skip(f"refused: {why}")
+    monkeypatch.setattr(launch, "num_spans", lambda *_: spans)
+    first, second = (errors("cuda", dtype, **case) for _ in range(2))
+    assert max(first) < tolerance and first == second, first
 
 
 def finite(device: str, dtype: torch.dtype) -> bool:

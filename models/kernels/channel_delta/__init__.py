@@ -68,7 +68,7 @@ def delta_rule(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_decay: Tensor, bias: Tensor | None,
     log_rate: Tensor | None, segments: Tensor | None, memory: Tensor, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o, the memory after the last token, and launch.py's Kept. log_decay: with a bias what it is made of, `raw`."""
     from models.kernels.channel_delta.launch import Launch
 

@@ -14,7 +14,8 @@ from models.kernels.channel_delta.prepare import fade, scores
 from models.kernels.channel_delta.scans import scan, scan_gradient
 from models.kernels.channel_delta.tiles import ORDERS, write_ones
 from models.kernels.columns import summed
-from models.kernels.delta.launch import CHUNK, WHOLE, Configuration, many
+from models.kernels.delta.launch import CHUNK, WHOLE, Configuration, many, new_affine, spans_of
+from models.kernels.spans import joined
 
 # By kernel, of 16 bits and of 32. block: channels of the keys that a program has or takes at a time, columns of the
 # values that a scan's has. Products of 16 bits with fewer than 64 columns may be wrong: docs/kernels.md.
@@ -44,11 +45,12 @@ LOG_CHUNK = CHUNK.bit_length() - 1
 
 class Kept(NamedTuple):
     """What is kept between the passes; prepare.py and scans.py say what is what. Without gradients the last two are
-    empty."""
+    empty, as is `spans` where rows are not cut into any."""
 
     gates: Tensor  # [B, T, H, K], in 16 bits fp16: 3 digits of log decays of any size
     R: Tensor  # [B H N, C, C]
     attend: Tensor  # [B H N, C, C]
+    spans: Tensor  # [spans, B, H, K, V + K]: b and A, models/kernels/spans.py says of what
     errors: Tensor  # [B H N, V, C]
     states: Tensor  # [B H N, V, K]
 
@@ -69,8 +71,10 @@ def new_kept(q: Tensor, v: Tensor, keep: bool) -> Kept:
     B, T, H, K = q.shape
     chunks = B * H * -(-T // CHUNK)
     gates = q.new_empty(q.shape, dtype=dtype_of_gates(q))
-    further = ((chunks, v.shape[-1], CHUNK), (chunks, v.shape[-1], K)) if keep else [(0,)] * 2
-    return Kept(gates, *(q.new_empty(shape) for shape in [(chunks, CHUNK, CHUNK)] * 2 + list(further)))
+    R, attend = (q.new_empty(chunks, CHUNK, CHUNK) for _ in range(2))
+    V = v.shape[-1]
+    further = ((chunks, V, CHUNK), (chunks, V, K)) if keep else [(0,)] * 2
+    return Kept(gates, R, attend, new_affine(q, V), *(q.new_empty(shape) for shape in further))
 
 
 def dtype_of_gates(q: Tensor) -> torch.dtype:
@@ -92,6 +96,7 @@ class Launch:
         self.width = min(self.configurations["fade"].block, self.BK)
         self.flags = cdiv(self.K, self.width)
         self.sizes = (self.T, self.N, self.H, self.K, self.V)
+        self.spans = spans_of(q, value_dim)
         ones = (LOG_CHUNK + ORDERS, CHUNK, CHUNK)
         self.ones, self.same = q.new_empty(ones, dtype=dtype_of_gates(q)), q.new_empty(ones)
         write_ones[(len(self.ones),)](self.ones, self.same, CHUNK, LOG_CHUNK)
@@ -116,30 +121,36 @@ class Launch:
             *tensors, *self.sizes[:4], **self.common, **sizes, **configuration.options
         )
 
-    def scan(self, name: str, kernel, *tensors: Tensor | None) -> None:
+    def scan(self, name: str, kernel, *tensors: Tensor | None, columns: int | None = None) -> None:
+        """columns: of the memories, None for those of the values."""
         configuration = self.configurations[name]
         if self.BV > configuration.block >= 64 and many(self.given[0], WHOLE_SHARED):
             configuration = WHOLE
         BV = min(configuration.block, self.BV)
-        kernel[cdiv(self.V, BV), self.B * self.H](
-            *tensors, *self.sizes, **self.common, BK=self.BK, BV=BV, **configuration.options
-        )
+        kernel[cdiv(columns or self.V, BV), self.spans * self.B * self.H](
+            *tensors, None if self.spans == 1 else self.spans, *self.sizes, **self.common, BK=self.BK, BV=BV,
+            **configuration.options,
+        )  # fmt: skip
 
     def forward(
         self, v: Tensor, gates: tuple[Tensor | None, ...], first: Tensor, keep: bool
     ) -> tuple[Tensor, Tensor, Kept]:
         """The outputs, the last memory, and what is kept. gates: what prepare.py's `fade` makes them of."""
         v, first = v.contiguous(), first.contiguous()
-        kept, o, last = new_kept(self.given[0], v, keep), torch.empty_like(v), torch.empty_like(first)
+        kept, o = new_kept(self.given[0], v, keep), torch.empty_like(v)
         *made_of, segments = (None if x is None else x.contiguous() for x in gates)
         faded = self.fade(kept.gates, segments, *made_of)
         found = faded.sizes, faded.starts, kept.R, kept.attend
         self.launch("scores", scores, *faded[:3], *found, programs=1)
         self.launch("far_scores", far_scores, *self.given, kept.gates, self.ones, *found, programs=1)
         further = (kept.errors, kept.states) if keep else (None, None)
-        scanned = *faded[:4], faded.starts
-        self.scan("scan", scan, *scanned, v, kept.R, kept.attend, first, o, last, *further)
-        return o, last, kept
+        scanned = *faded[:4], faded.starts, v, kept.R, kept.attend
+        if self.spans > 1:
+            self.scan("scan", scan, *scanned, None, None, kept.spans, None, None, columns=self.V + self.K)
+            first = joined(first, kept.spans)
+        last = torch.empty_like(first)
+        self.scan("scan", scan, *scanned, first, o, last, *further)
+        return o, last if self.spans == 1 else last[-1], kept
 
     def backward(
         self, kept: Kept, log_rate: Tensor | None, segments: Tensor | None, do: Tensor, dlast: Tensor | None
@@ -148,12 +159,16 @@ class Launch:
         by the rates, and by the first memory."""
         do, dlast = do.contiguous(), None if dlast is None else dlast.contiguous()
         segments = None if segments is None else segments.contiguous()
-        (q, k, step_size), (gates, R, attend, errors, states) = self.given, kept
+        (q, k, step_size), (gates, R, attend, affine, errors, states) = self.given, kept
         faded = self.fade(gates, segments)
         scale, sizes, starts = faded[3:]
         dv, dstates = torch.empty_like(do), torch.empty_like(states)
-        dfirst = scale.new_empty(self.B, self.H, self.K, self.V)
-        self.scan("scan_gradient", scan_gradient, *faded[:4], starts, R, attend, do, dlast, dv, dstates, dfirst)
+        dfirst = scale.new_empty(self.spans, self.B, self.H, self.K, self.V)
+        scanned = *faded[:4], starts, R, attend, do
+        if self.spans > 1:
+            self.scan("scan_gradient", scan_gradient, *scanned, None, None, None, dfirst)
+            dlast = joined(dlast, affine, dfirst)
+        self.scan("scan_gradient", scan_gradient, *scanned, dlast, dv, dstates, dfirst)
 
         num_blocks = cdiv(self.K, min(self.configurations["gradient"].block, self.BK))
         dq, dk, dsteps = torch.empty_like(q), torch.empty_like(k), step_size.new_empty(num_blocks, *step_size.shape)
@@ -179,4 +194,4 @@ class Launch:
             do, dv, errors, states, dstates, log_rate, *found, **of_values,
         )  # fmt: skip
         shared = [summed(x, x[0]) for x in sums if x is not None]
-        return [dq, dk, dv, dsteps.sum(0), dlog_decay, *shared, dfirst]
+        return [dq, dk, dv, dsteps.sum(0), dlog_decay, *shared, dfirst[0]]

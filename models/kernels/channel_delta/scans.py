@@ -16,6 +16,7 @@ from models.kernels.channel_delta.tiles import of_starts
 from models.kernels.delta.scans import leave
 from models.kernels.delta.tiles import of_memory, of_state, of_tokens
 from models.kernels.momentum.tiles import dot, of_square
+from models.kernels.spans import span_of
 
 
 @triton.jit
@@ -26,7 +27,7 @@ def kept_again(scale, chunk, columns, K: tl.constexpr):
     return tl.load(at, mask=columns < K, other=0.0, eviction_policy="evict_first")[None, :]
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "spans"])
 def scan(
     reads,  # [B, T, H, K]
     erases,  # [B, T, H, K]
@@ -36,30 +37,37 @@ def scan(
     v,  # [B, T, H, V]
     R,  # [B H N, C, C]
     attend,  # [B H N, C, C]
-    first,  # [B, H, K, V]
-    o,  # out, [B, T, H, V]
-    last,  # out, [B, H, K, V]
+    first,  # [spans B H, K, V], or None: b and A of every span are asked for (models/kernels/spans.py), and no more
+    o,  # out, [B, T, H, V], or None
+    last,  # out, [spans B H, K, V], or [spans B H, K, V + K]: b and A
     errors,  # out, [B H N, V, C], or None
     states,  # out, [B H N, V, K], what every chunk begins with, times e^m, or None
+    spans,  # how many a row is cut into, or None for 1
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U = R (V - K' S), O = Q' S + attend U, and the memory S after them, diag(e^{c_C}) S + W^T U, of the keys K' that
     erase, the queries Q' that read and the keys W that write."""
-    first_v, bh = tl.program_id(0) * BV, tl.program_id(1)
+    first_v, number = tl.program_id(0) * BV, tl.program_id(1)
+    bh, begin, end = span_of(number, N, spans)
     t = tl.arange(0, C)
     rows, columns = first_v + tl.arange(0, BV), tl.arange(0, BK)
     TYPE: tl.constexpr = writes.dtype.element_ty
-    at, inside = of_memory(first, bh, rows, columns, V, K)
-    memory = tl.load(at, mask=inside, other=0.0)
+    if first is None:
+        memory = tl.where(rows[:, None] == V + columns[None, :], 1.0, 0.0)
+    else:
+        at, inside = of_memory(first, number, rows, columns, V, K)
+        memory = tl.load(at, mask=inside, other=0.0)
     one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(TYPE)
     error_before, output_before = tl.zeros([BV, C], TYPE), tl.zeros([BV, C], TYPE)
-    for n in tl.range(N, disable_licm=True):
+    for i in tl.range(end - begin, disable_licm=True):
+        n = begin + i
         chunk = bh * N + n
-        leave(output_before, o, bh, n - 1, first_v, n > 0, T, H, V, C, BV)
+        if o is not None:
+            leave(output_before, o, bh, n - 1, first_v, i > 0, T, H, V, C, BV)
         if errors is not None:
             at_u, inside_u = of_state(errors, chunk - 1, rows, t, V, C)
-            tl.store(at_u, error_before, mask=inside_u & (n > 0))
+            tl.store(at_u, error_before, mask=inside_u & (i > 0))
         kept = tl.load(scale + chunk.to(tl.int64) * (2 * K) + columns, mask=columns < K, other=0.0)[None, :]
         if not TYPE.is_fp16():
             memory *= kept
@@ -74,6 +82,8 @@ def scan(
         at_k, mask_k = of_tokens(writes, bh, n, 0, T, H, K, C, BK)
         write = tl.load(at_k, mask=mask_k, other=0.0)
         at_v, mask_v = of_tokens(v, bh, n, first_v, T, H, V, C, BV)
+        if first is None:
+            mask_v = mask_v & (rows < V)[None, :]
         values = tl.load(at_v, mask=mask_v, other=0.0)
         inverse = tl.load(of_square(R, chunk, C))
         similar = tl.load(of_square(attend, chunk, C))
@@ -101,15 +111,16 @@ def scan(
             memory = dot(rounded, write, PRECISION, memory)
             memory *= kept_again(scale, chunk, columns, K)
         error_before, output_before = error.to(TYPE), output.to(TYPE)
-    leave(output_before, o, bh, N - 1, first_v, True, T, H, V, C, BV)
+    if o is not None:
+        leave(output_before, o, bh, end - 1, first_v, True, T, H, V, C, BV)
     if errors is not None:
-        at_u, inside_u = of_state(errors, bh * N + N - 1, rows, t, V, C)
+        at_u, inside_u = of_state(errors, bh * N + end - 1, rows, t, V, C)
         tl.store(at_u, error_before, mask=inside_u)
-    at, inside = of_memory(last, bh, rows, columns, V, K)
+    at, inside = of_memory(last, number, rows, columns, V + K if first is None else V, K)
     tl.store(at, memory, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "spans"])
 def scan_gradient(
     reads,  # [B, T, H, K]
     erases,  # [B, T, H, K]
@@ -119,34 +130,38 @@ def scan_gradient(
     R,  # [B H N, C, C]
     attend,  # [B H N, C, C]
     do,  # [B, T, H, V]
-    dlast,  # [B, H, K, V], or None
-    dv,  # out, [B, T, H, V]
-    dstates,  # out, [B H N, V, K]: by what every chunk ends with, times e^m
-    dfirst,  # out, [B, H, K, V]
+    dlast,  # [spans B H, K, V], or None
+    dv,  # out, [B, T, H, V], or None: c of every span is asked for (models/kernels/spans.py), and no more
+    dstates,  # out, [B H N, V, K]: by what every chunk ends with, times e^m, or None
+    dfirst,  # out, [spans B H, K, V]; or c
+    spans,  # how many a row is cut into, or None for 1
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each line is the transpose of one of scan's. The gradient by the right-hand side of a system is that by v."""
-    first_v, bh = tl.program_id(0) * BV, tl.program_id(1)
+    first_v, number = tl.program_id(0) * BV, tl.program_id(1)
+    bh, begin, end = span_of(number, N, spans)
     t = tl.arange(0, C)
     rows, columns = first_v + tl.arange(0, BV), tl.arange(0, BK)
     TYPE: tl.constexpr = writes.dtype.element_ty
     dmemory = tl.zeros([BV, BK], tl.float32)
     if dlast is not None:
-        at, inside = of_memory(dlast, bh, rows, columns, V, K)
+        at, inside = of_memory(dlast, number, rows, columns, V, K)
         dmemory = tl.load(at, mask=inside, other=0.0)
     one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(TYPE)
     derror_before = tl.zeros([BV, C], TYPE)
-    for i in tl.range(N, disable_licm=True):
-        n = N - 1 - i
+    for i in tl.range(end - begin, disable_licm=True):
+        n = end - 1 - i
         chunk = bh * N + n
-        leave(derror_before, dv, bh, n + 1, first_v, i > 0, T, H, V, C, BV)
+        if dv is not None:
+            leave(derror_before, dv, bh, n + 1, first_v, i > 0, T, H, V, C, BV)
         kept = tl.load(scale + chunk.to(tl.int64) * (2 * K) + columns, mask=columns < K, other=0.0)[None, :]
         if not TYPE.is_fp16():
             dmemory *= kept
         operand = dmemory.to(TYPE)
-        at_states, inside = of_state(dstates, chunk, rows, columns, V, K)
-        tl.store(at_states, operand, mask=inside)
+        if dstates is not None:
+            at_states, inside = of_state(dstates, chunk, rows, columns, V, K)
+            tl.store(at_states, operand, mask=inside)
         at_k, mask_k = of_tokens(writes, bh, n, 0, T, H, K, C, BK)
         write = tl.load(at_k, mask=mask_k, other=0.0)
         at_v, mask_v = of_tokens(do, bh, n, first_v, T, H, V, C, BV)
@@ -180,6 +195,7 @@ def scan_gradient(
         dmemory = dot((-derror).to(TYPE), erase, PRECISION, dmemory)
         if not TYPE.is_fp16():
             dmemory *= kept_again(scale, chunk, columns, K)
-    leave(derror_before, dv, bh, 0, first_v, True, T, H, V, C, BV)
-    at, inside = of_memory(dfirst, bh, rows, columns, V, K)
+    if dv is not None:
+        leave(derror_before, dv, bh, begin, first_v, True, T, H, V, C, BV)
+    at, inside = of_memory(dfirst, number, rows, columns, V, K)
     tl.store(at, dmemory, mask=inside)

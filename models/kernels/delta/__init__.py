@@ -11,6 +11,8 @@ by v, and there is no quotient by a step size. Documents are gates: FORGET at a 
 documents.py). Kept between the passes are q, k, the three tiles of every chunk, half of the size of q each, and U and
 S, which are as large as v and twice that.
 
+Few rows of many chunks are cut into spans, which are scanned side by side (models/kernels/spans.py).
+
 Precision: products of bf16 (or fp16) operands, summed in float32, R among the operands, its diagonal apart; the memory
 is float32 in the scans' registers and rounded where it is an operand. float32 inputs are multiplied as sums of three
 TF32 products. Sums of gates are float64.
@@ -69,7 +71,7 @@ def delta_rule(
 @torch.library.custom_op("test_time_regression::delta_rule", mutates_args=())
 def forward(
     q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, log_decay: Tensor | None, memory: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the memory after the last token, and launch.py's Kept."""
     from models.kernels.delta.launch import Launch
 

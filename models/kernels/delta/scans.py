@@ -15,6 +15,7 @@ import triton.language as tl
 from models.kernels.delta import tiles
 from models.kernels.delta.tiles import fading, last_of, of_memory, of_state, of_tokens, place, system_inverse
 from models.kernels.momentum.tiles import dot, of_gates, of_square
+from models.kernels.spans import span_of
 
 
 @triton.jit
@@ -67,7 +68,7 @@ def leave(tile, pointer, bh, n, first, real, T, H: tl.constexpr, X: tl.constexpr
     tl.store(at, tl.trans(tile.to(pointer.dtype.element_ty)), mask=mask & real)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "spans"])
 def scan(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
@@ -75,29 +76,36 @@ def scan(
     R,  # [B H N, C, C]
     attend,  # [B H N, C, C]
     vectors,  # [B H N, ROWS, C]
-    first,  # [B, H, K, V]
-    o,  # out, [B, T, H, V]
-    last,  # out, [B, H, K, V]
+    first,  # [spans B H, K, V], or None: b and A of every span are asked for (models/kernels/spans.py), and no more
+    o,  # out, [B, T, H, V], or None
+    last,  # out, [spans B H, K, V], or [spans B H, K, V + K]: b and A
     errors,  # out, [B H N, V, C], or None
     states,  # out, [B H N, V, K], what every chunk begins with, or None
+    spans,  # how many a row is cut into, or None for 1
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U = R (V - diag(e^c) K S), O = diag(e^c) Q S + (Q K^T * L) diag(b) U, and the memory S after them."""
-    first_v, bh = tl.program_id(0) * BV, tl.program_id(1)
+    first_v, number = tl.program_id(0) * BV, tl.program_id(1)
+    bh, begin, end = span_of(number, N, spans)
     t = tl.arange(0, C)
     rows, columns = first_v + tl.arange(0, BV), tl.arange(0, BK)
-    at, inside = of_memory(first, bh, rows, columns, V, K)
-    memory = tl.load(at, mask=inside, other=0.0)
+    if first is None:
+        memory = tl.where(rows[:, None] == V + columns[None, :], 1.0, 0.0)
+    else:
+        at, inside = of_memory(first, number, rows, columns, V, K)
+        memory = tl.load(at, mask=inside, other=0.0)
     one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(k.dtype.element_ty)
     error_before, output_before = tl.zeros([BV, C], tl.float32), tl.zeros([BV, C], tl.float32)
-    for n in tl.range(N, disable_licm=True):
+    for i in tl.range(end - begin, disable_licm=True):
+        n = begin + i
         chunk = bh * N + n
         # what the chunk before has found is stored while this one's tiles are on their way
-        leave(output_before, o, bh, n - 1, first_v, n > 0, T, H, V, C, BV)
+        if o is not None:
+            leave(output_before, o, bh, n - 1, first_v, i > 0, T, H, V, C, BV)
         if errors is not None:
             at_u, inside_u = of_state(errors, chunk - 1, rows, t, V, C)
-            tl.store(at_u, error_before.to(k.dtype.element_ty), mask=inside_u & (n > 0))
+            tl.store(at_u, error_before.to(k.dtype.element_ty), mask=inside_u & (i > 0))
         operand = memory.to(k.dtype.element_ty)
         if states is not None:
             at_states, inside = of_state(states, chunk, rows, columns, V, K)
@@ -107,6 +115,8 @@ def scan(
         at_q, mask_k = of_tokens(q, bh, n, 0, T, H, K, C, BK)
         queries = tl.load(at_q, mask=mask_k, other=0.0)
         at_v, mask_v = of_tokens(v, bh, n, first_v, T, H, V, C, BV)
+        if first is None:
+            mask_v = mask_v & (rows < V)[None, :]
         values = tl.load(at_v, mask=mask_v, other=0.0)
         inverse = tl.load(of_square(R, chunk, C))
         similar = tl.load(of_square(attend, chunk, C))
@@ -123,15 +133,16 @@ def scan(
         memory = memory * kept_last + dot((left * write).to(keys.dtype), keys, PRECISION)
         output += dot(write.to(keys.dtype), tl.trans(similar), PRECISION)
         error_before, output_before = error, output
-    leave(output_before, o, bh, N - 1, first_v, True, T, H, V, C, BV)
+    if o is not None:
+        leave(output_before, o, bh, end - 1, first_v, True, T, H, V, C, BV)
     if errors is not None:
-        at_u, inside_u = of_state(errors, bh * N + N - 1, rows, t, V, C)
+        at_u, inside_u = of_state(errors, bh * N + end - 1, rows, t, V, C)
         tl.store(at_u, error_before.to(k.dtype.element_ty), mask=inside_u)
-    at, inside = of_memory(last, bh, rows, columns, V, K)
+    at, inside = of_memory(last, number, rows, columns, V + K if first is None else V, K)
     tl.store(at, memory, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "spans"])
 def scan_gradient(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
@@ -139,30 +150,34 @@ def scan_gradient(
     attend,  # [B H N, C, C]
     vectors,  # [B H N, ROWS, C]
     do,  # [B, T, H, V]
-    dlast,  # [B, H, K, V], or None
-    dv,  # out, [B, T, H, V]
-    dstates,  # out, [B H N, V, K]: by what every chunk ends with
-    dfirst,  # out, [B, H, K, V]
+    dlast,  # [spans B H, K, V], or None
+    dv,  # out, [B, T, H, V], or None: c of every span is asked for (models/kernels/spans.py), and no more
+    dstates,  # out, [B H N, V, K]: by what every chunk ends with, or None
+    dfirst,  # out, [spans B H, K, V]; or c
+    spans,  # how many a row is cut into, or None for 1
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each line is the transpose of one of scan's. The gradient by the right-hand side of a system is that by v."""
-    first_v, bh = tl.program_id(0) * BV, tl.program_id(1)
+    first_v, number = tl.program_id(0) * BV, tl.program_id(1)
+    bh, begin, end = span_of(number, N, spans)
     t = tl.arange(0, C)
     rows, columns = first_v + tl.arange(0, BV), tl.arange(0, BK)
     dmemory = tl.zeros([BV, BK], tl.float32)
     if dlast is not None:
-        at, inside = of_memory(dlast, bh, rows, columns, V, K)
+        at, inside = of_memory(dlast, number, rows, columns, V, K)
         dmemory = tl.load(at, mask=inside, other=0.0)
     one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(k.dtype.element_ty)
     derror_before = tl.zeros([BV, C], tl.float32)
-    for i in tl.range(N, disable_licm=True):
-        n = N - 1 - i
+    for i in tl.range(end - begin, disable_licm=True):
+        n = end - 1 - i
         chunk = bh * N + n
-        leave(derror_before, dv, bh, n + 1, first_v, i > 0, T, H, V, C, BV)
+        if dv is not None:
+            leave(derror_before, dv, bh, n + 1, first_v, i > 0, T, H, V, C, BV)
         operand = dmemory.to(k.dtype.element_ty)
-        at_states, inside = of_state(dstates, chunk, rows, columns, V, K)
-        tl.store(at_states, operand, mask=inside)
+        if dstates is not None:
+            at_states, inside = of_state(dstates, chunk, rows, columns, V, K)
+            tl.store(at_states, operand, mask=inside)
         at_k, mask_k = of_tokens(k, bh, n, 0, T, H, K, C, BK)
         keys = tl.load(at_k, mask=mask_k, other=0.0)
         at_q, mask_k = of_tokens(q, bh, n, 0, T, H, K, C, BK)
@@ -185,6 +200,7 @@ def scan_gradient(
         dmemory += dot((kept * dot(doutput, one, PRECISION)).to(keys.dtype), queries, PRECISION)
         dmemory += dot((-kept * derror).to(keys.dtype), keys, PRECISION)
         derror_before = derror
-    leave(derror_before, dv, bh, 0, first_v, True, T, H, V, C, BV)
-    at, inside = of_memory(dfirst, bh, rows, columns, V, K)
+    if dv is not None:
+        leave(derror_before, dv, bh, begin, first_v, True, T, H, V, C, BV)
+    at, inside = of_memory(dfirst, number, rows, columns, V, K)
     tl.store(at, dmemory, mask=inside)

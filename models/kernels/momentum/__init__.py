@@ -71,7 +71,7 @@ def momentum_delta(call: Call, rule: Rule = EXACT) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("test_time_regression::momentum_delta", mutates_args=())
 def _forward(
     given: list[Tensor], names: str, momentum: bool, carried: bool, solve: bool, decayed: bool, writes: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The outputs, the last matrices, and what is kept."""
     from models.kernels.momentum.launch import Launch
 

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.kernels import backend
+from models.kernels import backend, spans
 from models.kernels.backend import cdiv, next_power_of_2
 from models.kernels.delta.launch import many
 from models.kernels.momentum.coefficients import coefficients, coefficients_gradient
 from models.kernels.momentum.products import outputs, systems, tokens_gradient
 from models.kernels.momentum.rule import CHUNK, Call, Kept, Rule, new_kept
 from models.kernels.momentum.scans import scan, scan_gradient
+from models.kernels.spans import joined, num_spans
 
 KERNELS = ("coefficients", "systems", "scan", "outputs", "scan_gradient", "tokens_gradient", "coefficients_gradient")
 
@@ -37,6 +38,9 @@ class Configuration(NamedTuple):
 # Scans of 16 bits and more than 64 columns where programs of 64 would not all run at once, and what they want.
 WHOLE = Configuration(128, 8, 2)
 WHOLE_SHARED = 220 << 10
+# With a momentum: what a span does to both matrices is two blocks of columns more in the first pass, two rounds of
+# programs, so that four spans win next to nothing.
+LEAST_SPANS = 6
 
 
 def configurations(width: int, half: bool, carried: bool) -> dict[str, Configuration]:
@@ -62,6 +66,33 @@ def configurations(width: int, half: bool, carried: bool) -> dict[str, Configura
     }
 
 
+def configurations_of(call: Call, rule: Rule) -> dict[str, Configuration]:
+    half = call.v.dtype != torch.float32
+    return configurations(width_of(call), half, rule.carried and rule.solve)
+
+
+def width_of(call: Call) -> int:
+    """Of tiles of keys: products of 16 bits with fewer than 64 columns may be wrong (docs/kernels.md)."""
+    return max(16 if call.v.dtype == torch.float32 else 64, next_power_of_2(call.k.shape[-1]))
+
+
+def spans_of(call: Call, rule: Rule) -> int:
+    """How many spans each row is cut into: 1 where a reference is carried along, which the last chunk leaves as no
+    other does, and for keys of which a multiprocessor has room for one program alone."""
+    (B, T, H, _), V = call.q.shape, call.v.shape[-1]
+    if rule.carried or width_of(call) > 128:
+        return 1
+    programs = cdiv(V, configurations_of(call, rule)["scan"].BV) * B * H
+    return num_spans(call.q, programs, cdiv(T, CHUNK), LEAST_SPANS if rule.momentum else spans.LEAST_SPANS)
+
+
+def new_affine(call: Call, rule: Rule) -> Tensor:
+    """Where b and A of all spans are left, with nothing in it; empty where there is but one span."""
+    (B, _, H, K), V, number = call.q.shape, call.v.shape[-1], spans_of(call, rule)
+    rows = rule.num_matrices * K
+    return call.v.new_empty((number, B, H, rows, V + rows) if number > 1 else (0,), dtype=torch.float32)
+
+
 def by_gates(num_chunks: int) -> tuple[tuple[int], dict[str, int]]:
     """Grid and options of the kernels of coefficients: a warp for every chunk, and in the interpreter, whose time goes
     by operations, one program for many."""
@@ -81,9 +112,9 @@ class Launch:
         self.rule, (self.B, self.T, self.H, self.K), self.V = rule, call.q.shape, call.v.shape[-1]
         self.N, self.BH = cdiv(self.T, CHUNK), self.B * self.H
         half = call.v.dtype != torch.float32
-        self.least = 64 if half else 16  # products of 16 bits with fewer columns may be wrong: docs/kernels.md
-        self.width = max(self.least, next_power_of_2(self.K))
-        self.configurations = configurations(self.width, half, rule.carried and rule.solve)
+        self.least = 64 if half else 16
+        self.width, self.spans = width_of(call), spans_of(call, rule)
+        self.configurations = configurations_of(call, rule)
         self.precision = {"PRECISION": "tf32" if half else "tf32x3"}
         self.sizes = (self.T, self.N, self.H, self.K, self.V)
         self.chunk = {"C": CHUNK, "BK": self.width}
@@ -94,13 +125,25 @@ class Launch:
         self.referring = {"SOURCES": call.source is not None, "DECAYED": rule.decayed, "SOLVE": rule.solve}
         self.system = {**self.referring, "OWN_WRITES": self.own_writes}
 
-    def columns(self, kernel: str) -> tuple[dict[str, int], int]:
-        """A kernel's options, and how many programs share the values."""
+    def columns(self, kernel: str, columns: int | None = None) -> tuple[dict[str, int], int]:
+        """A kernel's options, and how many programs share the values, or so many columns."""
         found, width = self.configurations[kernel], max(self.least, next_power_of_2(self.V))
         if kernel.startswith("scan") and width > found.BV >= 64 and many(self.q, WHOLE_SHARED):
             found = WHOLE
         BV = min(found.BV, width)
-        return {"BV": BV, **found.options}, cdiv(self.V, BV)
+        return {"BV": BV, **found.options}, cdiv(columns or self.V, BV)
+
+    def scan(self, name: str, kernel, *tensors: Tensor | None, columns: int | None = None) -> None:
+        """columns: of the matrices, None for those of the values."""
+        options, programs = self.columns(name, columns)
+        kernel[programs, self.spans * self.BH](
+            *tensors, None if self.spans == 1 else self.spans, *self.sizes, **self.chunk, **self.scanned,
+            **self.precision, **options,
+        )  # fmt: skip
+
+    def of_spans(self, matrices: Tensor) -> Tensor:
+        """[spans, B, H, n, K, V] of matrices one below the other."""
+        return matrices.unflatten(3, (-1, self.K))
 
     def forward(self) -> tuple[Tensor, Tensor, Kept]:
         """The outputs, the last matrices and what the backward pass wants again."""
@@ -116,30 +159,30 @@ class Launch:
             *self.sizes[:4], **self.chunk, LOG_C=CHUNK.bit_length() - 1, **self.system, **self.precision,
             **self.configurations["systems"].options,
         )  # fmt: skip
-        last = torch.empty_like(self.matrices)
-        options, programs = self.columns("scan")
-        scan[programs, self.BH](
-            self.k, self.write_key, self.v, kept.R, kept.vectors, self.matrices, kept.U, kept.states, last,
-            *self.sizes, **self.chunk, **self.scanned, **self.precision, **options,
-        )  # fmt: skip
+        given, first = (self.k, self.write_key, self.v, kept.R, kept.vectors), self.matrices
+        if self.spans > 1:
+            self.scan("scan", scan, *given, None, None, None, kept.spans, columns=kept.spans.shape[-1])
+            first = self.of_spans(joined(first.flatten(2, 3), kept.spans))
+        last = torch.empty_like(first)
+        self.scan("scan", scan, *given, first, kept.U, kept.states, last)
         o = torch.empty_like(self.v)
         options, programs = self.columns("outputs")
         outputs[programs * self.H, self.N, self.B](
             self.q, kept.U, kept.attend, kept.vectors, kept.states, o, *self.sizes, **self.chunk, **self.matrices_of,
             **self.precision, **options,
         )  # fmt: skip
-        return o, last, kept
+        return o, last if self.spans == 1 else last[-1], kept
 
     def backward(self, do: Tensor, dlast: Tensor, kept: Kept) -> list[Tensor]:
         do, dlast = do.contiguous(), dlast.contiguous()
         dq, dk, dv = (torch.empty_like(x) for x in (self.q, self.k, self.v))
         dwrite_key = torch.empty_like(self.write_key) if self.own_writes else None
-        dstates, dfirst = torch.empty_like(kept.states), torch.empty_like(self.matrices)
-        options, programs = self.columns("scan_gradient")
-        scan_gradient[programs, self.BH](
-            self.q, self.k, self.write_key, kept.R, kept.vectors, do, kept.attend, dlast, dv, dstates, dfirst,
-            *self.sizes, **self.chunk, **self.scanned, **self.precision, **options,
-        )  # fmt: skip
+        dstates, dfirst = torch.empty_like(kept.states), self.matrices.new_empty(self.spans, *self.matrices.shape)
+        given = self.q, self.k, self.write_key, kept.R, kept.vectors, do, kept.attend
+        if self.spans > 1:
+            self.scan("scan_gradient", scan_gradient, *given, None, None, None, dfirst)
+            dlast = self.of_spans(joined(dlast.flatten(2, 3), kept.spans, dfirst.flatten(3, 4)))
+        self.scan("scan_gradient", scan_gradient, *given, dlast, dv, dstates, dfirst)
         dG, dvectors = torch.empty_like(kept.G), torch.empty_like(kept.vectors)
         options, tiles = self.columns("tokens_gradient")
         # Of keys narrower than `width` the last parts are zeros: one part would be no loop, and its products of few
@@ -157,4 +200,4 @@ class Launch:
             *gates, self.source, None, kept.G, kept.vectors, dG, dvectors, *dgates, *self.sizes[:3],
             self.BH * self.N, C=CHUNK, **self.matrices_of, **self.gates, **self.referring, **options,
         )  # fmt: skip
-        return [x for x in (dq, dk, dv, *dgates, dfirst, dwrite_key) if x is not None]
+        return [x for x in (dq, dk, dv, *dgates, dfirst[0], dwrite_key) if x is not None]

@@ -19,6 +19,7 @@ from models.kernels.delta.scans import leave
 from models.kernels.delta.tiles import of_tokens
 from models.kernels.momentum import tiles
 from models.kernels.momentum.tiles import dot, of_matrix, of_square, of_states, of_turned, unit_dot
+from models.kernels.spans import span_of
 
 
 @triton.jit
@@ -27,17 +28,18 @@ def vector(row, which, C: tl.constexpr):
     return tl.load(row + which * C + tl.arange(0, C))[None, :]
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "spans"])
 def scan(
     k,  # [B, T, H, K]
     write_key,  # [B, T, H, K]
     v,  # [B, T, H, V]
     R,  # [B H N, HALVES, C, C]: without its ones
     vectors,  # [B H N, ROWS, C]
-    first,  # [B H, n, K, V]: M, S and R
-    U,  # out, [B H N, V, C]: the errors
-    states,  # out: what every chunk begins with, kept by PART columns (rule.py)
-    last,  # out, [B H, n, K, V]
+    first,  # [spans B H, n, K, V]: M, S and R; or None: b and A of every span are asked for (models/kernels/spans.py)
+    U,  # out, [B H N, V, C]: the errors, or None
+    states,  # out: what every chunk begins with, kept by PART columns (rule.py), or None
+    last,  # out, [spans B H, n, K, V]; or b and A, [spans B H, n, K, V + n K]
+    spans,  # how many a row is cut into, or None for 1
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     MOMENTUM: tl.constexpr, CARRIED: tl.constexpr,
     OUTSIDE: tl.constexpr,  # matrices of first and last: one more where the reference is the last chunk's first memory
@@ -46,37 +48,50 @@ def scan(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U = R (V - diag(a) K M - diag(f) K S - diag(r) K R), and the matrices after it."""
-    first_v, bh = tl.program_id(0) * BV, tl.program_id(1)
+    first_v, number = tl.program_id(0) * BV, tl.program_id(1)
+    bh, begin, end = span_of(number, N, spans)
     n_matrices: tl.constexpr = 1 + MOMENTUM + CARRIED
+    WIDTH: tl.constexpr = V + n_matrices * K if first is None else V
     TYPE: tl.constexpr = k.dtype.element_ty
     HALVES: tl.constexpr = 1 if TYPE.is_fp32() else 2
     t = tl.arange(0, C)
-    at_first, inside = of_turned(first, bh * OUTSIDE, first_v, K, V, BK, BV)
-    memory = tl.load(at_first, mask=inside, other=0.0)
-    if MOMENTUM:
-        momentum = tl.load(at_first + K * V, mask=inside, other=0.0)
-    if CARRIED:
-        reference = tl.load(at_first + (n_matrices - 1) * K * V, mask=inside, other=0.0)
-    at_last, inside = of_turned(last, bh * OUTSIDE, first_v, K, V, BK, BV)
+    if first is None:
+        own = first_v + tl.arange(0, BV)[:, None] - V - tl.arange(0, BK)[None, :]  # 0 in the identity's columns
+        memory = tl.where(own == 0, 1.0, 0.0)
+        if MOMENTUM:
+            momentum = tl.where(own == K, 1.0, 0.0)
+    else:
+        at_first, inside = of_turned(first, number * OUTSIDE, first_v, K, V, BK, BV)
+        memory = tl.load(at_first, mask=inside, other=0.0)
+        if MOMENTUM:
+            momentum = tl.load(at_first + K * V, mask=inside, other=0.0)
+        if CARRIED:
+            reference = tl.load(at_first + (n_matrices - 1) * K * V, mask=inside, other=0.0)
+    at_last, inside = of_turned(last, number * OUTSIDE, first_v, K, WIDTH, BK, BV)
     one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(TYPE)
     error_before = tl.zeros([BV, C], TYPE)
-    for n in tl.range(N, disable_licm=True):
+    for i in tl.range(end - begin, disable_licm=True):
+        n = begin + i
         chunk = bh * N + n
         row = vectors + chunk.to(tl.int64) * tiles.ROWS * C
         a = tl.load(row + tiles.A * C + C - 1)
         if MOMENTUM:  # numbers by themselves are not loaded ahead: they come while the last chunk's tiles are stored
             f, m = tl.load(row + tiles.F * C + C - 1), tl.load(row + tiles.M * C + C - 1)
-        at_u, inside_u = of_matrix(U, chunk - 1, 0, V, C, BV, C, first_v)
-        tl.store(at_u, error_before, mask=inside_u & (n > 0))
-        at_states, inside_s = of_states(states, chunk, first_v, 0, V, K, BV, BK, n_matrices)
+        if U is not None:
+            at_u, inside_u = of_matrix(U, chunk - 1, 0, V, C, BV, C, first_v)
+            tl.store(at_u, error_before, mask=inside_u & (i > 0))
         operand = memory.to(TYPE)
-        tl.store(at_states, operand, mask=inside_s)
         if MOMENTUM:
             operand_s = momentum.to(TYPE)
-            tl.store(at_states + tiles.PART, operand_s, mask=inside_s)
         if CARRIED:
             operand_r = reference.to(TYPE)
-            tl.store(at_states + (n_matrices - 1) * tiles.PART, operand_r, mask=inside_s)
+        if states is not None:
+            at_states, inside_s = of_states(states, chunk, first_v, 0, V, K, BV, BK, n_matrices)
+            tl.store(at_states, operand, mask=inside_s)
+            if MOMENTUM:
+                tl.store(at_states + tiles.PART, operand_s, mask=inside_s)
+            if CARRIED:
+                tl.store(at_states + (n_matrices - 1) * tiles.PART, operand_r, mask=inside_s)
         at_k, mask_k = of_tokens(k, bh, n, 0, T, H, K, C, BK)
         keys = tl.load(at_k, mask=mask_k, other=0.0)
         written = keys
@@ -84,6 +99,8 @@ def scan(
             at_w, mask_k = of_tokens(write_key, bh, n, 0, T, H, K, C, BK)
             written = tl.load(at_w, mask=mask_k, other=0.0)
         at_v, mask_v = of_tokens(v, bh, n, first_v, T, H, V, C, BV)
+        if first is None:
+            mask_v = mask_v & (tl.arange(0, BV) < V - first_v)[None, :]
         values = tl.load(at_v, mask=mask_v, other=0.0)
         if SOLVE:
             inverse = tl.trans(tl.load(of_square(R, chunk * HALVES, C)))
@@ -120,16 +137,17 @@ def scan(
             momentum = dot(write_s, written, PRECISION, m * momentum)
         memory = dot(write, written, PRECISION, memory)
         error_before = error.to(TYPE)
-    at_u, inside_u = of_matrix(U, bh * N + N - 1, 0, V, C, BV, C, first_v)
-    tl.store(at_u, error_before, mask=inside_u)
+    if U is not None:
+        at_u, inside_u = of_matrix(U, bh * N + end - 1, 0, V, C, BV, C, first_v)
+        tl.store(at_u, error_before, mask=inside_u)
     tl.store(at_last, memory, mask=inside)
     if MOMENTUM:
-        tl.store(at_last + K * V, momentum, mask=inside)
+        tl.store(at_last + K * WIDTH, momentum, mask=inside)
     if CARRIED:
         tl.store(at_last + (n_matrices - 1) * K * V, reference, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "spans"])
 def scan_gradient(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
@@ -138,45 +156,56 @@ def scan_gradient(
     vectors,  # [B H N, ROWS, C]
     do,  # [B, T, H, V]
     attend,  # [B H N, C, C]: what the outputs of a chunk have of its errors
-    dlast,  # [B H, n, K, V]
-    E,  # out, [B, T, H, V]: the gradient by the right-hand side of the errors' system, which is the one by v
-    dstates,  # out, as states: by what every chunk ends with
-    dfirst,  # out, [B H, n, K, V]
+    dlast,  # [spans B H, n, K, V], or None
+    E,  # out, [B, T, H, V]: the gradient by the right-hand side of the errors' system, which is the one by v; or None:
+    # c of every span is asked for (models/kernels/spans.py), and no more
+    dstates,  # out, as states: by what every chunk ends with, or None
+    dfirst,  # out, [spans B H, n, K, V]; or c
+    spans,  # how many a row is cut into, or None for 1
     T, N, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     MOMENTUM: tl.constexpr, CARRIED: tl.constexpr,
     OUTSIDE: tl.constexpr, SOLVE: tl.constexpr, OWN_WRITES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each line is the transpose of one of scan's, and of the outputs' O = diag(a) Q M + diag(f) Q S + ..."""
-    first_v, bh = tl.program_id(0) * BV, tl.program_id(1)
+    first_v, number = tl.program_id(0) * BV, tl.program_id(1)
+    bh, begin, end = span_of(number, N, spans)
     n_matrices: tl.constexpr = 1 + MOMENTUM + CARRIED
     TYPE: tl.constexpr = k.dtype.element_ty
     HALVES: tl.constexpr = 1 if TYPE.is_fp32() else 2
     t = tl.arange(0, C)
-    at_last, inside = of_turned(dlast, bh * OUTSIDE, first_v, K, V, BK, BV)
-    dmemory = tl.load(at_last, mask=inside, other=0.0)
-    if MOMENTUM:
-        dmomentum = tl.load(at_last + K * V, mask=inside, other=0.0)
-    if CARRIED:
-        dreference = tl.load(at_last + (n_matrices - 1) * K * V, mask=inside, other=0.0)
+    if dlast is None:
+        dmemory = tl.zeros([BV, BK], tl.float32)
+        dmomentum = dmemory
+    else:
+        at_last, inside = of_turned(dlast, number * OUTSIDE, first_v, K, V, BK, BV)
+        dmemory = tl.load(at_last, mask=inside, other=0.0)
+        if MOMENTUM:
+            dmomentum = tl.load(at_last + K * V, mask=inside, other=0.0)
+        if CARRIED:
+            dreference = tl.load(at_last + (n_matrices - 1) * K * V, mask=inside, other=0.0)
     one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(TYPE)
     derror_before = tl.zeros([BV, C], TYPE)
-    for i in tl.range(N, disable_licm=True):
-        n = N - 1 - i
+    for i in tl.range(end - begin, disable_licm=True):
+        n = end - 1 - i
         chunk = bh * N + n
         row = vectors + chunk.to(tl.int64) * tiles.ROWS * C
         a_last = tl.load(row + tiles.A * C + C - 1)
         if MOMENTUM:
             f_last, m_last = tl.load(row + tiles.F * C + C - 1), tl.load(row + tiles.M * C + C - 1)
-        leave(derror_before, E, bh, n + 1, first_v, i > 0, T, H, V, C, BV)
-        at_states, inside_s = of_states(dstates, chunk, first_v, 0, V, K, BV, BK, n_matrices)
+        if E is not None:
+            leave(derror_before, E, bh, n + 1, first_v, i > 0, T, H, V, C, BV)
         operand = dmemory.to(TYPE)
-        tl.store(at_states, operand, mask=inside_s)
         if MOMENTUM:
             operand_s = dmomentum.to(TYPE)
-            tl.store(at_states + tiles.PART, operand_s, mask=inside_s)
         if CARRIED:
             operand_r = dreference.to(TYPE)
-            tl.store(at_states + (n_matrices - 1) * tiles.PART, operand_r, mask=inside_s)
+        if dstates is not None:
+            at_states, inside_s = of_states(dstates, chunk, first_v, 0, V, K, BV, BK, n_matrices)
+            tl.store(at_states, operand, mask=inside_s)
+            if MOMENTUM:
+                tl.store(at_states + tiles.PART, operand_s, mask=inside_s)
+            if CARRIED:
+                tl.store(at_states + (n_matrices - 1) * tiles.PART, operand_r, mask=inside_s)
         at_k, mask_k = of_tokens(k, bh, n, 0, T, H, K, C, BK)
         keys = tl.load(at_k, mask=mask_k, other=0.0)
         written = keys
@@ -225,8 +254,9 @@ def scan_gradient(
             dreference *= tl.load(row + tiles.REFER_R * C + C - 1)
             seen = (-vector(row, tiles.REFER_R, C) * derror).to(TYPE)
             dreference = dot(seen, keys, PRECISION, dreference)
-    leave(derror_before, E, bh, 0, first_v, True, T, H, V, C, BV)
-    at, _ = of_turned(dfirst, bh * OUTSIDE, first_v, K, V, BK, BV)
+    if E is not None:
+        leave(derror_before, E, bh, begin, first_v, True, T, H, V, C, BV)
+    at, inside = of_turned(dfirst, number * OUTSIDE, first_v, K, V, BK, BV)
     tl.store(at, dmemory, mask=inside)
     if MOMENTUM:
         tl.store(at + K * V, dmomentum, mask=inside)
