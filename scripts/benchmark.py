@@ -72,8 +72,8 @@ def ops(only: str | None, repeats: int, kernels: bool, path: Path | None) -> Non
             for name, (ms, calls) in row.kernels.items() if kernels else ():
                 print(f"    {ms:8.3f} ms {calls:4} x {name[:90]}", flush=True)
             rows.append(row)
-    if path:
-        path.write_text(json.dumps({"machine": machine(device), "rows": [asdict(row) for row in rows]}, indent=1))
+        if path:  # after each size, so that what is done is kept whatever comes
+            path.write_text(json.dumps({**whole.environment(device), "rows": [asdict(row) for row in rows]}, indent=1))
 
 
 def train(given: argparse.Namespace) -> whole.Report:

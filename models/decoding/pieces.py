@@ -21,9 +21,9 @@ from torch import Tensor
 from models.decoding.graph import HostNeededError, captured
 from models.decoding.held import Buffers, signature
 
-# Tokens of a piece, all rows together. The largest takes less memory than what goes layer by layer at once
-# (language_model.PIECE); the smallest keeps short what is left at the end.
-TOKENS = (16384, 4096, 1024)
+# Tokens of a piece, all rows together. What the largest works in is held as long as the step is, and twice as many
+# tokens would be read an eighth faster; the smallest keeps short what is left at the end.
+TOKENS = (8192, 2048, 512)
 MULTIPLE = 64  # a row's tokens in a piece are one of it, as the chunks of most memories are
 
 

@@ -36,15 +36,15 @@ LEAST_CHUNKS = 32
 COLUMNS = 16  # of the values, of a program of `join`
 
 
-def num_spans(x: Tensor, num_programs: int, num_chunks: int, least: int = LEAST_SPANS) -> int:
+def num_spans(x: Tensor, num_programs: int, num_chunks: int) -> int:
     """How many spans rows of so many chunks are cut into, where their scan has so many programs on the GPU of x: as
-    many as have a multiprocessor each, or 1 if that is less than `least`. By sizes and the GPU alone, so that all runs
+    many as have a multiprocessor each, or 1 if those are too few. By sizes and the GPU alone, so that all runs
     of a model have the same."""
     if not x.is_cuda:
         return 1
     gpu: Any = torch.cuda.get_device_properties(x.device)
     found = min(gpu.multi_processor_count // num_programs, num_chunks // LEAST_CHUNKS)
-    return found if found >= least else 1
+    return found if found >= LEAST_SPANS else 1
 
 
 @triton.jit

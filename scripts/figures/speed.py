@@ -2,7 +2,7 @@
 
     python scripts/figures/speed.py [--folder docs]
 
-Reads train.json, starts.json, length.json, decode.json and losses.json in docs/speed, which
+Reads train.json, ops.json, starts.json, length.json, decode.json and losses.json in docs/speed, which
 `python scripts/benchmark.py train --json PATH` and the like have written, and scaling.json, which scripts/scaling.py
 has. One that is not there has no section. Writes the lines between the page's markers, and the pictures: speed.svg,
 tokens per second over the length of a sequence, and losses.svg, losses by kernels and by PyTorch alone.
@@ -42,7 +42,8 @@ def where(run: Run, command: str) -> str:
     names = [name for name in ("triton", "flash-linear-attention", "transformers") if name in run]
     of = [run["machine"], *(f"{name} {run[name]}" for name in names)]
     of += [f"commit {run['commit']}"] if run["commit"] else []
-    return f"`{command}` on {run['date']}: {run['sizes']}. {', '.join(of)}."
+    sizes = f": {run['sizes']}" if "sizes" in run else ""
+    return f"`{command}` on {run['date']}{sizes}. {', '.join(of)}."
 
 
 def number(value: float | None, digits: int = 0) -> str:
@@ -96,6 +97,26 @@ def training(run: Run) -> Iterator[str]:
 
 def of_kind(found: list[float] | None) -> str:
     return "" if found is None else f"{found[0]:.1f} in {found[1]:,.0f}"
+
+
+def operators(run: Run) -> Iterator[str]:
+    """As they come: those of a size beside each other."""
+    yield "## Operators"
+    yield ""
+    yield where(run, "python scripts/benchmark.py ops --kernels")
+    yield "A forward and a backward pass. *Kernels*: the time in a GPU's kernels, without waits for the host between them."
+    yield ""
+    rows = [
+        [
+            row["size"],
+            row["name"],
+            *(number(row[key], 2) for key in ("forward_ms", "both_ms")),
+            number(sum(ms for ms, _ in row["kernels"].values()) or None, 2),
+            number(row["peak_gb"], 2),
+        ]
+        for row in run["rows"]
+    ]
+    yield from table(["size", "operator", "forward, ms", "with backward, ms", "kernels, ms", "GB"], rows)
 
 
 def lengths(run: Run) -> Iterator[str]:
@@ -348,6 +369,7 @@ def smoothed(values: list[float]) -> list[float]:
 
 SECTIONS = {
     "train": training,
+    "ops": operators,
     "starts": starting,
     "scaling": several,
     "losses": losses,

@@ -254,9 +254,14 @@ def test_spans_on_a_gpu(name, dtype, tolerance, monkeypatch):
     case = {"K": 16, "V": 16, "own_writes": False} | case
     if why := momentum.refusal(torch.device("cuda"), dtype, case["K"], case["V"], case["own_writes"]):
         pytest.skip(f"refused: {why}")
-    monkeypatch.setattr(launch, "num_spans", lambda *_: spans)
-    first, second = (errors("cuda", dtype, **case) for _ in range(2))
-    assert max(first) < tolerance and first == second, first
+    found = []
+    for number in (1, spans, spans):
+        monkeypatch.setattr(launch, "num_spans", lambda *_, number=number: number)
+        found.append(errors("cuda", dtype, **case))
+    plain, first, second = found
+    assert first == second
+    # what a span does to a memory is rounded where it is an operand, as often as a memory is
+    assert max(first) < max(tolerance, 1.5 * max(plain)), found
 
 
 def finite(device: str, dtype: torch.dtype) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.kernels import backend, spans
+from models.kernels import backend
 from models.kernels.backend import cdiv, next_power_of_2
 from models.kernels.delta.launch import many
 from models.kernels.momentum.coefficients import coefficients, coefficients_gradient
@@ -38,9 +38,6 @@ class Configuration(NamedTuple):
 # Scans of 16 bits and more than 64 columns where programs of 64 would not all run at once, and what they want.
 WHOLE = Configuration(128, 8, 2)
 WHOLE_SHARED = 220 << 10
-# With a momentum: what a span does to both matrices is two blocks of columns more in the first pass, two rounds of
-# programs, so that four spans win next to nothing.
-LEAST_SPANS = 6
 
 
 def configurations(width: int, half: bool, carried: bool) -> dict[str, Configuration]:
@@ -83,7 +80,7 @@ def spans_of(call: Call, rule: Rule) -> int:
     if rule.carried or width_of(call) > 128:
         return 1
     programs = cdiv(V, configurations_of(call, rule)["scan"].BV) * B * H
-    return num_spans(call.q, programs, cdiv(T, CHUNK), LEAST_SPANS if rule.momentum else spans.LEAST_SPANS)
+    return num_spans(call.q, programs, cdiv(T, CHUNK))
 
 
 def new_affine(call: Call, rule: Rule) -> Tensor:
