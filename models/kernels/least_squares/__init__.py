@@ -15,7 +15,8 @@ Start, end. Those of `conjugate_gradients`: from b / diag(A), and until |b - x A
             do.
 Cost.       A step is K^2 + 2 C K multiply-adds a token and head, and reads K^2 + 2 C K + C^2 numbers a chunk from the
             cache. A measurement costs as much as three, and a solve to 1e-5 has four. One in float64 has as many
-            multiply-adds, without tensor cores; it is made in chunks alone where a descent in TF32 was in vain.
+            multiply-adds, on tensor cores that make a seventh of TF32's; it is made in chunks alone where a descent in
+            TF32 was in vain, by a second launch.
 """
 
 from __future__ import annotations
