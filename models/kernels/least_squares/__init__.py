@@ -15,7 +15,8 @@ Start, end. Those of `conjugate_gradients`: from b / diag(A), and until |b - x A
             do.
 Cost.       A step is K^2 + 2 C K multiply-adds a token and head, and reads K^2 + 2 C K + C^2 numbers a chunk from the
             cache. A measurement costs as much as three, and a solve to 1e-5 has four. One in float64 has as many
-            multiply-adds, without tensor cores; it is made in chunks alone where a descent in TF32 was in vain.
+            multiply-adds, on tensor cores that make a seventh of TF32's; it is made in chunks alone where a descent in
+            TF32 was in vain, by a second launch.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from models.kernels import backend
 WIDEST = 128
 LONGEST = 64  # tokens of a chunk
 GAIN = 2.0**-6  # what a descent makes of a residual
+CHANNELS = 16  # of a product in float64 at a time
 PATIENCE = 24  # steps of a descent in TF32: where it needs more, rounding has stopped it
 
 
@@ -67,12 +69,13 @@ def conjugate_gradients(
     first = first if first.stride(-1) == 1 else first.contiguous()
     BC, BK = (max(16, 1 << (n - 1).bit_length()) for n in (C, K))
     with torch.cuda.device_of(b):
-        solve_kernel[(M,)](
-            b, keys, weights, start, first, ridge, *results, tolerance, max_steps,
-            first.stride(0), first.stride(1), *ridge.stride(),
-            C=C, K=K, BC=BC, BK=BK, GAIN=GAIN, PATIENCE=PATIENCE,
-            num_warps=8 if BK > 64 else 4,
-        )  # fmt: skip
+        for careful in (False, True):
+            solve_kernel[(M,)](
+                b, keys, weights, start, first, ridge, *results, tolerance, max_steps,
+                first.stride(0), first.stride(1), *ridge.stride(),
+                C=C, K=K, BC=BC, BK=BK, BJ=CHANNELS, GAIN=GAIN, PATIENCE=PATIENCE, CAREFUL=careful,
+                num_warps=8 if BK > 64 else 4,
+            )  # fmt: skip
     return results
 
 

@@ -29,22 +29,35 @@ class Ridge(NamedTuple):
 
 
 class Laid(NamedTuple):
-    """A call in chunks: A and q of the systems, all [M, C, *]; and what is read, G [M, K, V], values, and mix; and the
-    moments after the last chunk, H and G side by side [B H, K, K + V]."""
+    """A call in chunks, all [M, C, *]: keys, weights, start, ridge of the systems, as Normal has them, and q. before:
+    H and G side by side, that a chunk begins with [M, K, K + V]. What is read, values, and mix. last: the moments after
+    the last chunk, side by side too [B H, K, K + V]."""
 
-    A: Normal
+    keys: Tensor
+    weights: Tensor
+    start: Tensor
+    before: Tensor
+    ridge: Tensor
     q: Tensor
-    G: Tensor
     values: Tensor
     mix: Tensor | None
-    last: Tensor
+    last: Tensor | None = None
+
+    @property
+    def normal(self) -> Normal:
+        return Normal(self.keys, self.weights, self.start, self.before[..., : self.q.shape[-1]], self.ridge)
+
+    @property
+    def pairs(self) -> Tensor:
+        return self.before[..., self.q.shape[-1] :]
 
     def read(self, x: Tensor) -> Tensor:
         query = mixed(self.q, x, None if self.mix is None else self.mix.squeeze(-1))
-        attend = torch.bmm(query, self.A.keys.mT) * self.A.weights
-        return torch.bmm(query, self.G) * self.A.start + torch.bmm(attend, self.values)
+        attend = torch.bmm(query, self.keys.mT) * self.weights
+        return torch.bmm(query, self.pairs) * self.start + torch.bmm(attend, self.values)
 
     def moments(self, B: int) -> Moments:
+        assert self.last is not None
         return Moments(*self.last.unflatten(0, (B, -1)).split([self.q.shape[-1], self.values.shape[-1]], -1))
 
 
@@ -72,14 +85,14 @@ def laid_out(
     writes = torch.bmm((k * (b * end)).mT, torch.cat((k, values), dim=-1))
     start = start.expand(len(k), chunk, 1)
     before, last = scan(writes, start[:, -1:], torch.cat(first[:2], dim=-1).flatten(0, 1))
-    parts = k, within * b.mT, start, before[..., :K]
+    weights = within * b.mT
     if ridge.size is None:
         size = k.new_zeros(1, 1, 1).expand_as(b)
     elif ridge.scaled:
-        size = ridge.size.to(dtype) * norm(Normal(*parts, start).squared_norms())
+        size = ridge.size.to(dtype) * norm(Normal(k, weights, start, before[..., :K], start).squared_norms())
     else:
         size = ridge.size.to(dtype).expand(H, K).repeat(len(k) // H, 1)[:, None]
-    return Laid(Normal(*parts, size), q, before[..., K:], values, mix, last)
+    return Laid(k, weights, start, before, size, q, values, mix, last)
 
 
 def norm(squared: Tensor) -> Tensor:

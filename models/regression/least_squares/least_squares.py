@@ -51,6 +51,7 @@ from models.regression.least_squares.moments import Moments, first_moments, forg
 from models.regression.least_squares.recursive import recurrent_fading_ridge, recursive_least_squares
 from models.regression.least_squares.replayed import kernel_least_squares
 from models.regression.least_squares.solvers import (
+    Report,
     Solution,
     Solver,
     chebyshev,
@@ -114,14 +115,14 @@ def chunked_least_squares(
     mix: Tensor | None = None,
     solver: Solver = conjugate_gradients,
     chunk: int = 32,
-) -> tuple[Tensor, Moments, Solution]:
+) -> tuple[Tensor, Moments, Report]:
     """The same map, C tokens at a time: a scan for the moments before every chunk, then one solve for all tokens
     together (solvers.py), then one read,
         o_t = s_t x_t G + sum_{i<=t} W_ti (x_t . k_i) v_i ,    W_ti = b_i exp(c_t - c_i) ,    s_t = exp(c_t) ,
     with c the cumulative log decay of the chunk, H and G its first moments.
 
-    Arguments and results as in recurrent_least_squares, and the Solution, [B, T, H, *], for what it tells about the
-    solver. Where ridge.size is None the solver is least_norm.
+    Arguments and results as in recurrent_least_squares, and what the solver tells of
+    itself. Where ridge.size is None the solver is least_norm.
     """
     first = first_moments(q, k, v, moments)
     B, T, H, _ = k.shape
@@ -129,11 +130,14 @@ def chunked_least_squares(
     chunk = 1 if T == 1 else short(chunk, T)
     with torch.autocast(q.device.type, enabled=False):
         laid = laid_out(q, k, v, write_weight, ridge, log_decay, first, mix, chunk)
-        found = Solution(least_norm(laid.A, laid.q)) if ridge.size is None else solve(laid.A, laid.q, solver, pairs)
+        found = (
+            Solution(least_norm(laid.normal, laid.q))
+            if ridge.size is None
+            else solve(laid.normal, laid.q, solver, pairs)
+        )
         o = laid.read(found.x)
-        x, *told = found
-        found = Solution(from_chunks(x, (B, T, H)), *[y if y is None else from_chunks(y, (B, T, H)) for y in told])
-    return from_chunks(o, (B, T, H)).to(v.dtype), laid.moments(B), found
+        report = Report(*(y if y is None else from_chunks(y, (B, T, H)) for y in found[1:]))
+    return from_chunks(o, (B, T, H)).to(v.dtype), laid.moments(B), report
 
 
 class LeastSquares(Memory):

@@ -20,9 +20,10 @@ from models.kernels import least_squares as kernels
 from models.regression.chunks import from_chunks, into_chunks, short
 from models.regression.least_squares.layout import Laid, Ridge, laid_out
 from models.regression.least_squares.moments import Moments, first_moments
-from models.regression.least_squares.solvers import Normal, Solution, default_tolerance
+from models.regression.least_squares.solvers import Report, default_tolerance
 
 COMPILED = 64  # tokens from which on it pays
+FADED = 1e-30  # of the moments, by which they count as gone
 
 
 @torch.compiler.disable
@@ -38,7 +39,7 @@ def kernel_least_squares(
     tolerance: float | None = None,
     max_steps: int | None = None,
     chunk: int = kernels.LONGEST,
-) -> tuple[Tensor, Moments, Solution]:
+) -> tuple[Tensor, Moments, Report]:
     """The map of recurrent_least_squares. Arguments and results as chunked_least_squares has them, but for the limits
     of conjugate gradients in the place of a solver. max_steps: None is 4 K, twice as many as in PyTorch, of which those
     in TF32 do less."""
@@ -49,7 +50,7 @@ def kernel_least_squares(
     given = (q, k, v, write_weight, size, log_decay, first.keys, first.pairs, mix)
     with torch.autocast(q.device.type, enabled=False):
         o, keys, pairs, *found = _Replayed.apply(*given, ridge.scaled, limits, min(kernels.LONGEST, short(chunk, T)))
-    return o.to(v.dtype), Moments(keys, pairs), Solution(*found)
+    return o, Moments(keys, pairs), Report(*found)
 
 
 class _Replayed(torch.autograd.Function):
@@ -59,13 +60,12 @@ class _Replayed(torch.autograd.Function):
     def forward(ctx, q, k, v, b, size, log_decay, keys, pairs, mix, scaled, limits, chunk):
         given = (q, k, v, b, size, log_decay, keys, pairs, mix)
         (B, T, H, _), ctx.settings, ctx.limits = k.shape, (scaled, chunk), limits
-        *parts, last = _fused(_lay, k)(*given, scaled, chunk)
-        x, steps, residual = kernels.conjugate_gradients(parts[5], *parts[:5], *limits)
+        laid = Laid(*_fused(_lay, k)(*given, scaled, chunk))
+        x, *found = kernels.conjugate_gradients(laid.q, *laid.normal, *limits)
         ctx.save_for_backward(*given, x)
-        o = _fused(_read, k)(*parts, x)
-        o, *found = (from_chunks(y, (B, T, H)) for y in (o, x, steps, residual))
+        o, *found = (from_chunks(y, (B, T, H)) for y in (_fused(_read, k)(v.dtype, x, *laid), *found))
         ctx.mark_non_differentiable(*found)
-        return o, *_moments(last, B, k.shape[-1]), *found
+        return o, *laid.moments(B)[:2], *found
 
     @staticmethod
     @once_differentiable
@@ -75,54 +75,67 @@ class _Replayed(torch.autograd.Function):
         given = [y if y is None else y.detach().requires_grad_(want) for y, want in zip(given, wanted, strict=True)]
         with torch.autocast(x.device.type, enabled=False):
             with torch.enable_grad():
-                *parts, last = _fused(_lay, x)(*given, *ctx.settings)
-            plain = [y if y is None else y.detach() for y in parts]
+                parts = _fused(_lay, x)(*given, *ctx.settings)
+            laid = Laid(*(_detached(y) for y in parts))
             do = into_chunks(do, x.shape[1], x.dtype)
             with _tf32():
-                dquery, doG = _fused(_query_gradient, x)(do, *plain)
-            dx = dquery if plain[8] is None else dquery * plain[8]
-            db = kernels.conjugate_gradients(dx, *plain[:5], *ctx.limits)[0]
+                dquery, doG = _fused(_query_gradient, x)(do, *laid)
+            dx = dquery if laid.mix is None else dquery * laid.mix
+            db = kernels.conjugate_gradients(dx, *laid.normal, *ctx.limits)[0]
             with _tf32():
-                upstream = _fused(_gradients, x)(do, doG, dquery, db, x, *plain)
+                upstream = _fused(_gradients, x)(do, doG, dquery, db, x, *laid)
             upstream = [*upstream, _side_by_side(dkeys, dpairs)]
-            paths = [(y, g) for y, g in zip([*parts, last], upstream, strict=True) if y is not None and y.requires_grad]
+            paths = [(y, g) for y, g in zip(parts, upstream, strict=True) if y is not None and y.requires_grad]
             reached, arriving = zip(*paths, strict=True)
             leaves = [y for y, want in zip(given, wanted, strict=True) if want]
             found = iter(torch.autograd.grad(reached, leaves, arriving, allow_unused=True))
         return *(next(found) if want else None for want in wanted), None, None, None
 
 
+def _detached(x: Any) -> Any:
+    return x if x is None else x.detach()
+
+
 def _lay(q, k, v, b, size, log_decay, keys, pairs, mix, scaled: bool, chunk: int) -> tuple[Tensor | None, ...]:
-    """The parts of Normal, then q, G, values, mix [M, C, 1], and last, as layout.Laid has them."""
-    laid = laid_out(q, k, v, b, Ridge(size, scaled), log_decay, Moments(keys, pairs), mix, chunk, kernels.scan)
-    return *laid.A, laid.q, laid.G, laid.values, laid.mix, laid.last
+    """The parts of Laid. The moments are one tensor: a slice that leaves a graph has its gradient outside of it, three
+    passes through all of them."""
+    return laid_out(q, k, v, b, Ridge(size, scaled), log_decay, Moments(keys, pairs), mix, chunk, kernels.scan)
 
 
-def _read(k, weights, start, first, ridge, q, G, values, mix, x) -> Tensor:
-    return Laid(Normal(k, weights, start, first, ridge), q, G, values, mix, x).read(x)
+def _read(dtype: torch.dtype, x: Tensor, *parts: Any) -> Tensor:
+    return Laid(*parts).read(x).to(dtype)
 
 
-def _query_gradient(do, k, weights, start, first, ridge, q, G, values, mix) -> tuple[Tensor, Tensor]:
+def _query_gradient(do: Tensor, *parts: Any) -> tuple[Tensor, Tensor]:
     """Of what is read with: o = s_t y_t G + sum_i W_ti (y_t . k_i) v_i , y = q + alpha (x - q). And do G^T. do, k and
     values have 16 bits, so that they are what they are in TF32; the solve makes errors of other parts larger."""
-    doG = _times((do,), _two(G.mT))
-    return doG * start + torch.bmm(torch.bmm(do, values.mT) * weights, k), doG
+    laid = Laid(*parts)
+    doG = _times((do,), _two(laid.pairs.mT))
+    return doG * laid.start + torch.bmm(torch.bmm(do, laid.values.mT) * laid.weights, laid.keys), doG
 
 
-def _gradients(do, doG, dquery, db, x, k, weights, start, first, ridge, q, G, values, mix) -> tuple[Tensor | None, ...]:
-    """By the parts of Normal, q, G, values and mix: of the read, and of -db . (x A) with x and db held fixed
-    (solvers.py). What goes to gates is a sum of terms that cancel, so its products have more digits than TF32."""
+def _gradients(do: Tensor, doG: Tensor, dquery: Tensor, db: Tensor, x: Tensor, *parts: Any) -> tuple[Any, ...]:
+    """By the parts of Laid, of the read, and of -db . (x A) with x and db held fixed (solvers.py). What goes to gates
+    is a sum of terms that cancel, so its products have more digits than TF32. With H it has none: x A = q, so that
+        s_t e_t . (x_t H) = e_t . q_t - sum_i W_ti (x_t . k_i) (e_t . k_i) - sum_j Lambda_j x_tj e_tj ,    e = -db .
+    """
+    k, weights, start, _, ridge, q, values, mix, _ = Laid(*parts)
     y, e = x if mix is None else torch.lerp(q, x, mix), db.neg()
-    ek, dov = torch.bmm(e, k.mT), torch.bmm(do, values.mT)
+    ek, dov = _times(_two(e), (k.mT,)), torch.bmm(do, values.mT)
     xk = _times(_two(x), (k.mT,))
     yk = xk if mix is None else _times(_two(y), (k.mT,))
     dk = torch.bmm((dov * weights).mT, y) + torch.bmm((xk * weights).mT, e) + torch.bmm((ek * weights).mT, x)
-    dstart = (y * doG).sum(-1, True) + (e * _times(_two(x), _two(first))).sum(-1, True)
-    dfirst, dG = _times(_two((x * start).mT), _two(e)), _times(_two((y * start).mT), (do,))
+    xe = x * e
+    kept = (e * q - xe * ridge).sum(-1, True) - (weights * xk * ek).sum(-1, True)
+    # what a gate has closed gets none: it would be divided by nothing, and its own gradient is multiplied by it again
+    dstart = (y * doG).sum(-1, True) + torch.where(start > FADED, kept / start.clamp(min=FADED), 0.0)
+    dbefore = _times(_two((x * start).mT), _two(torch.cat((e, do), -1)))
+    if mix is not None:
+        dbefore = torch.cat((dbefore[..., : k.shape[-1]], _times(_two((y * start).mT), (do,))), -1)
     dq = db if mix is None else db + dquery * (1 - mix)
     dmix = None if mix is None else (dquery * (x - q)).sum(-1, True)
-    dvalues, dridge = torch.bmm((yk * weights).mT, do), (x * e).sum_to_size(ridge.shape)
-    return dk, dov * yk + xk * ek, dstart, dfirst, dridge, dq, dG, dvalues, dmix
+    dvalues, dridge = torch.bmm((yk * weights).mT, do), xe.sum_to_size(ridge.shape)
+    return Laid(dk, dov * yk + xk * ek, dstart, dbefore, dridge, dq, dvalues, dmix)[:-1]
 
 
 @contextmanager
@@ -146,17 +159,10 @@ def _two(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _times(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Tensor:
-    """The product of sums of parts, without that of both second parts, which is below float32's rounding."""
-    product = torch.bmm(a[0], b[0])
-    for i, j in ((1, 0), (0, 1)):
-        if i < len(a) and j < len(b):
-            product = torch.baddbmm(product, a[i], b[j])
-    return product
-
-
-def _moments(last: Tensor, B: int, K: int) -> tuple[Tensor, Tensor]:
-    keys, pairs = last.unflatten(0, (B, -1)).split([K, last.shape[-1] - K], -1)
-    return keys, pairs
+    """The product of sums of parts, without that of both second parts, which is below float32's rounding. As one
+    product, whose operands are parts beside each other: a sum of several would go through memory for each."""
+    pairs = [(i, j) for i, j in ((0, 0), (1, 0), (0, 1)) if i < len(a) and j < len(b)]
+    return torch.bmm(torch.cat([a[i] for i, _ in pairs], -1), torch.cat([b[j] for _, j in pairs], -2))
 
 
 def _side_by_side(dkeys: Tensor, dpairs: Tensor) -> Tensor:

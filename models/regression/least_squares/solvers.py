@@ -92,6 +92,14 @@ class Solution(NamedTuple):
     residual: Tensor | None = None
 
 
+class Report(NamedTuple):
+    """Of a call's solves, [B, T, H, 1]: the steps that each token took and the residual that it was left with. None by
+    a direct solver."""
+
+    steps: Tensor | None = None
+    residual: Tensor | None = None
+
+
 # (A, b, the dtype that the pairs came in): A and b have twice its digits, and the solution need not use them all.
 Solver = Callable[[Normal, Tensor, torch.dtype], Solution]
 
