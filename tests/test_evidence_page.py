@@ -102,6 +102,9 @@ def folder(tmp_path_factory) -> Path:
     found = {key: x for key, x in text_run("gates", 5.0, "kda", 1, 4e-3).items() if "/" in key}
     starts = [{"model__mixers__main__decay__half_lives": start} for start in ("null", "[22,2840]")]
     every["gates"] = [result("gates", found, model="kda", seed=1, **start) for start in starts]
+    around = {"model__mixers__main__output_gate": "silu"}, {"model__mixers__main__conv_size": "4"}
+    for name, given in zip(("output_gates", "convolutions"), around, strict=True):
+        every[name] = [result(name, found, model="gla", seed=1, **given)]
     for name, rows in every.items():
         (folder / name).mkdir()
         lines = "".join(json.dumps(row) + "\n" for row in rows)

@@ -48,14 +48,19 @@ def settings(row: Row) -> dict[str, str]:
 
 
 def label(row: Row) -> str:
-    """The mixer, with the range of its eigenvalues, the window or the start of its decay where a sweep has several."""
+    """The mixer, with the range of its eigenvalues, the window, the start of its decay or what stands around it, where a
+    sweep has several."""
     found = settings(row)
     negative = found.get("model.mixers.main.regressor.negative_eigenvalues")
     ranges = {None: "", "false": " [0, 1]", "true": " [-1, 1]"}
     window = found.get("model.mixers.main.regressor.window")
     name = found["model"] + ranges[None if negative is None else negative.lower()] + (f" {window}" if window else "")
     start = found.get("model.mixers.main.decay.half_lives")
-    return name + ("" if start in (None, "null") else f" {start}")
+    around = [f" {gate}" for gate in [found.get("model.mixers.main.output_gate")] if gate]
+    if conv := found.get("model.mixers.main.conv_size"):
+        activation = found.get("model.mixers.main.activation", "none")
+        around += [" convolution" * (conv != "0") + f" {activation}" * (activation != "none")]
+    return name + ("" if start in (None, "null") else f" {start}") + "".join(around)
 
 
 def points(row: Row) -> dict[str, float]:
