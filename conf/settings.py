@@ -132,7 +132,7 @@ NUMBERS = {
 }
 
 PAIRS = ("optimizer.betas", "model.mixers.*.decay.step_range", "model.mixers.*.decay.half_lives")
-OPTIONAL_PAIRS = PAIRS[2:]
+OPTIONAL_PAIRS, RISING_PAIRS = PAIRS[2:], PAIRS[1:]
 
 # Settings of trainer.strategy that only these strategies have.
 NEEDS = {"checkpoint": "fsdp or hsdp", "whole_for": "fsdp or hsdp", "replicas": "hsdp"}
@@ -270,6 +270,8 @@ def numbers(config: dict[str, Any], written: dict[str, Any]) -> Iterator[str]:
             optional = any(fnmatchcase(path, pattern) for pattern in OPTIONAL_PAIRS)
             if not (value is None and optional) and (not isinstance(value, list) or len(value) != 2):
                 yield f"{shown} must be two numbers{' or null' * optional}"
+            elif value and any(fnmatchcase(path, pattern) for pattern in RISING_PAIRS) and falls(*value):
+                yield f"{shown} must be two numbers, the larger one behind the smaller"
         elif isinstance(value, float) and not math.isfinite(value):
             yield f"{shown} is not a finite number"
         elif bound is None or value == MISSING or (value is None and bound.optional):
@@ -281,6 +283,11 @@ def numbers(config: dict[str, Any], written: dict[str, Any]) -> Iterator[str]:
             yield f"{shown} must be a whole number"
         elif not bound.holds(value):
             yield f"{shown} must be {bound.says}"
+
+
+def falls(first: Any, last: Any) -> bool:
+    """Whether the first is the larger one; false where they are no numbers, which is told of each."""
+    return all(isinstance(x, int | float) for x in (first, last)) and first > last
 
 
 def figures(value: Any) -> str | None:

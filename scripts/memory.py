@@ -175,6 +175,8 @@ def main() -> None:
     results = Results(given.results or results_of(given.experiment))
     try:
         name, _ = params(given.experiment)
+        if given.results and not given.results.exists():
+            raise ValueError(f"--results={given.results} is not there")
         rows, gone = results.read(), []
         if not rows:
             raise ValueError(f"{results.path} has no results yet; {given.experiment} is run by scripts/evidence.py")

@@ -100,3 +100,7 @@ def test_runs_of_a_sweep_are_looked_into_once(tmp_path, monkeypatch, cache, caps
     path.write_text(json.dumps(elsewhere) + "\n")
     with pytest.raises(SystemExit, match="error: 1 of 1 runs have no folder in runs here: ablation/y"):
         memory.main()
+    for given, why in {"none.jsonl": "is not there", "": "is a folder, and not a file of results"}.items():
+        monkeypatch.setattr("sys.argv", ["memory.py", "ablation", "--results", str(tmp_path / given)])
+        with pytest.raises(SystemExit, match=why):
+            memory.main()

@@ -91,7 +91,7 @@ CONFIGS = {
     f"{MIXER}.decay.step_range=[1]": f"{MIXER}.decay.step_range=[1] must be two numbers",
     f"{MIXER}.decay.half_lives=[0,9]": f"{MIXER}.decay.half_lives[0]=0 must be positive",
     f"{MIXER}.decay.half_lives=9": f"{MIXER}.decay.half_lives=9 must be two numbers or null",
-    f"{MIXER}.decay.half_lives=[9,2]": "decay.half_lives=[9, 2] must be two numbers from 0.1 to 1,000,000",
+    f"{MIXER}.decay.half_lives=[9,2]": "decay.half_lives=[9, 2] must be two numbers, the larger one behind",
     f"model=softmax {MIXER}.rotary=-1": f"{MIXER}.rotary=-1 must be positive",
     f"model=softmax {MIXER}.regressor.window=0": f"{MIXER}.regressor.window=0 must be at least 1",
     "optimizer.lr=0": "optimizer.lr=0 must be positive",

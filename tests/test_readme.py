@@ -111,6 +111,12 @@ def test_every_page_is_in_reach():
         assert page.name == "index.md" or f"{page.name})" in index, f"no link to {page.name}"
 
 
+def test_every_script_has_its_place_in_the_house():
+    house = (ROOT / "docs/index.md").read_text().partition("scripts/")[2].partition("docs/")[0]
+    named = set(re.findall(r"\w+", house))
+    assert {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__"} <= named
+
+
 def test_every_model_and_corpus_is_named():
     for group in ("model", "data", "tokenizer", "size"):
         for path in (CONF / group).glob("*.yaml"):

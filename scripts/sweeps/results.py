@@ -89,7 +89,9 @@ def without(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """A line that a kill has cut off is left out. Raises ValueError for one that is no job's."""
+    """A line that a kill has cut off is left out. Raises ValueError for one that is no job's, and for a folder."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, and not a file of results")
     text = path.read_text() if path.exists() else ""
     found = []
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
