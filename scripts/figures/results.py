@@ -48,8 +48,8 @@ def settings(row: Row) -> dict[str, str]:
 
 
 def label(row: Row) -> str:
-    """The mixer, with the range of its eigenvalues, the window, the start of its decay or what stands around it, where a
-    sweep has several."""
+    """The mixer, with the range of its eigenvalues, the window, the start of its decay or what stands around it, where
+    a sweep has several."""
     found = settings(row)
     negative = found.get("model.mixers.main.regressor.negative_eigenvalues")
     ranges = {None: "", "false": " [0, 1]", "true": " [-1, 1]"}

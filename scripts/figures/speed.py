@@ -104,7 +104,7 @@ def operators(run: Run) -> Iterator[str]:
     yield "## Operators"
     yield ""
     yield where(run, "python scripts/benchmark.py ops --kernels")
-    yield "A forward and a backward pass. *Kernels*: the time in a GPU's kernels, without waits for the host between them."
+    yield "A forward and a backward pass. *Kernels*: the time in a GPU's kernels, without the host's between them."
     yield ""
     rows = [
         [
