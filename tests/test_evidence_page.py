@@ -99,6 +99,9 @@ def folder(tmp_path_factory) -> Path:
     window = text_run("ablation_windows", 4.0, "softmax", 1, 1e-3)
     window["words"].append("model.mixers.main.regressor.window=64")
     every["ablation_windows"] = [window]
+    convolution = text_run("ablation_convolutions", 3.2, "gla", 1, 1e-3)
+    convolution["words"].append("model.mixers.main.conv_size=4")
+    every["ablation_convolutions"] = [convolution]
     found = {key: x for key, x in text_run("gates", 5.0, "kda", 1, 4e-3).items() if "/" in key}
     starts = [{"model__mixers__main__decay__half_lives": start} for start in ("null", "[22,2840]")]
     every["gates"] = [result("gates", found, model="kda", seed=1, **start) for start in starts]
@@ -263,8 +266,9 @@ def test_what_models_remember_is_a_mean_over_seeds_of_those_that_were_looked_int
 def test_the_ablation_has_places_beside_the_published_ones(folder):
     """Among the mixers that both have; seeds are averaged, and a window is a mixer of its own."""
     table = CLAIMS["ablation"].table(evidence.read(CLAIMS["ablation"], folder))
-    assert [row["mixer"] for row in table] == ["titans", "mesa", "softmax", "softmax 64"]
-    assert [(row["place"], row["their place"]) for row in table] == [(None, None), (1, 1), (2, 2), (3, 3)]
+    assert [row["mixer"] for row in table] == ["titans", "mesa", "softmax", "gla convolution", "softmax 64"]
+    places = [(row["place"], row["their place"]) for row in table]
+    assert places == [(None, None), (1, 1), (2, 2), (None, None), (3, 3)]
     assert table[1]["seeds"] == 2 and table[1]["spread"] == pytest.approx(0.01 / 3)
     rates = {
         row["mixer"]: row for row in CLAIMS["ablation_rates"].table(evidence.read(CLAIMS["ablation_rates"], folder))

@@ -14,6 +14,7 @@ import json
 import math
 import shlex
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
@@ -32,6 +33,7 @@ from scripts.sweeps.jobs import params, sweep
 from scripts.sweeps.results import Results
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "evidence"
+WIDTH = 120  # of a line of a page
 POINTS = 5.0  # percent, from which on a difference to a published number is named
 
 
@@ -238,7 +240,7 @@ def made(of: dict[str, list[Row]]) -> Iterator[str]:
             f"{len(plan & here)} of the {len(plan)} runs of `{source}`" + f", and {more} beside them" * (more > 0)
         )
         lacking[source] = missing(source, mine)
-    yield f"`results.jsonl` has {' and '.join(counts)}, each with its command."
+    yield from textwrap.wrap(f"`results.jsonl` has {' and '.join(counts)}, each with its command.", WIDTH)
     rows = [row for mine in of.values() for row in mine]
     hours = sum(row.get("seconds") or 0 for row in rows) / 3600
     yield f"Their seconds add up to {hours:.2f} hours, of processes that shared a machine."

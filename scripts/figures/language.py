@@ -218,7 +218,7 @@ SHOWS = (
 CLAIMS = {
     "ablation": Claim(
         "The language-model ablation",
-        ("ablation", "ablation_windows"),
+        ("ablation", "ablation_windows", "ablation_convolutions"),
         "At equal parameters, tokens, data and order, what a mixer can keep of a text shows in the loss, and most "
         "where the text is long.",
         SHOWS,
