@@ -128,7 +128,10 @@ def started(path: Path | None, about: dict[str, Any]) -> list[starting.Started]:
     for key in ("machine", "sizes", "memory_gb", "eager"):
         if before[key] != about[key]:
             sys.exit(f"error: --json={path} has rows of {key}={before[key]}, and this is {key}={about[key]}")
-    return [starting.Started(**row) for row in before["rows"] if not row["reason"]]
+    try:
+        return [starting.Started(**row) for row in before["rows"] if not row["reason"]]
+    except (KeyError, TypeError):
+        sys.exit(f"error: --json={path} has a row that `starts` has not written; name another, or delete it")
 
 
 def length(given: argparse.Namespace) -> whole.Report:

@@ -375,6 +375,9 @@ def test_presets_that_have_started_are_not_started_again(tmp_path):
         path.write_text(other)
         with pytest.raises(SystemExit, match="is there, and no file of `starts`; name another, or delete it"):
             benchmark.started(path, about)
+    path.write_text(json.dumps({**about, "rows": [{"name": "kda"}]}))
+    with pytest.raises(SystemExit, match="has a row that `starts` has not written"):
+        benchmark.started(path, about)
 
 
 def test_whole_models_take_turns(tmp_path):
