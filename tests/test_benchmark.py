@@ -411,14 +411,14 @@ def test_several_at_a_time_each_in_a_slot_of_its_own():
         yield {"name": slot["CUDA_VISIBLE_DEVICES"]}
 
     jobs = [whole.Job("steps.train", {"fails": i == 3}, steps.Trained("softmax")) for i in range(4)]
-    rows = list(whole.rows(jobs, "cpu", whole.Limits(10, slots=slots), run))
+    rows = [row for _, row in whole.rows(jobs, "cpu", whole.Limits(10, slots=slots), run)]
     assert begun[0] != begun[1] and len(begun) == 4 and {row.name for row in rows} == {"0", "1", "softmax"}
     assert [row.reason for row in rows if row.reason] == ["it failed"]
 
 
 def test_nothing_is_begun_after_the_end():
     job = whole.Job("steps.train", {}, steps.Trained("softmax"))
-    (row,) = whole.rows([job], "cpu", whole.Limits(10, total=0.0), in_process)
+    ((_, row),) = whole.rows([job], "cpu", whole.Limits(10, total=0.0), in_process)
     assert row.reason == "the 0 s of all were over"
 
 

@@ -6,10 +6,11 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from importlib import metadata
+from operator import itemgetter
 from pathlib import Path
 from queue import SimpleQueue
 from shutil import which
@@ -57,8 +58,9 @@ class Report(NamedTuple):
     failed: list[str]
 
 
-def rows(jobs: Iterable[Job], device: str, limits: Limits, run: Apart) -> Iterator[Row]:
-    """The rows of each model, and why one is left out, or ends early. Of several at a time, as each is done."""
+def rows(jobs: Sequence[Job], device: str, limits: Limits, run: Apart) -> Iterator[tuple[int, Row]]:
+    """The rows of each model, and why one is left out, or ends early, each with the number of its job. Of several at a
+    time, as each is done."""
     deadline = None if limits.total is None else time.monotonic() + limits.total
     free: SimpleQueue[dict[str, str]] = SimpleQueue()
     for slot in limits.slots:
@@ -80,14 +82,15 @@ def rows(jobs: Iterable[Job], device: str, limits: Limits, run: Apart) -> Iterat
             free.put(slot)
 
     if len(limits.slots) == 1:
-        for job in jobs:
-            yield from of(job)
+        for i, job in enumerate(jobs):
+            yield from ((i, row) for row in of(job))
         return
     interrupted.clear()
     with ThreadPoolExecutor(len(limits.slots)) as pool:
         try:
-            for done in as_completed([pool.submit(list, of(job)) for job in jobs]):
-                yield from done.result()
+            number = {pool.submit(list, of(job)): i for i, job in enumerate(jobs)}
+            for done in as_completed(number):
+                yield from ((number[done], row) for row in done.result())
         except BaseException:  # ctrl-c, or an error: no other begins, and those that run are not waited for
             interrupted.set()
             raise
@@ -108,8 +111,7 @@ def report(
     of the jobs. about: see `environment`. run: how a job gets its process, by default forked, and where caches are to
     be empty one of its own. known: rows of an earlier call, which are written before the others."""
     print(f"{about['machine']}; {about['sizes']}\n{head}", flush=True)
-    done, failed = list(known), []
-    place = {job.blank.name: i for i, job in enumerate(jobs)}
+    done, failed = [(-1, row) for row in known], []
     run = run or (apart if limits.cold else forked)
 
     def noted(function: str, given: dict[str, Any], *more: Any) -> Iterator[dict[str, Any]]:
@@ -119,13 +121,13 @@ def report(
             failed.append(given["name"])
             raise
 
-    for row in rows(jobs, about["device"], limits, noted):
+    for number, row in rows(jobs, about["device"], limits, noted):
         print("\n".join(shown(row)), flush=True)
-        done.append(row)
-        done.sort(key=lambda row: place.get(row.name, -1))
+        done.append((number, row))
+        done.sort(key=itemgetter(0))
         if path:
-            path.write_text(json.dumps({**about, "rows": [asdict(row) for row in done]}, indent=1))
-    return Report(done, failed)
+            path.write_text(json.dumps({**about, "rows": [asdict(row) for _, row in done]}, indent=1))
+    return Report([row for _, row in done], failed)
 
 
 def shown(row: Row) -> Iterator[str]:
