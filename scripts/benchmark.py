@@ -138,9 +138,13 @@ def length(given: argparse.Namespace) -> whole.Report:
     """The same number of tokens in fewer and longer sequences, of one document each."""
     device, sizes = place(given, ["gated_delta", "titans", "kda", "softmax"])
     lengths = given.lengths or ([2**n for n in range(11, 17)] if device == "cuda" else [128, 256])
+    lengths = list(dict.fromkeys(lengths))
+    if odd := [T for T in lengths if max(lengths) % T]:
+        sys.exit(f"error: --lengths: {odd[0]} is no part of {max(lengths)}; a step has as many tokens at each")
     each = [sizes._replace(B=max(lengths) // T, T=T) for T in lengths]
     jobs = [step_job(name, one, device, given, documents=False) for name in given.only for one in each]
-    return whole.report(jobs, steps.HEAD, about(device, sizes), limits(given, device), given.json)
+    about_them = about(device, sizes) | {"sizes": f"{sizes.model}; {max(lengths):,} tokens a step"}
+    return whole.report(jobs, steps.HEAD, about_them, limits(given, device), given.json)
 
 
 def decode(given: argparse.Namespace) -> whole.Report:
@@ -153,7 +157,8 @@ def decode(given: argparse.Namespace) -> whole.Report:
     common = {"sizes": list(sizes), "device": device, "shapes": shapes, "tokens": given.tokens}
     common |= {"repeats": given.repeats, "dtype": given.dtype if gpu else "float32"}
     jobs = [whole.Job("decoding.decode", {"name": n, **common}, decoding.Decoded(n)) for n in given.only]
-    return whole.report(jobs, decoding.HEAD, about(device, sizes), limits(given, device), given.json)
+    about_them = about(device, sizes) | {"sizes": sizes.model}
+    return whole.report(jobs, decoding.HEAD, about_them, limits(given, device), given.json)
 
 
 def compare_losses(given: argparse.Namespace) -> whole.Report:
@@ -166,7 +171,7 @@ def compare_losses(given: argparse.Namespace) -> whole.Report:
     jobs = [
         whole.Job("losses.train", {"name": name, "path": path, "seed": seed, **common}, losses.Losses(name, path, seed))
         for name in given.only
-        for seed in given.seeds
+        for seed in dict.fromkeys(given.seeds)
         for path in losses.PATHS
     ]
     report = whole.report(jobs, losses.HEAD, about(device, sizes), limits(given, device), given.json)
@@ -181,7 +186,7 @@ def place(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if getattr(given, "kernels", False) and device == "cpu":
         sys.exit("error: --kernels needs a GPU, and there is none here")
-    given.only = given.only or names
+    given.only = list(dict.fromkeys(given.only or names))
     if found := [why for name in given.only if (why := contenders.known(name)) is not None]:
         sys.exit(f"error: --only: {found[0]}")
     return device, contenders.sizes_of(given.size or ("340m" if device == "cuda" else "tiny"), batch, seq_len)

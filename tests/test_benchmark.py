@@ -363,6 +363,25 @@ def test_presets_start(folder):
     assert row["compiled_s"] > 0 and row["recomputed"] == 0 and row["layers"] == 4 and row["backend"] == "torch"
 
 
+def test_a_page_of_speed_names_the_file_that_is_no_run(tmp_path):
+    (tmp_path / "speed").mkdir()
+    (tmp_path / "speed.md").write_text(f"{speed.BEGIN}\n{speed.END}\n")
+    for broken in ("", "{}", "[]"):
+        (tmp_path / "speed" / "decode.json").write_text(broken)
+        with pytest.raises(ValueError, match=r"decode\.json is not what `benchmark\.py decode` writes"):
+            speed.write(tmp_path)
+    (tmp_path / "speed" / "decode.json").unlink()
+    (tmp_path / "speed.md").write_text(speed.BEGIN)
+    with pytest.raises(ValueError, match="the page has not one line each of"):
+        speed.write(tmp_path)
+
+
+def test_lengths_that_a_step_can_not_be_cut_into(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "length", "--only", "softmax", "--lengths", "64", "100"])
+    with pytest.raises(SystemExit, match=r"--lengths: 64 is no part of 100; a step has as many tokens at each"):
+        benchmark.main()
+
+
 def test_presets_that_have_started_are_not_started_again(tmp_path):
     path, about = tmp_path / "starts.json", {"machine": "H200", "sizes": "340m", "memory_gb": 80.0, "eager": False}
     rows = [asdict(starting.Started("kda", ms=1.0)), asdict(starting.Started("wall", reason="no"))]

@@ -62,7 +62,7 @@ def apart(
         if interrupted.is_set():
             raise LeftOutError("interrupted")
         if late:
-            raise LeftOutError(f"not done within {limit:.0f} s")
+            raise LeftOutError(f"not done within {limit:g} s")
         if process.returncode:
             said = errors.read_text()
             print("\n".join(said.splitlines()[-12:]), file=sys.stderr, flush=True)
@@ -98,7 +98,7 @@ def forked(
         if interrupted.is_set():
             raise LeftOutError("interrupted")
         if late:
-            raise LeftOutError(f"not done within {limit:.0f} s")
+            raise LeftOutError(f"not done within {limit:g} s")
         if process.exitcode:
             said = errors.read_text()
             print("\n".join(said.splitlines()[-12:]), file=sys.stderr, flush=True)

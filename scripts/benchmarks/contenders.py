@@ -96,9 +96,13 @@ class Sizes(NamedTuple):
     B: int
     T: int
 
-    def __str__(self) -> str:
+    @property
+    def model(self) -> str:
         heads = f"{self.H} heads of {self.D // self.H}"
-        return f"{self.layers} layers, width {self.D}, {heads}, vocabulary {self.vocabulary:,}; {self.B} x {self.T:,}"
+        return f"{self.layers} layers, width {self.D}, {heads}, vocabulary {self.vocabulary:,}"
+
+    def __str__(self) -> str:
+        return f"{self.model}; {self.B} x {self.T:,}"
 
 
 class Contender(NamedTuple):

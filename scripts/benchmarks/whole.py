@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -73,7 +75,7 @@ def rows(jobs: Sequence[Job], device: str, limits: Limits, run: Apart) -> Iterat
         slot = free.get()
         try:
             if (seconds := left(deadline, limits.each)) <= 0:
-                raise LeftOutError(f"the {limits.total:.0f} s of all were over")
+                raise LeftOutError(f"the {limits.total:g} s of all were over")
             for found in run(job.function, job.given, seconds, limits.cold, slot):
                 yield type(job.blank)(**found)
         except LeftOutError as error:
@@ -127,7 +129,7 @@ def report(
         done.sort(key=itemgetter(0))
         if path:
             path.write_text(json.dumps({**about, "rows": [asdict(row) for _, row in done]}, indent=1))
-    return Report([row for _, row in done], failed)
+    return Report([row for _, row in done], list(dict.fromkeys(failed)))
 
 
 def shown(row: Row) -> Iterator[str]:
@@ -149,5 +151,6 @@ def environment(device: str) -> dict[str, Any]:
     asked = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip() if which("git") else ""
     when = time.strftime("%Y-%m-%d", time.gmtime())
-    about = {"machine": machine(device), "device": device, "python": platform.python_version()}
+    command = shlex.join(["python", *sys.argv])
+    about = {"command": command, "machine": machine(device), "device": device, "python": platform.python_version()}
     return about | versions | {"commit": commit, "date": when}

@@ -43,7 +43,7 @@ def where(run: Run, command: str) -> str:
     of = [run["machine"], *(f"{name} {run[name]}" for name in names)]
     of += [f"commit {run['commit']}"] if run["commit"] else []
     sizes = f": {run['sizes']}" if "sizes" in run else ""
-    return f"`{command}` on {run['date']}{sizes}. {', '.join(of)}."
+    return f"`{run.get('command', command)}` on {run['date']}{sizes}. {', '.join(of)}."
 
 
 def number(value: float | None, digits: int = 0) -> str:
@@ -151,7 +151,7 @@ def decoding(run: Run) -> Iterator[str]:
         for row in timed(run)
     ]
     yield from table(["model", "prompts", "prefill, ms", "GB", "ms a token", "GB"], rows)
-    yield from left_out(run, lambda row: f"{row['name']}, {row['batch']} x {row['context']:,}")
+    yield from left_out(run, lambda row: row["name"] + f", {row['batch']} x {row['context']:,}" * (row["batch"] > 0))
 
 
 def starting(run: Run) -> Iterator[str]:
@@ -380,13 +380,20 @@ SECTIONS = {
 
 def section(folder: Path) -> str:
     """What stands between the markers."""
-    runs = {name: folder / "speed" / f"{name}.json" for name in SECTIONS}
-    made = [SECTIONS[name](json.loads(path.read_text())) for name, path in runs.items() if path.exists()]
-    return "\n\n".join("\n".join(lines) for lines in made)
+    made = []
+    for name, lines_of in SECTIONS.items():
+        if (path := folder / "speed" / f"{name}.json").exists():
+            try:
+                made.append("\n".join(lines_of(json.loads(path.read_text()))))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is not what `benchmark.py {name}` writes ({error!r})") from None
+    return "\n\n".join(made)
 
 
 def with_section(page: str, lines: str) -> str:
     """The page with these lines between its markers."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"the page has not one line each of {BEGIN} and {END}")
     before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n\n{lines}{chr(10) * 2 * bool(lines)}{END}{rest.split(END)[1]}"
 
@@ -420,7 +427,10 @@ def write(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=DOCS)
-    write(parser.parse_args().folder)
+    try:
+        write(parser.parse_args().folder)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
