@@ -32,7 +32,7 @@ from torch import Tensor
 
 from models.kernels import backend
 from models.kernels.backend import packed, unpacked
-from models.kernels.momentum.rule import CHUNK, EMPTY, EXACT, Call, Kept, Rule, new_kept
+from models.kernels.momentum.rule import CHUNK, EMPTY, EXACT, Call, Kept, Rule
 
 __all__ = ["CHUNK", "EMPTY", "Call", "Rule", "momentum_delta", "refusal"]
 
@@ -83,6 +83,8 @@ def _forward(
 
 @_forward.register_fake
 def _(given, names, *rule):
+    from models.kernels.momentum.launch import new_kept
+
     call, rule = unpacked(Call, given, names), Rule(*rule)
     return (
         torch.empty_like(call.v, memory_format=torch.contiguous_format),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 CHUNK = 64
@@ -67,27 +66,3 @@ class Kept(NamedTuple):
     system: Tensor  # [B H N, C, C], or none as R
     # [spans, B, H, n K, V + n K]: b and A, models/kernels/spans.py says of what; empty where rows are not cut into any
     spans: Tensor
-
-
-def new_kept(call: Call, rule: Rule) -> Kept:
-    """Where it is written, with nothing in it."""
-    from models.kernels.momentum.launch import new_affine
-
-    (B, T, H, K), V = call.q.shape, call.v.shape[-1]
-    chunks, matrices = B * H * -(-T // CHUNK), 1 + rule.momentum + (rule.carried and rule.solve)
-    halves = 1 if call.v.dtype == torch.float32 else 2
-    solved = chunks if rule.solve else 0
-    attend = call.v.new_empty(chunks, CHUNK, CHUNK)
-    alike = attend.dtype if K > PRECISE else torch.float32
-    similar, system = (attend.new_empty(n, CHUNK, CHUNK, dtype=alike) for n in (chunks, solved))
-    return Kept(
-        call.v.new_empty(chunks, CHUNK, CHUNK, dtype=torch.float32),
-        call.v.new_empty(solved, halves, CHUNK, CHUNK),
-        call.v.new_empty(chunks, ROWS, CHUNK, dtype=torch.float32),
-        call.v.new_empty(chunks, V, CHUNK),
-        call.v.new_empty(chunks, -(-K // PART), V, matrices, PART),
-        attend,
-        similar,
-        system,
-        new_affine(call, rule),
-    )
