@@ -102,7 +102,7 @@ NUMBERS = {
     "model.mixers.*.piece": COUNT_OR_NULL,
     "model.mixers.*.length": COUNT,
     "model.mixers.*.decay.step_range[[]*": POSITIVE,
-    "model.mixers.*.decay.half_lives[[]*": POSITIVE,
+    "model.mixers.*.decay.half_lives[[]*": Bound("from 0.1 to 1,000,000 tokens", lambda x: 0.1 <= x <= 1_000_000),
     "optimizer.lr": POSITIVE,
     "optimizer.eps": POSITIVE,
     "optimizer.weight_decay": NOT_NEGATIVE,

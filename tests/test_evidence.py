@@ -27,6 +27,8 @@ from scripts.sweeps.rates import fewer, with_rates
 from scripts.sweeps.results import Results, Shared, change, left, summary
 from tests.conftest import ROOT
 
+HALF_LIVES = "model.mixers.main.decay.half_lives"
+
 # A run in miniature: seed 1 finishes, seed 2 fails, seed 3 saves when it is asked to and finishes the second time.
 RUN = """
 import json, pathlib, signal, sys, time
@@ -79,6 +81,8 @@ def test_a_sweep_is_that_of_the_experiment_and_its_words():
     [
         ("optimizer.lr=1e-3,abc seed=1,2", "optimizer.lr=abc is not a number; it must be positive"),
         ("seed=1,2,-1", "seed=-1 must be between 0 and 4294967295"),
+        (f"model=kda {HALF_LIVES}=null,[0.05,9]", f"{HALF_LIVES}[0]=0.05 must be from 0.1 to 1,000,000 tokens"),
+        (f"model=kda {HALF_LIVES}=[1,9],[9,2]", f"{HALF_LIVES}=[9, 2] must be two numbers, the larger one behind"),
         ("clip_norm=1,abc", "clip_norm=abc must be a number"),
         ("compile=maybe", "compile=maybe must be true or false"),
         ("model.hidden_size=32,x", "model.hidden_size=x is not a number; it must be at least 1"),

@@ -5,6 +5,8 @@ the hub. A new run may begin with their weights (`init_from`), and the scripts t
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from conf.settings import leaves
 from data.finding import missing
 from data.tokenizer import HuggingFace, Tokenizer, Trainable
 from data.vocabulary import shared
@@ -26,6 +29,7 @@ OF_IN_PLACE = ("feed_forward_grad_batch", "feed_forward_step_size")
 SETTINGS = ("mixers", "pattern", "feed_forward", "tie_embeddings", "norm_eps", *OF_IN_PLACE)
 
 OTHER_KIND = "the model of a made task and no language model: what it came to is in the result.json of its run"
+START = re.compile(r"\.decay\.(half_lives|step_range|rate_range)$")  # of gates, before they have learnt anything
 ROWS = ("embedding.weight", "head.weight")  # [vocabulary, width]
 
 
@@ -159,9 +163,7 @@ def load(model: LanguageModel, init_from: str | None, tokenizer: Tokenizer | Non
     refuse_another(here, found, init_from)
     model.load_state_dict(found)
     said = f"weights   of {path}{rows}"
-    if theirs and (others := difference(_settings(theirs), _settings(model.config), "model").splitlines()):
-        said += f"\nwarning: init_from={init_from} was trained with other settings: {'; '.join(map(str.strip, others))}"
-    return said
+    return said + "".join(f"\nwarning: init_from={init_from} {each}" for each in _unlike(theirs, model.config))
 
 
 def refuse_another(
@@ -228,6 +230,22 @@ def _settings_and_tokenizer(path: Path, known: int) -> tuple[LanguageModelConfig
 
 def _settings(config: Any) -> dict[str, Any]:
     return {name: current(getattr(config, name)) for name in SETTINGS}
+
+
+def _unlike(theirs: LanguageModelConfig | None, ours: Any) -> Iterator[str]:
+    """What is to be warned of: settings that say how gates begin, which is nothing where they are trained; and others
+    of the same shapes."""
+    if theirs is None:
+        return
+    before, now = _settings(theirs), _settings(ours)
+    lines = [line.strip() for line in difference(before, now, "model").splitlines()]
+    starts = [line.partition(":")[0] for line in lines if START.search(line.partition(":")[0])]
+    set_now = {path: value for path, value in leaves(now, "model") if path in starts and value is not None}
+    if set_now:
+        shown = ", ".join(f"{path}={value}" for path, value in set_now.items())
+        yield f"has gates that are trained: {shown} has no effect"
+    if others := [line for line in lines if line.partition(":")[0] not in starts]:
+        yield f"was trained with other settings: {'; '.join(others)}"
 
 
 def _shape(weights: dict[str, Tensor], name: str) -> str:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from conf.settings import NUMBERS
 from models.build import build
 from models.language_model import LanguageModel, LanguageModelConfig
 from models.parts.decay import (
     CHOICES,
+    HALF_LIVES,
     ChannelDecay,
     ChannelRateDecay,
     Decay,
@@ -107,6 +109,10 @@ def test_two_settings_of_one_start():
     with pytest.raises(ValueError, match=r"decay\.half_lives=\[2, 9\] can't stand beside decay\.lower_bound=-5"):
         ChannelRateDecay(SIZES, lower_bound=-5, half_lives=(2, 9))
     assert spread((3, 9), 1, 2)[0].tolist() == pytest.approx([math.log(2) / 3] * 2), "one head: the shortest"
+    holds = NUMBERS["model.mixers.*.decay.half_lives[[]*"].holds  # which is told before torch is there
+    assert [holds(x) for least, most in [HALF_LIVES] for x in (least, most, least / 2, most * 2)] == [True] * 2 + [
+        False
+    ] * 2
 
 
 @pytest.mark.parametrize("backend", ["torch", "recurrent"])

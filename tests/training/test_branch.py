@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -171,6 +172,21 @@ def test_other_settings_of_the_same_shapes_are_a_warning(tmp_path, monkeypatch):
         assert len(said) == 2 and said[1].startswith(f"warning: init_from={name} was trained with other settings: ")
         assert "model.mixers.softmax.rotary: 10000.0 before, 10 now; " in said[1]
         assert said[1].endswith("model.norm_eps: 1e-06 before, 0.5 now")
+
+
+def test_a_start_of_gates_that_are_trained_is_told(tmp_path):
+    theirs, ours = (model("kda", num_layers=1).float() for _ in range(2))
+    theirs.save_pretrained(tmp_path)
+    ours.config.mixers = deepcopy(ours.config.mixers)
+    (recipe,) = ours.config.mixers.values()
+    recipe["decay"] |= {"half_lives": [22, 2840]}
+    assert weights.load(ours, str(tmp_path)).splitlines()[1:] == [
+        f"warning: init_from={tmp_path} has gates that are trained: model.mixers.kda.decay.half_lives=[22, 2840] has "
+        "no effect"
+    ]
+    recipe["decay"]["half_lives"] = None
+    recipe["rotary"] = 10
+    assert "half_lives" not in (said := weights.load(ours, str(tmp_path))) and "other settings: model.mixers" in said
 
 
 def run_with(folder, steps, **now) -> tuple[Run, dict]:

@@ -83,6 +83,28 @@ def spans_of(call: Call, rule: Rule) -> int:
     return num_spans(call.q, programs, cdiv(T, CHUNK))
 
 
+def new_kept(call: Call, rule: Rule) -> Kept:
+    """Where it is written, with nothing in it."""
+    (B, T, H, K), V = call.q.shape, call.v.shape[-1]
+    chunks, matrices = B * H * -(-T // CHUNK), 1 + rule.momentum + (rule.carried and rule.solve)
+    halves = 1 if call.v.dtype == torch.float32 else 2
+    solved = chunks if rule.solve else 0
+    attend = call.v.new_empty(chunks, CHUNK, CHUNK)
+    alike = attend.dtype if K > PRECISE else torch.float32
+    similar, system = (attend.new_empty(n, CHUNK, CHUNK, dtype=alike) for n in (chunks, solved))
+    return Kept(
+        call.v.new_empty(chunks, CHUNK, CHUNK, dtype=torch.float32),
+        call.v.new_empty(solved, halves, CHUNK, CHUNK),
+        call.v.new_empty(chunks, ROWS, CHUNK, dtype=torch.float32),
+        call.v.new_empty(chunks, V, CHUNK),
+        call.v.new_empty(chunks, -(-K // PART), V, matrices, PART),
+        attend,
+        similar,
+        system,
+        new_affine(call, rule),
+    )
+
+
 def new_affine(call: Call, rule: Rule) -> Tensor:
     """Where b and A of all spans are left, with nothing in it; empty where there is but one span."""
     (B, _, H, K), V, number = call.q.shape, call.v.shape[-1], spans_of(call, rule)
