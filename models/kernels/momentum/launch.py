@@ -112,28 +112,6 @@ def new_affine(call: Call, rule: Rule) -> Tensor:
     return call.v.new_empty((number, B, H, rows, V + rows) if number > 1 else (0,), dtype=torch.float32)
 
 
-def new_kept(call: Call, rule: Rule) -> Kept:
-    """Where it is written, with nothing in it."""
-    (B, T, H, K), V = call.q.shape, call.v.shape[-1]
-    chunks, matrices = B * H * -(-T // CHUNK), 1 + rule.momentum + (rule.carried and rule.solve)
-    halves = 1 if call.v.dtype == torch.float32 else 2
-    solved = chunks if rule.solve else 0
-    attend = call.v.new_empty(chunks, CHUNK, CHUNK)
-    alike = attend.dtype if K > PRECISE else torch.float32
-    similar, system = (attend.new_empty(n, CHUNK, CHUNK, dtype=alike) for n in (chunks, solved))
-    return Kept(
-        call.v.new_empty(chunks, CHUNK, CHUNK, dtype=torch.float32),
-        call.v.new_empty(solved, halves, CHUNK, CHUNK),
-        call.v.new_empty(chunks, ROWS, CHUNK, dtype=torch.float32),
-        call.v.new_empty(chunks, V, CHUNK),
-        call.v.new_empty(chunks, -(-K // PART), V, matrices, PART),
-        attend,
-        similar,
-        system,
-        new_affine(call, rule),
-    )
-
-
 def by_gates(num_chunks: int) -> tuple[tuple[int], dict[str, int]]:
     """Grid and options of the kernels of coefficients: a warp for every chunk, and in the interpreter, whose time goes
     by operations, one program for many."""
