@@ -67,8 +67,8 @@ def test_a_sweep_is_that_of_the_experiment_and_its_words():
     assert same.key == sweep("mqar", ["model=mesa", "seed=1", "model.hidden_size=32"])[0].key
     with pytest.raises(ValueError, match="experiment=none is not there; there are ablation, "):
         sweep("none", [])
-    for word in ("run_dir=x", "dry_run=true", "experiment=mad"):
-        with pytest.raises(ValueError, match=f"{word}: .*; leave it out"):
+    for word in ("run_dir=x", "dry_run=true", "++dry_run=true", "experiment=mad"):
+        with pytest.raises(ValueError, match=f"{re.escape(word)}: .*; leave it out"):
             sweep("mqar", [word])
     with pytest.raises(ValueError, match=r"Error parsing|mismatched|no viable"):
         sweep("mqar", ["seed=[1,"])
