@@ -273,8 +273,11 @@ def test_rates_of_different_settings_are_refused_and_missing_ones_are_told():
     assert fewer([*alike, row("model=softmax", "optimizer.lr=2e-3")]) == {"softmax": 1}
 
 
-@pytest.mark.parametrize("line", ['{"a": 1}', "3", "null"])
+@pytest.mark.parametrize("line", ['{"a": 1}', "3", "null", '{"job": "a", "words": 3}', '{"job": 3, "words": []}'])
 def test_a_line_that_is_no_jobs_is_named(tmp_path, line):
     (tmp_path / "results.jsonl").write_text(f"{line}\n")
     with pytest.raises(ValueError, match="line 1, is not the line of a result"):
+        Results(tmp_path / "results.jsonl").read()
+    (tmp_path / "results.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(ValueError, match=r"results.jsonl is no text, and not a file of results"):
         Results(tmp_path / "results.jsonl").read()

@@ -77,6 +77,12 @@ def params(experiment: str) -> tuple[str, dict[str, Any]]:
     return cfg.name, dict(cfg.hydra.sweeper.params)
 
 
+def settings_of(words: Iterable[str]) -> dict[str, str]:
+    """Of the words of a job; the last that names a setting counts, and one that takes a setting away (~logger) has no
+    value."""
+    return {name: value for name, _, value in (word.partition("=") for word in words)}
+
+
 def name_of(words: Iterable[str], name: str) -> str:
     """The run's name by its words, or else this one, the experiment's."""
     return [name, *(word.partition("=")[2] for word in words if word.startswith("name="))][-1]
