@@ -27,6 +27,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from conf.folders import setting
 from conf.known import Word, choices, known, read
 from conf.settings import DERIVED, NEEDS
 from models.build import near
@@ -48,7 +49,7 @@ def one_sentence(main: Callable[[], None]) -> Callable[[], None]:
         if os.environ.get(HYDRAS_OWN) == "1":
             return main()
         words = sys.argv[1:]
-        if mistake := flags(words):
+        if mistake := flags(words) or of_one_run(words):
             sys.exit(f"error: {mistake}")
         sys.argv[1:] = words = named(words)
         os.environ[HYDRAS_OWN] = "1"
@@ -104,6 +105,14 @@ def named(words: list[str]) -> list[str]:
     name = "-".join(["name=sweep", *sorted(re.split(r"[@.]", key)[-1] for key in several)])
     end = max((i + 1 for i, word in enumerate(words) if not word.startswith("-")), default=len(words))
     return [*words[:end], name, *words[end:]]  # flags stand before all settings, or behind them
+
+
+def of_one_run(words: list[str]) -> str | None:
+    """What is wrong with a sweep whose jobs would all be in one folder: each would find the one before it there."""
+    given = next((word for word in words if setting(word) == "run_dir"), None)
+    if given is None or not {"-m", "--multirun"} & set(words):
+        return None
+    return f"{given}: each job of a sweep has a folder of its own; leave it out, and name the sweep by name=..."
 
 
 def names_its_sweep(experiment: str) -> bool:

@@ -22,6 +22,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from conf.command import of_one_run
+
 CONF = Path(__file__).resolve().parent.parent / "conf"
 TASK = "SLURM_ARRAY_TASK_ID"
 
@@ -52,6 +54,8 @@ def chosen(words: list[str], task: str) -> list[str]:
 def main() -> None:
     words = sys.argv[1:]
     try:
+        if mistake := of_one_run(["-m", *words]):
+            raise ValueError(mistake)
         if (task := os.environ.get(TASK)) is None:
             each = jobs(words)
             print("\n".join(f"{i}  {shlex.join(job)}" for i, job in enumerate(each)))

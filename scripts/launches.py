@@ -1,6 +1,7 @@
 """Compares layers at the sizes of a run, with the kernels and launches that this GPU takes, with PyTorch's form.
 
     python scripts/launches.py [--only NAME ...] [--sizes 50m 340m] [--rows 2] [--seed 0]
+    python scripts/launches.py --only kda --seq-len 4096 --hidden-size 768 --num-heads 6         # of no named size
 
 A kernel of fla's has several launches, of which the fastest is taken, and a compiler's fault can be in one of them
 alone (docs/kernels.md). Tests take any launch, and small sizes. So here the layers of a preset go forward and backward
@@ -29,7 +30,7 @@ from torch import Tensor
 from models.build import build
 from models.mixers.layer import Layer
 from models.regression.regressor import Regressor
-from scripts.benchmarks.contenders import PRESETS, batch_of, half, sizes_of
+from scripts.benchmarks.contenders import PRESETS, Sizes, batch_of, half, sizes_of
 from scripts.recipes import CONF, composed
 
 WORSE, LEAST = 3.0, 2e-3  # times as far off as PyTorch's form in 16 bits is; a distance that is none
@@ -89,9 +90,9 @@ def distances(layer: Layer, x: Tensor, segments: Tensor | None) -> list[Distance
     return [Distance(name, off(name, found[name]), off(name, rounded[name])) for name in exact]
 
 
-def layers(name: str, size: str, seed: int, device: torch.device) -> Iterator[Layer]:
+def layers(name: str, sizes: Sizes, seed: int, device: torch.device) -> Iterator[Layer]:
     """One of each kind of the preset's model."""
-    cfg = composed(name, f"size={size}")
+    cfg = composed(name, f"size={sizes.size}", f"model.hidden_size={sizes.D}", f"model.num_heads={sizes.H}")
     for node in cfg.model.mixers.values():
         settings: Any = OmegaConf.to_container(node, resolve=True)
         torch.manual_seed(seed)
@@ -99,10 +100,10 @@ def layers(name: str, size: str, seed: int, device: torch.device) -> Iterator[La
         yield layer.to(device)
 
 
-def compared(name: str, size: str, rows: int, seed: int, device: torch.device) -> Iterator[str]:
+def compared(name: str, sizes: Sizes, seed: int, device: torch.device) -> Iterator[str]:
     """A line for each layer that kernels compute; it begins with `wrong` where they are."""
-    sizes = sizes_of(size)._replace(B=rows)
-    for layer in layers(name, size, seed, device):
+    size, rows = sizes.size, sizes.B
+    for layer in layers(name, sizes, seed, device):
         if not (backends := kernels_of(layer, device)):
             continue
         begin = time.perf_counter()
@@ -121,22 +122,36 @@ def compared(name: str, size: str, rows: int, seed: int, device: torch.device) -
         yield f"{'wrong' if wrong else 'right':8} {name:24} {size:6} {backends:10} {shown}, {seconds}"
 
 
+def asked(size: str, given: argparse.Namespace) -> Sizes:
+    """Those of a named size, but for what was typed."""
+    sizes = sizes_of(size, given.rows, given.seq_len)
+    return sizes._replace(D=given.hidden_size or sizes.D, H=given.num_heads or sizes.H)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PRESETS, default=PRESETS, metavar="NAME")
     parser.add_argument("--sizes", nargs="+", choices=sorted(x.stem for x in (CONF / "size").glob("*.yaml")))
-    parser.add_argument("--rows", type=int, default=2, help="of the size's length")
+    parser.add_argument("--rows", type=int, default=2, help="of a batch")
+    parser.add_argument("--seq-len", type=int, help="tokens of a row (default: the size's)")
+    parser.add_argument("--hidden-size", type=int, help="(default: the size's)")
+    parser.add_argument("--num-heads", type=int, help="(default: the size's)")
     parser.add_argument("--seed", type=int, default=0, help="of the layer and its input")
     given = parser.parse_args()
-    if given.rows < 1:
-        parser.error(f"--rows {given.rows} must be at least 1")
+    for setting in ("rows", "seq_len", "hidden_size", "num_heads"):
+        if (value := getattr(given, setting)) is not None and value < 1:
+            parser.error(f"--{setting.replace('_', '-')} {value} must be at least 1")
+    each = [asked(size, given) for size in given.sizes or ("50m", "340m")]
+    for sizes in each:
+        if sizes.D % sizes.H:
+            parser.error(f"--num-heads {sizes.H} does not divide --hidden-size {sizes.D}")
     if not torch.cuda.is_available():
         sys.exit("error: kernels are compared on a GPU, and there is none here")
     print("distances to float32: of the kernels' (of PyTorch's form in bf16)")
     wrong = 0
-    for size in given.sizes or ("50m", "340m"):
+    for sizes in each:
         for name in given.only:
-            for line in compared(name, size, given.rows, given.seed, torch.device("cuda")):
+            for line in compared(name, sizes, given.seed, torch.device("cuda")):
                 print(line, flush=True)
                 wrong += line.startswith("wrong")
     sys.exit(int(wrong > 0))

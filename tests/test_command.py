@@ -105,6 +105,7 @@ SWEEPS = {
     "-m model=mesa,softmx": "model=softmx is not there; did you mean model=softmax?",
     "-m seed=1,2 sede=3": "sede=3 is not a setting; did you mean seed?",
     "-m sede=1,2": "sede=1,2 is not a setting; did you mean seed?",
+    "-m seed=1,2 run_dir=a": "run_dir=a: each job of a sweep has a folder of its own; leave it out, and name the sweep",
 }
 NUMBERS = {
     "tokens=1e400": "tokens=inf is not a finite number",

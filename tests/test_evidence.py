@@ -67,8 +67,8 @@ def test_a_sweep_is_that_of_the_experiment_and_its_words():
     assert same.key == sweep("mqar", ["model=mesa", "seed=1", "model.hidden_size=32"])[0].key
     with pytest.raises(ValueError, match="experiment=none is not there; there are ablation, "):
         sweep("none", [])
-    for word in ("run_dir=x", "dry_run=true", "experiment=mad"):
-        with pytest.raises(ValueError, match=f"{word}: .*; leave it out"):
+    for word in ("run_dir=x", "dry_run=true", "++dry_run=true", "experiment=mad"):
+        with pytest.raises(ValueError, match=f"{re.escape(word)}: .*; leave it out"):
             sweep("mqar", [word])
     with pytest.raises(ValueError, match=r"Error parsing|mismatched|no viable"):
         sweep("mqar", ["seed=[1,"])
@@ -273,8 +273,11 @@ def test_rates_of_different_settings_are_refused_and_missing_ones_are_told():
     assert fewer([*alike, row("model=softmax", "optimizer.lr=2e-3")]) == {"softmax": 1}
 
 
-@pytest.mark.parametrize("line", ['{"a": 1}', "3", "null"])
+@pytest.mark.parametrize("line", ['{"a": 1}', "3", "null", '{"job": "a", "words": 3}', '{"job": 3, "words": []}'])
 def test_a_line_that_is_no_jobs_is_named(tmp_path, line):
     (tmp_path / "results.jsonl").write_text(f"{line}\n")
     with pytest.raises(ValueError, match="line 1, is not the line of a result"):
+        Results(tmp_path / "results.jsonl").read()
+    (tmp_path / "results.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(ValueError, match=r"results.jsonl is no text, and not a file of results"):
         Results(tmp_path / "results.jsonl").read()

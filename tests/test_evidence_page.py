@@ -324,6 +324,19 @@ def test_without_results_it_says_what_makes_them(tmp_path, monkeypatch):
     assert Results(tmp_path / "none").read() == []
 
 
+def test_a_result_that_lacks_a_number_is_named(tmp_path, monkeypatch):
+    """By its line, and a folder that is not there by its setting; a setting that is taken away has no value."""
+    whole = result("tiny_table", {"validation/bits_per_byte": 2.0}, model="mesa", seed=1)
+    lacking = [{key: x for key, x in whole.items() if "bits" not in key}, whole | {"validation/bits_per_byte": "two"}]
+    for row, says in zip(lacking, ("is of a run without validation/bits_per_byte", "can't be drawn"), strict=True):
+        write(tmp_path / "tiny_table" / "results.jsonl", [whole | {"words": [*whole["words"], "~logger"]}, row])
+        with pytest.raises(ValueError, match=f"results.jsonl, line 2, {says}"):
+            evidence.write("tiny_table", tmp_path)
+    monkeypatch.setattr("sys.argv", ["evidence.py", "mqar", "--folder", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match=r"error: --folder=.*none is no folder"):
+        evidence.main()
+
+
 STORED = [page for page in sorted((ROOT / "docs" / "evidence").glob("*/README.md")) if page.parent.name in CLAIMS]
 
 

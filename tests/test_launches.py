@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -17,14 +18,15 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def small(monkeypatch):
-    """Two short rows, of a model that a CPU computes at once, which is said to have kernels."""
-    sizes = launches.sizes_of("tiny")
-    monkeypatch.setattr(launches, "sizes_of", lambda _: sizes._replace(T=40))
+    """A layer that is said to have kernels."""
     monkeypatch.setattr(launches, "kernels_of", lambda *_: "fla")
 
 
+SIZES = launches.sizes_of("tiny", batch=2, seq_len=40)  # which a CPU computes at once
+
+
 def lines(name: str) -> list[str]:
-    return list(launches.compared(name, "tiny", rows=2, seed=0, device=CPU))
+    return list(launches.compared(name, SIZES, seed=0, device=CPU))
 
 
 @pytest.mark.parametrize("name", ["gated_delta", "titans_mac"])
@@ -55,11 +57,25 @@ def test_three_times_pytorchs_rounding_is_wrong(kernels, pytorch, wrong):
 
 
 def test_a_copy_is_computed_by_pytorch_and_the_layer_stays():
-    (layer,) = launches.layers("titans_mac", "tiny", 0, CPU)
+    (layer,) = launches.layers("titans_mac", SIZES._replace(D=64, H=2), 0, CPU)
     copy = launches.by_pytorch(layer)
     backends = [{part.backend for part in each.modules() if isinstance(part, Regressor)} for each in (copy, layer)]
     assert backends == [{"torch"}, {"auto"}]
     assert launches.kernels_of(copy, CPU) == ""
+    assert copy(torch.zeros(1, 4, 64))[0].shape == (1, 4, 64)
+
+
+def test_sizes_that_are_typed(monkeypatch, capsys):
+    given = Namespace(rows=3, seq_len=None, hidden_size=64, num_heads=2)
+    assert launches.asked("tiny", given) == SIZES._replace(B=3, T=128, D=64, H=2)
+    for typed, why in (
+        ("--seq-len 0", "--seq-len 0 must be at least 1"),
+        ("--sizes 50m --num-heads 7", "--num-heads 7 does not divide --hidden-size 512"),
+    ):
+        monkeypatch.setattr("sys.argv", ["launches.py", *typed.split()])
+        with pytest.raises(SystemExit):
+            launches.main()
+        assert why in capsys.readouterr().err
 
 
 @pytest.mark.slow

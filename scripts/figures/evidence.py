@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from conf.folders import FREE_TO_CHANGE
+from conf.folders import FREE_TO_CHANGE, setting
 from scripts.figures.claims import CLAIMS
 from scripts.figures.results import DIVERGED, RATES, Claim, Row, label, settings
 from scripts.sweeps.jobs import params, sweep
@@ -45,7 +45,7 @@ def read(claim: Claim, folder: Path) -> list[Row]:
         path = folder / source / "results.jsonl"
         rows = [row for row in Results(path).read() if not claim.needs or claim.needs in row]
         for row in rows:
-            if (experiment := settings(row)["experiment"]) != source:
+            if (experiment := settings(row).get("experiment")) != source:
                 raise ValueError(f"{path} has a run of experiment={experiment}, which is not {source}")
         kinds.update((source, beyond(source, row)) for row in rows)
         found += sorted(rows, key=lambda row: place(source, row))
@@ -63,8 +63,8 @@ def beyond(source: str, row: Row) -> str:
     """The settings of a run that its sweep is not over, and that change what is computed, as words."""
     over = {"experiment", "name", "seed", *RATES, *params(source)[1]}
     free = {"hydra", "strategy", *FREE_TO_CHANGE}
-    words = {key: f"{key}={value}" for key, value in sorted(settings(row).items()) if key not in over}
-    return shlex.join(word for key, word in words.items() if key.partition(".")[0] not in free)
+    words = {word.partition("=")[0]: word for word in row["words"]}
+    return shlex.join(word for key, word in sorted(words.items()) if key not in over and setting(word) not in free)
 
 
 @cache
@@ -265,10 +265,34 @@ def plain(row: Row) -> Row:
     return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
 
 
+def refuse_incomplete(claim: Claim, folder: Path) -> None:
+    """Raises ValueError for the first result that has no page by itself, with its line."""
+    for source in claim.sources:
+        path = folder / source / "results.jsonl"
+        for number, row in enumerate(Results(path).read(), 1):
+            if claim.needs and claim.needs not in row:
+                continue
+            try:
+                claim.table([row])
+                claim.draw([row], Figure())
+            except KeyError as error:
+                raise ValueError(f"{path}, line {number}, is of a run without {error.args[0]}") from error
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}, can't be drawn: {error}") from error
+
+
 def write(name: str, folder: Path) -> list[Row]:
-    """All files of the page. Returns the table."""
+    """All files of the page. Returns the table. Raises ValueError where results are missing or incomplete."""
+    rows = read(CLAIMS[name], folder)
+    try:
+        return written(name, folder, rows)
+    except (KeyError, TypeError, ValueError):
+        refuse_incomplete(CLAIMS[name], folder)
+        raise
+
+
+def written(name: str, folder: Path, rows: list[Row]) -> list[Row]:
     claim, to = CLAIMS[name], folder / name
-    rows = read(claim, folder)
     table = claim.table(rows)
     notes = to / "notes.md"
     to.mkdir(parents=True, exist_ok=True)
@@ -290,6 +314,8 @@ def main() -> None:
     parser.add_argument("name", choices=CLAIMS, help="an experiment")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of all experiments (default: docs/evidence)")
     given = parser.parse_args()
+    if not given.folder.is_dir():
+        sys.exit(f"error: --folder={given.folder} is no folder")
     try:
         print(text(write(given.name, given.folder)), end="")
     except ValueError as error:

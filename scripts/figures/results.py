@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from scripts.figures import published
-from scripts.sweeps.jobs import composed
+from scripts.sweeps.jobs import composed, settings_of
 
 Row = dict[str, Any]  # of a run; or of a table
 RATES = ("optimizer.lr", "optimizer.weight_decay")  # of which the best counts
@@ -43,8 +43,7 @@ class Claim(NamedTuple):
 
 
 def settings(row: Row) -> dict[str, str]:
-    """Of the words of a job; the last that names a setting counts."""
-    return dict(word.split("=", 1) for word in row["words"])
+    return settings_of(row["words"])
 
 
 def label(row: Row) -> str:

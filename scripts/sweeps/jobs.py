@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf import schema, settings
 from conf.command import sentence
-from conf.folders import job_folder, runs
+from conf.folders import job_folder, runs, setting
 from scripts.array_job import CONF, jobs
 
 NOT_OF_A_SWEEP = {
@@ -77,6 +77,12 @@ def params(experiment: str) -> tuple[str, dict[str, Any]]:
     return cfg.name, dict(cfg.hydra.sweeper.params)
 
 
+def settings_of(words: Iterable[str]) -> dict[str, str]:
+    """Of the words of a job; the last that names a setting counts, and one that takes a setting away (~logger) has no
+    value."""
+    return {name: value for name, _, value in (word.partition("=") for word in words)}
+
+
 def name_of(words: Iterable[str], name: str) -> str:
     """The run's name by its words, or else this one, the experiment's."""
     return [name, *(word.partition("=")[2] for word in words if word.startswith("name="))][-1]
@@ -86,9 +92,9 @@ def sweep(experiment: str, words: list[str]) -> list[Job]:
     """The jobs. Raises ValueError where there is no such experiment, or a word is wrong: what train.py says at once."""
     first, (name, over) = f"experiment={experiment}", params(experiment)
     typed = {word.partition("=")[0]: word for word in words}
-    for key, why in NOT_OF_A_SWEEP.items():
-        if key in typed:
-            raise ValueError(f"{typed[key]}: {why}; leave it out")
+    for word in words:
+        if why := NOT_OF_A_SWEEP.get(setting(word)):
+            raise ValueError(f"{word}: {why}; leave it out")
     swept = [typed.get(key, f"{key}={value}") for key, value in over.items()]
     words = [*swept, *(word for word in words if word not in swept)]  # each in the place that it has in the sweep
     every = [Job(name_of(words, name), (first, *job)) for job in jobs(words)]

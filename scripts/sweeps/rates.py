@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from conf.folders import FREE_TO_CHANGE, setting
-from scripts.sweeps.jobs import Job
+from scripts.sweeps.jobs import Job, settings_of
 
 OVER = ("model", "optimizer.lr", "seed")  # what a sweep for rates may be over
 IGNORED = ("hydra", "strategy", *FREE_TO_CHANGE)  # what changes no result
@@ -20,7 +20,7 @@ def with_rates(every: list[Job], found: list[dict[str, Any]], times: float) -> t
     losses: dict[str, dict[float, list[float]]] = {}
     others: dict[str, str] = {}  # settings that are not of the sweep, and a job that has them
     for row in found:
-        words = dict(word.split("=", 1) for word in row["words"])
+        words = settings_of(row["words"])
         if not {"model", "optimizer.lr"} <= words.keys():
             raise ValueError(f"--rates: {row['job']} has no optimizer.lr; they are of a sweep over mixers and rates")
         if not isinstance(row.get("validation/nats"), float | int):
@@ -34,7 +34,7 @@ def with_rates(every: list[Job], found: list[dict[str, Any]], times: float) -> t
         raise ValueError(f"--rates: runs of different settings can't be compared: {' and '.join(others.values())}")
 
     def model_of(job: Job) -> str:
-        return dict(word.split("=", 1) for word in job.words)["model"]
+        return settings_of(job.words)["model"]
 
     def rated(job: Job) -> Job:
         model = model_of(job)
@@ -57,7 +57,7 @@ def fewer(found: list[dict[str, Any]]) -> dict[str, int]:
     """Of mixers that were run at fewer rates than another, how many: their best may be one that is still to be run."""
     rates: dict[str, set[str]] = {}
     for row in found:
-        words = dict(word.split("=", 1) for word in row["words"])
+        words = settings_of(row["words"])
         rates.setdefault(words["model"], set()).add(words["optimizer.lr"])
     most = max(map(len, rates.values()))
     return {model: len(each) for model, each in rates.items() if len(each) < most}

@@ -89,19 +89,28 @@ def without(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """A line that a kill has cut off is left out. Raises ValueError for one that is no job's, and for a folder."""
+    """A line that a kill has cut off is left out. Raises ValueError for one that is no job's, for a folder, and for
+    what is no text."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder, and not a file of results")
-    text = path.read_text() if path.exists() else ""
+    try:
+        text = path.read_text() if path.exists() else ""
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text, and not a file of results") from None
     found = []
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}, is not the line of a result ({error.msg})") from None
-        if not isinstance(found[-1], dict) or not {"job", "words"} <= found[-1].keys():
+        if not is_of_a_job(found[-1]):
             raise ValueError(f"{path}, line {number}, is not the line of a result (it has no job and words)")
     return found
+
+
+def is_of_a_job(row: Any) -> bool:
+    words = row.get("words") if isinstance(row, dict) else None
+    return isinstance(words, list) and all(isinstance(x, str) for x in [row.get("job"), *words])
 
 
 def change(path: Path, how: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:

@@ -216,6 +216,7 @@ def test_a_job_array_is_a_sweep(swept, monkeypatch, capsys, tmp_path):
         ("4", words, "SLURM_ARRAY_TASK_ID=4 is no job of this sweep, which has 4: sbatch --array=0-3"),
         ("0", ["-m", *words], "-m is a flag: an array takes settings alone"),
         ("0", ["model=[softmax"], "no viable alternative"),
+        ("0", [*words, "run_dir=a"], "run_dir=a: each job of a sweep has a folder of its own"),
     ):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
         monkeypatch.setattr(sys, "argv", ["array_job.py", *typed])
