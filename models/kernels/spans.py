@@ -38,8 +38,8 @@ COLUMNS = 16  # of the values, of a program of `join`
 
 def num_spans(x: Tensor, num_programs: int, num_chunks: int) -> int:
     """How many spans rows of so many chunks are cut into, where their scan has so many programs on the GPU of x: as
-    many as have a multiprocessor each, or 1 if those are too few. By sizes and the GPU alone, so that all runs
-    of a model have the same."""
+    many as have a multiprocessor each, or 1 if those are too few. By sizes and the GPU alone, so that all runs of a
+    model have the same."""
     if not x.is_cuda:
         return 1
     gpu: Any = torch.cuda.get_device_properties(x.device)

@@ -121,8 +121,8 @@ def chunked_least_squares(
         o_t = s_t x_t G + sum_{i<=t} W_ti (x_t . k_i) v_i ,    W_ti = b_i exp(c_t - c_i) ,    s_t = exp(c_t) ,
     with c the cumulative log decay of the chunk, H and G its first moments.
 
-    Arguments and results as in recurrent_least_squares, and what the solver tells of
-    itself. Where ridge.size is None the solver is least_norm.
+    Arguments and results as in recurrent_least_squares, and what the solver tells of itself. Where ridge.size is None
+    the solver is least_norm.
     """
     first = first_moments(q, k, v, moments)
     B, T, H, _ = k.shape
@@ -130,11 +130,8 @@ def chunked_least_squares(
     chunk = 1 if T == 1 else short(chunk, T)
     with torch.autocast(q.device.type, enabled=False):
         laid = laid_out(q, k, v, write_weight, ridge, log_decay, first, mix, chunk)
-        found = (
-            Solution(least_norm(laid.normal, laid.q))
-            if ridge.size is None
-            else solve(laid.normal, laid.q, solver, pairs)
-        )
+        A, query = laid.normal, laid.q
+        found = Solution(least_norm(A, query)) if ridge.size is None else solve(A, query, solver, pairs)
         o = laid.read(found.x)
         report = Report(*(y if y is None else from_chunks(y, (B, T, H)) for y in found[1:]))
     return from_chunks(o, (B, T, H)).to(v.dtype), laid.moments(B), report
