@@ -34,9 +34,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 SIZES = [(64, 64), (128, 128), (48, 80)]  # K, V
 
-# How many more steps than PyTorch a solve may take by TF32, where it is no help: at a condition of 1e3 a descent finds
-# too little, and one key over and over takes two steps, but two in each descent.
-STEPS_BY_TF32 = {"goes on, mixed": 2.0, "one key again and again": 1.5}
+# How many more steps than PyTorch a solve may take by products of 11 bits. They are no help where the condition is 1e3:
+# a descent finds too little there, one key over and over takes two steps, but two in each descent, and twelve channels
+# take more than the twelve steps that are enough without rounding.
+MORE = 0.5
+MORE_STEPS = {"goes on, mixed": 2.0, "one key again and again": 1.5, "one token": 1.5}
 
 
 def draw(
@@ -88,12 +90,12 @@ def errors(dtype: torch.dtype, device: str, scaled: bool = False, chunk: int = 1
     return rows
 
 
-def check(name: str, rows: dict[str, Any], more: float = 0.2) -> None:
+def check(name: str, rows: dict[str, Any]) -> None:
     for each, error in rows["torch"].items():
         assert rows["kernel"][each] < 1.5 * error + 1e-5, (name, each, rows)
     # measured, not updated: where the first moments have a condition of 1e3, float32 can't know it to 1e-5
     assert rows["kernel residual"] < (1e-3 if "goes on" in name else 1.2e-5), (name, rows)
-    assert rows["kernel steps"] < (1 + more) * rows["torch steps"], (name, rows)
+    assert rows["kernel steps"] < (1 + MORE_STEPS.get(name, MORE)) * rows["torch steps"], (name, rows)
 
 
 @pytest.mark.slow
@@ -133,7 +135,7 @@ def test_rounded_products_lead_nowhere_else(K, V):
 
     found = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
     for name, rows in found.items():
-        check(name, rows, more=STEPS_BY_TF32.get(name, 0.5))
+        check(name, rows)
 
 
 @pytest.mark.gpu
@@ -145,7 +147,7 @@ def test_the_kernel_is_the_definition(case, K, V, monkeypatch):
     if K != 64:
         monkeypatch.setattr(replayed, "COMPILED", math.inf)
     sizes = CASES[case] | {"B": 2, "H": 2, "K": K, "V": V, "T": CASES[case].get("T", 300)}
-    check(case, errors(torch.bfloat16, "cuda", chunk=64, **sizes), more=STEPS_BY_TF32.get(case, 0.5))
+    check(case, errors(torch.bfloat16, "cuda", chunk=64, **sizes))
 
 
 def test_refusals_say_why(monkeypatch):

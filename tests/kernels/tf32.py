@@ -27,7 +27,9 @@ def cut(x: Any, nearest: bool = False) -> Any:
 
 
 def products(a: Any, b: Any, asked: str) -> Any:
-    """a @ b as asked for: tf32x3 is three products, of which each has one part of an operand."""
+    """a @ b as asked for: tf32x3 is three products, of which each has one part of an operand. Sums are in float32."""
+    if a.dtype == np.float16:
+        return np.matmul(a, b, dtype=np.float32)
     if "TF32x3" in asked:
         high, other = cut(a, nearest=True), cut(b, nearest=True)
         low, rest = cut(a - high, nearest=True), cut(b - other, nearest=True)

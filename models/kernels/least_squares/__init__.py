@@ -2,21 +2,22 @@
 
 The problem is in models/regression/least_squares/solvers.py, `conjugate_gradients` the same solver in PyTorch, which
 makes three products of all chunks a step, and reads and writes eight tensors of their size.
-Products.   TF32 in a descent, which makes a residual 64 times smaller; then it is measured with all digits of float32
-            (three TF32 products) and put in the place of the one that was updated. Directions go on with it (van der
-            Vorst and Ye 2000) where the two are alike, and else begin anew. It works while condition number times
-            rounding is small: in TF32 a matrix of condition 600 need not be positive definite, and then steps lead
-            anywhere. A descent that has not made a token's residual ten times smaller in truth is as if it had not
-            been. What such tokens have left is measured in float64, and their further descents take all digits of
-            float32: at a condition of 1e3 the product of a solution rounds by more than the tolerance, and no x that
-            float32 can hold would be known to meet it.
-Start, end. Those of `conjugate_gradients`: from b / diag(A), and until |b - x A| <= tolerance |b| or max_steps, or a
-            descent with all digits has not halved the residual. A token that is there stays as it is, whatever others
-            do.
-Cost.       A step is K^2 + 2 C K multiply-adds a token and head, and reads K^2 + 2 C K + C^2 numbers a chunk from the
-            cache. A measurement costs as much as three, and a solve to 1e-5 has four. One in float64 has as many
-            multiply-adds, on tensor cores that make a seventh of TF32's; it is made in chunks alone where a descent in
-            TF32 was in vain, by a second launch.
+Products.   Of float16, which keeps as many bits as TF32 and needs half the shared memory. Operands are over a power of
+            two, or over their length, so that none is too large or too small for it. A descent has the 11 first bits
+            of each operand, and makes a residual 64 times smaller. Then it is measured with 22 bits, by products of
+            both halves of an operand, and put in the place of the one that was updated. Directions go on with it (van
+            der Vorst and Ye 2000) where the two are alike, and else begin anew. It works while condition number times
+            rounding is small: with 11 bits a matrix of condition 600 need not be positive definite, and then steps
+            lead anywhere. A descent that has not made a token's residual ten times smaller in truth is as if it had
+            not been. What such tokens have left is measured in float64, and their further descents take 22 bits: at a
+            condition of 1e3 the product of a solution rounds by more than the tolerance, and no x that float32 can hold
+            would be known to meet it.
+Start, end. From zero, and until |b - x A| <= tolerance |b| or max_steps, or a descent with 22 bits has not halved the
+            residual. A token that is there stays as it is, whatever others do.
+Cost.       A step is K^2 + 2 C K multiply-adds a token and head. H and the keys are in shared memory, W comes from the
+            cache. A measurement costs as much as two or three, and a solve to 1e-5 has three. One in float64 has as
+            many multiply-adds, on tensor cores that make a fourteenth of float16's; it is made in chunks alone where a
+            descent with 11 bits was in vain, by a second launch.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ WIDEST = 128
 LONGEST = 64  # tokens of a chunk
 GAIN = 2.0**-6  # what a descent makes of a residual
 CHANNELS = 16  # of a product in float64 at a time
-PATIENCE = 24  # steps of a descent in TF32: where it needs more, rounding has stopped it
+PATIENCE = 24  # steps of a descent with 11 bits: where it needs more, rounding has stopped it
 
 
 def refusal(device: torch.device, dtype: torch.dtype, key_dim: int) -> str | None:
@@ -57,24 +58,25 @@ def conjugate_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [M, C, K], the steps that each token took [M, C, 1] and the residual |b - x A| / |b| that is left [M, C, 1].
 
-    b [M, C, K]; keys, weights, start, first and ridge as solvers.Normal has them, all in float32. Not differentiable by
-    itself.
+    b [M, C, K]; keys, weights, start, first and ridge as solvers.Normal has them, all in float32, and keys with no more
+    digits than 16 bits hold. ridge is of tokens [M, C, 1] or of channels [M, 1, K]. Not differentiable by itself.
     """
     from models.kernels.least_squares.kernels import solve_kernel
 
     M, C, K = b.shape
     results = _results(b)
     b, keys, weights = b.contiguous(), keys.contiguous(), weights.contiguous()
-    start, ridge = start.expand(M, C, 1).contiguous(), ridge.expand(M, C, K)
+    start, per_token = start.expand(M, C, 1).contiguous(), ridge.shape[-1] == 1
+    ridge = ridge.expand(M, C, 1).contiguous() if per_token else ridge.expand(M, 1, K)
     first = first if first.stride(-1) == 1 else first.contiguous()
     BC, BK = (max(16, 1 << (n - 1).bit_length()) for n in (C, K))
     with torch.cuda.device_of(b):
         for careful in (False, True):
             solve_kernel[(M,)](
                 b, keys, weights, start, first, ridge, *results, tolerance, max_steps,
-                first.stride(0), first.stride(1), *ridge.stride(),
-                C=C, K=K, BC=BC, BK=BK, BJ=CHANNELS, GAIN=GAIN, PATIENCE=PATIENCE, CAREFUL=careful,
-                num_warps=8 if BK > 64 else 4,
+                first.stride(0), first.stride(1), ridge.stride(0),
+                C=C, K=K, BC=BC, BK=BK, BJ=CHANNELS, GAIN=GAIN, PATIENCE=PATIENCE, PER_TOKEN=per_token,
+                CAREFUL=careful, num_warps=8 if BK > 64 else 4,
             )  # fmt: skip
     return results
 
