@@ -441,6 +441,19 @@ def test_nothing_is_begun_after_the_end():
     assert row.reason == "the 0 s of all were over"
 
 
+def test_the_time_of_all_ends_a_model_between_two_of_its_shapes():
+    """Which is told, and not the odd seconds that this model had; the shapes that were timed stay."""
+
+    def run(function: str, given: dict, limit: float, *_: object):
+        yield {"name": "softmax", "batch": 1, "context": 64, "reason": "out of memory"}
+        time.sleep(limit)
+        raise apart.LeftOutError(f"not done within {limit:g} s")
+
+    job = whole.Job("decoding.decode", {}, decoding.Decoded("softmax"))
+    (_, first), (_, last) = whole.rows([job], "cpu", whole.Limits(10, total=0.05), run)
+    assert first.context == 64 and last.reason == "the 0.05 s of all were over" and "0 x 0" not in str(last)
+
+
 @pytest.mark.parametrize(
     "words, said",
     [

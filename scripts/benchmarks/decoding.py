@@ -23,7 +23,7 @@ from scripts.recipes import composed
 @dataclass
 class Decoded:
     """One model at one batch of one context. GB: the peak of memory of each, with the weights and what captured graphs
-    hold; None on a CPU. reason: why there is no row.
+    hold; None on a CPU. reason: why there is no row; where batch is 0, why the rest of a model's rows is missing.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Decoded:
     reason: str = ""
 
     def __str__(self) -> str:
-        where = f"{self.name:32} {f'{self.batch} x {self.context:,}':>12}"
+        where = f"{self.name:32} {f'{self.batch} x {self.context:,}' if self.batch else '':>12}"
         if self.reason:
             return f"{where} left out: {self.reason}"
         memory = ("" if x is None else f"{x:.2f}" for x in (self.prefill_gb, self.peak_gb))

@@ -75,11 +75,12 @@ def rows(jobs: Sequence[Job], device: str, limits: Limits, run: Apart) -> Iterat
         slot = free.get()
         try:
             if (seconds := left(deadline, limits.each)) <= 0:
-                raise LeftOutError(f"the {limits.total:g} s of all were over")
+                raise LeftOutError("no time is left")
             for found in run(job.function, job.given, seconds, limits.cold, slot):
                 yield type(job.blank)(**found)
         except LeftOutError as error:
-            yield replace(job.blank, reason=str(error))
+            ended = deadline is not None and time.monotonic() >= deadline
+            yield replace(job.blank, reason=f"the {limits.total:g} s of all were over" if ended else str(error))
         finally:
             free.put(slot)
 
