@@ -37,10 +37,11 @@ def refuse_unknown(given: dict[str, Any], known: list[str]) -> None:
 
 
 def refuse_shapes(
-    input_ids: Tensor | None, inputs_embeds: Tensor | None, targets: dict[str, Tensor | None], cache: Any
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, targets: dict[str, Tensor | None], cache: Any, width: int
 ) -> None:
-    """Raises ValueError unless there is one input, [B, T] or [B, T, D], with at least one token, at most one of targets
-    (by keyword), of the input's [B, T], and a cache of the model's, None or of B rows.
+    """Raises ValueError unless there is one input, [B, T] of whole numbers or [B, T, D] of others, with at least one
+    token, at most one of targets (by keyword), of the input's [B, T], and a cache of the model's, None or of B rows.
+    width: D.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("one of input_ids and inputs_embeds must be given, and not both")
@@ -50,6 +51,11 @@ def refuse_shapes(
     assert x is not None
     if x.ndim != wanted.count(",") + 1:
         raise ValueError(f"{name} has the shape {tuple(x.shape)}; it must be {wanted}, B rows of T tokens")
+    if x.is_floating_point() != (inputs_embeds is not None):
+        kind = "embeddings, which inputs_embeds takes" if inputs_embeds is None else "tokens, which input_ids takes"
+        raise ValueError(f"{name} is of {x.dtype}, the dtype of {kind}")
+    if inputs_embeds is not None and x.shape[2] != width:
+        raise ValueError(f"inputs_embeds has the shape {tuple(x.shape)}; it must be [B, T, {width}], the model's width")
     B, T = x.shape[:2]
     if not B * T:
         raise ValueError(f"a batch of {B} x {T} tokens is empty; it must have at least one")

@@ -208,7 +208,8 @@ class LanguageModel(PreTrainedModel, StateGenerationMixin):
         targets: Tensor | None = others.pop("shift_labels", None)
         if others:
             refuse_unknown(others, [name for name in inspect.signature(self.forward).parameters if name != "others"])
-        refuse_shapes(input_ids, inputs_embeds, {"labels": labels, "shift_labels": targets}, past_key_values)
+        said = {"labels": labels, "shift_labels": targets}
+        refuse_shapes(input_ids, inputs_embeds, said, past_key_values, self.config.hidden_size)
         if targets is None and labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         refuse_targets("shift_labels" if labels is None else "labels", targets, self.config.vocab_size)

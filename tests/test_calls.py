@@ -69,6 +69,9 @@ def test_a_keyword_that_means_nothing_is_refused():
     for says, given in (
         (r"input_ids has the shape \(20,\); it must be \[B, T\]", {"input_ids": IDS[0]}),
         (r"inputs_embeds has the shape \(2, 20\); it must be \[B, T, D\]", {"inputs_embeds": IDS}),
+        ("input_ids is of torch.float32, the dtype of embeddings", {"input_ids": IDS.float()}),
+        ("inputs_embeds is of torch.int64, the dtype of tokens", {"inputs_embeds": IDS.unsqueeze(2)}),
+        (r"inputs_embeds .*; it must be \[B, T, 32\]", {"inputs_embeds": torch.zeros(2, 20, 16)}),
         (r"labels has the shape \(2, 19\); it must be \[2, 20\]", {"input_ids": IDS, "labels": IDS[:, 1:]}),
         (r"shift_labels has the shape \(40,\)", {"input_ids": IDS, "shift_labels": IDS.flatten()}),
         ("labels and shift_labels both say", {"input_ids": IDS, "labels": IDS, "shift_labels": IDS}),
