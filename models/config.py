@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,15 @@ def refuse_folder(path: Any) -> None:
     folder = Path(path)
     if (folder.is_dir() or folder.is_absolute()) and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not the folder of a model: it has no config.json")
+
+
+def refuse_misspelt(others: dict[str, Any], own: list[str]) -> None:
+    """Raises TypeError for a setting that is nearly one of ours, and none of transformers', which would be kept without
+    a word and mean nothing. Others may be of transformers' later releases."""
+    for name in others:
+        near = get_close_matches(name, own, n=1, cutoff=0.8)
+        if near and name not in ("tie_word_embeddings", *vars(PretrainedConfig())):
+            raise TypeError(f"{name}={others[name]} is no setting of a LanguageModelConfig; did you mean {near[0]}?")
 
 
 class LanguageModelConfig(PretrainedConfig):
@@ -47,6 +58,7 @@ class LanguageModelConfig(PretrainedConfig):
         self.feed_forward, self.feed_forward_size, self.norm_eps = feed_forward, feed_forward_size, norm_eps
         self.feed_forward_grad_batch, self.feed_forward_step_size = feed_forward_grad_batch, feed_forward_step_size
         self.tie_embeddings = tie_embeddings
+        refuse_misspelt(kwargs, [*inspect.signature(LanguageModelConfig).parameters])
         kwargs.setdefault("tie_word_embeddings", tie_embeddings)
         super().__init__(**kwargs)
 

@@ -79,6 +79,11 @@ def test_a_keyword_that_means_nothing_is_refused():
         with pytest.raises(ValueError, match=says):
             m(**given)
     m(IDS, token_type_ids=None, output_attentions=False, cache_position=torch.arange(20))
+    with pytest.raises(
+        TypeError, match=r"norm_esp=1.0 is no setting of a LanguageModelConfig; did you mean norm_eps\?"
+    ):
+        LanguageModelConfig(norm_esp=1.0)
+    assert LanguageModelConfig(num_hidden_layers=2, tie_word_embeddings=False, later=1).later == 1, "transformers' own"
 
 
 @every_mixer

@@ -33,6 +33,7 @@ GROUPS = {
     "size=340M": "size=340M is not there; did you mean size=340m?",
     "size=340": "size=340 is not there; did you mean size=340m?",
     "experiment=nope": "experiment=nope is not there; there are ablation, ",
+    "debug=overfitt": "debug=overfitt is not there; did you mean debug=overfit?",
     "mixer@model.mixers.main=delat": "=delat is not there; did you mean mixer@model.mixers.main=deltanet?",
     "mixer@model.mixers.main=mamba": "=mamba is not there; did you mean mixer@model.mixers.main=baseline/mamba?",
     "mixer@model.mixers.main=baseline/lstn": "did you mean mixer@model.mixers.main=baseline/lstm?",
