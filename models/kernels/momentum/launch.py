@@ -80,7 +80,7 @@ def spans_of(call: Call, rule: Rule) -> int:
     if rule.carried or width_of(call) > 128:
         return 1
     programs = cdiv(V, configurations_of(call, rule)["scan"].BV) * B * H
-    return num_spans(call.q, programs, cdiv(T, CHUNK))
+    return num_spans(call.q, cdiv(programs, 2), cdiv(T, CHUNK))  # a multiprocessor has room for two programs of a scan
 
 
 def new_kept(call: Call, rule: Rule) -> Kept:
