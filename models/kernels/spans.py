@@ -105,8 +105,9 @@ def joined(first: Tensor | None, affine: Tensor, backward: Tensor | None = None)
     spans, B, H, K, width = affine.shape
     V, added = width - K, affine if backward is None else backward
     memories, BK = affine.new_empty(spans, B, H, K, V), max(16, next_power_of_2(K))
+    num_warps, num_stages = (8, 4) if BK > 64 else (4, 2)  # a block of A is on its way while three wait
     join[cdiv(V, COLUMNS), B * H](
         first, affine, added, memories, spans, K=K, V=V, WIDTH=added.shape[-1], BK=BK, BV=COLUMNS,
-        BLOCK=min(BK, 8192 // BK), BACKWARD=backward is not None, num_warps=4, num_stages=2,
+        BLOCK=min(BK, 8192 // BK), BACKWARD=backward is not None, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return memories

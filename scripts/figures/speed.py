@@ -65,10 +65,7 @@ def left_out(run: Run, name: Callable[[Run], str]) -> Iterator[str]:
 
 
 def training(run: Run) -> Iterator[str]:
-    yield "## Training steps of whole models"
-    yield ""
     yield where(run, "python scripts/benchmark.py train")
-    yield "*6N* is six times the parameters times tokens/s over the chip's dense peak, *FLOPs* what the model counts."
     yield ""
     head = ["model", "tokens/s", "ms", "6N", "FLOPs", "peak GB", "first step, s", ""]
     numbers = [
@@ -83,9 +80,6 @@ def training(run: Run) -> Iterator[str]:
         for row in timed(run)
     ]
     yield from table(head, numbers)
-    yield ""
-    yield "By torch.compile: *compiled* the whole model, *blocks compiled* each block, *eager* nothing. Packed"
-    yield "documents do not see each other, as in training here; whole rows are of one document each."
     yield from left_out(run, lambda row: row["name"])
     if split := [row for row in timed(run) if row["kinds"]]:
         yield ""
@@ -104,10 +98,7 @@ def of_kind(found: list[float] | None) -> str:
 
 def operators(run: Run) -> Iterator[str]:
     """As they come: those of a size beside each other."""
-    yield "## Operators"
-    yield ""
     yield where(run, "python scripts/benchmark.py ops --kernels")
-    yield "A forward and a backward pass. *Kernels*: the time in a GPU's kernels, without the host's between them."
     yield ""
     rows = [
         [
@@ -126,23 +117,15 @@ def lengths(run: Run) -> Iterator[str]:
     """A row a length, a column a model."""
     names = list(dict.fromkeys(row["name"] for row in timed(run)))
     rates = {(row["name"], row["seq_len"]): row["tokens_per_second"] for row in timed(run)}
-    yield "## Longer and longer sequences"
-    yield ""
     yield where(run, "python scripts/benchmark.py length")
-    yield "Tokens per second; a step has the same number of tokens at every length."
     yield ""
     each = sorted({length for _, length in rates})
     yield from table(["tokens", *names], [[f"{T:,}", *(number(rates.get((name, T))) for name in names)] for T in each])
     yield from left_out(run, lambda row: f"{row['name']} at {row['seq_len']:,}")
-    yield ""
-    yield "![Tokens per second over the length of a sequence](speed.svg)"
 
 
 def decoding(run: Run) -> Iterator[str]:
-    yield "## Decoding"
-    yield ""
     yield where(run, "python scripts/benchmark.py decode")
-    yield "Greedy, by each model's own `generate`. A token is one of each row. GB: peaks, of prefill and of all."
     yield ""
     rows = [
         [
@@ -159,8 +142,6 @@ def decoding(run: Run) -> Iterator[str]:
 
 def starting(run: Run) -> Iterator[str]:
     """Those that need most memory first, and those that don't start by themselves."""
-    yield "## Which presets start"
-    yield ""
     yield where(run, "python scripts/benchmark.py starts")
     card = f"of {run['memory_gb']:.0f} GB of a GPU" if run["memory_gb"] else "without a limit of memory"
     yield f"Two steps of each preset, {card}, by recompute=auto. *Compiled* is the first step of few layers, with all"
@@ -188,8 +169,6 @@ def starting(run: Run) -> Iterator[str]:
 
 def several(run: Run) -> Iterator[str]:
     """Of the rows that were timed, those of as many GPUs as there were."""
-    yield "## Several GPUs of one host"
-    yield ""
     yield f"`python scripts/scaling.py` on {run['machine']}, {' and '.join(of_days(run))}."
     yield f"Training by `train.py`, {run['steps']} steps after the first. *Step* is the median of them. *Linear* is"
     yield "tokens/s beside those of as many single GPUs, each as fast as `one`, or as `one, no graph` where there is no"
@@ -314,8 +293,6 @@ def traced(run: Run) -> Iterator[str]:
 
 def losses(run: Run) -> Iterator[str]:
     """The mean loss of the last steps, by path and seed."""
-    yield "## The same losses without kernels"
-    yield ""
     yield where(run, "python scripts/benchmark.py losses")
     yield f"The mean loss of the last {LAST} steps, of the same tokens, from two seeds of weights: as train.py trains,"
     yield "and by PyTorch's operators alone. *Paths* and *seeds*: the largest difference between two runs of one seed,"
@@ -332,8 +309,6 @@ def losses(run: Run) -> Iterator[str]:
         rows.append([name, str(len(timed(run)[0]["losses"])), *found, f"{paths:.4f}", f"{between:.4f}"])
     yield from table(["model", "steps", "by kernels", "by PyTorch", "paths", "seeds"], rows)
     yield from left_out(run, lambda row: f"{row['name']}, {row['path']}, seed {row['seed']}")
-    yield ""
-    yield "![Losses by kernels and by PyTorch alone](losses.svg)"
 
 
 def end(row: Run) -> float:
@@ -370,27 +345,57 @@ def smoothed(values: list[float]) -> list[float]:
     return [sum(found := values[max(0, i - LAST + 1) : i + 1]) / len(found) for i in range(len(values))]
 
 
-SECTIONS = {
-    "train": training,
-    "ops": operators,
-    "starts": starting,
-    "scaling": several,
-    "losses": losses,
-    "length": lengths,
-    "decode": decoding,
+# By file: the heading, what is said of all its runs, and the lines of one.
+SECTIONS: dict[str, tuple[str, str, Callable[[Run], Iterator[str]]]] = {
+    "train": (
+        "Training steps of whole models",
+        "*6N* is six times the parameters times tokens/s over the chip's dense peak, *FLOPs* what the model counts.\n"
+        "By torch.compile: *compiled* the whole model, *blocks compiled* each block, *eager* nothing. Packed\n"
+        "documents do not see each other, as in training here; whole rows are of one document each.",
+        training,
+    ),
+    "ops": (
+        "Operators",
+        "A forward and a backward pass. *Kernels*: the time in a GPU's kernels, without the host's between them.",
+        operators,
+    ),
+    "starts": ("Which presets start", "", starting),
+    "scaling": ("Several GPUs of one host", "", several),
+    "losses": ("The same losses without kernels", "", losses),
+    "length": (
+        "Longer and longer sequences",
+        "Tokens per second; a step has the same number of tokens at every length.",
+        lengths,
+    ),
+    "decode": (
+        "Decoding",
+        "Greedy, by each model's own `generate`. A token is one of each row. GB: peaks, of prefill and of all.",
+        decoding,
+    ),
 }
 
 
 def section(folder: Path) -> str:
     """What stands between the markers."""
     made = []
-    for name, lines_of in SECTIONS.items():
+    for name, (title, said, lines_of) in SECTIONS.items():
         if (path := folder / "speed" / f"{name}.json").exists():
             try:
-                made.append("\n".join(lines_of(json.loads(path.read_text()))))
-            except (ValueError, KeyError, TypeError) as error:
+                runs = ["\n".join(lines_of(run)) for run in runs_of(path)]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path} is not what `benchmark.py {name}` writes ({error!r})") from None
+            made += [f"## {title}", *[said] * bool(said), *runs]
+            if name in PICTURES:
+                file, shown, _ = PICTURES[name]
+                made.append(f"![{shown}]({file}.svg)")
     return "\n\n".join(made)
+
+
+def runs_of(path: Path) -> list[Run]:
+    """The run that is stored there, and those that were put under `further` by hand: of the same command at another
+    time, where rows of one run are not all that there are."""
+    run = json.loads(path.read_text())
+    return [run, *run.get("further", [])]
 
 
 def with_section(page: str, lines: str) -> str:
@@ -401,14 +406,19 @@ def with_section(page: str, lines: str) -> str:
     return f"{before}{BEGIN}\n\n{lines}{chr(10) * 2 * bool(lines)}{END}{rest.split(END)[1]}"
 
 
-def draw(run: Run) -> Figure:
-    """A mixer whose time is linear in T is flat."""
+def draw(runs: list[Run]) -> Figure:
+    """A mixer whose time is linear in T is flat. A further run has broken lines, of models with more than one row."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for name in dict.fromkeys(row["name"] for row in timed(run)):
-        points = [(row["seq_len"], row["tokens_per_second"]) for row in timed(run) if row["name"] == name]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
-    lengths = sorted({row["seq_len"] for row in timed(run)})
+    colors: dict[str, str] = {}
+    for i, run in enumerate(runs):
+        for name in dict.fromkeys(row["name"] for row in timed(run)):
+            points = [(row["seq_len"], row["tokens_per_second"]) for row in timed(run) if row["name"] == name]
+            if i == 0 or len(points) > 1:
+                label, color = f"{name}, another run" if i else name, colors.setdefault(name, f"C{len(colors)}")
+                line = "--" if i else "-"
+                axes.plot(*zip(*points, strict=True), line, marker="o", markersize=4, label=label, color=color)
+    lengths = sorted({row["seq_len"] for run in runs for row in timed(run)})
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{T // 1024}k" if T >= 1024 else str(T) for T in lengths])
     axes.set(xlabel="tokens of a sequence", ylabel="tokens per second", ylim=(0, None))
@@ -418,13 +428,20 @@ def draw(run: Run) -> Figure:
     return figure
 
 
+# By section: the file, what it shows, and how it is drawn.
+PICTURES: dict[str, tuple[str, str, Callable[[list[Run]], Figure]]] = {
+    "length": ("speed", "Tokens per second over the length of a sequence", draw),
+    "losses": ("losses", "Losses by kernels and by PyTorch alone", lambda runs: draw_losses(runs[0])),
+}
+
+
 def write(folder: Path) -> None:
     page = folder / "speed.md"
     page.write_text(with_section(page.read_text(), section(folder)))
     matplotlib.rcParams["svg.hashsalt"] = "speed"  # the same file every time
-    for name, (picture, drawn) in {"length": ("speed", draw), "losses": ("losses", draw_losses)}.items():
+    for name, (picture, _, drawn) in PICTURES.items():
         if (found := folder / "speed" / f"{name}.json").exists():
-            drawn(json.loads(found.read_text())).savefig(folder / f"{picture}.svg", metadata={"Date": None})
+            drawn(runs_of(found)).savefig(folder / f"{picture}.svg", metadata={"Date": None})
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from models.kernels import backend
 
 WIDEST = 128
 LONGEST = 64  # tokens of a chunk
+SHARED = 144 << 10  # bytes of shared memory that a program has for keys of WIDEST; half of that for keys half as wide
 GAIN = 2.0**-6  # what a descent makes of a residual
 CHANNELS = 16  # of a product in float64 at a time
 PATIENCE = 24  # steps of a descent with 11 bits: where it needs more, rounding has stopped it
@@ -42,6 +43,8 @@ def refusal(device: torch.device, dtype: torch.dtype, key_dim: int) -> str | Non
         return "the kernel solves in float32, and pairs in float32 have moments in float64"
     if key_dim > WIDEST:
         return f"the kernel holds whole keys, up to {WIDEST} wide, not {key_dim}"
+    if device.type == "cuda" and torch.cuda.is_available():
+        return backend.refusal_of_gpu(device, SHARED if 2 * key_dim > WIDEST else SHARED // 2)
     return None
 
 
