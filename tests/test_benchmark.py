@@ -337,6 +337,20 @@ def test_a_page_is_made_of_what_is_stored(folder):
     assert (folder / "speed.md").read_text() == page
 
 
+def test_runs_of_one_command_stand_beside_each_other(folder):
+    run = read(folder, "length")
+    later = run | {"commit": "later", "rows": [row | {"tokens_per_second": 1234.0} for row in run["rows"]]}
+    (folder / "speed" / "length.json").write_text(json.dumps(run | {"further": [later]}))
+    page = speed.section(folder)
+    assert page.count("## Longer and longer sequences") == page.count("(speed.svg)") == 1
+    assert page.count("| tokens | softmax |") == 2 and "commit later" in page and "| 1,234 |" in page
+    labels = [line.get_label() for line in speed.draw([run, later]).axes[0].lines]
+    assert labels == ["softmax", "softmax, another run"]
+    assert [line.get_label() for line in speed.draw([run, run | {"rows": run["rows"][:1]}]).axes[0].lines] == [
+        "softmax"
+    ]
+
+
 def test_what_does_not_start_is_told(folder):
     run = read(folder, "starts")
     rows = [run["rows"][0] | {"peak_gb": 71.25, "recomputed": 3}, run["rows"][0] | {"name": "mesa", "reason": "no"}]

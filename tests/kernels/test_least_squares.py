@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a ridge by the norm": {"scaled": True, "ridge": 0.05},
     "one key again and again": {"repeats": True, "decay": False, "ridge": 0.25},
     "one token": {"T": 1, "decay": False, "state": True},
+    "keys of all sizes": {"spread": 1.0},
 }
 
 SIZES = [(64, 64), (128, 128), (48, 80)]  # K, V
@@ -38,16 +39,20 @@ SIZES = [(64, 64), (128, 128), (48, 80)]  # K, V
 # a descent finds too little there, one key over and over takes two steps, but two in each descent, and twelve channels
 # take more than the twelve steps that are enough without rounding.
 MORE = 0.5
-MORE_STEPS = {"goes on, mixed": 2.0, "one key again and again": 1.5, "one token": 1.5}
+MORE_STEPS = {"goes on, mixed": 2.0, "one key again and again": 1.5, "one token": 1.5, "keys of all sizes": 1.0}
 
 
 def draw(
     B: int = 1, T: int = 37, H: int = 1, K: int = 12, V: int = 20, ridge: float = 0.3, scaled: bool = False,
     decay: bool = True, forgets: int | None = None, state: bool = False, mix: bool = False, repeats: bool = False,
+    spread: float = 0.0,
 ) -> dict[str, Tensor]:  # fmt: skip
+    """spread: keys have lengths between 10^-spread and 10^spread."""
     torch.manual_seed(0)
     q, k = (F.normalize(torch.randn(B, T, H, K), dim=-1) for _ in range(2))
     given = {"q": q, "k": k[:, :1].expand_as(k) if repeats else k, "v": torch.randn(B, T, H, V)}
+    if spread:
+        given["k"] = k * 10 ** ((torch.rand(B, T, H, 1) * 2 - 1) * spread)
     given |= {"b": torch.rand(B, T, H), "ridge": torch.full(() if scaled else (H, K), ridge)}
     if decay:
         given["log_decay"] = torch.rand(B, T, H) * -0.2
