@@ -53,14 +53,16 @@ def system(
 
 @triton.jit
 def attention(scores, A, C: tl.constexpr, BC: tl.constexpr):
-    return scores * (load(A[3], tl.arange(0, BC), C, C, C, BC) * A[4] * (1 / A[6]))
+    """What products of p and keys are times, over the largest of each row."""
+    _, _, _, weights, squares, _, most, _ = A
+    return scores * (load(weights, tl.arange(0, BC), C, C, C, BC) * squares * (1 / most))
 
 
 @triton.jit
 def times(p, length, A, C: tl.constexpr, BC: tl.constexpr):
-    """p_t A_t of every token, with 11 bits of an operand. length: about that of p. Sums are fma: a product and a term
-    that are added would become a product that goes on with another, and such a one is made twice, by both halves of a
-    program's warps."""
+    """p_t A_t of every token, with 11 bits of an operand. length: about that of p. A: as `system` gives it. Sums are
+    fma: a product and a term that are added would become a product that goes on with another, and such a one is made
+    twice, by both halves of a program's warps."""
     matrix, _, k, _, _, start, most, penalty = A
     p_short = (p * (1 / length)).to(tl.float16)
     y = tl.dot(p_short, matrix)

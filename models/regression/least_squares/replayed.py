@@ -42,7 +42,7 @@ def kernel_least_squares(
 ) -> tuple[Tensor, Moments, Report]:
     """The map of recurrent_least_squares. Arguments and results as chunked_least_squares has them, but for the limits
     of conjugate gradients in the place of a solver. max_steps: None is 4 K, twice as many as in PyTorch, of which those
-    in TF32 do less."""
+    with 11 bits do less."""
     first = first_moments(q, k, v, moments)
     (T, _, K), size = k.shape[1:], ridge.size
     assert size is not None
