@@ -102,12 +102,18 @@ def folder(tmp_path_factory) -> Path:
     convolution = text_run("ablation_convolutions", 3.2, "gla", 1, 1e-3)
     convolution["words"].append("model.mixers.main.conv_size=4")
     every["ablation_convolutions"] = [convolution]
+    gate = text_run("ablation_gates", 3.3, "kda", 1, 1e-3)
+    gate["words"].append("model.mixers.main.output_gate=silu")
+    every["ablation_gates"] = [gate]
     found = {key: x for key, x in text_run("gates", 5.0, "kda", 1, 4e-3).items() if "/" in key}
     starts = [{"model__mixers__main__decay__half_lives": start} for start in ("null", "[22,2840]")]
     every["gates"] = [result("gates", found, model="kda", seed=1, **start) for start in starts]
-    around = {"model__mixers__main__output_gate": "silu"}, {"model__mixers__main__conv_size": "4"}
-    for name, given in zip(("output_gates", "convolutions"), around, strict=True):
-        every[name] = [result(name, found, model="gla", seed=1, **given)]
+    around = {"output_gates": ("output_gate", "silu"), "convolutions": ("conv_size", "4")}
+    for name, (setting, value) in around.items():
+        every[name] = [result(name, found, model="gla", seed=1, **{f"model__mixers__main__{setting}": value})]
+    decay = text_run("decays", 3.1, "kda", 1, 4e-3)
+    decay["words"].append("decay@model.mixers.main.decay=scalar")
+    every["decays"] = [decay]
     for name, rows in every.items():
         (folder / name).mkdir()
         lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -266,9 +272,9 @@ def test_what_models_remember_is_a_mean_over_seeds_of_those_that_were_looked_int
 def test_the_ablation_has_places_beside_the_published_ones(folder):
     """Among the mixers that both have; seeds are averaged, and a window is a mixer of its own."""
     table = CLAIMS["ablation"].table(evidence.read(CLAIMS["ablation"], folder))
-    assert [row["mixer"] for row in table] == ["titans", "mesa", "softmax", "gla convolution", "softmax 64"]
+    assert [row["mixer"] for row in table] == ["titans", "mesa", "softmax", "gla convolution", "kda silu", "softmax 64"]
     places = [(row["place"], row["their place"]) for row in table]
-    assert places == [(None, None), (1, 1), (2, 2), (None, None), (3, 3)]
+    assert places == [(None, None), (1, 1), (2, 2), (None, None), (None, None), (3, 3)]
     assert table[1]["seeds"] == 2 and table[1]["spread"] == pytest.approx(0.01 / 3)
     rates = {
         row["mixer"]: row for row in CLAIMS["ablation_rates"].table(evidence.read(CLAIMS["ablation_rates"], folder))

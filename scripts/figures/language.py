@@ -218,7 +218,7 @@ SHOWS = (
 CLAIMS = {
     "ablation": Claim(
         "The language-model ablation",
-        ("ablation", "ablation_windows", "ablation_convolutions"),
+        ("ablation", "ablation_windows", "ablation_convolutions", "ablation_gates"),
         "At equal parameters, tokens, data and order, what a mixer can keep of a text shows in the loss, and most "
         "where the text is long.",
         SHOWS,
@@ -261,10 +261,10 @@ CLAIMS = {
     ),
     "output_gates": Claim(
         "What stands around a memory",
-        ("output_gates", "convolutions"),
-        "The convolution before a memory and the gate behind it weigh as much as the rule of the memory.",
-        "Validation loss of models of 1.3 million parameters after a million tokens, with each gate, and with and "
-        "without a convolution and an activation.",
+        ("output_gates", "convolutions", "decays"),
+        "The convolution before a memory, how it fades and the gate behind it weigh as much as the rule of the memory.",
+        "Validation loss of models of 1.3 million parameters after a million tokens, with each gate and decay, and "
+        "with and without a convolution and an activation.",
         better,
         gates_table,
         gates_figure,

@@ -55,7 +55,8 @@ def label(row: Row) -> str:
     window = found.get("model.mixers.main.regressor.window")
     name = found["model"] + ranges[None if negative is None else negative.lower()] + (f" {window}" if window else "")
     start = found.get("model.mixers.main.decay.half_lives")
-    around = [f" {gate}" for gate in [found.get("model.mixers.main.output_gate")] if gate]
+    alone = ("decay@model.mixers.main.decay", "model.mixers.main.output_gate")
+    around = [f" {found[setting]}" for setting in alone if found.get(setting, "none") != "none"]
     if conv := found.get("model.mixers.main.conv_size"):
         activation = found.get("model.mixers.main.activation", "none")
         around += [" convolution" * (conv != "0") + f" {activation}" * (activation != "none")]

@@ -66,11 +66,12 @@ def test_first_passes_over_spans_leave_nothing_but_memories(preset, monkeypatch)
     """A multiprocessor has room for two programs of the one that has twice the columns."""
     monkeypatch.setattr(importlib.import_module("models.kernels.delta.launch"), "num_spans", lambda *_: 2)
     found = [kernel for kernel in kernels_of(preset, 128, torch.bfloat16) if kernel.name.startswith(("scan", "join"))]
-    forward, backward = ["scan", "join", "scan"], ["scan_gradient", "join", "scan_gradient"]
-    assert [kernel.name for kernel in found] == forward + backward
+    # both joins may need the same of a GPU, and are one then
+    first, second, _, again = scans = [kernel for kernel in found if kernel.name != "join"]
+    assert [kernel.name for kernel in scans] == ["scan"] * 2 + ["scan_gradient"] * 2 and 0 < len(found) - len(scans) < 3
     assert all(kernel.shared <= SHARED and not kernel.faults for kernel in found), "\n".join(map(str, found))
-    assert not any(kernel.stack for kernel in found if kernel not in (found[2], found[5])), "\n".join(map(str, found))
-    assert found[0].wgmma < found[2].wgmma and 2 * (found[0].shared + 1024) <= SHARED + 1024, found[0]
+    assert not any(kernel.stack for kernel in found if kernel not in (second, again)), "\n".join(map(str, found))
+    assert first.wgmma < second.wgmma and 2 * (first.shared + 1024) <= SHARED + 1024, first
 
 
 @pytest.mark.slow
