@@ -121,6 +121,37 @@ def test_the_kernel_is_the_definition_interpreted():
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_what_is_no_number_is_not_solved_for_zero():
+    """A descent that ends in no number is as if it had not been, which is no answer where b or A is none. Token 20 has
+    a query, a key or an upstream gradient that is no number or infinite."""
+    code = """
+    from tests.kernels.test_least_squares import *
+    found = {}
+    for name, value in (("q", math.nan), ("q", math.inf), ("k", math.nan)):
+        given = {n: x.half() if n in "qkv" else x for n, x in draw().items()}
+        given[name][0, 20, 0, 3] = value
+        ridge = Ridge(given.pop("ridge"))
+        o = kernel_least_squares(*(given[n] for n in "qkvb"), ridge, given["log_decay"], chunk=16)[0]
+        found[f"{name} {value}"] = o.isfinite().flatten(1).view(37, -1).all(1).tolist()
+    given = {n: x.half() if n in "qkv" else x for n, x in draw().items()}
+    q, ridge = given.pop("q").requires_grad_(), Ridge(given.pop("ridge"))
+    o = kernel_least_squares(q, *(given[n] for n in "kvb"), ridge, given["log_decay"], chunk=16)[0]
+    upstream = torch.ones_like(o)
+    upstream[0, 20] = math.nan
+    o.backward(upstream)
+    found["gradient"] = q.grad.isfinite().view(37, -1).all(1).tolist()
+    print("FOUND", json.dumps(found))
+    """
+    from tests.kernels.interpreter import run_interpreted
+
+    found = json.loads(run_interpreted(textwrap.dedent(code), fla=False).split("FOUND")[1])
+    for name in ("q nan", "q inf", "gradient"):
+        assert found[name] == [t != 20 for t in range(37)], name
+    assert found["k nan"][:16] == [True] * 16 and not any(found["k nan"][20:])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.parametrize("K, V", SIZES)
 def test_rounded_products_lead_nowhere_else(K, V):
     """By products as a GPU makes them, at the sizes of the test on a GPU. 300 times one key: the moments have a

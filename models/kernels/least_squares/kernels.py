@@ -233,6 +233,7 @@ def solve_kernel(
             first_row, s, penalty, C, K, BC, BK, BJ, CAREFUL, GAIN, max_steps if CAREFUL else PATIENCE,
         )  # fmt: skip
         tl.debug_barrier()
+        size = tl.where(squares >= 0, size, float("nan"))  # of what is no number there is no solution, and none is zero
         tl.store(places, tl.load(places, mask=inside) * size, mask=inside)
         tl.store(steps_out + rows, steps.to(tl.float32), mask=going)
         left = tl.sqrt(squares / tl.where(length > 0, length, 1.0))
